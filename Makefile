@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` are the only set-up anyone needs: each makes its own environment on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUTPUT ?= quickstart_output
+# One thread per process: two OpenMP pools on few cores wait for each other. The allocator settings keep large buffers
+# from being returned to the system and faulted in again at every training step.
+export OMP_NUM_THREADS ?= 1
+export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
+.PHONY: help quickstart test style typecheck clean
+help:
+	@echo "make quickstart   pretrain twice on photographs, probe, draw; results in $(OUTPUT)/"
+	@echo "make test         the whole test suite (ARGS='-k vicreg' to choose)"
+	@echo "make style        ruff and mypy"
+
+$(BIN)/.ready-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+quickstart: $(BIN)/.ready-quickstart
+	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
+
+test: $(BIN)/.ready-dev
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+style: $(BIN)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .typecheck build && $(BIN)/python -m pip install --quiet --no-deps --target .typecheck .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .typecheck build dist *.egg-info

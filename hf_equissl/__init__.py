@@ -1,0 +1,59 @@
+"""EquiSSL: self-supervised vision encoders that keep where and how things are, not only what they are.
+
+Importing this package makes ``AutoConfig`` and ``AutoModel`` of transformers know EquiSSL encoders. Names are resolved
+when they are first used, so the import itself stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .auto_classes import register_auto_classes
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "EquiSSLConfig": "modeling",
+    "EquiSSLModel": "modeling",
+    "EquiSSLForPreTraining": "pretraining",
+    "EquiSSLPreTrainingConfig": "pretraining",
+    "EquiSSLTrainer": "trainer",
+    "EquiSSLTrainingArguments": "training_arguments",
+    "EVALUATORS": "evaluation",
+    "EQUIVARIANCE_OBJECTIVES": "objectives",
+    "INVARIANCE_OBJECTIVES": "objectives",
+    "PIPELINES": "views.pipelines",
+    "TRANSFORMATIONS": "views",
+    "Recipe": "recipes",
+    "load_images": "data",
+    "save_encoder": "hub",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from .data import load_images
+    from .evaluation import EVALUATORS
+    from .hub import save_encoder
+    from .modeling import EquiSSLConfig, EquiSSLModel
+    from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+    from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+    from .recipes import Recipe
+    from .trainer import EquiSSLTrainer
+    from .training_arguments import EquiSSLTrainingArguments
+    from .views import TRANSFORMATIONS
+    from .views.pipelines import PIPELINES
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_auto_classes()

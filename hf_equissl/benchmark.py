@@ -1,0 +1,356 @@
+"""What the reconstruction costs: one training step with lambda > 0 against one with lambda = 0, and the loader's speed.
+
+Both steps are those of ``EquiSSLTrainer`` on one device: views (with the reconstruction targets where lambda > 0),
+forward, backward, optimizer. They take turns, so that whatever else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .data import ImageViewDataset
+from .data.decoding import ImageDecodeError, decode_image
+from .data.randomness import sample_generator
+from .pretraining import EquiSSLForPreTraining
+from .recipes import Recipe
+from .strict import RecipeError
+from .timing import Stopwatch, take_turns, timed
+from .trainer import EquiSSLTrainer
+from .views.collator import collate_views
+from .views.pipelines import ViewPipeline
+
+BASE, FULL = "lambda = 0", "lambda > 0"
+SIDES = (BASE, FULL)
+DTYPES = ("fp32", "bf16")
+# Time per step that L_recon adds to VICReg, ViT-S/16: 156 s per epoch become 179 s (arXiv 2503.18753, version 2).
+PAPER_OVERHEAD = 0.147
+AIM = PAPER_OVERHEAD / 2
+VIEWS, ENCODER, INVARIANCE, EQUIVARIANCE = "views", "encoder forward", "base loss forward", "reconstruction forward"
+SUM, BACKWARD, OPTIMIZER = "loss sum", "backward", "optimizer"
+PARTS = (VIEWS, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER)
+EQUIVARIANCE_BACKWARD = "reconstruction backward"
+MIB = 1024**2
+
+
+@dataclass
+class Side:
+    """One of the two trainings.
+
+    Attributes:
+        model, pipeline, optimizer: As the Trainer builds them from the recipe.
+        batch: Collated uint8 crops and draws, on the CPU.
+        device: Where the step runs.
+        max_grad_norm: Of the recipe; 0 does not clip.
+    """
+
+    model: EquiSSLForPreTraining
+    pipeline: ViewPipeline
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Tensor]
+    device: torch.device
+    max_grad_norm: float
+    stopwatch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.device)
+        hooked: list[tuple[str, nn.Module]] = [(ENCODER, self.model.student), (INVARIANCE, self.model.invariance)]
+        for name, module in (*hooked, *((EQUIVARIANCE, objective) for objective in self.model.equivariance)):
+            module.register_forward_hook(lambda *_, name=name: self.stopwatch.mark(name))
+
+    def step(self, dtype: str) -> dict[str, Any]:
+        """One training step; see ``Stopwatch.stop``."""
+        watch = self.stopwatch
+        watch.start()
+        views = self.views()
+        watch.mark(VIEWS)
+        with self.autocast(dtype):
+            loss = self.model(views=views).loss
+        watch.mark(SUM)
+        loss.backward()
+        watch.mark(BACKWARD)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.model.zero_grad()
+        watch.mark(OPTIMIZER)
+        return watch.stop()
+
+    def equivariance_alone(self, dtype: str) -> dict[str, Any]:
+        """The equivariance objectives on given tokens: their forward, and their backward up to those tokens."""
+        views, watch = self.views(), self.stopwatch
+        with torch.no_grad(), self.autocast(dtype):
+            given = self.model.encode(views)
+        hidden = {layer: tokens.detach().requires_grad_() for layer, tokens in given.hidden.items()}
+        given = replace(given, tokens=given.tokens.detach().requires_grad_(), hidden=hidden)
+        watch.start()
+        with self.autocast(dtype):
+            loss = sum((objective(given, None, views).loss for objective in self.model.equivariance), torch.zeros(()))
+        loss.backward()
+        watch.mark(EQUIVARIANCE_BACKWARD)
+        self.model.zero_grad()
+        return watch.stop()
+
+    def views(self) -> Any:
+        """The batch's views on the device, as ``EquiSSLTrainer`` makes them."""
+        return self.pipeline({key: tensor.to(self.device) for key, tensor in self.batch.items()})
+
+    def autocast(self, dtype: str) -> AbstractContextManager[Any]:
+        """Mixed precision as the Trainer has it with ``bf16``."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+    def create_optimizer_state(self) -> None:
+        """What the optimizer remembers, so that a first step is like any other."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.optimizer.step()
+        self.model.zero_grad()
+
+    def own_bytes(self) -> int:
+        """Weights, buffers and optimizer state."""
+        state = (value for entry in self.optimizer.state.values() for value in entry.values())
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def without_equivariance(recipe: Recipe) -> Recipe:
+    """The same recipe with lambda = 0: the base method on the same views."""
+    entries = [{**entry, "weight": 0.0} for entry in recipe.objectives.equivariance]
+    return replace(recipe, objectives=replace(recipe.objectives, equivariance=entries))
+
+
+def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Iterable[Image.Image]) -> Side:
+    """Model, pipeline, optimizer and one batch of crops.
+
+    Args:
+        recipe: What is trained.
+        batch_size: Images in the batch; ``images`` are repeated to fill it.
+        device: Where the step runs.
+        images: RGB.
+    """
+    args = recipe.build_training_arguments(
+        "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
+    )
+    model = EquiSSLForPreTraining(recipe.build_pretraining_config()).train().to(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer_class, arguments = EquiSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
+    pipeline = recipe.build_pipeline(model.needs)
+    return Side(
+        model=model,
+        pipeline=pipeline,
+        optimizer=optimizer_class(groups, **arguments),
+        batch=crop_batch(pipeline, list(images), batch_size),
+        device=device,
+        max_grad_norm=args.max_grad_norm or 0.0,
+    )
+
+
+def build_sides(
+    recipe: Recipe, batch_size: int, device: torch.device, images: Sequence[Image.Image]
+) -> dict[str, Side]:
+    """Both trainings, on the same crops.
+
+    Raises:
+        RecipeError: the recipe has no equivariance objective with a weight above 0.
+    """
+    if not any(entry.get("weight", 1.0) > 0 for entry in recipe.objectives.equivariance):
+        raise RecipeError(
+            f"{recipe.name} has no equivariance objective with a weight above 0, so there is nothing to compare. "
+            "Choose a recipe with one, e.g. --recipe vits16_vicreg_rot."
+        )
+    recipes = {BASE: without_equivariance(recipe), FULL: recipe}
+    return {name: build_side(recipes[name], batch_size, device, images) for name in SIDES}
+
+
+def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size: int) -> dict[str, Tensor]:
+    """A collated batch of ``batch_size`` crops of ``images``, the same ones each time."""
+    samples = []
+    for index in range(batch_size):
+        rng = sample_generator(0, 0, index)
+        draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
+        samples.append({"draws": draws, **pipeline.crop(images[index % len(images)], rng), "index": index})
+    return {key: value for key, value in collate_views(samples).items() if isinstance(value, Tensor)}
+
+
+def synthetic_images(count: int, size: int) -> list[Image.Image]:
+    """Smooth coloured noise, ``size`` + 1/7 x ``size`` pixels."""
+    rng = np.random.default_rng(0)
+    noise = (rng.integers(0, 256, (7, 8, 3), dtype=np.uint8) for _ in range(count))
+    return [Image.fromarray(pixels).resize((size * 8 // 7, size), Image.Resampling.BICUBIC) for pixels in noise]
+
+
+def first_images(dataset: ImageViewDataset, count: int) -> list[Image.Image]:
+    """The first ``count`` images that decode, or fewer.
+
+    Raises:
+        RecipeError: none does.
+    """
+    images = [image for _, image in islice(_decoded(dataset), count)]
+    if not images:
+        raise RecipeError("data: none of the images can be read.")
+    return images
+
+
+def _decoded(dataset: ImageViewDataset) -> Iterable[tuple[int, Image.Image]]:
+    for index in range(len(dataset)):
+        try:
+            yield index, decode_image(dataset.source.content(dataset.source.row(index)))
+        except ImageDecodeError:
+            continue
+
+
+def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, Any]:
+    """Steps of both sides in turn, after one of each that does not count.
+
+    Returns:
+        ``sides``: per side the medians ``wall``, ``cpu`` (process time, all threads), ``parts`` and ``cpu_parts`` and
+        the fastest ``wall_min``, in seconds. ``ratios`` and ``cpu_ratios``: full over base, per repeat. ``overhead``
+        and ``cpu_overhead``: their medians minus 1. ``parts_overhead`` and ``parts_cpu_overhead``: the same from what
+        the reconstruction adds where it adds something (more views, its forward and its backward alone, more weights).
+    """
+    runs = take_turns({name: lambda side=side: side.step(dtype) for name, side in sides.items()}, repeats)
+    full = sides[FULL]
+    alone = [full.equivariance_alone(dtype) for _ in range(repeats + 1)][1:]
+    backward = {key: median(run[key][EQUIVARIANCE_BACKWARD] for run in alone) for key in ("parts", "cpu_parts")}
+    result: dict[str, Any] = {"sides": {}}
+    for name in SIDES:
+        result["sides"][name] = summary = {
+            "wall": median(run["wall"] for run in runs[name]),
+            "wall_min": min(run["wall"] for run in runs[name]),
+            "cpu": median(run["cpu"] for run in runs[name]),
+        }
+        for key in ("parts", "cpu_parts"):
+            summary[key] = {part: median(run[key].get(part, 0.0) for run in runs[name]) for part in PARTS}
+            summary[key][EQUIVARIANCE_BACKWARD] = backward[key] if name == FULL else 0.0
+    for prefix, total, parts in (("", "wall", "parts"), ("cpu_", "cpu", "cpu_parts")):
+        ratios = [with_it[total] / without[total] for with_it, without in zip(runs[FULL], runs[BASE], strict=True)]
+        result[f"{prefix}ratios"] = ratios
+        result[f"{prefix}overhead"] = median(ratios) - 1
+        base, more = result["sides"][BASE], result["sides"][FULL][parts]
+        added = more[EQUIVARIANCE] + more[EQUIVARIANCE_BACKWARD]
+        added += sum(more[part] - base[parts][part] for part in (VIEWS, OPTIMIZER))
+        result[f"parts_{prefix}overhead"] = added / base[total]
+    return result
+
+
+def peak_memory(recipe: Recipe, sides: dict[str, Side], dtype: str) -> dict[str, float] | str:
+    """Largest memory of one step of each side in MiB, weights and optimizer state included; or why it is not known.
+
+    On CUDA what PyTorch has allocated. On a CPU the resident memory of a process of its own, above what that process
+    held before the model was built.
+    """
+    device = sides[FULL].device
+    if device.type == "cuda":
+        others = {BASE: sides[FULL], FULL: sides[BASE]}
+        return {name: _cuda_peak(side, others[name], dtype) for name, side in sides.items()}
+    if device.type != "cpu" or not Path("/proc/self/status").exists():
+        return f"not measured: no counter for {device.type} on {platform.system()}"
+    recipes = {BASE: without_equivariance(recipe), FULL: recipe}
+    batch_size = len(sides[FULL].batch["draws"])
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        arguments = {name: (recipes[name], batch_size, dtype, torch.get_num_threads()) for name in SIDES}
+        return {name: pool.apply(_process_peak, arguments[name]) for name in SIDES}
+
+
+def _cuda_peak(side: Side, other: Side, dtype: str) -> float:
+    side.create_optimizer_state()
+    torch.cuda.reset_peak_memory_stats(side.device)
+    side.step(dtype)
+    return (torch.cuda.max_memory_allocated(side.device) - other.own_bytes()) / MIB
+
+
+def _process_peak(recipe: Recipe, batch_size: int, dtype: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    size = recipe.build_encoder_config().image_size
+    images = synthetic_images(min(batch_size, 4), max(size if isinstance(size, tuple | list) else (size,)))
+    before = _resident_peak()
+    side = build_side(recipe, batch_size, torch.device("cpu"), images)
+    side.create_optimizer_state()
+    side.step(dtype)
+    return _resident_peak() - before
+
+
+def _resident_peak() -> float:
+    """Largest resident memory of this process so far, MiB. ``getrusage`` would count the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+class _CropRecorder:
+    """Stands for an image of ``size`` and writes down which crops are cut."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.crops: list[tuple[tuple[int, int], int, Any]] = []
+
+    def resize(self, size: tuple[int, int], resample: int, box: Any) -> np.ndarray:
+        """Note the crop; the pixels do not matter."""
+        self.crops.append((size, resample, box))
+        return np.zeros((size[1], size[0], 3), dtype=np.uint8)
+
+
+def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_size: int) -> dict[str, Any]:
+    """Images per second of the loader in this process, one thread, beside a plain loop that cuts the same crops.
+
+    The loader reads rows, decodes, draws, crops and collates. The plain loop has bytes and boxes ready and does no more
+    than ``Image.open``, ``convert``, ``resize`` and ``numpy.asarray``: it bounds what a loader can reach.
+
+    Returns:
+        ``images``; ``loader`` and ``plain`` in images per second by the clock, ``cpu_loader`` and ``cpu_plain`` of
+        processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
+    """
+    keys, encoded, crops = [], [], []
+    for index, image in islice(_decoded(dataset), num_images):
+        content = dataset.source.content(dataset.source.row(index))
+        with Image.open(BytesIO(content)) as plain:
+            if plain.size != image.size:  # turned by its EXIF block, which the plain loop would ignore
+                continue
+        recorder, rng = _CropRecorder(image.size), sample_generator(dataset.seed, 0, index)
+        rng.random(dataset.pipeline.num_draws, dtype=np.float32)
+        dataset.pipeline.crop(recorder, rng)  # type: ignore[arg-type]
+        keys.append((0, index))
+        encoded.append(content)
+        crops.append(recorder.crops)
+    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate_views)  # type: ignore[arg-type]
+
+    def read_all() -> None:
+        for _ in loader:
+            pass
+
+    def plain_loop() -> None:
+        for content, boxes in zip(encoded, crops, strict=True):
+            image = Image.open(BytesIO(content)).convert("RGB")
+            for size, resample, box in boxes:
+                np.asarray(image.resize(size, resample, box))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = take_turns({"loader": lambda: timed(read_all), "plain": lambda: timed(plain_loop)}, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    result: dict[str, Any] = {"images": len(keys)}
+    for prefix, key in (("", "wall"), ("cpu_", "cpu")):
+        for name, rounds in runs.items():
+            result[f"{prefix}{name}"] = len(keys) / median(seconds[key] for seconds in rounds)
+        pairs = zip(runs["plain"], runs["loader"], strict=True)
+        result[f"{prefix}ratio"] = median(plain[key] / own[key] for plain, own in pairs)
+    return result

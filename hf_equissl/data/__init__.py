@@ -1,0 +1,24 @@
+"""Images from anywhere to batches of cropped views."""
+
+from __future__ import annotations
+
+from .dataset import EpochSampler, ImageViewDataset, SkippedImage, StreamingViewDataset
+from .decoding import decode_image
+from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages
+from .health import SkippedImages
+from .sources import ImageInfo, ImageSource, load_images
+
+__all__ = [
+    "EpochSampler",
+    "ImageDecodeError",
+    "ImageInfo",
+    "ImageSource",
+    "ImageSourceError",
+    "ImageViewDataset",
+    "SkippedImage",
+    "SkippedImages",
+    "StreamingViewDataset",
+    "TooManyBadImages",
+    "decode_image",
+    "load_images",
+]

@@ -1,0 +1,15 @@
+"""What can go wrong with a source of images, as exceptions."""
+
+from __future__ import annotations
+
+
+class ImageSourceError(ValueError):
+    """A source of images does not exist, holds no images, or leaves open which column or split is meant."""
+
+
+class ImageDecodeError(ValueError):
+    """An image could not be read or decoded."""
+
+
+class TooManyBadImages(RuntimeError):
+    """The share of files that do not decode is larger than the run allows."""

@@ -1,0 +1,74 @@
+"""How many bad files a run puts up with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from .dataset import SkippedImage
+from .errors import TooManyBadImages
+
+logger = logging.getLogger(__name__)
+
+
+class SkippedImages:
+    """Counts the files that did not decode, in the training process, and stops the run when there are too many.
+
+    Each bad file is logged once. The share is that of distinct bad files among the images that this process has seen
+    (each image counted once). Few bad files early in a run say little, so nothing stops before ``min_bad`` of them,
+    except when all images were seen or none may be bad (``max_share=0``).
+
+    Args:
+        max_share: Largest share that is put up with, in [0, 1]; 1 never stops.
+        min_bad: Distinct bad files before the share is judged.
+        num_images: Images in the data set, where that is known.
+
+    Attributes:
+        bad: Names of the bad files, with the reasons.
+        seen: Images seen so far.
+    """
+
+    def __init__(self, max_share: float = 0.01, *, min_bad: int = 10, num_images: int | None = None) -> None:
+        if not 0.0 <= max_share <= 1.0:
+            raise ValueError(f"max_share is {max_share}, expected a share in [0, 1].")
+        self.max_share, self.min_bad, self.num_images = max_share, min_bad, num_images
+        self.bad: dict[str, str] = {}
+        self.seen = 0
+
+    @property
+    def count(self) -> int:
+        """Distinct bad files."""
+        return len(self.bad)
+
+    @property
+    def share(self) -> float:
+        """Distinct bad files among the images seen."""
+        return self.count / max(1, self._distinct_seen())
+
+    def update(self, skipped: Iterable[SkippedImage], seen: int) -> None:
+        """Add one batch.
+
+        Args:
+            skipped: The batch's ``skipped``.
+            seen: Images in the batch, B.
+
+        Raises:
+            TooManyBadImages: The share is above ``max_share``.
+        """
+        skipped = list(skipped)
+        self.seen += seen + len(skipped)
+        for item in skipped:
+            if item.name not in self.bad:
+                self.bad[item.name] = item.reason
+                logger.warning("Skipped %s: %s", item.name, item.reason)
+        enough = self.count >= self.min_bad or self.max_share == 0.0 or self._distinct_seen() == self.num_images
+        if skipped and enough and self.share > self.max_share:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.bad.items())[:10])
+            raise TooManyBadImages(
+                f"{self.count} of {self._distinct_seen()} images seen ({self.share:.1%}) did not decode; "
+                f"{self.max_share:.1%} are allowed. The first:\n{listed}\n"
+                "Repair or remove these files, or raise the limit (max_share) if their loss is acceptable."
+            )
+
+    def _distinct_seen(self) -> int:
+        return self.seen if self.num_images is None else min(self.seen, self.num_images)

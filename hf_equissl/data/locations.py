@@ -1,0 +1,255 @@
+"""Files, folders, patterns, addresses and Hub names to rows of ``datasets``, whatever their columns."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
+
+from hf_equissl.strict import nearest
+
+from .columns import IMAGE_SUFFIXES
+from .errors import ImageSourceError
+
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+_SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
+_SPLIT_FOLDERS["validation"] = "validation"
+# Shards of a streamed list of files: enough for the workers of one machine.
+_LIST_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows, and the folder where relative paths in them start."""
+
+    rows: Dataset | IterableDataset
+    root: Path | None = None
+
+
+def open_dataset(
+    source: str, *, split: str, streaming: bool, cache_dir: Any, num_proc: int | None, **hub: Any
+) -> Opened:
+    """Open whatever ``source`` names; see ``load_images``.
+
+    Args:
+        source: File, folder, glob pattern, address or Hub name.
+        split: Name of a split, unless streaming also a slice or a sum of them.
+        streaming: Rows as an ``IterableDataset``.
+        cache_dir, num_proc: For ``datasets``.
+        **hub: ``config_name`` and ``revision`` of a Hub data set.
+
+    Raises:
+        ImageSourceError: It does not exist, is of an unknown kind, is broken, or has no such split.
+    """
+    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir, "num_proc": num_proc}
+    path = Path(source).expanduser()
+    if "://" in source or (not path.exists() and any(sign in source for sign in "*?[")):
+        if "://" not in source:
+            _check_pattern(path, source)
+        return _open_files(source, str(path) if "://" not in source else source, options)
+    if path.is_file():
+        return _open_files(source, str(path), options)
+    if path.is_dir():
+        return _open_folder(source, path, options, hub)
+    _check_hub_name(source)
+    return Opened(_build(source, source, options, name=hub["config_name"], revision=hub["revision"]))
+
+
+def _open_files(source: str, files: str, options: Mapping[str, Any]) -> Opened:
+    suffix = Path(files.split("?")[0] if "://" in files else files).suffix.lower()
+    if suffix not in _BUILDERS:
+        raise ImageSourceError(
+            f"{source}: files of type {suffix or 'unknown'!r} hold no data set. Expected "
+            f"{', '.join(_BUILDERS)}, or a folder."
+        )
+    root = None if "://" in files else Path(files).parent
+    return Opened(_build(source, _BUILDERS[suffix], options, data_files=files), root)
+
+
+def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return Opened(_open_saved(source, path, options), path)
+    files, kinds = _walk(path)
+    if not kinds:
+        raise ImageSourceError(
+            f"{source}: the folder holds no images and no data set. Expected image files "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}), {', '.join(_BUILDERS)} files, or a folder written by save_to_disk."
+        )
+    # Like datasets: what most files are. An archive beside a million images is not the data set.
+    kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
+    if kind == "images":
+        return Opened(_open_images(source, files, options), path)
+    return Opened(_build(source, str(path), options, name=hub["config_name"]), path)
+
+
+def _walk(root: Path) -> tuple[list[str], Counter[str]]:
+    """Image files below ``root``, as relative paths in order, and the number of files per kind. Links are followed."""
+    images: list[str] = []
+    kinds: Counter[str] = Counter()
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # A link that leads back up.
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        prefix = os.path.relpath(folder, root)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
+                images.append(name if prefix == "." else os.path.join(prefix, name))
+            elif suffix in _BUILDERS:
+                kinds[_BUILDERS[suffix]] += 1
+    if images:
+        kinds["images"] = len(images)
+    return sorted(images), kinds
+
+
+def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> Dataset | IterableDataset:
+    """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
+    tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        top = file.split(os.sep)[0]
+        if tops & set(_SPLIT_FOLDERS):
+            # Folders beside train and val are splits of their own.
+            splits.setdefault(_SPLIT_FOLDERS.get(top, top) if os.sep in file else "train", []).append(file)
+        else:
+            splits.setdefault("train", []).append(file)
+    wanted = options["split"]
+    names = {_SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
+    _check_splits(source, names, splits)
+    for canonical, written in names.items():
+        wanted = wanted.replace(written, canonical)
+    depth = 1 if tops & set(_SPLIT_FOLDERS) else 0
+    rows = _take(source, wanted, {name: _list_of_images(splits[name], depth) for name in names})
+    return _stream(rows) if options["streaming"] else rows
+
+
+def _list_of_images(files: list[str], depth: int) -> Dataset:
+    """Rows of paths, with the folder at ``depth`` as class if every file has one."""
+    parts = [file.split(os.sep) for file in files]
+    columns: dict[str, list[Any]] = {"image": files}
+    features: dict[str, Any] = {"image": datasets.Value("string")}
+    if all(len(part) > depth + 1 for part in parts):
+        classes = sorted({part[depth] for part in parts})
+        number = {name: index for index, name in enumerate(classes)}
+        columns["label"] = [number[part[depth]] for part in parts]
+        features["label"] = datasets.ClassLabel(names=classes)
+    return Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset | IterableDataset:
+    """A folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise _broken(source, error) from error
+    if isinstance(saved, Dataset):
+        # One set: it answers to its own name, and to the default.
+        saved = DatasetDict({name: saved for name in {str(saved.split or "train"), "train"}})
+    rows = _take(source, options["split"], saved)
+    return _stream(rows) if options["streaming"] else rows
+
+
+def _build(source: str, path: str, options: Mapping[str, Any], **arguments: Any) -> Dataset | IterableDataset:
+    """Rows by one of the builders of ``datasets``."""
+    split = options["split"]
+    try:
+        builder = datasets.load_dataset_builder(path, cache_dir=options["cache_dir"], **arguments)
+    except Exception as error:
+        raise (
+            _broken(source, error) if os.path.exists(path) or "data_files" in arguments else _not_found(source, error)
+        ) from error
+    # Files say their splits by their names; prepared data sets of the Hub by their card.
+    files = getattr(builder.config, "data_files", None)
+    known = [str(name) for name in (files or builder.info.splits or {})]
+    if known:
+        _check_splits(source, _split_names(split), known)
+    try:
+        if options["streaming"]:
+            if split not in known and known:
+                raise ImageSourceError(
+                    f"{source}: split is {split!r}, but a stream has no length to slice. Use one of {', '.join(known)}."
+                )
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare(num_proc=options["num_proc"])
+        return builder.as_dataset(split=split)
+    except ImageSourceError:
+        raise
+    except Exception as error:
+        raise _broken(source, error.__cause__ or error) from error
+
+
+def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:
+    """The rows that ``split`` names: ``train``, ``train[:10%]``, ``train+test``."""
+    _check_splits(source, _split_names(split), sets)
+    if split in sets:
+        return sets[split]
+    instructions = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in sets.items()})
+    return datasets.concatenate_datasets([sets[i.splitname].select(range(i.from_, i.to)) for i in instructions])
+
+
+def _stream(rows: Dataset) -> IterableDataset:
+    return rows.to_iterable_dataset(num_shards=max(1, min(_LIST_SHARDS, len(rows))))
+
+
+def _split_names(split: str) -> list[str]:
+    return [part.split("[")[0].strip() for part in split.split("+")]
+
+
+def _check_splits(source: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ImageSourceError(f"{source}: there is no split {name!r}.{hint} Splits: {', '.join(known)}.")
+
+
+def _check_pattern(path: Path, source: str) -> None:
+    anchor = Path(path.anchor) if path.is_absolute() else Path()
+    pattern = str(path.relative_to(anchor)) if path.is_absolute() else str(path)
+    if next(anchor.glob(pattern), None) is None:
+        raise ImageSourceError(f"{source}: no file matches this pattern, seen from {Path.cwd()}.")
+
+
+def _check_hub_name(source: str) -> None:
+    """Refuse what can only be meant as a path, without asking the network."""
+    looks_local = (
+        source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in _BUILDERS
+    )
+    if looks_local or "\\" in source:
+        raise ImageSourceError(
+            f"{source}: no such file or folder, seen from {Path.cwd()}, and not the name of a data set on the Hub "
+            "(owner/name)."
+        )
+
+
+def _not_found(source: str, error: BaseException) -> ImageSourceError:
+    offline = datasets.config.HF_HUB_OFFLINE
+    hint = (
+        "HF_HUB_OFFLINE is set: unset it, or give a local path."
+        if offline
+        else "Check the name, your connection and, for private or gated sets, your login."
+    )
+    return ImageSourceError(
+        f"{source}: neither a path that exists here (seen from {Path.cwd()}) nor a data set that could be loaded from "
+        f"the Hub ({type(error).__name__}: {error}). {hint}"
+    )
+
+
+def _broken(source: str, error: BaseException) -> ImageSourceError:
+    return ImageSourceError(
+        f"{source}: the files cannot be read ({type(error).__name__}: {error}). Check that they are complete and of "
+        "the type that their name says."
+    )

@@ -1,0 +1,244 @@
+"""One string that says where images are, turned into a data set that training can read."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import datasets
+import fsspec
+
+from .columns import find_image_column, find_label_column
+from .decoding import decode_image, open_image
+from .errors import ImageDecodeError, ImageSourceError
+from .locations import open_dataset
+
+__all__ = ["ImageInfo", "ImageSource", "load_images"]
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+class ImageInfo(NamedTuple):
+    """One image as stored: its name, size in pixels and Pillow mode."""
+
+    name: str
+    width: int
+    height: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images, still encoded, and how to get at them.
+
+    Attributes:
+        dataset: Only the image and label columns; images are not decoded.
+        name: What the user wrote, and the split.
+        image_column, label_column: Names; no label column where there are no labels.
+        num_classes: Of a ``ClassLabel`` column, else ``None``.
+        root: Where relative paths in a column of paths start.
+    """
+
+    dataset: Rows
+    name: str
+    image_column: str
+    label_column: str | None = None
+    num_classes: int | None = None
+    root: Path | None = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows can only be read one after the other."""
+        return isinstance(self.dataset, datasets.IterableDataset)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Images, ``None`` where a stream does not say."""
+        return None if isinstance(self.dataset, datasets.IterableDataset) else self.dataset.num_rows
+
+    def __len__(self) -> int:
+        """Images.
+
+        Raises:
+            TypeError: The source is streamed.
+        """
+        if self.num_rows is None:
+            raise TypeError(f"{self.name} is streamed and has no length. Set training.max_steps.")
+        return self.num_rows
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row."""
+        return self.dataset[index]
+
+    def content(self, row: Mapping[str, Any]) -> bytes:
+        """A row's image as encoded bytes, read from its path or address if the row does not hold them.
+
+        Raises:
+            ImageDecodeError: There is nothing, or it cannot be read.
+        """
+        value = row[self.image_column]
+        if isinstance(value, Mapping):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not value:
+            raise ImageDecodeError("The row holds no image.")
+        try:
+            if "://" in value:
+                with fsspec.open(value, "rb") as file:
+                    return file.read()
+            with open(self.root / value if self.root else value, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
+
+    def label(self, row: Mapping[str, Any]) -> int | None:
+        """A row's class, if there are classes."""
+        return row[self.label_column] if self.label_column else None
+
+    def item_name(self, row: Mapping[str, Any], index: int | None = None) -> str:
+        """What to call a row's image in messages: its path, or the source and the row number."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(path, str) and path:
+            if self.root is not None and (self.root / path).exists():
+                return str(self.root / path)
+            return path if index is None or os.path.isabs(path) else f"{path} ({self.name}, row {index})"
+        return f"{self.name}, row {index}" if index is not None else f"{self.name}, an image without a name"
+
+    def check(self, count: int = 8) -> list[ImageInfo]:
+        """Decode the first ``count`` images.
+
+        Returns:
+            Those that decode.
+
+        Raises:
+            ImageDecodeError: None of them does.
+        """
+        good, bad = [], []
+        for index, row in enumerate(self._first(count)):
+            name = self.item_name(row, index)
+            try:
+                content = self.content(row)
+                decode_image(content)
+                stored = open_image(content)
+                good.append(ImageInfo(name, *stored.size, stored.mode))
+            except ImageDecodeError as error:
+                bad.append(f"{name} ({error})")
+        if not good:
+            raise ImageDecodeError(f"{self.name}: none of the first {len(bad)} images decodes: {'; '.join(bad)}")
+        return good
+
+    def describe(self) -> str:
+        """One line for people."""
+        count = "a stream of images" if self.num_rows is None else f"{self.num_rows} images"
+        label = f"labels {self.label_column!r}" if self.label_column else "no labels"
+        return f"{self.name}: {count} in column {self.image_column!r}, {label}"
+
+    def _first(self, count: int) -> Iterator[dict[str, Any]]:
+        return itertools.islice(iter(self.dataset), count)
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    config_name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    num_proc: int | None = None,
+) -> ImageSource:
+    """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
+
+    ``source`` is one of
+    - a data set on the Hub (``owner/name``),
+    - a folder of images: flat, or one sub-folder per class (then there are labels), with or without ``train``, ``val``,
+      ``test`` above; only paths are listed, nothing is copied,
+    - a ``.parquet`` or ``.arrow`` file, a folder with such files, or a glob pattern,
+    - a folder written by ``save_to_disk``,
+    - a WebDataset ``.tar`` shard, a folder or a glob pattern of shards, or the address of one (``https://``, ``hf://``).
+
+    Without streaming, ``datasets`` converts parquet files and tar shards once into its cache, which takes as much space
+    as they do; with ``streaming=True`` they are read where they are.
+
+    Args:
+        source: See above.
+        split: Name of a split; unless streaming, also a slice such as ``train[:10%]``.
+        column: Column with the images, if there are several.
+        label_column: Column with the classes; found by itself where there is one ``ClassLabel``.
+        streaming: Read rows one after the other instead of by index.
+        config_name, revision: Of a Hub data set.
+        cache_dir: For ``datasets``; default its own.
+        num_proc: Processes for the conversion.
+
+    Raises:
+        ImageSourceError: Source, split or column do not exist, leave a choice open, or cannot be read; or there are no
+            images.
+    """
+    source = os.fspath(source)
+    name = f"{source} ({split})"
+    with _quiet_unless_first_rank():
+        opened = open_dataset(
+            source,
+            split=split,
+            streaming=streaming,
+            config_name=config_name,
+            revision=revision,
+            cache_dir=cache_dir,
+            num_proc=num_proc,
+        )
+    rows = opened.rows
+    features, row = _features_and_first_row(rows, name)
+    image_column = find_image_column(features, row, column, name)
+    label_column = find_label_column(features, label_column, name)
+    rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
+    if isinstance(features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    classes = features[label_column] if label_column else None
+    return ImageSource(
+        dataset=rows,
+        name=name,
+        image_column=image_column,
+        label_column=label_column,
+        num_classes=classes.num_classes if isinstance(classes, datasets.ClassLabel) else None,
+        root=opened.root,
+    )
+
+
+def _features_and_first_row(rows: Rows, name: str) -> tuple[datasets.Features, dict[str, Any]]:
+    """Column types, and the first row with its images not decoded."""
+    features = rows.features
+    raw = rows
+    for column, feature in (features or {}).items():
+        if isinstance(feature, datasets.Image):
+            raw = raw.cast_column(column, datasets.Image(decode=False))
+    try:
+        row = next(iter(raw), None)
+    except Exception as error:  # Readers of every format raise their own.
+        raise ImageSourceError(f"{name}: the first row cannot be read: {type(error).__name__}: {error}") from error
+    if row is None:
+        raise ImageSourceError(f"{name} holds no rows. Point data.source at the images, or choose another split.")
+    if features is None:  # Streams of some formats know their columns only once they are read.
+        features = datasets.Dataset.from_list([row]).features
+    return features, row
+
+
+@contextmanager
+def _quiet_unless_first_rank() -> Iterator[None]:
+    """No progress bars of ``datasets`` on ranks other than 0."""
+    quiet = int(os.environ.get("RANK", "0")) != 0 and datasets.is_progress_bar_enabled()
+    if quiet:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()

@@ -1,0 +1,171 @@
+"""The report of ``--dry_run``: what would be trained and what it would cost, and the first views as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .launch import GIB, Run
+from .planning import Cost, Schedule, batch_of
+from .views.base import Views
+from .views.pipelines import ViewPipeline
+
+PICTURE = "views.png"
+PICTURE_ROWS = 6
+SMALLEST_CELL = 96  # pixels; smaller views are enlarged by whole factors so that people see something
+HEADING = 14
+GAP = 2
+
+
+def dry_run_report(run: Run) -> str:
+    """Everything that a person would want to know before starting ``run``."""
+    cost = run.cost()
+    sections = {
+        f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
+        "Batch, learning rate, steps": _schedule_lines(run),
+        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.first, run.plan.per_device)],
+        "Encoder": _encoder_lines(run),
+        "Parameters and compute": _cost_lines(cost, run.plan),
+        "Memory of one device (estimate)": _memory_lines(run, cost),
+        "Logged loss parts": [", ".join(cost.logs)],
+        "Data": _data_lines(run),
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+
+def save_picture(views: Views, pipeline: ViewPipeline, path: str | Path) -> Path:
+    """A grid of the first images: one row each; its views, then the reconstruction targets."""
+    columns = [(f"view {number}", crop) for number, crop in enumerate(views.global_crops, start=1)]
+    if views.intermediate_images is not None:
+        fractions = pipeline.needs.fractions
+        targets = views.intermediate_images.unbind(1)
+        columns += [(f"target {fraction:.2f} g", t) for fraction, t in zip(fractions, targets, strict=True)]
+    columns += [(f"local {number}", crop) for number, crop in enumerate(views.local_crops or (), start=1)]
+    rows = min(PICTURE_ROWS, views.batch_size)
+    cell = max(crop.shape[-1] for _, crop in columns)
+    cell *= max(1, -(-SMALLEST_CELL // cell))
+    sheet = Image.new("RGB", (len(columns) * (cell + GAP), HEADING + rows * (cell + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (title, crops) in enumerate(columns):
+        pen.text((column * (cell + GAP) + 2, 1), title, fill="black")
+        for row in range(rows):
+            tile = _to_image(crops[row], pipeline).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (column * (cell + GAP), HEADING + row * (cell + GAP)))
+    sheet.save(path)
+    return Path(path)
+
+
+def _to_image(crop: Tensor, pipeline: ViewPipeline) -> Image.Image:
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (pipeline.image_mean, pipeline.image_std))
+    pixels = (crop.cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _schedule_lines(run: Run) -> list[str]:
+    plan, args = run.plan, run.args
+    decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    lines = [
+        f"batch          {plan.per_device} per device x {plan.processes} processes x accumulation {plan.accumulation} "
+        f"= {plan.batch} images per step",
+        f"learning rate  {_learning_rate(run)}, then {decay}",
+    ]
+    if plan.images is not None:
+        lines.append(f"epoch          {plan.images} images / {plan.batch} = {plan.steps_per_epoch} steps")
+    if plan.steps:
+        epochs = f" = {plan.epochs:.4g} epochs" if plan.epochs else ""
+        lines.append(f"steps          {plan.steps}{epochs}, the first {plan.warmup_steps} warm up")
+    else:
+        lines.append(f"steps          {args.num_train_epochs:g} epochs; how many steps follows from the data (--data)")
+    expected = run.recipe.num_processes
+    if expected and expected != plan.processes:
+        lines.append(f"note           written for {expected} processes: --num_processes {expected} plans with them")
+    return lines
+
+
+def _learning_rate(run: Run) -> str:
+    args, plan = run.args, run.plan
+    if args.base_learning_rate is None or args.learning_rate_scaling == "none":
+        return f"{plan.learning_rate:.4g}"
+    ratio = f"{plan.batch}/{args.learning_rate_reference_batch}"
+    rule = f"sqrt({ratio})" if args.learning_rate_scaling == "sqrt" else ratio
+    return f"{args.base_learning_rate:g} x {rule} = {plan.learning_rate:.4g}"
+
+
+def _shape_lines(views: Views, batch: int) -> list[str]:
+    lines = ["shapes for the batch of one device:"]
+    with torch.device("meta"):
+        views = batch_of(views, batch)
+    for item in fields(Views):
+        value = getattr(views, item.name)
+        for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+            if tensor is not None:
+                name = f"{item.name}.{key}" if key else item.name
+                lines.append(f"  {name:<24} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    return lines
+
+
+def _encoder_lines(run: Run) -> list[str]:
+    config = run.config.encoder
+    stem = "no stem"
+    if config.feature_size is not None:
+        stem = f"stem {config.feature_size} = {config.invariant_size} invariant + {config.equivariant_size} equivariant"
+    return [
+        f"ViT: width {config.hidden_size}, {config.num_hidden_layers} blocks, {config.num_attention_heads} heads, "
+        f"patch {config.patch_size}, image {config.image_size}, registers {config.num_register_tokens}",
+        stem,
+    ]
+
+
+def _cost_lines(cost: Cost, plan: Schedule) -> list[str]:
+    rows = [("", "parameters", "trained", "GFLOP/image", "share")]
+    for part in cost.parts:
+        share = f"{part.flops / cost.flops:.1%}" if cost.flops else ""
+        rows.append((part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.flops / 1e9:.3f}", share))
+    rows.append(("together", f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.flops / 1e9:.3f}", ""))
+    device = cost.flops * plan.per_device * plan.accumulation / 1e12
+    return [
+        *_table(rows),
+        f"forward and backward; per step {device:.3f} TFLOP on a device, {device * plan.processes:.3f} TFLOP on all",
+    ]
+
+
+def _memory_lines(run: Run, cost: Cost) -> list[str]:
+    memory = cost.memory(distributed=run.plan.processes > 1)
+    rows = [(name, _size(value)) for name, value in memory.items()]
+    rows.append(("together", _size(sum(memory.values()))))
+    precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
+    lines = [*_table(rows), f"activations: what the backward pass keeps, {precision}, {run.plan.per_device} images"]
+    if run.args.gradient_checkpointing:
+        lines.append("gradient checkpointing: one block's activations come on top while it is computed again")
+    if run.args.fsdp or run.args.deepspeed:
+        lines.append("sharding is not taken into account")
+    return lines
+
+
+def _data_lines(run: Run) -> list[str]:
+    if run.dataset is None:
+        return ["none named (--data): shapes were found with blank images"]
+    size = "a stream" if run.plan.images is None else f"{run.plan.images} images"
+    lines = [f"{run.recipe.data['source']}: {size}; the first {run.first.batch_size} were decoded"]
+    if run.unreadable:
+        lines.append(f"not readable and replaced: {', '.join(run.unreadable)}")
+    return lines
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in cells).rstrip()
+        for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    ]
+
+
+def _size(number: int) -> str:
+    return f"{number / GIB:.3f} GiB" if number >= GIB / 10 else f"{number / 1024**2:.2f} MiB"

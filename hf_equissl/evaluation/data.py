@@ -1,0 +1,138 @@
+"""From a source of images to what evaluators are given: splits, fixed subsets, labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_equissl.data import ImageSource, ImageSourceError, load_images
+
+from .images import EvaluationData, ImageSet
+
+logger = logging.getLogger(__name__)
+
+TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
+HELD_OUT = 0.1
+
+
+class _SourceRows(Sequence[Any]):
+    """Encoded images of some rows of a source, read when they are asked for."""
+
+    def __init__(self, source: ImageSource, rows: np.ndarray) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.source.content(self.source.row(int(self.rows[position])))
+
+
+def load_evaluation_data(
+    source: str,
+    *,
+    train_split: str = "train",
+    test_split: str | None = None,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    subset_seed: int = 0,
+    num_workers: int = 0,
+    cache_bytes: int = 4 << 30,
+    progress: bool = True,
+    **source_options: Any,
+) -> EvaluationData:
+    """Training and test images of a source.
+
+    Args:
+        source: Whatever ``hf_equissl.data.load_images`` reads: Hub id, parquet, image folder, stream, ...
+        train_split: Split on which probes are fitted.
+        test_split: Split on which they are judged; ``None``: the first of test, validation, val that exists, otherwise
+            a tenth of the training split is held out.
+        train_images: Use a fixed random subset of this size (of a stream: its first images); ``None``: all.
+        test_images: Likewise.
+        subset_seed: Seed of both subsets and of what is held out.
+        num_workers: Processes that decode; 0: this one.
+        cache_bytes: Base images are kept in memory up to this size per split.
+        progress: Whether to show bars.
+        **source_options: Further arguments of ``load_images``: ``column``, ``label_column``, ``config_name``, ...
+
+    Raises:
+        ValueError: if the source, a split or a column does not exist, or if subsets are empty.
+    """
+    for name, count in (("train_images", train_images), ("test_images", test_images)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    train = load_images(source, split=train_split, **source_options)
+    test = _load_test(source, train_split, test_split, source_options)
+    options = {"num_workers": num_workers, "cache_bytes": cache_bytes, "progress": progress}
+    if test is not None:
+        return EvaluationData(
+            image_set(train, source, train_split, train_images, subset_seed, **options),
+            image_set(test[0], source, test[1], test_images, subset_seed, **options),
+        )
+    if train.streaming:
+        raise ValueError(f"{source!r} is streamed and has no test split: name one with test_split (--test_split).")
+    order = np.random.default_rng(subset_seed).permutation(len(train))
+    count = min(test_images or max(1, round(HELD_OUT * len(train))), len(train) - 1)
+    if count < 1:
+        raise ValueError(
+            f"{source!r} has {len(train)} image(s) in {train_split!r}: too few to hold some out for testing."
+        )
+    kept = np.sort(order[count:][:train_images])
+    return EvaluationData(
+        _of_rows(train, kept, source, f"{train_split} (without held-out)", **options),
+        _of_rows(train, np.sort(order[:count]), source, f"{train_split} (held-out)", **options),
+    )
+
+
+def _load_test(
+    source: str, train_split: str, test_split: str | None, options: dict[str, Any]
+) -> tuple[ImageSource, str] | None:
+    """The test split and its name, or ``None`` where there is none."""
+    if test_split is not None:
+        return load_images(source, split=test_split, **options), test_split
+    for split in TEST_SPLITS:
+        if split != train_split:
+            try:
+                return load_images(source, split=split, **options), split
+            except ImageSourceError as error:
+                logger.debug("No %s split: %s", split, error)
+    logger.info("%s has no test split: a tenth of %s is held out.", source, train_split)
+    return None
+
+
+def image_set(
+    images: ImageSource, dataset: str, split: str, limit: int | None = None, subset_seed: int = 0, **options: Any
+) -> ImageSet:
+    """An ``ImageSet`` of a source, or of a fixed random subset of ``limit`` images (of a stream: the first ones)."""
+    if images.streaming:
+        rows = list(islice(iter(images.dataset), limit))
+        labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
+        return ImageSet([row[images.image_column] for row in rows], labels, dataset, split, **options)
+    order = np.arange(len(images))
+    if limit is not None and limit < len(images):
+        order = np.sort(np.random.default_rng(subset_seed).permutation(len(images))[:limit])
+    return _of_rows(images, order, dataset, split, **options)
+
+
+def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
+    return ImageSet(_SourceRows(images, rows), _labels(images, rows), dataset, split, **options)
+
+
+def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:
+    """Labels of some rows, read without touching the images."""
+    if images.label_column is None:
+        return None
+    values = images.dataset.select_columns([images.label_column])[:][images.label_column]
+    return _as_labels(values)[torch.from_numpy(rows)]
+
+
+def _as_labels(values: Sequence[int | None]) -> Tensor:
+    """Missing labels as -1, the sign for "unlabelled" in public data sets."""
+    return torch.tensor([-1 if value is None else int(value) for value in values])

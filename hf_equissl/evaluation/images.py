@@ -1,0 +1,266 @@
+"""The images that evaluators look at: fixed subsets, base images, and features that are computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from hf_equissl.data import decode_image
+
+from .encoders import FrozenEncoder
+
+logger = logging.getLogger(__name__)
+
+RESIZE_RATIO = 256 / 224
+# What is computed and kept; "backbone" is put together from the first two when it is asked for.
+_PARTS = {"backbone": ("cls", "patches")}
+
+
+def base_image(image: Image.Image, size: int) -> Tensor:
+    """The base image I of an RGB picture: shorter side to 256/224 of ``size``, centre crop, nothing else.
+
+    A picture whose shorter side already is ``size`` keeps its pixels: enlarging a 32-pixel image by 8/7 and cutting
+    its border off would blur it and throw a quarter of it away.
+
+    Returns:
+        (3, size, size) uint8.
+    """
+    width, height = image.size
+    if min(width, height) != size:
+        side = round(size * RESIZE_RATIO)
+        scale = side / min(width, height)
+        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _BaseImages(Dataset[tuple[int, Tensor | None]]):
+    def __init__(self, images: Sequence[Any], size: int) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+        try:
+            return row, base_image(decode_image(self.images[row]), self.size)
+        except (OSError, ValueError):  # ImageDecodeError is one of them; the caller counts
+            return row, None
+
+
+class _Part(Sequence[Any]):
+    """Some rows of a sequence, read when they are asked for."""
+
+    def __init__(self, images: Sequence[Any], rows: list[int]) -> None:
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.images[self.rows[position]]
+
+
+def _identity(samples: list[tuple[int, Tensor | None]]) -> list[tuple[int, Tensor | None]]:
+    return samples
+
+
+@dataclass(eq=False)
+class ImageSet:
+    """A fixed list of images with or without labels, and the features of them that were computed so far.
+
+    Images that do not decode are left out (a warning says how many); more than ``max_bad_share`` of them is an error.
+
+    Attributes:
+        images: Rows that ``decode_image`` reads: encoded bytes, paths, PIL images, arrays.
+        labels: (n,) int64, or ``None``.
+        dataset: Name of the data set, for records.
+        split: Name of the split, for records.
+        cache_bytes: Base images are kept in memory (uint8) up to this size, and decoded on every pass above it.
+        num_workers: Processes that decode.
+        max_bad_share: Share of images that may fail to decode.
+        progress: Whether passes of an encoder show a bar.
+    """
+
+    images: Sequence[Any] = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+    dataset: str = "images"
+    split: str = "test"
+    cache_bytes: int = 4 << 30
+    num_workers: int = 0
+    max_bad_share: float = 0.01
+    progress: bool = True
+    _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
+    _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
+    _features: WeakKeyDictionary[FrozenEncoder, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise ValueError(f"The {self.split} split of {self.dataset!r} has no images.")
+        if self.labels is not None:
+            self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
+            if len(self.labels) != len(self.images):
+                raise ValueError(f"{len(self.labels)} labels for {len(self.images)} images.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
+        """A fixed random part of ``limit`` images; itself if it has no more. What is known of the whole is reused."""
+        if limit is None or limit >= len(self):
+            return self
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+        return replace(
+            self,
+            images=_Part(self.images, rows.tolist()),
+            labels=None if self.labels is None else self.labels[rows],
+            _parent=(self, rows),
+            _pixels={},
+            _features=WeakKeyDictionary(),
+        )
+
+    def require_labels(self, who: str) -> Tensor:
+        """Labels (n,), or a ``ValueError`` that says what to do."""
+        if self.labels is None:
+            raise ValueError(
+                f"{who} needs labels, and the {self.split} split of {self.dataset!r} has none. Name the column "
+                "(label_column=..., --label_column), use class folders, or leave this evaluator out."
+            )
+        known = self.labels >= 0
+        if not bool(known.all()):
+            raise ValueError(
+                f"{who} needs labels, and {int((~known).sum())} of {len(self)} images in the {self.split} split of "
+                f"{self.dataset!r} are unlabelled (-1). Give a split that is labelled throughout."
+            )
+        return self.labels
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (b,) and base images (b, 3, size, size) uint8, in order, without those that do not decode."""
+        if size not in self._pixels and self._parent is not None and size in self._parent[0]._pixels:
+            self._pixels[size] = self._part_of_pixels(size)
+        if size in self._pixels:
+            yield from self._pixels[size]
+            return
+        keep = len(self) * 3 * size * size <= self.cache_bytes
+        loader = DataLoader(
+            _BaseImages(self.images, size), batch_size=512, num_workers=self.num_workers, collate_fn=_identity
+        )
+        kept, bad = [], 0
+        for samples in loader:
+            good = [(row, pixels) for row, pixels in samples if pixels is not None]
+            bad += len(samples) - len(good)
+            if good:
+                batch = torch.tensor([row for row, _ in good]), torch.stack([pixels for _, pixels in good])
+                if keep:
+                    kept.append(batch)
+                yield batch
+        self._report(bad)
+        if keep:
+            self._pixels[size] = kept
+
+    def _part_of_pixels(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """This subset's share of its parent's decoded images, with its own row numbers."""
+        parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
+        rows = torch.cat([index for index, _ in parent._pixels[size]])
+        pixels = [batch[torch.isin(index, chosen)] for index, batch in parent._pixels[size]]
+        own = torch.searchsorted(chosen, rows[torch.isin(rows, chosen)])
+        return list(zip(own.split([len(batch) for batch in pixels]), pixels, strict=True))
+
+    def _report(self, bad: int) -> None:
+        if bad > self.max_bad_share * len(self):
+            raise ValueError(
+                f"{bad} of {len(self)} images in the {self.split} split of {self.dataset!r} do not decode, more than "
+                f"the {self.max_bad_share:.1%} allowed. Check the files, or raise max_bad_share."
+            )
+        if bad:
+            logger.warning(
+                "%d of %d images of %s (%s) do not decode: left out.", bad, len(self), self.dataset, self.split
+            )
+
+    def encode(
+        self, encoder: FrozenEncoder, names: Sequence[str], change: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One pass of the encoder over all images.
+
+        Args:
+            encoder: Whose features.
+            names: Which of them.
+            change: ``change(images (b, 3, S, S) in [0, 1], rows (b,)) -> images``, on the encoder's device.
+
+        Returns:
+            Rows (m,) of the images that decode, and name -> (m, .) float32 on the CPU.
+        """
+        rows: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._needed(names)}
+        with tqdm(total=len(self), unit="img", leave=False, disable=not self.progress, desc=self.split) as bar:
+            for index, pixels in self.batches(encoder.image_size):
+                rows.append(index)
+                for chunk, chunk_rows in zip(
+                    pixels.split(encoder.batch_size), index.split(encoder.batch_size), strict=True
+                ):
+                    if change is not None:
+                        chunk = change(chunk.to(encoder.device).float() / 255, chunk_rows)
+                    for name, value in encoder.encode(chunk, tuple(parts)).items():
+                        parts[name].append(value)
+                    bar.update(len(chunk))
+        return torch.cat(rows), self._compose({name: torch.cat(values) for name, values in parts.items()}, names)
+
+    def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """``encode`` of the images as they are; computed once per encoder, again only when its weights change."""
+        stored = self._features.get(encoder)
+        if stored is None or stored["version"] != encoder.version:
+            stored = self._features[encoder] = {"version": encoder.version, "parts": {}}
+            if self._parent is not None:
+                stored.update(self._part_of_features(encoder))
+        missing = [name for name in self._needed(names) if name not in stored["parts"]]
+        if missing:
+            stored["rows"], made = self.encode(encoder, missing)
+            stored["parts"].update(made)
+        return stored["rows"], self._compose(stored["parts"], names)
+
+    def _part_of_features(self, encoder: FrozenEncoder) -> dict[str, Any]:
+        """This subset's share of the features that its parent has of this encoder."""
+        parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
+        known = parent._features.get(encoder)
+        if known is None or known["version"] != encoder.version or not known["parts"]:
+            return {}
+        mine = torch.isin(known["rows"], chosen)
+        parts = {name: value[mine] for name, value in known["parts"].items()}
+        return {"rows": torch.searchsorted(chosen, known["rows"][mine]), "parts": parts}
+
+    @staticmethod
+    def _needed(names: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(part for name in names for part in _PARTS.get(name, (name,))))
+
+    @staticmethod
+    def _compose(parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat([parts[part] for part in _PARTS[name]], 1) if name in _PARTS else parts[name]
+            for name in names
+        }
+
+
+@dataclass(eq=False)
+class EvaluationData:
+    """What evaluators are given: images to fit probes on and images to judge them by."""
+
+    train: ImageSet
+    test: ImageSet
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, from the largest label of either part."""
+        labels = torch.cat([part.require_labels("Counting classes") for part in (self.train, self.test)])
+        return int(labels.max()) + 1

@@ -1,0 +1,111 @@
+"""k nearest neighbours on frozen features: no training, one setting, quick enough for every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Evaluator
+from .encoders import FrozenEncoder
+from .images import EvaluationData
+from .metrics import mean_per_class_accuracy, topk_accuracy
+from .results import ResultRecord
+
+
+def knn_votes(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    *,
+    k: int,
+    temperature: float,
+    chunk_size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Class scores from the k most similar training images, each voting with exp(cosine / temperature).
+
+    As in DINO (https://github.com/facebookresearch/dino, eval_knn.py). Memory: ``chunk_size`` x training images.
+
+    Args:
+        train: (n, D) features.
+        train_labels: (n,) int64.
+        test: (m, D) features.
+        num_classes: Number of classes.
+        k: Neighbours.
+        temperature: Of the votes.
+        chunk_size: Test images at a time.
+        device: Where to compute.
+
+    Returns:
+        (m, num_classes) scores on the CPU.
+    """
+    bank, labels = F.normalize(train.to(device), dim=1), train_labels.to(device)
+    scores = []
+    for chunk in F.normalize(test, dim=1).split(chunk_size):
+        similarity, neighbours = (chunk.to(device) @ bank.T).topk(k, dim=1)
+        votes = torch.zeros(len(chunk), num_classes, device=bank.device)
+        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
+        scores.append(votes.cpu())
+    return torch.cat(scores)
+
+
+class KNNEvaluator(Evaluator):
+    """Top-1 accuracy (and top-5 with more than ten classes) of weighted k-nearest-neighbour votes.
+
+    Cosine similarity, k = 20, temperature 0.07: the setting of DINO (https://github.com/facebookresearch/dino,
+    eval_knn.py). Base images without augmentation. Nothing is random, so there are no seeds.
+    """
+
+    name: ClassVar[str] = "knn"
+    primary_metric: ClassVar[str] = "top1"
+
+    def __init__(
+        self, data: EvaluationData, *, features: Sequence[str] = ("cls",), k: int = 20, temperature: float = 0.07
+    ) -> None:
+        """Check the labels; ``features`` names the kinds of features, the first being the primary one."""
+        super().__init__(data, features=features, seeds=1)
+        if k < 1 or temperature <= 0:
+            raise ValueError(f"k must be at least 1 and temperature above 0, got {k} and {temperature}.")
+        data.train.require_labels("KNNEvaluator")
+        data.test.require_labels("KNNEvaluator")
+        self.tasks, self.k, self.temperature = ("classification",), k, temperature
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Top-1, and top-5 where that says something."""
+        return ("top1", "top5") if self.data.num_classes > 10 else ("top1",)
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """Neighbours and temperature."""
+        return {"k": self.k, "temperature": self.temperature, "similarity": "cosine"}
+
+    def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
+        """Vote once per kind of features."""
+        encoder.check_features(self.features)
+        train_rows, train = self.data.train.features(encoder, self.features)
+        test_rows, test = self.data.test.features(encoder, self.features)
+        train_labels = self.data.train.require_labels("KNNEvaluator")[train_rows]
+        test_labels = self.data.test.require_labels("KNNEvaluator")[test_rows]
+        classes = self.data.num_classes
+        records = []
+        for name in self.features:
+            scores = knn_votes(
+                train[name],
+                train_labels,
+                test[name],
+                classes,
+                k=min(self.k, len(train_labels)),
+                temperature=self.temperature,
+                device=encoder.device,
+            )
+            top = {
+                metric: [topk_accuracy(scores, test_labels, int(metric.removeprefix("top")))] for metric in self.metrics
+            }
+            details = {"mean_per_class": [mean_per_class_accuracy(scores.argmax(1), test_labels)]}
+            records += self.records(encoder, task, name, top, seeds, details)
+        return records

@@ -1,0 +1,52 @@
+"""``evaluate.Metric`` classes over ``metrics.py``: used directly or in ``evaluate.combine``; nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from . import metrics
+
+_R2_CITATION = "R2 = 1 - RSS / TSS; scalar form as in https://github.com/facebookresearch/SIE"
+
+
+class R2Metric(evaluate.Metric):
+    """``{"r2", "r2_scalar"}`` of predictions and references, each a list of p numbers per sample.
+
+    ``r2`` is the mean over parameters of R2 around each parameter's own mean, ``r2_scalar`` uses one mean over all
+    entries. Batches may be given one after the other (``add_batch``); the result is that of the whole set.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        # List without a length: one class serves families with different numbers of parameters.
+        numbers = datasets.List(datasets.Value("float64"))
+        return evaluate.MetricInfo(
+            description="Coefficient of determination of regressed transformation parameters.",
+            citation=_R2_CITATION,
+            inputs_description="predictions, references: one list of p floats per sample.",
+            features=datasets.Features({"predictions": numbers, "references": numbers}),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
+        sums = metrics.RegressionSums.of(predictions, references)
+        return {"r2": sums.r2_per_parameter().mean().item(), "r2_scalar": sums.r2_scalar()}
+
+
+class Top1AccuracyMetric(evaluate.Metric):
+    """``{"top1", "mean_per_class"}`` of predicted and true class ids."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of samples whose predicted class is the true one.",
+            citation="",
+            inputs_description="predictions, references: one class id per sample.",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
+        return {
+            "top1": metrics.top1_accuracy(predictions, references),
+            "mean_per_class": metrics.mean_per_class_accuracy(predictions, references),
+        }

@@ -1,0 +1,150 @@
+"""Metrics as plain functions. Sums are float64, and a set that comes in parts is judged by its sums, never by averages.
+
+``RegressionSums`` is the form for batches and ranks: add up what each part saw, then ask for R2 once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ArrayLike = Tensor | np.ndarray | list
+
+
+def _float64(name: str, values: ArrayLike) -> Tensor:
+    """``values`` as a float64 matrix (n, p); vectors become one column."""
+    tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if tensor.ndim == 1:
+        tensor = tensor[:, None]
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must have shape (n,) or (n, p), got {tuple(tensor.shape)}.")
+    return tensor
+
+
+@dataclass
+class RegressionSums:
+    """Sums over samples from which both forms of R2 follow exactly, each of width p in float64.
+
+    Sums of different batches or ranks add with ``+``; ``as_tensor`` and ``from_tensor`` let a rank reduce them in one
+    all-reduce. Targets are expected to be of order one, as ``TransformationFamily.targets`` makes them: the variance
+    comes from a difference of sums, which loses digits when the mean is far larger than the spread.
+
+    Attributes:
+        count: Number of samples n.
+        target: Sum of t per parameter.
+        target_squared: Sum of t^2 per parameter.
+        residual: Sum of (t - prediction)^2 per parameter (RSS).
+    """
+
+    count: int
+    target: Tensor
+    target_squared: Tensor
+    residual: Tensor
+
+    @classmethod
+    def of(cls, predictions: ArrayLike, targets: ArrayLike) -> RegressionSums:
+        """The sums of one batch; both arguments (n, p) or (n,)."""
+        predicted, true = _float64("predictions", predictions), _float64("targets", targets)
+        if predicted.shape != true.shape:
+            raise ValueError(
+                f"predictions and targets must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
+            )
+        return cls(len(true), true.sum(0), true.square().sum(0), (true - predicted).square().sum(0))
+
+    def __add__(self, other: RegressionSums) -> RegressionSums:
+        return RegressionSums(
+            self.count + other.count,
+            self.target + other.target,
+            self.target_squared + other.target_squared,
+            self.residual + other.residual,
+        )
+
+    def as_tensor(self) -> Tensor:
+        """(4, p) float64, to be summed over ranks."""
+        count = torch.full_like(self.target, self.count)
+        return torch.stack([count, self.target, self.target_squared, self.residual])
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor) -> RegressionSums:
+        """The inverse of ``as_tensor``."""
+        return cls(round(sums[0, 0].item()), *sums[1:].unbind(0))
+
+    def r2_per_parameter(self) -> Tensor:
+        """(p,) 1 - RSS / TSS, each parameter around its own mean."""
+        total = self.target_squared - self.target.square() / max(self.count, 1)
+        return 1 - self.residual / self._checked(total)
+
+    def r2_scalar(self) -> float:
+        """1 - RSS / TSS over all entries around one scalar mean, the form of SIE's code."""
+        entries = max(self.count * len(self.target), 1)
+        total = self.target_squared.sum() - self.target.sum().square() / entries
+        return (1 - self.residual.sum() / self._checked(total[None])[0]).item()
+
+    def _checked(self, total: Tensor) -> Tensor:
+        # Rounding of the two sums leaves a little where the targets are constant: compare with their size.
+        constant = total <= 1e-12 * self.target_squared.max().clamp_min(1e-300)
+        if self.count < 2 or bool(constant.any()):
+            raise ValueError(
+                f"R2 is undefined: {self.count} sample(s), and targets must vary in every parameter "
+                f"(sums of squares around the mean: {total.tolist()}). Evaluate on more images."
+            )
+        return total
+
+
+def r2_per_parameter(predictions: ArrayLike, targets: ArrayLike) -> Tensor:
+    """R2 of each parameter around its own mean: (n, p), (n, p) -> (p,) float64.
+
+    Raises:
+        ValueError: if shapes differ, or if a target does not vary.
+    """
+    return RegressionSums.of(predictions, targets).r2_per_parameter()
+
+
+def r2_mean(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Mean over parameters of ``r2_per_parameter``: the primary number of the transformation probes."""
+    return r2_per_parameter(predictions, targets).mean().item()
+
+
+def r2_scalar(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """R2 with one scalar mean over all target entries: 1 - sum (t - p)^2 / sum (t - mean_all(t))^2.
+
+    The form of SIE's code (https://github.com/facebookresearch/SIE), for comparison with figures published there.
+    With one parameter it equals ``r2_mean``; with several of unequal mean or variance it does not.
+    """
+    return RegressionSums.of(predictions, targets).r2_scalar()
+
+
+def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """Share of samples whose label is among the ``k`` largest logits: (n, classes), (n,) -> [0, 1]."""
+    scores, true = torch.as_tensor(logits), torch.as_tensor(labels).to(torch.long)
+    if scores.ndim != 2 or true.shape != scores.shape[:1] or not len(true):
+        raise ValueError(
+            f"logits must be (n, classes) and labels (n,) with n > 0, got {tuple(scores.shape)}, {tuple(true.shape)}."
+        )
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k must be between 1 and the number of classes, {scores.shape[1]}, got {k}.")
+    hits = (scores.topk(k, dim=1).indices == true[:, None].to(scores.device)).any(1)
+    return hits.double().mean().item()
+
+
+def top1_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Share of samples whose predicted class (n,) is their label (n,)."""
+    predicted, true = torch.as_tensor(predictions), torch.as_tensor(labels)
+    if predicted.shape != true.shape or predicted.ndim != 1 or not len(true):
+        raise ValueError(
+            f"predictions and labels must both be (n,) with n > 0, got {tuple(predicted.shape)}, {tuple(true.shape)}."
+        )
+    return (predicted == true).double().mean().item()
+
+
+def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Accuracy of each class that occurs in ``labels``, averaged over classes: (n,), (n,) -> [0, 1]."""
+    predicted, true = torch.as_tensor(predictions).long(), torch.as_tensor(labels).long()
+    top1_accuracy(predicted, true)  # the same checks
+    counts = torch.bincount(true).double()
+    hits = torch.bincount(true[predicted == true], minlength=len(counts)).double()
+    present = counts > 0
+    return (hits[present] / counts[present]).mean().item()

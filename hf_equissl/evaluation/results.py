@@ -1,0 +1,182 @@
+"""The result record: a number with everything that is needed to read it, and how records are kept and shown as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hf_equissl.files import write_text
+
+FORMAT_VERSION = 1
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a number may depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("hf-equissl", "torch", "transformers", "datasets", "numpy", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """One metric of one encoder on one data set under one protocol, over one or more seeds.
+
+    Attributes:
+        evaluator: Registry key of the evaluator.
+        task: What was asked: a transformation family, or "classification".
+        metric: Name of the number: "r2", "r2_scalar", "top1", ...
+        features: Which features of the encoder: "backbone", "cls", "equivariant", ...
+        values: The number for each seed.
+        seeds: The seeds, in the order of ``values``.
+        primary: Whether this is the number to quote for the task.
+        dataset: The source that was given.
+        split: The split that the number is measured on.
+        protocol: Every setting that can change the number, except seeds.
+        encoder: Path or Hub id, or the class of a module that was handed over.
+        encoder_digest: Digest of the encoder's weights and input settings.
+        details: Further numbers, one list entry per seed, e.g. R2 of each parameter.
+        command: The command line, where there was one.
+        versions: Library versions.
+        date: UTC, ISO 8601.
+    """
+
+    evaluator: str
+    task: str
+    metric: str
+    features: str
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    primary: bool
+    dataset: str
+    split: str
+    protocol: dict[str, Any]
+    encoder: str
+    encoder_digest: str
+    details: dict[str, list[Any]] = field(default_factory=dict)
+    command: str | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.seeds) or not self.values:
+            raise ValueError(f"A record needs one value per seed, got values {self.values} and seeds {self.seeds}.")
+        if not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"{self.evaluator}, {self.task}: {self.metric} is not finite: {self.values}.")
+        for name, entries in self.details.items():
+            if len(entries) != len(self.seeds):
+                raise ValueError(f"details[{name!r}] has {len(entries)} entries for {len(self.seeds)} seeds.")
+
+    @property
+    def value(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds, ``None`` with a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def key(self) -> str:
+        """Identity of the measurement: equal keys differ in seeds only and may be merged."""
+        parts = (self.evaluator, self.task, self.metric, self.features, self.dataset, self.split, self.encoder)
+        return json.dumps([*parts, self.encoder_digest, _plain(self.protocol)], sort_keys=True)
+
+    def merge(self, other: ResultRecord) -> ResultRecord:
+        """This record with the seeds of ``other`` added; where both have a seed, ``other`` wins."""
+        if self.key != other.key:
+            raise ValueError(f"Records of different measurements cannot be merged: {self.key} and {other.key}.")
+        rows: dict[int, tuple[float, dict[str, Any]]] = {}
+        for record in (self, other):
+            for position, seed in enumerate(record.seeds):
+                details = {name: entries[position] for name, entries in record.details.items()}
+                rows[seed] = (record.values[position], details)
+        seeds = tuple(sorted(rows))
+        names = [name for name in other.details if all(name in rows[seed][1] for seed in seeds)]
+        return replace(
+            other,
+            seeds=seeds,
+            values=tuple(rows[seed][0] for seed in seeds),
+            details={name: [rows[seed][1][name] for seed in seeds] for name in names},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, with ``value`` and ``std`` spelled out for readers of the file."""
+        return {"value": self.value, "std": self.std, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> ResultRecord:
+        """The inverse of ``to_dict``."""
+        names = {item.name for item in fields(cls)}
+        unknown = set(entry) - names - {"value", "std"}
+        if unknown:
+            raise ValueError(f"Unknown fields in a result record: {sorted(unknown)}.")
+        values = {name: entry[name] for name in names if name in entry}
+        return cls(**{**values, "values": tuple(entry["values"]), "seeds": tuple(entry["seeds"])})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that what is written and what is read back compare equal."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def merge_records(records: Iterable[ResultRecord]) -> list[ResultRecord]:
+    """Records with equal keys merged, in the order of first appearance."""
+    merged: dict[str, ResultRecord] = {}
+    for record in records:
+        merged[record.key] = merged[record.key].merge(record) if record.key in merged else record
+    return list(merged.values())
+
+
+def as_logs(records: Sequence[ResultRecord], prefix: str = "eval_") -> dict[str, float]:
+    """Records as flat numbers for a logger.
+
+    Names are ``{prefix}{metric}_{task}_{features}`` for transformations and ``{prefix}{evaluator}_{metric}_{features}``
+    for classification, e.g. ``eval_r2_rotation_backbone``, ``eval_knn_top1_cls``. ``{prefix}r2`` is the mean over
+    families of the primary R2.
+    """
+    logs: dict[str, float] = {}
+    for record in records:
+        regression = record.evaluator == "transformation_regression"
+        stem = f"{record.metric}_{record.task}" if regression else f"{record.evaluator}_{record.metric}"
+        logs[f"{prefix}{stem}_{record.features}"] = record.value
+    r2 = [record.value for record in records if record.primary and record.metric == "r2"]
+    if r2:
+        logs[f"{prefix}r2"] = statistics.fmean(r2)
+    return logs
+
+
+def save_records(records: Iterable[ResultRecord], path: str | os.PathLike[str]) -> None:
+    """Write records as JSON, atomically."""
+    content = {"format": FORMAT_VERSION, "results": [record.to_dict() for record in records]}
+    write_text(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def load_records(path: str | os.PathLike[str]) -> list[ResultRecord]:
+    """Read what ``save_records`` wrote.
+
+    Raises:
+        ValueError: if the file is not such a file, with what was found.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Move it away, or choose another output folder.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{path} is not a result file of format {FORMAT_VERSION}.")
+    return [ResultRecord.from_dict(entry) for entry in content["results"]]

@@ -1,0 +1,244 @@
+"""How much of a transformation can be read off frozen features: regression of g's parameters from a pair of images."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_equissl.views import TRANSFORMATIONS, build_transformation
+from hf_equissl.views.base import TransformationFamily
+
+from .base import Evaluator
+from .encoders import FrozenEncoder
+from .images import EvaluationData, ImageSet
+from .metrics import RegressionSums
+from .probes import RegressionProbe, feature_statistics
+from .results import ResultRecord
+
+DEFAULT_FAMILIES = ("rotation", "color_jitter", "gaussian_blur", "translation")
+# Draws for the test images are one fixed set, whatever the seeds of the heads.
+_TEST_DRAW = -1
+
+
+class TransformationRegressionEvaluator(Evaluator):
+    r"""R2 of g's parameters, regressed from frozen features of I and g(I).
+
+    Task of "Self-Supervised Learning based on Transformed Image Reconstruction for Equivariance-Coherent Feature
+    Representation" (https://arxiv.org/abs/2503.18753), one family at a time; the head is SIE's
+    (https://github.com/facebookresearch/SIE). For features f:
+
+        theta_hat = MLP([f(I) ; f(g_theta(I))]),    R2 = 1 - sum (theta - theta_hat)^2 / sum (theta - mean theta)^2
+
+    - I is the base image: shorter side 256/224 S, centre crop S, no augmentation (an image of side S is taken as is).
+    - theta is drawn per image from the family's own range; targets are theta over its range. Test draws are fixed.
+    - The probe sees ``num_draws`` different theta per training image, epoch e draw e mod ``num_draws``. ``None`` means
+      a new one each epoch, the full protocol: the encoder then runs over the training images in every epoch. Fewer
+      draws are stored and reused: draws x images x width x 4 bytes of memory.
+    - MLP with hidden layers 1024, 1024 and ReLU, MSE, Adam with cosine decay; the last epoch counts, never the best.
+    - ``standardize`` shifts and scales every feature dimension by the mean and standard deviation of the training
+      images I. Encoders and slices of their stem differ in scale, and Adam's step does not.
+
+    Records: ``r2``, the mean over parameters of R2 (primary; each parameter's in ``details``), and ``r2_scalar``, with
+    one mean over all entries as in SIE's code.
+
+    The encoder runs once over I for all families and once over g(I) per family and draw, for all kinds of features
+    and all seeds together.
+    """
+
+    name: ClassVar[str] = "transformation_regression"
+    primary_metric: ClassVar[str] = "r2"
+
+    def __init__(
+        self,
+        data: EvaluationData,
+        families: Sequence[str] | Mapping[str, TransformationFamily] = DEFAULT_FAMILIES,
+        *,
+        features: Sequence[str] = ("backbone",),
+        seeds: int | Sequence[int] = 3,
+        train_images: int | None = 100_000,
+        epochs: int = 50,
+        num_draws: int | None = None,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        hidden_width: int = 1024,
+        standardize: bool = True,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        fill: str | None = None,
+        family_options: Mapping[str, Mapping[str, Any]] | None = None,
+        draw_seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Prepare the families.
+
+        Args:
+            data: Train and test images; labels are not used.
+            families: Registry names, or families by name.
+            features: Kinds of features (``FrozenEncoder``), each with a probe of its own; the first is the primary one.
+            seeds: Seeds of the probe's weights and batches; a number n means 0 ... n - 1.
+            train_images: Fit on a fixed random part of the training images of this size; ``None``: on all.
+            epochs: Passes of the probe over the training images.
+            num_draws: Different theta per training image; ``None``: one per epoch.
+            batch_size: Pairs per step.
+            learning_rate: Adam's, at the start.
+            hidden_width: Width of both hidden layers.
+            standardize: Whether features are standardised.
+            precision: "bf16" fits the probe under bfloat16 autocast; it predicts in float32.
+            fill: "zeros" or "reflect" outside the image, for the families that have it. Black corners and edges tell
+                how far an image was turned or shifted: "reflect" is the control. ``None``: the family's default.
+            family_options: Further keyword arguments by family name.
+            draw_seed: Seed of all theta.
+            progress: Whether to show a bar.
+        """
+        super().__init__(data, features=features, seeds=seeds)
+        if isinstance(families, str):
+            families = (families,)
+        if epochs < 1 or batch_size < 1 or (num_draws is not None and num_draws < 1):
+            raise ValueError(
+                f"epochs, batch_size and num_draws must be at least 1, got {epochs}, {batch_size}, {num_draws}."
+            )
+        if isinstance(families, Mapping):
+            self.families = dict(families)
+        else:
+            options = family_options or {}
+            self.families = {name: _build_family(name, fill, options.get(name, {})) for name in families}
+        if not self.families:
+            raise ValueError(f"Name at least one family: {', '.join(TRANSFORMATIONS)}.")
+        self.tasks = tuple(self.families)
+        self.train = data.train.subset(train_images)
+        self.epochs, self.num_draws = epochs, min(num_draws or epochs, epochs)
+        self.batch_size, self.learning_rate, self.hidden_width = batch_size, learning_rate, hidden_width
+        self.standardize, self.precision, self.draw_seed, self.progress = standardize, precision, draw_seed, progress
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Both forms of R2."""
+        return ("r2", "r2_scalar")
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """Settings of the probe and of the family."""
+        return {
+            "family": describe_family(self.families[task]),
+            "probe_train_images": len(self.train),
+            "epochs": self.epochs,
+            "num_draws": self.num_draws,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "schedule": "cosine",
+            "optimizer": "adam",
+            "hidden_width": self.hidden_width,
+            "standardize": self.standardize,
+            "probe_precision": self.precision,
+            "draw_seed": self.draw_seed,
+        }
+
+    def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
+        """Fit and judge the probes of one family."""
+        encoder.check_features(self.features)
+        family = self.families[task]
+        all_targets = family.targets(self.parameters(task, len(self.data.test), _TEST_DRAW))
+        RegressionSums.of(all_targets, all_targets).r2_per_parameter()  # raises now if R2 will be undefined
+        test_rows, test_first = self.data.test.features(encoder, self.features)
+        _, test_second = self._transformed(encoder, self.data.test, task, _TEST_DRAW)
+        test_targets = all_targets[test_rows]
+        train_rows, train_first = self.train.features(encoder, self.features)
+        scalings = {name: feature_statistics(value) for name, value in train_first.items()}
+
+        def scaled(name: str, value: Tensor) -> Tensor:
+            mean, std = scalings[name]
+            return (value - mean) / std if self.standardize else value
+
+        first = {name: scaled(name, value) for name, value in train_first.items()}
+        probes = {
+            (name, seed): self._probe(encoder, 2 * first[name].shape[1], family, seed)
+            for name in self.features
+            for seed in seeds
+        }
+        for draw, features in self._epochs(encoder, task, scaled):
+            targets = family.targets(self.parameters(task, len(self.train), draw)[train_rows])
+            for (name, _), probe in probes.items():
+                probe.fit_epoch(first[name], features[name], targets)
+        records = []
+        for name in self.features:
+            pair = scaled(name, test_first[name]), scaled(name, test_second[name])
+            sums = [RegressionSums.of(probes[name, seed].predict(*pair), test_targets) for seed in seeds]
+            per_parameter = [value.r2_per_parameter() for value in sums]
+            metrics = {
+                "r2": [value.mean().item() for value in per_parameter],
+                "r2_scalar": [value.r2_scalar() for value in sums],
+            }
+            details = {
+                f"r2_{parameter}": [value[column].item() for value in per_parameter]
+                for column, parameter in enumerate(family.parameter_names)
+            }
+            records += self.records(encoder, task, name, metrics, seeds, details)
+        return records
+
+    def parameters(self, task: str, count: int, draw: int) -> Tensor:
+        """Parameters of one draw for all images of a set, (count, p): a function of (draw_seed, family, draw)."""
+        family = self.families[task]
+        key = zlib.crc32(f"{self.draw_seed}/{task}/{draw}".encode())
+        uniform = torch.rand(count, family.num_draws, generator=torch.Generator().manual_seed(key))
+        return family.sample(uniform)
+
+    def _probe(self, encoder: FrozenEncoder, width: int, family: TransformationFamily, seed: int) -> RegressionProbe:
+        return RegressionProbe(
+            width,
+            family.num_parameters,
+            seed=seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            hidden_width=self.hidden_width,
+            precision=self.precision,
+            device=encoder.device,
+        )
+
+    def _transformed(
+        self, encoder: FrozenEncoder, images: ImageSet, task: str, draw: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features of g(I) for one draw of theta per image."""
+        family, parameters = self.families[task], self.parameters(task, len(images), draw)
+
+        def change(pixels: Tensor, rows: Tensor) -> Tensor:
+            return family.apply(pixels, parameters[rows].to(pixels.device))
+
+        return images.encode(encoder, self.features, change)
+
+    def _epochs(self, encoder: FrozenEncoder, task: str, scaled: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Draw and scaled training features of g(I) for each epoch; draws that come again are kept."""
+        kept: dict[int, dict[str, Tensor]] = {}
+        for epoch in tqdm(range(self.epochs), desc=task, unit="epoch", leave=False, disable=not self.progress):
+            draw = epoch % self.num_draws
+            features = kept.get(draw)
+            if features is None:
+                _, made = self._transformed(encoder, self.train, task, draw)
+                features = {name: scaled(name, value) for name, value in made.items()}
+                if self.num_draws < self.epochs:
+                    kept[draw] = features
+            yield draw, features
+
+
+def _build_family(name: str, fill: str | None, options: Mapping[str, Any]) -> TransformationFamily:
+    """A family of the registry, with ``fill`` where it has one."""
+    family = TRANSFORMATIONS.get(name)
+    keywords = dict(options)
+    if family is not None and fill is not None and "fill" in inspect.signature(family).parameters:
+        keywords.setdefault("fill", fill)
+    return build_transformation(name, **keywords)
+
+
+def describe_family(family: TransformationFamily) -> dict[str, Any]:
+    """Class and settings of a family as plain types."""
+    names = [item.name for item in fields(family)] if is_dataclass(family) else list(vars(family))
+    plain: dict[str, Any] = {"class": type(family).__name__}
+    for name in names:
+        value = getattr(family, name)
+        plain[name] = value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+    return plain

@@ -1,0 +1,71 @@
+"""Objectives: terms of the loss with their heads, in two registries that recipes name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .base import Features, LossOutput, Objective
+from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
+from .reconstruction import ReconstructionObjective
+from .vicreg import VICRegObjective
+
+if TYPE_CHECKING:
+    from ..modeling import EquiSSLConfig
+
+__all__ = [
+    "EQUIVARIANCE_OBJECTIVES",
+    "INVARIANCE_OBJECTIVES",
+    "CrossAttentionReconstructionObjective",
+    "Features",
+    "LossOutput",
+    "Objective",
+    "ReconstructionObjective",
+    "VICRegObjective",
+    "build_objective",
+]
+
+INVARIANCE_OBJECTIVES: dict[str, type[Objective]] = {
+    "vicreg": VICRegObjective,
+}
+
+EQUIVARIANCE_OBJECTIVES: dict[str, type[Objective]] = {
+    "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
+    "reconstruction": ReconstructionObjective,
+}
+
+
+def build_objective(
+    registry: Mapping[str, type[Objective]], name: str, config: EquiSSLConfig, **kwargs: Any
+) -> Objective:
+    """Build an objective by its registry key.
+
+    Args:
+        registry: ``INVARIANCE_OBJECTIVES`` or ``EQUIVARIANCE_OBJECTIVES``.
+        name: Key in the registry.
+        config: The encoder's configuration.
+        kwargs: Keyword arguments of the objective's constructor.
+
+    Raises:
+        ValueError: For an unknown name or keyword, with the nearest and all valid ones; for a missing keyword.
+    """
+    if name not in registry:
+        raise ValueError(_unknown("objective", name, registry))
+    cls = registry[name]
+    parameters = dict(list(inspect.signature(cls).parameters.items())[1:])  # without config
+    for key in kwargs:
+        if key not in parameters:
+            raise ValueError(_unknown(f"argument of objective {name!r}", key, parameters))
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in kwargs]
+    if missing:
+        raise ValueError(f"Objective {name!r} needs a value for {', '.join(missing)}.")
+    return cls(config, **kwargs)
+
+
+def _unknown(kind: str, name: str, valid: Iterable[str]) -> str:
+    names = sorted(valid)
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return f"Unknown {kind}: {name!r}{hint} Valid: {', '.join(names)}."

@@ -1,0 +1,102 @@
+"""The contract between objectives and the pretraining model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from ..needs import Needs
+
+if TYPE_CHECKING:
+    from ..modeling import EquiSSLConfig
+    from ..views.base import Views
+
+
+@dataclass
+class Features:
+    """What one network made of the views. The stem runs only on the rows and for the part that an objective asks for.
+
+    D is the encoder's width, T = P + N tokens: P prefix tokens (CLS first, then registers) and N patches.
+
+    Attributes:
+        tokens: (V, B, T, D), final-norm tokens of the global crops.
+        num_prefix_tokens: P.
+        grid: (rows, columns) of the patches of a global crop, rows * columns = N.
+        stem: ``stem(tokens (..., D), part="invariant" | "equivariant") -> (..., d_inv | d_equi)``; ``None`` for an
+            encoder without one, whose tokens are all invariant.
+        local_tokens: (L, B, T', D), the same for local crops.
+        hidden: block -> (V, B, T or N, D), token maps after that block, before any further norm.
+        extra: name -> features of ``Views.extra[name]``, encoded in a pass of its own, as one crop (V = 1).
+    """
+
+    tokens: Tensor
+    num_prefix_tokens: int
+    grid: tuple[int, int]
+    stem: Callable[..., Tensor] | None
+    local_tokens: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    extra: dict[str, Features] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> Tensor:
+        """CLS representations h of the global crops, (V, B, D)."""
+        return self.tokens[:, :, 0]
+
+    @property
+    def patches(self) -> Tensor:
+        """Patch representations of the global crops, (V, B, N, D)."""
+        return self.tokens[:, :, self.num_prefix_tokens :]
+
+    def invariant(self, tokens: Tensor) -> Tensor:
+        """The invariant part of the stem's output, (..., D) -> (..., d_inv); ``tokens`` themselves without a stem."""
+        return tokens if self.stem is None else self.stem(tokens, part="invariant")
+
+    def equivariant(self, tokens: Tensor) -> Tensor:
+        """The equivariant part of the stem's output, (..., D) -> (..., d_equi)."""
+        if self.stem is None:
+            raise ValueError("This encoder has no stem, hence no equivariant part. Set `feature_size` in its config.")
+        return self.stem(tokens, part="equivariant")
+
+
+@dataclass
+class LossOutput:
+    """A loss and its named parts.
+
+    Attributes:
+        loss: Scalar, fp32, with gradient.
+        logs: Detached scalars. Those called ``loss_*`` are the weighted parts and add up to ``loss``; others monitor.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module, ABC):
+    """A term of L = L_inv + sum_j lambda_j L_equi,j with its heads. It owns its heads, never the encoder.
+
+    Subclasses set ``citation`` (BibTeX), may override ``needs`` and ``ema_pairs``, and implement ``forward``. The
+    constructor takes the encoder's config first and the recipe's keyword arguments after it.
+    """
+
+    citation: ClassVar[str]
+
+    def __init__(self, config: EquiSSLConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def needs(self) -> Needs:
+        """What this objective asks of views and encoder."""
+        return Needs()
+
+    def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Pairs (student head, teacher head): the second follows the first by exponential moving average."""
+        yield from ()
+
+    @abstractmethod
+    def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
+        """Loss of one batch, in fp32."""

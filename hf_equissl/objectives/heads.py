@@ -1,0 +1,104 @@
+"""Blocks that several objectives share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import gather, world_size
+
+__all__ = ["Projector", "SyncBatchNorm1d"]
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` over the batch of all processes, with gradient, on any device.
+
+    ``torch.nn.SyncBatchNorm`` refuses tensors on the CPU, where distributed training is tested. Here one process (and
+    evaluation mode) runs the parent's forward. With several, one exchange carries each process's count, mean and
+    sum of squared deviations, which are merged without cancellation; running statistics take the unbiased variance of
+    the global batch. Statistics are in fp32, the output has the input's dtype.
+
+    Shapes:
+        Input and output (B, C) or (B, C, L); B may differ between processes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (B, C) or (B, C, L)."""
+        if world_size() == 1 or not (self.training or self.running_mean is None):
+            return super().forward(x)
+        self._check_input_dim(x)
+        shape = (1, -1) if x.ndim == 2 else (1, -1, 1)
+        values = x.float()
+        mean, variance, count = global_moments(values)
+        if self.training:
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
+        scale = torch.rsqrt(variance + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        normalized = (values - mean.view(shape)) * scale.view(shape)
+        if self.affine:
+            normalized = normalized + self.bias.view(shape)
+        return normalized.to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        seen, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
+        if seen is None or running_mean is None or running_var is None:  # built with track_running_stats=False
+            return
+        seen.add_(1)
+        # momentum None means a cumulative average, as in the parent
+        factor = 1 / seen if self.momentum is None else self.momentum
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        running_mean.lerp_(mean.to(running_mean.dtype), factor)
+        running_var.lerp_(unbiased.to(running_var.dtype), factor)
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over the batch of all processes, with gradient.
+
+    Args:
+        x: (B, C) or (B, C, L), fp32.
+
+    Returns:
+        Mean (C,), biased variance (C,) and the number of values per channel, a scalar tensor.
+    """
+    dims = [0] if x.ndim == 2 else [0, 2]
+    own_count = x.numel() // x.shape[1]
+    own_variance, own_mean = torch.var_mean(x, dim=dims, correction=0)
+    own = torch.cat([own_mean, own_variance * own_count, own_mean.new_full((1,), own_count)])
+    means, deviations, counts = gather(own[None]).split([x.shape[1], x.shape[1], 1], dim=1)  # (W, C), (W, C), (W, 1)
+    count = counts.detach().sum()
+    mean = (means * counts).sum(0) / count
+    # Deviations inside each process plus those of its mean (Chan et al.): no difference of large squares.
+    variance = (deviations + counts * (means - mean).square()).sum(0) / count
+    return mean, variance, count
+
+
+class Projector(nn.Sequential):
+    """MLP from representations to projections: [Linear, BatchNorm, ReLU] per hidden size, then Linear without bias.
+
+    The expander of VICReg (https://arxiv.org/abs/2105.04906; ``Projector`` in facebookresearch/vicreg).
+
+    Args:
+        in_features: Width of the input.
+        sizes: Widths of the layers, the last one being that of the projections; at least one.
+
+    Shapes:
+        (M, in_features) -> (M, sizes[-1]).
+
+    Raises:
+        ValueError: If ``sizes`` is empty or holds something other than positive integers.
+    """
+
+    def __init__(self, in_features: int, sizes: Sequence[int]) -> None:
+        if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"A projector needs at least one positive layer width, e.g. (1024, 1024), got {sizes!r}.")
+        *hidden, out_features = sizes
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(in_features, size), SyncBatchNorm1d(size), nn.ReLU(inplace=True)]
+            in_features = size
+        super().__init__(*layers, nn.Linear(in_features, out_features, bias=False))
+        self.out_features = out_features

@@ -1,0 +1,186 @@
+"""EquiSSLForPreTraining: student, objectives with their heads, and one forward that is the whole step."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from .distributed import gather
+from .modeling import EquiSSLConfig, EquiSSLModel
+from .monitors import effective_rank, feature_std
+from .needs import Needs
+from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
+from .objectives.base import Features, Objective
+from .views.base import Views
+
+
+@strict
+class EquiSSLPreTrainingConfig(PreTrainedConfig):
+    """What is pretrained, and by which objectives: L = L_inv + sum_j weight_j L_equi,j.
+
+    Attributes:
+        encoder: The student's ``EquiSSLConfig``, or its fields. It carries no decoder: objectives own theirs.
+        invariance: ``{"name": key of INVARIANCE_OBJECTIVES, **keyword arguments}``.
+        equivariance: Each ``{"name": key of EQUIVARIANCE_OBJECTIVES, "weight": lambda, **keyword arguments}``. An entry
+            with weight 0 is not built at all, so that lambda = 0 is exactly the base method.
+    """
+
+    model_type = "equissl_pretraining"
+    sub_configs_defaults = {"encoder": EquiSSLConfig}
+
+    encoder: dict | EquiSSLConfig | None = None
+    invariance: dict = field(default_factory=lambda: {"name": "vicreg"})
+    equivariance: list[dict] = field(default_factory=list)
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.encoder is None:
+            self.encoder = EquiSSLConfig()
+        elif isinstance(self.encoder, dict):
+            self.encoder = EquiSSLConfig(**self.encoder)
+        super().__post_init__(**kwargs)
+
+    def validate_objectives(self) -> None:
+        """Every entry has a name, weights are finite and not negative, and objectives own the decoders."""
+        for entry in (self.invariance, *self.equivariance):
+            if "name" not in entry:
+                raise ValueError(f"An objective needs a `name`, got {entry}.")
+        names = [entry["name"] for entry in self.equivariance]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each equivariance objective may be named once, got {names}.")
+        for entry in self.equivariance:
+            weight = entry.get("weight", 1.0)
+            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                raise ValueError(
+                    f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, got {weight!r}."
+                )
+        if self.encoder is not None and self.encoder.decoder_type is not None:
+            raise ValueError(
+                f"The encoder of a pretraining model must not have a decoder, got decoder_type="
+                f"{self.encoder.decoder_type!r}. Name an objective under `equivariance` instead: it brings its decoder."
+            )
+
+
+@dataclass
+class EquiSSLPreTrainingOutput(ModelOutput):
+    """One step's result.
+
+    Attributes:
+        loss: Scalar with gradient, fp32.
+        logs: Detached scalars. ``loss_ssl`` and one weighted ``loss_<objective>`` each add up to ``loss``; the
+            objectives' own parts follow as ``<objective>/<part>``, then monitors where they were asked for.
+    """
+
+    loss: Tensor | None = None
+    logs: dict[str, Tensor] | None = None
+
+
+class EquiSSLForPreTraining(PreTrainedModel):
+    """Everything that learns or remembers during pretraining; ``forward`` is the whole step, so wrappers see one module.
+
+    Published beside an encoder it lets anyone continue the training. Takes an ``EquiSSLPreTrainingConfig``; raises
+    ``ValueError`` for unknown objectives or arguments, and for two objectives whose needs cannot be met together.
+    """
+
+    config: EquiSSLPreTrainingConfig
+    config_class = EquiSSLPreTrainingConfig
+    base_model_prefix = "student"
+    main_input_name = "views"
+    accepts_loss_kwargs = False  # the loss is a batch mean: the Trainer divides by the accumulation steps
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _no_split_modules = ["EquiSSLLayer"]
+
+    def __init__(self, config: EquiSSLPreTrainingConfig) -> None:
+        super().__init__(config)
+        # The student comes first: with one seed, runs that differ in their objectives start from the same encoder.
+        self.student = EquiSSLModel(config.encoder)
+        self.invariance: Objective = self._build(INVARIANCE_OBJECTIVES, config.invariance)
+        active = [entry for entry in config.equivariance if entry.get("weight", 1.0) > 0]
+        self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry) for entry in active)
+        self.equivariance_names = [entry["name"] for entry in active]
+        self.weights = [float(entry.get("weight", 1.0)) for entry in active]
+        self.needs = Needs()
+        for objective in (self.invariance, *self.equivariance):
+            self.needs = self.needs | objective.needs
+        self.post_init()
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Freeze what no objective trains. ``from_pretrained`` forgets this: the Trainer calls it again."""
+        if not self.needs.masks and self.student.embeddings.mask_token is not None:
+            self.student.embeddings.mask_token.requires_grad_(False)
+
+    def _build(self, registry: dict[str, type[Objective]], entry: dict) -> Objective:
+        arguments = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+        return build_objective(registry, entry["name"], self.config.encoder, **arguments)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
+
+    def encode(self, views: Views) -> Features:
+        """Student features of all global crops in one pass, (V, B, ...) as in ``Features``."""
+        crops, config = views.global_crops, self.student.config
+        masks = None if views.masks is None else views.masks.flatten(0, 1)
+        layers = self.needs.hidden_layers
+        output = self.student(
+            crops.flatten(0, 1), bool_masked_pos=masks, output_features=False, output_hidden_states=bool(layers)
+        )
+        shape = crops.shape[:2]
+        patch = config.patch_size
+        return Features(
+            tokens=output.last_hidden_state.unflatten(0, shape),
+            num_prefix_tokens=self.student.num_prefix_tokens,
+            grid=(crops.shape[-2] // patch, crops.shape[-1] // patch),
+            stem=self.student.stem,
+            hidden={layer: output.hidden_states[layer].unflatten(0, shape) for layer in layers},
+        )
+
+    def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
+        """Loss of one batch of ``views``; ``monitor`` adds feature statistics (an eigendecomposition: log steps only)."""
+        student = self.encode(views)
+        invariance = self.invariance(student, None, views)
+        loss, logs = invariance.loss, {"loss_ssl": invariance.loss.detach()}
+        parts = {self.config.invariance["name"]: invariance.logs}
+        for name, weight, objective in zip(self.equivariance_names, self.weights, self.equivariance, strict=True):
+            output = objective(student, None, views)
+            loss = loss + weight * output.loss
+            logs[f"loss_{name}"] = weight * output.loss.detach()
+            parts[name] = output.logs
+        logs |= {f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
+        if monitor:
+            logs |= self.monitor(student)
+        return EquiSSLPreTrainingOutput(loss=loss, logs=logs)
+
+    @torch.no_grad()
+    def monitor(self, student: Features) -> dict[str, Tensor]:
+        """Feature standard deviation and effective rank of the first view's CLS over the global batch: collapse shows."""
+        representation = gather(student.cls[0].detach().float())
+        return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
+
+    def export_encoder(self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None) -> EquiSSLModel:
+        """The student as a model of its own, on the CPU.
+
+        Args:
+            with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works.
+            state_dict: Full (gathered) state of this model, where its own parameters are sharded.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        config = deepcopy(self.config.encoder)
+        for index, objective in enumerate(self.equivariance):
+            if with_decoder and hasattr(objective, "decoder_config"):
+                config = deepcopy(objective.decoder_config)
+                prefix = f"equivariance.{index}.decoder."
+                weights |= {f"decoder.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
+                break
+        encoder = EquiSSLModel(config)
+        encoder.load_state_dict({key: value.detach().cpu() for key, value in weights.items()}, strict=True)
+        return encoder.eval()

@@ -1,0 +1,318 @@
+"""Recipes: one YAML file says what is trained, on which views, with which data and arguments.
+
+```yaml
+name: my_run                     # optional, the file's name otherwise
+description: One line.           # optional
+extends: other.yaml              # optional: start from another recipe, then apply what stands here
+num_processes: 16                # optional: how many processes the batch arithmetic was written for
+model: {preset: vit_small_patch16, feature_size: 512, equivariant_size: 256}     # preset, any EquiSSLConfig field
+objectives:
+  invariance: {name: vicreg}                                                     # key and keyword arguments
+  equivariance: [{name: reconstruction, weight: 1.0}]                            # each with its lambda
+views:
+  pipeline: {name: vicreg}                                                       # preset and its settings
+  transformation: {name: rotation, max_degrees: 45}                              # the family g, or null
+  image_mean: [0.485, 0.456, 0.406]                                              # and image_std; ImageNet's otherwise
+data: {source: ./photos}                                                         # arguments of load_images
+training: {max_steps: 1000}                                                      # any EquiSSLTrainingArguments field
+```
+
+Mappings merge key by key, lists are replaced. A mapping whose ``name`` changes is replaced too: the settings of one
+transformation mean nothing to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .data import load_images
+from .modeling import EquiSSLConfig
+from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from .overrides import TOP_KEYS, apply_overrides, as_mapping, read_recipe
+from .pretraining import EquiSSLPreTrainingConfig
+from .strict import (
+    RecipeError,
+    check_arguments,
+    check_keys,
+    coerce,
+    dump_yaml,
+    hints_of,
+    nearest,
+    parameters_of,
+)
+from .training_arguments import EquiSSLTrainingArguments
+from .views import TRANSFORMATIONS, build_transformation
+from .views.pipelines import PIPELINES, build_pipeline
+
+if TYPE_CHECKING:
+    from .data import ImageSource
+    from .needs import Needs
+    from .views.base import TransformationFamily
+    from .views.pipelines import ViewPipeline
+
+# What the section `data` says beside the arguments of `load_images`.
+_DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int}
+_NOT_IN_RECIPES = {
+    "output_dir": "Give the folder with --output_dir.",
+    "resume_from_checkpoint": "Use --resume.",
+    "hub_token": "A recipe is stored with each run and must hold no secret. Log in with `hf auth login`.",
+    "learning_rate_and_base": "`learning_rate` would be replaced by `base_learning_rate`. Set one of them to null.",
+}
+
+
+@dataclass(frozen=True)
+class ObjectivesSection:
+    """One invariance objective and any number of equivariance objectives, each ``{"name", **keyword arguments}``."""
+
+    invariance: dict[str, Any]
+    equivariance: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ViewsSection:
+    """The base method's augmentation pipeline, the transformation family g (``None``: no g), the normalisation."""
+
+    pipeline: dict[str, Any]
+    transformation: dict[str, Any] | None = None
+    image_mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every key is known and every value has its type. See the module for the shape of the file.
+
+    Raises:
+        RecipeError: from ``load`` and ``from_dict`` for unknown keys, wrong types, missing files, ``extends`` in a
+            circle; from ``build_*`` for values that do not go together.
+    """
+
+    name: str
+    model: dict[str, Any]
+    objectives: ObjectivesSection
+    views: ViewsSection
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    description: str = ""
+    num_processes: int | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        search: Sequence[str | Path] = (),
+    ) -> Recipe:
+        """Read a recipe with everything it extends, then apply ``overrides``.
+
+        Args:
+            path: YAML file.
+            overrides: Dotted key -> value, e.g. ``{"training.max_steps": 100, "objectives.equivariance.0.weight": 0}``.
+            search: Further folders in which ``extends`` may find a file.
+        """
+        raw = read_recipe(Path(path), [Path(folder) for folder in search])
+        raw.setdefault("name", Path(path).stem)
+        return cls.from_dict(apply_overrides(raw, overrides or {}), origin=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+        """Check plain data, as YAML gives it."""
+        check_keys(raw, TOP_KEYS, origin)
+        for section in ("model", "objectives", "views"):
+            if section not in raw:
+                raise RecipeError(f"{origin}: the section {section!r} is missing.")
+        hints = get_type_hints(cls)
+        top = {key: coerce(raw[key], hints[key], key) for key in ("name", "description", "num_processes") if key in raw}
+        recipe = cls(
+            **{"name": "recipe", **top},
+            model=_check_model(as_mapping(raw["model"], "model")),
+            objectives=_check_objectives(as_mapping(raw["objectives"], "objectives")),
+            views=_check_views(as_mapping(raw["views"], "views")),
+            data=_check_data(as_mapping(raw.get("data"), "data")),
+            training=_check_training(as_mapping(raw.get("training"), "training")),
+        )
+        recipe.build_pretraining_config()  # values that do not go together fail here, not minutes later
+        recipe.build_transformation()
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back."""
+        plain = {
+            "name": self.name,
+            "description": self.description,
+            "num_processes": self.num_processes,
+            "model": self.model,
+            "objectives": vars(self.objectives),
+            "views": vars(self.views),
+            "data": self.data,
+            "training": self.training,
+        }
+        return _plain({key: value for key, value in plain.items() if value not in ("", None)})
+
+    def to_yaml(self) -> str:
+        """The recipe with ``extends`` and overrides resolved."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``recipe.yaml`` into ``directory``; returns its path."""
+        from . import __version__
+
+        path = Path(directory) / "recipe.yaml"
+        path.write_text(f"# As run by hf_equissl {__version__}.\n{self.to_yaml()}", encoding="utf-8")
+        return path
+
+    def build_encoder_config(self) -> EquiSSLConfig:
+        """The encoder's configuration."""
+        values = dict(self.model)
+        preset = values.pop("preset", None)
+        with _explained("model"):
+            return EquiSSLConfig.from_preset(preset, **values) if preset else EquiSSLConfig(**values)
+
+    def build_pretraining_config(self) -> EquiSSLPreTrainingConfig:
+        """Encoder and objectives."""
+        encoder = self.build_encoder_config()
+        with _explained("objectives"):
+            return EquiSSLPreTrainingConfig(
+                encoder=encoder,
+                invariance=deepcopy(self.objectives.invariance),
+                equivariance=deepcopy(self.objectives.equivariance),
+            )
+
+    def build_transformation(self) -> TransformationFamily | None:
+        """The family g, if any."""
+        if self.views.transformation is None:
+            return None
+        with _explained("views.transformation"):
+            return build_transformation(**self.views.transformation)
+
+    def build_pipeline(self, needs: Needs) -> ViewPipeline:
+        """The pipeline that makes what ``needs`` asks for, at the encoder's image size."""
+        size = self.build_encoder_config().image_size
+        with _explained("views.pipeline"):
+            return build_pipeline(
+                image_size=size,
+                transformation=self.build_transformation(),
+                needs=needs,
+                image_mean=self.views.image_mean,
+                image_std=self.views.image_std,
+                **self.views.pipeline,
+            )
+
+    def build_source(self) -> ImageSource:
+        """The data set. Its own errors say what is wrong with it."""
+        if not self.data.get("source"):
+            raise RecipeError("data.source: no data set is named. Give one with --data (a folder, a file, a Hub id).")
+        return load_images(**{key: value for key, value in self.data.items() if key not in _DATA_KEYS})
+
+    @property
+    def max_bad_share(self) -> float:
+        """Share of images that may fail to decode before the run stops."""
+        return self.data.get("max_bad_share", 0.01)
+
+    def build_training_arguments(self, output_dir: str | Path, **extra: Any) -> EquiSSLTrainingArguments:
+        """Arguments of the run; ``extra`` goes on top."""
+        with _explained("training"):
+            return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
+
+
+def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
+    of_objectives = ("decoder_", "num_intermediate_images", "_")  # they own their decoders
+    hints = {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(of_objectives)}
+    hints["preset"] = str
+    check_keys(raw, hints, "model")
+    return {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
+
+
+def _check_entry(raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+    """``{"name": key of registry, **arguments of its constructor}``."""
+    entry = as_mapping(raw, where)
+    name = _check_name(entry, registry, where)
+    arguments = {key: value for key, value in entry.items() if key != "name"}
+    return {"name": name} | check_arguments(arguments, registry[name], f"{where} ({name})", skip=skip)
+
+
+def _check_name(entry: dict[str, Any], registry: Mapping[str, Any], where: str) -> str:
+    valid = ", ".join(sorted(registry))
+    if "name" not in entry:
+        raise RecipeError(f"{where}: `name` must be given, one of {valid}.")
+    name = coerce(entry["name"], str, f"{where}.name")
+    if name not in registry:
+        guess = nearest(name, registry)
+        raise RecipeError(
+            f"{where}.name: there is no {name!r}.{f' Did you mean {guess!r}?' if guess else ''} Valid: {valid}."
+        )
+    return name
+
+
+def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
+    check_keys(raw, [f.name for f in fields(ObjectivesSection)], "objectives")
+    entries = []
+    for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
+        where = f"objectives.equivariance.{index}"
+        item = dict(as_mapping(item, where))
+        weight = coerce(item.pop("weight", 1.0), float, f"{where}.weight")
+        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=("config",))
+        entries.append({"name": entry.pop("name"), "weight": weight, **entry})
+    invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=("config",))
+    return ObjectivesSection(invariance, entries)
+
+
+def _check_views(raw: dict[str, Any]) -> ViewsSection:
+    check_keys(raw, [f.name for f in fields(ViewsSection)], "views")
+    pipeline = as_mapping(raw.get("pipeline"), "views.pipeline")
+    name = _check_name(pipeline, PIPELINES, "views.pipeline")
+    with _explained("views.pipeline"):
+        settings = {key: value for key, value in pipeline.items() if key != "name"}
+        PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
+    family = raw.get("transformation")
+    if family is not None:
+        family = _check_entry(family, TRANSFORMATIONS, "views.transformation")
+    hints = get_type_hints(ViewsSection)
+    numbers = {k: coerce(raw[k], hints[k], f"views.{k}") for k in ("image_mean", "image_std") if k in raw}
+    return ViewsSection(pipeline, family, **numbers)
+
+
+def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
+    hints = {name: parameter.annotation for name, parameter in parameters_of(load_images).items()}
+    hints |= {**_DATA_KEYS, "source": str | None}  # a shipped recipe may leave the source to --data
+    check_keys(raw, hints, "data")
+    data = {key: coerce(value, hints[key], f"data.{key}") for key, value in raw.items()}
+    if not 0 <= data.get("max_bad_share", 0.0) <= 1:
+        raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
+    return data
+
+
+def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(EquiSSLTrainingArguments)
+    for key in raw.keys() & _NOT_IN_RECIPES.keys():
+        raise RecipeError(f"training: {key!r} does not belong into a recipe. {_NOT_IN_RECIPES[key]}")
+    valid = [item.name for item in fields(EquiSSLTrainingArguments) if item.init and item.name not in _NOT_IN_RECIPES]
+    check_keys(raw, valid, "training")
+    if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
+        raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
+    return {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Errors of constructors, with the section that they come from."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RecipeError(f"{where}: {error}") from error

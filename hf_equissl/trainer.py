@@ -1,0 +1,173 @@
+"""EquiSSLTrainer: transformers' Trainer, told about views, loss parts and checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from .callbacks import EquiSSLProgressCallback
+from .data import EpochSampler, SkippedImages
+from .files import move_into_place
+from .loss_history import LossHistory, check_weights
+from .pretraining import EquiSSLForPreTraining
+from .training_arguments import EquiSSLTrainingArguments
+from .views.collator import collate_views
+from .views.pipelines import ViewPipeline
+
+logger = logging.get_logger(__name__)
+STAGING_FOLDER = ".saving"
+ARGUMENTS_FILE = "training_args.json"
+
+
+class EquiSSLTrainer(Trainer):
+    """``transformers.Trainer`` for ``EquiSSLForPreTraining``. What differs from the parent:
+
+    - the collated batch (uint8 crops and random draws) becomes ``Views`` on the training device (``pipeline``);
+    - samples are addressed as (epoch, index), so that views do not depend on workers, ranks or a resume;
+    - named loss parts are averaged over steps and ranks and logged; a non-finite one stops the run before it is saved;
+    - biases, norms and other 1-D parameters get no weight decay;
+    - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete or does not exist.
+
+    Args:
+        pipeline: Turns a collated batch into ``Views``.
+        skipped_images: Counts images that do not decode and stops the run above its share.
+
+    Raises:
+        NonFiniteLossError: from ``train``, naming the step, the part, and the last good checkpoint.
+        TooManyBadImages: from ``train``.
+    """
+
+    args: EquiSSLTrainingArguments
+
+    def __init__(
+        self,
+        model: EquiSSLForPreTraining,
+        args: EquiSSLTrainingArguments,
+        pipeline: ViewPipeline,
+        train_dataset: Dataset,
+        skipped_images: SkippedImages | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model.freeze_unused()
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_views, **kwargs)
+        self.pipeline = pipeline
+        self.skipped_images = skipped_images or SkippedImages()
+        self.history = LossHistory()
+        self._saving = False
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(EquiSSLProgressCallback())
+
+    # ---- data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, IterableDataset):
+            return None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), seed=seed)  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.skipped_images.update(inputs.pop("skipped"), seen=len(inputs["index"]))
+        batch = super()._prepare_inputs(inputs)
+        with torch.no_grad():
+            return {"views": self.pipeline(batch)}
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Forward, and remember the loss parts. On a CPU they are checked at once; elsewhere that would synchronise."""
+        output = model(**inputs, monitor=self.args.monitor_features and self._next_step_logs())
+        self.history.add(self.state.global_step + 1, output.loss, output.logs)
+        if output.loss.device.type == "cpu":
+            self.history.check(self._last_checkpoint)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _next_step_logs(self) -> bool:
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return (bool(every) and step % every == 0) or (step == 1 and self.args.logging_first_step)
+
+    def _last_checkpoint(self) -> str | None:
+        return newest_checkpoint(self.args.output_dir)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss parts' mean since the last log to the parent's entry."""
+        if "loss" in logs:
+            logs |= self.history.drain(self._last_checkpoint)
+            logs["images_skipped"] = self.skipped_images.count
+        super().log(logs, start_time)
+
+    # ---- optimizer ----
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters with weight decay: all but biases, norm scales and whatever else has one dimension."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING_FOLDER) if self._saving else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.history.check(self._last_checkpoint)
+        check_weights(model, self.state.global_step, self._last_checkpoint)
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run_dir / STAGING_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            move_into_place(run_dir / STAGING_FOLDER / name, run_dir / name)
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, config and arguments as JSON: the parent would pickle the arguments."""
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+
+
+def newest_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete checkpoint with the highest step below ``output_dir``, or ``None``."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    complete = [path for path in folders if (path / "trainer_state.json").is_file()]
+    return str(max(complete, key=lambda path: int(path.name[11:]))) if complete else None

@@ -1,0 +1,89 @@
+"""Arguments of a pretraining run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
+
+
+@dataclass
+class EquiSSLTrainingArguments(TrainingArguments):
+    r"""``transformers.TrainingArguments`` with what self-supervised pretraining needs beside it.
+
+    Learning rate. Papers state a base value and a rule: ``learning_rate = base_learning_rate * s(batch / reference)``
+    with the *global* batch (per device x processes x accumulation) and s linear (iBOT, SIE: reference 256) or the square
+    root (DINOv2: reference 1024). Without ``base_learning_rate``, ``learning_rate`` is used as it stands.
+
+    Args:
+        base_learning_rate: Learning rate at the reference batch; sets ``learning_rate``.
+        learning_rate_scaling: "linear", "sqrt" or "none".
+        learning_rate_reference_batch: Global batch at which the base value holds.
+        monitor_features: Log feature standard deviation and effective rank at every logging step.
+
+    Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping, incomplete
+    batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept, CPU and gloo
+    chosen where there is no accelerator, no ``find_unused_parameters``.
+
+    Raises:
+        ValueError: for an unknown scaling rule or a reference batch below 1.
+    """
+
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate at the reference batch size; sets learning_rate."}
+    )
+    learning_rate_scaling: str = field(
+        default="linear", metadata={"help": "How base_learning_rate follows the global batch: linear, sqrt or none."}
+    )
+    learning_rate_reference_batch: int = field(
+        default=256, metadata={"help": "Global batch at which base_learning_rate holds."}
+    )
+    monitor_features: bool = field(
+        default=True, metadata={"help": "Log feature standard deviation and effective rank."}
+    )
+
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and 1-D parameters."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the global gradient norm; 0 means no clipping."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule; e.g. cosine, cosine_with_min_lr."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a bad loss must be seen."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the pipeline reads them all."})
+    label_names: list[str] | None = field(default_factory=list, metadata={"help": "Pretraining has none."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+
+    def __post_init__(self) -> None:
+        self._validate()
+        if not self.use_cpu and not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.ddp_backend = "gloo"
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self.learning_rate_factor
+
+    def _validate(self) -> None:
+        if self.learning_rate_scaling not in LEARNING_RATE_SCALINGS:
+            raise ValueError(
+                f"learning_rate_scaling must be one of {', '.join(LEARNING_RATE_SCALINGS)}, "
+                f"got {self.learning_rate_scaling!r}."
+            )
+        if self.learning_rate_reference_batch < 1:
+            raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer step: per device x processes x accumulation."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What ``base_learning_rate`` is multiplied by."""
+        ratio = self.global_batch_size / self.learning_rate_reference_batch
+        return {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.learning_rate_scaling]

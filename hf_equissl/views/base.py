@@ -1,0 +1,103 @@
+"""What every view carries, and what every transformation family g can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Views:
+    """Everything that one batch offers to encoders and objectives. Absent parts are ``None`` or empty.
+
+    Pixel values are normalised floats; B images, V global and L local crops, K' reconstruction targets.
+
+    Attributes:
+        global_crops: (V, B, C, H, W). View 1 is ``global_crops[0]``; g acts on the last one, ``global_crops[-1]``.
+        local_crops: (L, B, C, h, w), for multi-crop objectives.
+        intermediate_images: (B, K', C, H, W), reconstruction targets g_{k theta/(K+1)}(u), normalised as the views.
+        parameters: (B, p), g's parameters in the family's own units.
+        normalized_parameters: (B, p), the same scaled to about [-1, 1] (``TransformationFamily.targets``).
+        masks: (V, B, N) bool, patches that the student does not see.
+        crop_boxes: (V, B, 4), top, left, height, width of each global crop as fractions of the stored image.
+        photometric: name -> (V, B, ...), what the augmentation pipeline drew (flip, brightness, ..., blur sigma).
+        labels: (B,), only where the data set has them and an objective asks.
+        extra: name -> (M, C, h, w), further images that an objective asked for, each encoded in a pass of its own.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor | None = None
+    intermediate_images: Tensor | None = None
+    parameters: Tensor | None = None
+    normalized_parameters: Tensor | None = None
+    masks: Tensor | None = None
+    crop_boxes: Tensor | None = None
+    photometric: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in this batch, B."""
+        return self.global_crops.shape[1]
+
+    def to(self, device: torch.device | str) -> Views:
+        """A copy on ``device``."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Views(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+class TransformationFamily(ABC):
+    """A kind of image transformation g with known parameters: ``sample``, ``apply``, ``targets``.
+
+    Randomness enters only through ``draws``, uniform numbers in [0, 1) that belong to one sample of one epoch, so the
+    same draws give the same parameters on every device, in every process, after every resume.
+
+    Attributes:
+        parameter_names: One name per column of the parameters, with its unit in the class docstring.
+        num_draws: Uniform numbers that ``sample`` consumes per image.
+        continuous: Whether a path from the identity to g exists, i.e. whether ``0 < fraction < 1`` means anything.
+    """
+
+    parameter_names: ClassVar[tuple[str, ...]]
+    num_draws: ClassVar[int]
+    continuous: ClassVar[bool] = True
+
+    @property
+    def num_parameters(self) -> int:
+        """Width p of the parameters."""
+        return len(self.parameter_names)
+
+    @abstractmethod
+    def sample(self, draws: Tensor) -> Tensor:
+        """Turn uniform ``draws`` (B, num_draws) into parameters (B, p)."""
+
+    @abstractmethod
+    def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
+        """Apply g at several fractions of the way from identity (0) to g (1), each directly from ``images``.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            parameters: (B, p).
+            fractions: (F,) in [0, 1].
+
+        Returns:
+            (B, F, C, H, W) in [0, 1]. One resampling for all fractions; never g applied repeatedly, which would blur.
+        """
+
+    def apply(self, images: Tensor, parameters: Tensor, fraction: float = 1.0) -> Tensor:
+        """Apply g at one ``fraction``: images (B, C, H, W), parameters (B, p) -> (B, C, H, W). 0 is the identity."""
+        return self.path(images, parameters, torch.full((1,), fraction, device=images.device))[:, 0]
+
+    @abstractmethod
+    def targets(self, parameters: Tensor) -> Tensor:
+        """Parameters (B, p) scaled to about [-1, 1]: what the probes regress and what SIE's predictor is given."""

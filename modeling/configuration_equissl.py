@@ -1,0 +1,273 @@
+"""Configuration of the EquiSSL encoder: what the network is, nothing of how it is trained."""
+
+import difflib
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+__all__ = ["EquiSSLConfig"]
+
+DECODER_TYPES = ("conv", "cross_attention")
+DROP_PATH_MODES = ("linear", "uniform")
+# hidden_size, num_hidden_layers, num_attention_heads
+PRESET_SIZES = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant": (1536, 40, 24),
+}
+PRESET_PATCHES = (4, 8, 14, 16)
+
+
+@strict
+class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of an [`EquiSSLModel`]: a pre-norm ViT, an optional linear stem whose output is split into an
+    invariant and an equivariant part, and an optional decoder. Defaults give ViT-S/16 at 224 px without stem.
+
+    Args:
+        hidden_size (`int`, defaults to 384): Width D of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 6): Heads per block; divides `hidden_size`.
+        mlp_ratio (`int` or `float`, defaults to 4): Hidden width of the MLP over `hidden_size`.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of attention weights.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
+        image_size (`int` or `(height, width)`, defaults to 224): Size in pixels at which position embeddings are
+            stored; other multiples of `patch_size` interpolate them.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels.
+        num_channels (`int`, defaults to 3): Channels C of an image.
+        qkv_bias (`bool`, defaults to `True`): Bias of the query, key and value projections.
+        layerscale_value (`float`, *optional*): Initial LayerScale (DINOv2: 1e-5); `None` has none (iBOT, DINO).
+        drop_path_rate (`float`, defaults to 0.0): Stochastic depth, in [0, 1).
+        drop_path_mode (`str`, defaults to `"linear"`): `"linear"` ramps from 0 to the rate over depth (iBOT),
+            `"uniform"` uses it in every block (DINOv2).
+        num_register_tokens (`int`, defaults to 0): Register tokens R (https://arxiv.org/abs/2309.16588). With
+            registers, positions are interpolated with antialiasing, as in the released DINOv2 models.
+        use_mask_token (`bool`, defaults to `True`): A learned token for masked patches.
+        cls_insertion_layer (`int`, defaults to 0): 0 puts CLS (and registers) at the input; L > 0 appends them
+            after block L without a position embedding, so that blocks 1..L see patches only (SER uses 3).
+        feature_size (`int`, *optional*): Output size d of the linear stem; `None` has no stem.
+        equivariant_size (`int`, *optional*): d_equi, the last dimensions of the stem's output; the first
+            d - d_equi are invariant. Set together with `feature_size`, and smaller.
+        decoder_type (`str`, *optional*): `"conv"`, `"cross_attention"` or `None` (no decoder).
+        num_intermediate_images (`int`, defaults to 2): K, images reconstructed by the convolutional decoders.
+        decoder_reconstructs_final (`bool`, defaults to `False`): One more decoder, for the transformed view itself.
+        decoder_widths (`list[int]`, defaults to `[128, 64, 32, 16]`): Channels of the convolutional decoders before
+            each convolution: as many convolutions as entries, at least log2(`patch_size`).
+        decoder_hidden_size (`int`, defaults to 256): Width of the cross-attention decoder.
+        decoder_num_layers (`int`, defaults to 4): Its self-attention blocks after the cross-attention block.
+        decoder_num_heads (`int`, defaults to 8): Its attention heads.
+
+    Raises:
+        ValueError: For values or combinations that make no network, at construction.
+    """
+
+    model_type = "equissl"
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    mlp_ratio: int | float = 4
+    hidden_act: str = "gelu"
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    layerscale_value: float | int | None = None
+    drop_path_rate: float | int = 0.0
+    drop_path_mode: str = "linear"
+    num_register_tokens: int = 0
+    use_mask_token: bool = True
+    cls_insertion_layer: int = 0
+    feature_size: int | None = None
+    equivariant_size: int | None = None
+    decoder_type: str | None = None
+    num_intermediate_images: int = 2
+    decoder_reconstructs_final: bool = False
+    decoder_widths: list[int] | tuple[int, ...] | None = None
+    decoder_hidden_size: int = 256
+    decoder_num_layers: int = 4
+    decoder_num_heads: int = 8
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill what follows from other fields, check, and set up the stages of a backbone."""
+        # The leanest of the widths that were measured: two decoders cost about 3 % of a ViT-S/16 step (CPU, 224 px).
+        self.decoder_widths = [128, 64, 32, 16] if self.decoder_widths is None else list(self.decoder_widths)
+        # `@strict` runs validate_* too, but wraps what they raise; called here, users get the ValueError itself.
+        self.check()
+        kwargs.pop("stage_names", None)  # derived: a stored value would outlive a changed num_hidden_layers
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """A standard architecture by name, e.g. `"vit_small_patch16"`.
+
+        Sizes `vit_tiny` (192/12/3), `vit_small` (384/12/6), `vit_base` (768/12/12), `vit_large` (1024/24/16) and
+        `vit_giant` (1536/40/24: width/blocks/heads), each with patch 4, 8, 14 or 16. All have an MLP of ratio 4 with
+        GELU; DINOv2's own giant has a SwiGLU feed-forward instead, so its weights do not fit `vit_giant`.
+
+        Args:
+            name: The preset.
+            **overrides: Any other field of the configuration.
+
+        Raises:
+            ValueError: For an unknown name; the message holds the nearest one.
+        """
+        presets = {
+            f"{size}_patch{patch}": (*dimensions, patch)
+            for size, dimensions in PRESET_SIZES.items()
+            for patch in PRESET_PATCHES
+        }
+        if name not in presets:
+            nearest = difflib.get_close_matches(name, presets, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown preset {name!r}. Did you mean {nearest!r}? Presets: {', '.join(presets)}.")
+        fields = zip(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), presets[name], strict=True
+        )
+        return cls(**{**dict(fields), **overrides})
+
+    @property
+    def invariant_size(self) -> int | None:
+        """d_inv = feature_size - equivariant_size, or `None` without a stem."""
+        if self.feature_size is None or self.equivariant_size is None:
+            return None
+        return self.feature_size - self.equivariant_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_decoder_upsamplings(self) -> int:
+        """Doublings of the patch grid in the convolutional decoders: log2 of the patch size, rounded up."""
+        return (self.patch_size - 1).bit_length()
+
+    @property
+    def num_decoded_images(self) -> int:
+        """Images that the decoder returns per pair of views; 0 without a decoder."""
+        if self.decoder_type == "conv":
+            return self.num_intermediate_images + int(self.decoder_reconstructs_final)
+        return int(self.decoder_type == "cross_attention")
+
+    def check(self) -> None:
+        """Raise `ValueError` if the fields make no network; models call it again, as fields may be assigned later."""
+        self.validate_positive()
+        self.validate_encoder()
+        self.validate_image_size()
+        self.validate_stem()
+        self.validate_decoder()
+
+    def validate_positive(self) -> None:
+        """Sizes and counts."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
+        for name in (*names, "initializer_range", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a value above 0.")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens={self.num_register_tokens}: expected 0 (none) or more.")
+        for name in ("drop_path_rate", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a probability in [0, 1).")
+
+    def validate_encoder(self) -> None:
+        """Heads, drop path and the place of CLS."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
+                "change one of them (heads of 64 dimensions are usual)."
+            )
+        if self.drop_path_mode not in DROP_PATH_MODES:
+            raise ValueError(f"drop_path_mode={self.drop_path_mode!r}: expected one of {', '.join(DROP_PATH_MODES)}.")
+        if not 0 <= self.cls_insertion_layer < self.num_hidden_layers:
+            raise ValueError(
+                f"cls_insertion_layer={self.cls_insertion_layer}: expected 0 (CLS at the input) to "
+                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1), so that at least one block sees CLS."
+            )
+
+    def validate_image_size(self) -> None:
+        """Whole patches."""
+        sides = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
+        if len(sides) not in (1, 2) or (len(sides) == 1 and not isinstance(self.image_size, int)):
+            raise ValueError(f"image_size={self.image_size}: expected an int or (height, width).")
+        if any(side <= 0 or side % self.patch_size for side in sides):
+            raise ValueError(
+                f"image_size={self.image_size} is not a positive multiple of patch_size={self.patch_size}: choose e.g. "
+                f"image_size={max(1, round(sides[0] / self.patch_size)) * self.patch_size}."
+            )
+
+    def validate_stem(self) -> None:
+        """Both sizes or none, and both parts non-empty."""
+        if (self.feature_size is None) != (self.equivariant_size is None):
+            raise ValueError(
+                f"feature_size={self.feature_size} and equivariant_size={self.equivariant_size}: set both (a stem) or "
+                "neither (no stem), e.g. feature_size=512, equivariant_size=256."
+            )
+        if (
+            self.feature_size is not None
+            and self.equivariant_size is not None
+            and not 0 < self.equivariant_size < self.feature_size
+        ):
+            raise ValueError(
+                f"equivariant_size={self.equivariant_size}: expected 1 to {self.feature_size - 1} (feature_size - 1), "
+                "so that both the invariant and the equivariant part have dimensions."
+            )
+
+    def validate_decoder(self) -> None:
+        """The chosen decoder's own needs; fields of the other kind are not looked at."""
+        if self.decoder_type is None:
+            return
+        if self.decoder_type not in DECODER_TYPES:
+            raise ValueError(f"decoder_type={self.decoder_type!r}: expected None or one of {', '.join(DECODER_TYPES)}.")
+        if self.equivariant_size is None:
+            raise ValueError(
+                f"decoder_type={self.decoder_type!r} reads equivariant features, and there is no stem: set "
+                "feature_size and equivariant_size, or decoder_type=None."
+            )
+        if self.decoder_type == "conv":
+            self._check_conv_decoder()
+        else:
+            self._check_cross_attention_decoder()
+
+    def _check_conv_decoder(self) -> None:
+        widths = self.decoder_widths or []
+        if self.num_intermediate_images < 1:
+            raise ValueError(f"num_intermediate_images={self.num_intermediate_images}: expected 1 or more.")
+        if any(width <= 0 for width in widths):
+            raise ValueError(f"decoder_widths={widths}: expected channel counts above 0.")
+        if len(widths) < max(1, self.num_decoder_upsamplings):
+            raise ValueError(
+                f"decoder_widths={widths} gives {len(widths)} convolutions, but patch_size={self.patch_size} needs "
+                f"{self.num_decoder_upsamplings} doublings of the patch grid, one per convolution: add widths."
+            )
+
+    def _check_cross_attention_decoder(self) -> None:
+        size, heads = self.decoder_hidden_size, self.decoder_num_heads
+        if size <= 0 or heads <= 0 or size % heads:
+            raise ValueError(
+                f"decoder_hidden_size={size} is not divisible by decoder_num_heads={heads} (both above 0): change one."
+            )
+        if size % 4:
+            raise ValueError(
+                f"decoder_hidden_size={size}: expected a multiple of 4 for the sines and cosines of rows and columns."
+            )
+        if self.decoder_num_layers < 0:
+            raise ValueError(f"decoder_num_layers={self.decoder_num_layers}: expected 0 or more.")
+
+
+EquiSSLConfig.register_for_auto_class()

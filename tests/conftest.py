@@ -1,0 +1,43 @@
+"""Tiny models, tiny images, and the way to the real ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: two OpenMP pools on two cores cost more than they give, and no test may reach for the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real images: ``EQUISSL_TEST_DATA`` or ``../shared/data``. Tests that need it skip without it."""
+    folder = Path(os.environ.get("EQUISSL_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real test images are absent: {folder} does not exist (set EQUISSL_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 32 small pictures that differ: gradients with a bright disc, 40 x 36 px."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:36, 0:40]
+    for index in range(32):
+        low, high = rng.uniform(0, 255, (2, 3))
+        picture = low + (high - low) * (x / 40)[..., None]
+        cy, cx, radius = rng.uniform(8, 28), rng.uniform(8, 32), rng.uniform(3, 9)
+        picture[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.uniform(0, 255, 3)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index:02d}.png")
+    return folder

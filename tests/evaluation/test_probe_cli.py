@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+from hf_equissl.evaluation import cli, load_evaluation_data, load_records
+from hf_equissl.evaluation.runner import check_output_dir
+
+from .conftest import coloured
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder and a tiny image folder with three classes and two splits, and one of loose images."""
+    root = tmp_path_factory.mktemp("probe")
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4
+    )
+    for name in ("encoder", "other"):
+        Dinov2Model(config).save_pretrained(root / name)
+        BitImageProcessor(crop_size={"height": 16, "width": 16}).save_pretrained(root / name)
+    for split, count, seed in (("train", 60, 0), ("test", 24, 1)):
+        images, labels = coloured(count, seed, 3, size=18)
+        for number, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            target = root / "images" / split / "abc"[label] / f"{number}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(target)
+            (root / "flat").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / "flat" / f"{split}{number}.png")
+    return root
+
+
+def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--encoder", str(folder / "encoder"), "--data", str(folder / "images"), "--output_dir", str(output),
+        "--tests", "rotation", "flip", "--seeds", "1", "--epochs", "2", "--num_draws", "1", "--fill", "reflect", *more,
+    ]  # fmt: skip
+
+
+def test_command_line_end_to_end_and_resume(folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "training" / "probe.py"), *arguments(folder, tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rotation r2 [reflect]" in done.stdout
+    assert "linear top1" in done.stdout
+    assert (tmp_path / "results.md").read_text().startswith("| encoder |")
+    first = (tmp_path / "results.json").read_text()
+    records = load_records(tmp_path / "results.json")
+    assert {(record.evaluator, record.task) for record in records} == {
+        ("transformation_regression", "rotation"),
+        ("transformation_regression", "flip"),
+        ("linear", "classification"),
+        ("knn", "classification"),
+    }
+    assert all(record.command.startswith("python training/probe.py --encoder") for record in records)
+    assert all(record.seeds == (0,) for record in records)
+
+    # Again: nothing is computed, nothing changes. Then one more seed, and one more encoder.
+    cli.main(arguments(folder, tmp_path))
+    assert (tmp_path / "results.json").read_text() == first
+    cli.main(arguments(folder, tmp_path, "--encoder", str(folder / "other"), "--seeds", "2"))
+    later = load_records(tmp_path / "results.json")
+    assert {record.seeds for record in later if record.evaluator == "transformation_regression"} == {(0, 1)}
+    assert {Path(record.encoder).name for record in later} == {"encoder", "other"}
+    kept = {record.key: record for record in records}
+    assert all(record.values[0] == kept[record.key].values[0] for record in later if record.key in kept)
+    assert sum(record.key in kept for record in later) == len(kept)
+
+
+def test_overwrite_and_changed_weights_compute_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = arguments(folder, tmp_path, "--evaluators", "knn")
+    calls = []
+    real = cli.run_evaluators.__globals__["save_records"]
+    monkeypatch.setitem(cli.run_evaluators.__globals__, "save_records", lambda *a: (calls.append(1), real(*a)))
+    cli.main(quick)
+    cli.main(quick)
+    assert len(calls) == 1
+    cli.main([*quick, "--overwrite"])
+    assert len(calls) == 2
+    cli.main([*quick, "--image_size", "12"])
+    assert len(calls) == 3
+    assert len({record.encoder_digest for record in load_records(tmp_path / "results.json")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tests", "rotatoin"], "rotation"),
+        (["--evaluators", "lineer"], "Did you mean 'linear'"),
+        (["--encoder", "/no/such/encoder"], "No encoder at '/no/such/encoder'"),
+        (["--data", "/no/such/data"], "/no/such/data"),
+        (["--features", "equivariant"], "no features"),
+        (["--label_column", "klass"], "klass"),
+        (["--test_split", "tset"], "tset"),
+        (["--train_images", "0"], "train_images must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_compute(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments(folder, tmp_path, *more))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_flat_folder_needs_no_labels_until_they_are_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = [*arguments(folder, tmp_path), "--data", str(folder / "flat")]
+    with pytest.raises(SystemExit):
+        cli.main([*flat, "--evaluators", "linear"])
+    assert "LinearEvaluator needs labels" in capsys.readouterr().err
+    cli.main(flat)
+    records = load_records(tmp_path / "results.json")
+    assert {record.evaluator for record in records} == {"transformation_regression"}
+    assert {record.split for record in records} == {"train (held-out)"}
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_output_dir(tmp_path / "file" / "results")
+
+
+def test_help_names_families_and_evaluators(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("color_jitter", "transformation_regression", "--fill", "examples:"))
+
+
+def test_held_out_and_subsets_are_fixed_and_disjoint(folder: Path) -> None:
+    data = load_evaluation_data(str(folder / "flat"), progress=False)
+    again = load_evaluation_data(str(folder / "flat"), progress=False)
+    assert (len(data.train), len(data.test)) == (76, 8)
+    assert data.test.images.rows.tolist() == again.test.images.rows.tolist()
+    assert not set(data.train.images.rows) & set(data.test.images.rows)
+    small = load_evaluation_data(str(folder / "images"), train_images=10, test_images=5, progress=False)
+    assert (len(small.train), len(small.test), small.test.split) == (10, 5, "test")
+    assert small.train.labels is not None
+
+
+def test_cifar10(shared_data: Path) -> None:
+    data = load_evaluation_data(str(shared_data / "cifar10"), train_images=20, test_images=10, progress=False)
+    assert data.train.labels.max() < 10
+    _, pixels = next(iter(data.train.batches(32)))
+    assert pixels.shape == (20, 3, 32, 32)
+    assert json.dumps(data.test.dataset).endswith('cifar10"')

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_equissl.evaluation import (
+    ResultRecord,
+    as_logs,
+    load_records,
+    markdown_table,
+    merge_records,
+    plain_table,
+    plot_r2,
+    save_records,
+)
+
+
+def record(**changes: object) -> ResultRecord:
+    settings: dict[str, object] = {
+        "evaluator": "transformation_regression",
+        "task": "rotation",
+        "metric": "r2",
+        "features": "backbone",
+        "values": (0.5, 0.7),
+        "seeds": (0, 1),
+        "primary": True,
+        "dataset": "photos",
+        "split": "test",
+        "protocol": {"epochs": 8, "family": {"class": "RotationFamily", "fill": "zeros"}, "pair": (1, 2)},
+        "encoder": "runs/a",
+        "encoder_digest": "0123",
+        "details": {"r2_angle": [0.5, 0.7]},
+        "command": "python training/probe.py",
+    }
+    return ResultRecord(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_round_trip_and_statistics(tmp_path: Path) -> None:
+    one = record()
+    assert one.value == pytest.approx(0.6)
+    assert one.std == pytest.approx(0.1 * 2**0.5)
+    assert record(values=(0.5,), seeds=(0,), details={}).std is None
+    path = tmp_path / "deep" / "results.json"
+    save_records([one], path)
+    read = load_records(path)[0]
+    assert read.to_dict() == one.to_dict()
+    assert read.key == one.key
+    assert {"value", "std", "versions", "date"} <= set(json.loads(path.read_text())["results"][0])
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_merging_adds_seeds_and_the_later_wins() -> None:
+    later = record(values=(0.9, 0.8), seeds=(1, 2), details={"r2_angle": [0.9, 0.8]})
+    merged = merge_records([record(), later, record(task="crop")])
+    assert [item.task for item in merged] == ["rotation", "crop"]
+    assert merged[0].seeds == (0, 1, 2)
+    assert merged[0].values == (0.5, 0.9, 0.8)
+    assert merged[0].details == {"r2_angle": [0.5, 0.9, 0.8]}
+    with pytest.raises(ValueError, match="different measurements"):
+        record().merge(record(encoder_digest="4567"))
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_records(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a result file"):
+        load_records(tmp_path / "b.json")
+    with pytest.raises(ValueError, match="one value per seed"):
+        record(seeds=(0,))
+    with pytest.raises(ValueError, match="not finite"):
+        record(values=(float("nan"), 0.1))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    save_records([record()], tmp_path / "r.json")
+    with pytest.raises(TypeError, match="serializable"):
+        save_records([record(protocol={"k": object()})], tmp_path / "r.json")
+    assert len(load_records(tmp_path / "r.json")) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tables_and_logs() -> None:
+    accuracy = {"evaluator": "knn", "task": "classification", "metric": "top1", "features": "cls", "details": {}}
+    records = [
+        record(),
+        record(metric="r2_scalar", primary=False, details={}),
+        record(task="crop", values=(0.2, 0.2), details={}),
+        replace(record(), encoder="runs/b", encoder_digest="9"),
+        record(**accuracy, values=(0.456,), seeds=(0,), protocol={"k": 20}),
+    ]
+    plain, markdown = plain_table(records), markdown_table(records)
+    for text in (plain, markdown):
+        assert "0.6000 +- 0.1414" in text
+        assert "45.60" in text
+        assert "runs/b" in text
+        assert "rotation r2 [zeros]" in text
+    assert "k 20" in markdown
+    logs = as_logs(records[:3] + records[4:])
+    assert logs["eval_r2_rotation_backbone"] == pytest.approx(0.6)
+    assert logs["eval_knn_top1_cls"] == pytest.approx(0.456)
+    assert logs["eval_r2"] == pytest.approx(0.4)
+
+
+def test_plot_shows_encoders_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = [record(), record(task="crop", values=(-3.0, -3.0)), replace(record(), encoder="other/a")]
+    figure = plot_r2(records, tmp_path / "r2.png")
+    assert (tmp_path / "r2.png").stat().st_size > 1000
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["runs/a", "other/a"]
+    assert sorted(round(bar.get_height(), 3) for bar in axes.patches) == [-0.1, 0.6, 0.6]
+    with pytest.raises(ValueError, match="no R2"):
+        plot_r2([record(metric="top1")])

@@ -1,0 +1,176 @@
+"""Tiny encoders, views with whatever an objective needs, and two processes; all seeded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.needs import Needs
+from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Features, Objective, build_objective
+from hf_equissl.views.base import Views
+
+BATCH = 6
+# Small heads for those whose defaults are large; an entry that is absent here is built with its defaults.
+SMALL: dict[str, dict[str, Any]] = {
+    "vicreg": {"expander_sizes": (16, 16, 16)},
+    "cross_attention_reconstruction": {"decoder_num_layers": 1, "decoder_hidden_size": 16, "decoder_num_heads": 2},
+}
+# Objectives whose published loss depends on the order of the images in the batch.
+ORDER_DEPENDENT: set[str] = set()
+REGISTRIES = {"invariance": INVARIANCE_OBJECTIVES, "equivariance": EQUIVARIANCE_OBJECTIVES}
+CASES = [(kind, name) for kind, registry in REGISTRIES.items() for name in sorted(registry)]
+
+
+def tiny_config(**overrides: Any) -> EquiSSLConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    return EquiSSLConfig(**{**sizes, "feature_size": 24, "equivariant_size": 8, **overrides})
+
+
+def tiny_encoder(config: EquiSSLConfig | None = None, seed: int = 0) -> EquiSSLModel:
+    """Weights larger than the usual initialisation, so that images and views differ visibly in the features."""
+    torch.manual_seed(seed)
+    encoder = EquiSSLModel(config or tiny_config())
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def tiny_objective(
+    kind: str, name: str, config: EquiSSLConfig | None = None, seed: int = 1, **kwargs: Any
+) -> Objective:
+    torch.manual_seed(seed)
+    return build_objective(REGISTRIES[kind], name, config or tiny_config(), **{**SMALL.get(name, {}), **kwargs})
+
+
+def make_views(
+    needs: Needs, batch: int = BATCH, crops: int = 2, size: int = 32, patch: int = 8, seed: int = 2
+) -> Views:
+    """Random views that carry what ``needs`` asks for."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    patches = (size // patch) ** 2
+    return Views(
+        global_crops=normal(crops, batch, 3, size, size),
+        local_crops=normal(2, batch, 3, size // 2, size // 2) if needs.local_crops else None,
+        intermediate_images=normal(batch, len(needs.fractions), 3, size, size) if needs.fractions else None,
+        parameters=normal(batch, 3) if needs.parameters else None,
+        normalized_parameters=torch.rand(batch, 3, generator=g) * 2 - 1 if needs.parameters else None,
+        masks=torch.rand(crops, batch, patches, generator=g) < 0.3 if needs.masks else None,
+        crop_boxes=torch.rand(crops, batch, 4, generator=g) if needs.crop_boxes else None,
+        photometric={"flip": torch.rand(crops, batch, generator=g).round()} if needs.photometric else {},
+        labels=torch.randint(0, 4, (batch,), generator=g) if needs.labels else None,
+        extra={name: normal(batch, 3, size // 2, size // 2) for name in needs.extra},
+    )
+
+
+BATCH_FIRST = {"intermediate_images", "parameters", "normalized_parameters", "labels", "extra"}
+
+
+def take(views: Views, index: Tensor) -> Views:
+    """The images ``index`` of every part of the views."""
+
+    def pick(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: pick(name, item) for key, item in value.items()}
+        if value is None:
+            return None
+        return value[index] if name in BATCH_FIRST else value[:, index]
+
+    return replace(views, **{f.name: pick(f.name, getattr(views, f.name)) for f in fields(views)})
+
+
+def encode(encoder: EquiSSLModel, views: Views, needs: Needs | None = None, masked: bool = True) -> Features:
+    """What the pretraining model does: all global crops in one pass, tokens viewed per crop."""
+    needs = needs or Needs()
+
+    def tokens_of(images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Any]:
+        flat_masks = None if masks is None else masks.flatten(0, 1)
+        output = encoder(
+            pixel_values=images.flatten(0, 1),
+            bool_masked_pos=flat_masks,
+            output_hidden_states=bool(needs.hidden_layers),
+            output_features=False,
+        )
+        return output.last_hidden_state.unflatten(0, images.shape[:2]), output
+
+    tokens, output = tokens_of(views.global_crops, views.masks if masked else None)
+    crops = views.global_crops
+    rows, columns = (side // encoder.config.patch_size for side in crops.shape[-2:])
+    return Features(
+        tokens=tokens,
+        num_prefix_tokens=encoder.num_prefix_tokens,
+        grid=(rows, columns),
+        stem=encoder.stem,
+        local_tokens=None if views.local_crops is None else tokens_of(views.local_crops)[0],
+        hidden={block: output.hidden_states[block].unflatten(0, crops.shape[:2]) for block in needs.hidden_layers},
+        extra={name: tokens_of(images[None])[0][0] for name, images in views.extra.items()},
+    )
+
+
+def teacher_features(needs: Needs, views: Views, config: EquiSSLConfig | None = None) -> Features | None:
+    if not needs.teacher:
+        return None
+    teacher = tiny_encoder(config, seed=5).requires_grad_(False)
+    return encode(teacher, replace(views, local_crops=None), needs, masked=False)
+
+
+def random_features(config: EquiSSLConfig, views: Views, seed: int = 7) -> Features:
+    """Features that no encoder made, in double use as leaves; the stem is a fixed linear map."""
+    g = torch.Generator().manual_seed(seed)
+    side = config.image_size // config.patch_size
+    crops, batch = views.global_crops.shape[:2]
+    tokens = torch.randn(crops, batch, 1 + side * side, config.hidden_size, generator=g)
+    weight = torch.randn(config.feature_size, config.hidden_size, generator=g) / config.hidden_size**0.5
+
+    def stem(x: Tensor, part: str) -> Tensor:
+        invariant = config.feature_size - config.equivariant_size
+        rows = weight[:invariant] if part == "invariant" else weight[invariant:]
+        return x @ rows.to(x.dtype).T
+
+    return Features(tokens=tokens, num_prefix_tokens=1, grid=(side, side), stem=stem)
+
+
+def run_processes(
+    worker: Callable[..., None], folder: Path, *args: Any, processes: int = 2, timeout: float = 90
+) -> list:
+    """Run ``worker(rank, processes, *args) -> result`` in gloo processes of their own and return the results by rank.
+
+    The group meets in a file of ``folder``: no port to be taken. A hanging collective ends with the timeout. The fork
+    server imports the libraries once for all launches of a session, which is most of what a launch costs.
+    """
+    multiprocessing.set_forkserver_preload(["hf_equissl.objectives"])
+    context = mp.start_processes(
+        _enter, args=(worker, processes, str(folder), args), nprocs=processes, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + timeout
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{worker.__name__} did not end within {timeout} s")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def _enter(rank: int, worker: Callable[..., Any], processes: int, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
+    )
+    try:
+        torch.save(worker(rank, processes, *args), f"{folder}/rank{rank}.pt")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

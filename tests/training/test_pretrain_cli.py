@@ -1,0 +1,201 @@
+"""The command: it plans, trains, resumes and exports, and it refuses bad input before the first step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hf_equissl.training import pretrain
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_equissl.recipes import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "training" / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+TINY = """
+description: A tiny one.
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
+        feature_size: 32, equivariant_size: 16}
+objectives:
+  invariance: {name: vicreg, expander_sizes: [32, 32]}
+  equivariance: [{name: reconstruction, decoder_widths: [8, 8, 8]}]
+views:
+  pipeline: {name: vicreg}
+  transformation: {name: rotation}
+training: {max_steps: 2, per_device_train_batch_size: 4, save_steps: 1, disable_tqdm: true, use_cpu: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The message of a command that must end with code 2."""
+    capsys.readouterr()
+    assert pretrain.main([str(word) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.strip().count("\n") == 0  # one paragraph, no traceback
+    assert "Traceback" not in out + err
+    return err
+
+
+def test_train_export_resume(images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    words = ["--recipe", str(recipe), "--data", str(images), "--output_dir", str(output)]
+    assert pretrain.main(words) == 0
+    assert Recipe.load(output / "recipe.yaml").data["source"] == str(images)
+    encoder = AutoModel.from_pretrained(output / "encoder")
+    processor = AutoImageProcessor.from_pretrained(output / "encoder")
+    pixels = processor(Image.new("RGB", (64, 50)), return_tensors="pt")["pixel_values"]
+    assert encoder(pixels).last_hidden_state.shape == (1, 17, 32)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+    capsys.readouterr()
+    assert pretrain.main([*words, "--training.max_steps", "3"]) == 0
+    assert f"resuming from {output / 'checkpoint-2'}" in capsys.readouterr().out
+    assert (output / "checkpoint-3").is_dir()
+
+    assert "model.num_hidden_layers = 2" in fails(capsys, *words, "--model.num_hidden_layers", "3")
+    assert "holds checkpoint-3 already" in fails(capsys, *words, "--resume", "never")
+    assert "no complete checkpoint" in fails(capsys, *words, "--resume", output / "encoder")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_dry_run_of_every_shipped_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["--recipe", name, "--dry_run", "--num_processes", "16"]) == 0
+    report = capsys.readouterr().out
+    expected = ["encoder: blocks", "vicreg: heads", "GFLOP/image", "activations", "per device x 16 processes"]
+    expected += ["128 per device x 16 processes x accumulation 1 = 2048", "0.0001 x 2048/256 = 0.0008"] * (
+        "vits" in name
+    )
+    expected += ["reconstruction: decoders", "intermediate_images"] * (name not in ("vits16_vicreg", "cifar10_vicreg"))
+    for text in expected:
+        assert text in report
+
+
+def test_launched_by_path(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "training" / "pretrain.py"), "--recipe", "cifar10_vicreg_rot"]
+    command += ["--data", str(images), "--output_dir", str(output), "--dry_run"]
+    command += ["--training.per_device_train_batch_size", "4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 images / 4 = 3 steps" in done.stdout
+    with Image.open(output / "views.png") as picture:
+        assert picture.size == (4 * 98, 14 + 6 * 98)  # two views and two targets, six images
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_help_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["--list_recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in SHIPPED)
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("--dry_run", "examples:", "accelerate launch", "--training.", "vits16_vicreg_rot"):
+        assert word in shown
+
+
+def test_mistakes_on_the_command_line(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--recipe", recipe, "--data", images, "--output_dir", tmp_path / "out"]
+    assert "'vits16_vicreg_rot'" in fails(capsys, "--recipe", "vits16_vicreg_rto", "--dry_run")
+    assert "cannot be read" in fails(capsys, "--recipe", tmp_path / "none.yaml", "--dry_run")
+    assert "--recipe is missing" in fails(capsys, "--dry_run")
+    assert "--output_dir is missing" in fails(capsys, *run[:4])
+    assert "Did you mean --output_dir" in fails(capsys, *run[:4], "--output_di", "x")
+    assert "Did you mean 'max_steps'" in fails(capsys, *run, "--training.max_step", 3)
+    assert "give one of them" in fails(capsys, *run, "--data.source", images)
+    assert "accelerate launch" in fails(capsys, *run, "--num_processes", 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["--recipe", recipe, "--data", images, "--output_dir"]
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file" in fails(capsys, *run, tmp_path / "file")
+    assert "file is a file" in fails(capsys, *run, tmp_path / "file" / "below")
+    assert "cannot be written" in fails(capsys, *run, "/proc/hf_equissl")  # no process may write there, root neither
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
+    message = fails(capsys, *run, tmp_path / "full")
+    assert "0.00 GiB are free" in message
+    assert "save_total_limit" in message
+
+
+def test_data(images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--recipe", recipe, "--output_dir", tmp_path / "out", "--data"]
+    assert str(tmp_path / "nowhere") in fails(capsys, *run, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails(capsys, *run, tmp_path / "empty")
+    assert "data.source" in fails(capsys, *run[:-1])
+    batch = ["--training.per_device_train_batch_size", 16]
+    assert "12 images are fewer than one batch of 16 x 1" in fails(capsys, *run, images, *batch)
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for index in range(8):
+        (broken / f"{index}.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    assert "did not decode" in fails(capsys, *run, broken)
+
+    table = tmp_path / "table.parquet"
+    rows = {"photo": [str(path) for path in sorted(images.iterdir())], "size": list(range(12))}
+    datasets.Dataset.from_dict(rows).to_parquet(table)
+    message = fails(capsys, *run, table, "--data.column", "foto")
+    assert "'photo'" in message
+    assert "holds no images" in fails(capsys, *run, table, "--data.column", "size")
+    stream = ["--data.streaming", "true", "--training.max_steps", "-1"]
+    assert "training.max_steps: a stream has no length" in fails(capsys, *run, table, *stream)
+
+
+def test_a_step_that_cannot_work_is_refused_before_training(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--recipe", recipe, "--data", images, "--output_dir", tmp_path / "out"]
+    assert "at least 2 images" in fails(capsys, *run, "--training.per_device_train_batch_size", 1)
+    assert "names no transformation" in fails(capsys, *run, "--views.transformation", "null")
+    assert "decoder_widths" in fails(capsys, *run, "--objectives.equivariance.0.decoder_widths", "[8]")
+    stemless = ["--model.feature_size", "null", "--model.equivariant_size", "null"]
+    assert "equivariant part" in fails(capsys, *run, *stemless)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_an_unreadable_image_is_named(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    words = ["--recipe", str(recipe), "--data", str(folder), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert pretrain.main(words) == 0
+    assert "03.png" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What is launched: scripts and their recipes."""

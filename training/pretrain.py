@@ -1,0 +1,180 @@
+"""Pretrain an encoder from a recipe: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+EXAMPLES = """\
+examples:
+  # your own photographs, one GPU (or CPU)
+  python training/pretrain.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/rot \\
+      --training.per_device_train_batch_size 64 --training.num_train_epochs 100
+  # what would that cost? shapes, parameters, FLOPs, memory, the first views as a picture; trains nothing
+  python training/pretrain.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/rot --dry_run
+  # as in the paper: 16 GPUs on 2 machines
+  accelerate launch --num_machines 2 --num_processes 16 training/pretrain.py \\
+      --recipe vits16_vicreg_rot --data ILSVRC/imagenet-1k --output_dir runs/rot
+  # installed, without a checkout
+  python -m hf_equissl.training.pretrain --recipe my_recipe.yaml --data data.parquet --output_dir runs/mine
+"""
+
+OVERRIDES = """\
+every value of a recipe can be set on the command line, as --section.key VALUE (VALUE is read as YAML):
+  --model.*        preset, and the fields of EquiSSLConfig: --model.image_size 96
+  --objectives.*   --objectives.equivariance.0.weight 0.5, --objectives.equivariance '[]'
+  --views.*        --views.transformation.name translation, --views.pipeline.crop_scale '[0.35, 1]'
+  --data.*         source, split, column, streaming, max_bad_share ...: --data.column photo
+  --training.*     every field of EquiSSLTrainingArguments: --training.max_steps 1000 --training.bf16 true
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for what can be mended before training, 1 for a run that stopped."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.list_recipes:
+        _say(_recipe_lines())
+        return 0
+
+    from hf_equissl.data import TooManyBadImages
+    from hf_equissl.loss_history import NonFiniteLossError
+    from hf_equissl.strict import RecipeError
+
+    try:
+        _run(options, rest, [name for action in parser._actions for name in action.option_strings])
+    except RecipeError as error:
+        return _stop(error, code=2)
+    except (NonFiniteLossError, TooManyBadImages) as error:
+        return _stop(error, code=1)
+    return 0
+
+
+def _run(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> None:
+    from hf_equissl.launch import prepare, pretrain
+    from hf_equissl.overrides import parse_overrides
+    from hf_equissl.recipes import Recipe
+    from hf_equissl.strict import RecipeError
+
+    overrides = parse_overrides(rest, known_options)
+    if options.recipe is None:
+        raise RecipeError("--recipe is missing. --list_recipes shows what there is.")
+    if options.data is not None:
+        if "data.source" in overrides:
+            raise RecipeError("--data and --data.source say the same: give one of them.")
+        overrides["data.source"] = options.data
+    recipe = Recipe.load(_find_recipe(options.recipe), overrides, search=[RECIPES])
+    if options.dry_run:
+        _dry_run(recipe, options)
+        return
+    if options.num_processes is not None:
+        raise RecipeError("--num_processes belongs to --dry_run. To train on several, use `accelerate launch`.")
+    if options.output_dir is None:
+        raise RecipeError("--output_dir is missing: checkpoints and the encoder need a place.")
+    run = prepare(recipe, options.output_dir, options.resume)
+    _say(_summary(run))
+    folder = pretrain(run)
+    load = f"AutoModel.from_pretrained({str(folder)!r})"
+    _say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
+
+
+def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
+    from hf_equissl.dry_run import PICTURE, dry_run_report, save_picture
+    from hf_equissl.launch import prepare
+
+    run = prepare(recipe, options.output_dir, options.resume, processes=options.num_processes, dry=True)
+    _say(dry_run_report(run))
+    if options.output_dir is not None and run.dataset is not None and os.environ.get("RANK", "0") == "0":
+        _say(
+            f"\nPicture of the first views: {save_picture(run.first, run.pipeline, Path(options.output_dir) / PICTURE)}"
+        )
+
+
+def _summary(run: Any) -> str:
+    plan = run.plan
+    batch = f"batch {plan.per_device} x {plan.processes} x {plan.accumulation} = {plan.batch}"
+    lines = [f"{run.recipe.name}: {batch}, learning rate {plan.learning_rate:.4g}, {plan.steps} steps"]
+    if run.recipe.num_processes not in (None, plan.processes):
+        lines.append(
+            f"note: the recipe was written for {run.recipe.num_processes} processes, this launch has {plan.processes}"
+        )
+    if run.unreadable:
+        lines.append(f"note: of the first images these are not readable: {', '.join(run.unreadable)}")
+    lines.append(f"resuming from {run.checkpoint}" if run.checkpoint else f"starting in {run.args.output_dir}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        usage="pretrain.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...]",
+        description="Pretrain an encoder from a recipe. Everything that can be wrong is checked before the first step.",
+        epilog=f"{OVERRIDES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")
+    add(
+        "--data",
+        metavar="SOURCE",
+        help="image folder, parquet or tar files, save_to_disk folder, Hub id (data.source)",
+    )
+    add("--output_dir", metavar="DIR", help="checkpoints, recipe.yaml and the finished encoder/ go here")
+    add(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): go on from the newest complete checkpoint in DIR, if there is one",
+    )
+    add("--dry_run", action="store_true", help="check everything, print the plan and its cost, train nothing")
+    add("--num_processes", type=int, metavar="N", help="with --dry_run: plan for N processes")
+    add("--list_recipes", action="store_true", help="names of the recipes that ship, one line each")
+    return parser
+
+
+def _find_recipe(name: str) -> Path:
+    from hf_equissl.strict import RecipeError, nearest
+
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return Path(name)
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(item.stem for item in RECIPES.glob("*.yaml"))
+        guess = nearest(name, names)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise RecipeError(
+            f"--recipe {name}: no recipe of this name.{hint} Recipes: {', '.join(names)}; or give a YAML file."
+        )
+    return path
+
+
+def _recipe_lines() -> str:
+    from hf_equissl.strict import load_yaml
+
+    texts = {
+        path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
+    }
+    width = max(map(len, texts), default=0)
+    return "\n".join(f"  {name:<{width}}  {raw.get('description', '')}" for name, raw in texts.items())
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _stop(error: Exception, code: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: a missing file may be missing on one only
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
