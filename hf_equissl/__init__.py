@@ -30,7 +30,23 @@ _EXPORTS = {
     "save_encoder": "hub",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "EQUIVARIANCE_OBJECTIVES",
+    "EVALUATORS",
+    "INVARIANCE_OBJECTIVES",
+    "PIPELINES",
+    "TRANSFORMATIONS",
+    "EquiSSLConfig",
+    "EquiSSLForPreTraining",
+    "EquiSSLModel",
+    "EquiSSLPreTrainingConfig",
+    "EquiSSLTrainer",
+    "EquiSSLTrainingArguments",
+    "Recipe",
+    "__version__",
+    "load_images",
+    "save_encoder",
+]
 
 if TYPE_CHECKING:
     from .data import load_images

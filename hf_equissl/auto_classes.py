@@ -1,7 +1,7 @@
 """Make transformers' Auto classes know ours, without importing either until somebody uses them.
 
-``AutoConfig.register(...)`` at import would load transformers' modeling code, about three seconds that a script that only
-wants a metric or a recipe should not pay. So registration waits for the module that defines the Auto classes.
+``AutoConfig.register(...)`` at import would load transformers' modeling code, about three seconds that a script which
+only wants a metric or a recipe should not pay. So registration waits for the module that defines the Auto classes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-
 CONFIG_FILE = "transformers.models.auto.configuration_auto"
-# Our model file needs modeling_layers, which itself imports modeling_auto half-way: the model is registered when none of
-# the three is in the middle of being imported.
+# Our files need modeling_layers, which itself imports modeling_auto half-way: the model is registered when none of them
+# is in the middle of being imported.
 MODEL_FILES = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_layers",
     f"{__package__}.modeling.modeling_equissl",
+    f"{__package__}.modeling.decoders_equissl",
+    f"{__package__}.modeling.layers_equissl",
 )
 
 

@@ -7,7 +7,7 @@ forward, backward, optimizer. They take turns, so that whatever else the machine
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .data import ImageViewDataset
+from .data import ImageSource, ImageViewDataset
 from .data.decoding import ImageDecodeError, decode_image
 from .data.randomness import sample_generator
 from .pretraining import EquiSSLForPreTraining
@@ -36,7 +36,6 @@ from .views.pipelines import ViewPipeline
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)
-DTYPES = ("fp32", "bf16")
 # Time per step that L_recon adds to VICReg, ViT-S/16: 156 s per epoch become 179 s (arXiv 2503.18753, version 2).
 PAPER_OVERHEAD = 0.147
 AIM = PAPER_OVERHEAD / 2
@@ -133,7 +132,7 @@ def without_equivariance(recipe: Recipe) -> Recipe:
     return replace(recipe, objectives=replace(recipe.objectives, equivariance=entries))
 
 
-def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Iterable[Image.Image]) -> Side:
+def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Sequence[Image.Image]) -> Side:
     """Model, pipeline, optimizer and one batch of crops.
 
     Args:
@@ -157,7 +156,7 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: It
         model=model,
         pipeline=pipeline,
         optimizer=optimizer_class(groups, **arguments),
-        batch=crop_batch(pipeline, list(images), batch_size),
+        batch=crop_batch(pipeline, images, batch_size),
         device=device,
         max_grad_norm=args.max_grad_norm or 0.0,
     )
@@ -197,22 +196,22 @@ def synthetic_images(count: int, size: int) -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((size * 8 // 7, size), Image.Resampling.BICUBIC) for pixels in noise]
 
 
-def first_images(dataset: ImageViewDataset, count: int) -> list[Image.Image]:
+def first_images(source: ImageSource, count: int) -> list[Image.Image]:
     """The first ``count`` images that decode, or fewer.
 
     Raises:
         RecipeError: none does.
     """
-    images = [image for _, image in islice(_decoded(dataset), count)]
+    images = [image for _, image in islice(_decoded(source), count)]
     if not images:
         raise RecipeError("data: none of the images can be read.")
     return images
 
 
-def _decoded(dataset: ImageViewDataset) -> Iterable[tuple[int, Image.Image]]:
-    for index in range(len(dataset)):
+def _decoded(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
+    for index in range(len(source)):
         try:
-            yield index, decode_image(dataset.source.content(dataset.source.row(index)))
+            yield index, decode_image(source.content(source.row(index)))
         except ImageDecodeError:
             continue
 
@@ -279,8 +278,8 @@ def _cuda_peak(side: Side, other: Side, dtype: str) -> float:
 
 def _process_peak(recipe: Recipe, batch_size: int, dtype: str, threads: int) -> float:
     torch.set_num_threads(threads)
-    size = recipe.build_encoder_config().image_size
-    images = synthetic_images(min(batch_size, 4), max(size if isinstance(size, tuple | list) else (size,)))
+    size = int(recipe.build_encoder_config().image_size)  # type: ignore[arg-type]  # the pipeline refuses pairs
+    images = synthetic_images(min(batch_size, 4), size)
     before = _resident_peak()
     side = build_side(recipe, batch_size, torch.device("cpu"), images)
     side.create_optimizer_state()
@@ -318,7 +317,7 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
         processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
     """
     keys, encoded, crops = [], [], []
-    for index, image in islice(_decoded(dataset), num_images):
+    for index, image in islice(_decoded(dataset.source), num_images):
         content = dataset.source.content(dataset.source.row(index))
         with Image.open(BytesIO(content)) as plain:
             if plain.size != image.size:  # turned by its EXIF block, which the plain loop would ignore

@@ -111,7 +111,7 @@ def _shape_lines(views: Views, batch: int) -> list[str]:
 
 
 def _encoder_lines(run: Run) -> list[str]:
-    config = run.config.encoder
+    config = run.recipe.build_encoder_config()
     stem = "no stem"
     if config.feature_size is not None:
         stem = f"stem {config.feature_size} = {config.invariant_size} invariant + {config.equivariant_size} equivariant"
@@ -141,8 +141,8 @@ def _memory_lines(run: Run, cost: Cost) -> list[str]:
     rows.append(("together", _size(sum(memory.values()))))
     precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
     lines = [*_table(rows), f"activations: what the backward pass keeps, {precision}, {run.plan.per_device} images"]
-    if run.args.gradient_checkpointing:
-        lines.append("gradient checkpointing: one block's activations come on top while it is computed again")
+    if run.args.activation_checkpointing:
+        lines.append("activation checkpointing: one block's activations come on top while it is computed again")
     if run.args.fsdp or run.args.deepspeed:
         lines.append("sharding is not taken into account")
     return lines

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 __all__ = ["denormalize", "plot_image_grid", "plot_losses"]
 
 DPI = 150
-CELL_INCHES = 1.05
+# The grid of images, in inches: an image with the gap behind it, and what stands around it.
+CELL_INCHES = 1.1
+GAP_INCHES = 0.06
+GROUP_GAP_INCHES = 0.16
+LABEL_INCHES = 0.55
+HEADING_INCHES = 0.52
+# Small images are shown large: as squares people would see the pixels and not the picture.
+INTERPOLATION = "bicubic"
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -92,28 +99,37 @@ def plot_image_grid(
     if len(rows) != 1 or rows == {0}:
         raise ValueError(f"Every column needs the same number of images, at least one; got {sorted(rows)}.")
     count = rows.pop()
-    figure = _new_figure((CELL_INCHES * (len(columns) + 0.5), CELL_INCHES * count + 0.6))
-    # wspace belongs to the outer grid: the columns of a group stay close together.
-    outer = figure.subfigures(1, len(groups), width_ratios=[len(group) for group in groups.values()], wspace=0.02)
-    for number, (part, (heading, group)) in enumerate(zip(_as_list(outer), groups.items(), strict=True)):
-        part.suptitle(heading, fontsize="medium", fontweight="bold")
-        grid = part.subplots(count, len(group), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-        for column, (title, images) in enumerate(group.items()):
-            grid[0][column].set_title(title, fontsize="small")
-            for row in range(count):
-                _show(grid[row][column], images[row])
-        if number == 0 and row_labels is not None:
-            for row, text in enumerate(row_labels):
-                grid[row][0].set_ylabel(text, fontsize="small", rotation=0, ha="right", va="center")
+    left = LABEL_INCHES if row_labels is not None else GAP_INCHES
+    width = left + len(columns) * CELL_INCHES + (len(groups) - 1) * GROUP_GAP_INCHES + GAP_INCHES
+    height = HEADING_INCHES + count * CELL_INCHES + GAP_INCHES
+    figure = _new_figure((width, height), layout="none")
+    for heading, group in groups.items():
+        middle = left + (len(group) * CELL_INCHES - GAP_INCHES) / 2
+        figure.text(middle / width, 1 - 0.16 / height, heading, ha="center", va="center", weight="bold", size="medium")
+        for title, images in group.items():
+            for row, image in enumerate(images):
+                bottom = height - HEADING_INCHES - (row + 1) * CELL_INCHES + GAP_INCHES
+                side = CELL_INCHES - GAP_INCHES
+                axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+                axes.imshow(image.permute(1, 2, 0).numpy(), interpolation=INTERPOLATION)
+                axes.set_axis_off()
+                if row == 0:
+                    axes.set_title(title, fontsize="small", pad=4)
+                if row_labels is not None and images is columns[0]:
+                    axes.text(
+                        -0.08, 0.5, row_labels[row], transform=axes.transAxes, ha="right", va="center", size="small"
+                    )
+            left += CELL_INCHES
+        left += GROUP_GAP_INCHES
     return _saved(figure, path)
 
 
-def _new_figure(size: tuple[float, float]) -> Any:
+def _new_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'hf-equissl[plots]'.") from error
-    return Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout=layout)
 
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
@@ -122,21 +138,9 @@ def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     return figure
 
 
-def _show(axes: Any, image: Tensor) -> None:
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def _tidy(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _as_list(parts: Any) -> list[Any]:
-    return list(parts) if hasattr(parts, "__len__") else [parts]
 
 
 def _keys(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:

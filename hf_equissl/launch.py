@@ -133,7 +133,7 @@ def pretrain(run: Run) -> Path:
     Returns:
         The encoder's folder, which ``AutoModel.from_pretrained`` loads.
     """
-    output = Path(run.args.output_dir)
+    output = Path(str(run.args.output_dir))
     if run.dataset is None:
         raise RecipeError("data.source: no data set is named. Give one with --data.")
     set_seed(run.args.seed)
@@ -169,7 +169,8 @@ def check_output_folder(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise RecipeError(f"--output_dir {folder}: {error.filename} is a file. Name a folder.") from error
+        file = next(path for path in (folder, *folder.parents) if path.is_file())
+        raise RecipeError(f"--output_dir {folder}: {file} is a file. Name a folder.") from error
     except OSError as error:
         raise RecipeError(
             f"--output_dir {folder}: cannot be written ({error.strerror}). Name another folder."
@@ -228,7 +229,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if not stored.is_file():
         return
     before, now = (_flat({key: plain.get(key) for key in _IDENTITY}) for plain in (_stored(stored), recipe.to_dict()))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - {"model.attn_implementation"}):
         if before.get(key) != now.get(key):
             raise RecipeError(
                 f"{folder} holds a run with {key} = {before.get(key)!r}, and this recipe says {now.get(key)!r}. "

@@ -28,7 +28,7 @@ class LossHistory:
         self._records.append({"loss": loss.detach(), **logs})
 
     def check(self, last_checkpoint: Callable[[], str | None]) -> None:
-        """Raise ``NonFiniteLossError`` if a loss since the last ``drain`` is not finite. Synchronises with the device."""
+        """Raise ``NonFiniteLossError`` if a loss since the last ``drain`` is not finite. Waits for the device."""
         if not self._records or bool(torch.stack([record["loss"] for record in self._records]).isfinite().all()):
             return
         for step, record in zip(self._steps, self._records, strict=True):
@@ -42,7 +42,7 @@ class LossHistory:
         return f"The loss is not finite at step {step}: {parts}. {_remedy(checkpoint)}"
 
     def drain(self, last_checkpoint: Callable[[], str | None]) -> dict[str, float]:
-        """Check, then return the mean of every part over steps and ranks, and forget them. Monitors appear when present."""
+        """Check, then return the mean of every part over steps and ranks, and forget them."""
         self.check(last_checkpoint)
         if not self._records:
             return {}
@@ -64,6 +64,6 @@ def check_weights(model: nn.Module, step: int, last_checkpoint: Callable[[], str
 def _remedy(checkpoint: str | None) -> str:
     keep = f"Last good checkpoint: {checkpoint}." if checkpoint else "No checkpoint was written before it."
     return (
-        f"{keep} Nothing was saved since. Usual remedies: a lower learning rate, a longer warm-up, bf16 instead of fp16, "
-        "or max_grad_norm."
+        f"{keep} Nothing was saved since. Usual remedies: a lower learning rate, a longer warm-up, bf16 instead of "
+        "fp16, or max_grad_norm."
     )

@@ -85,11 +85,11 @@ def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[s
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``raw`` with dotted keys set. A number in a key is a position in a list."""
-    raw = deepcopy(dict(raw))
+    changed = deepcopy(dict(raw))
     # Names first: a name that changes drops the settings of the entry that it replaces, never those that come with it.
     for key in sorted(overrides, key=lambda k: not k.endswith(".name")):
-        _set(raw, key, overrides[key])
-    return raw
+        _set(changed, key, overrides[key])
+    return changed
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:

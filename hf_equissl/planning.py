@@ -162,11 +162,15 @@ def measure(config: EquiSSLPreTrainingConfig, views: Views, args: EquiSSLTrainin
     Args:
         config: What is trained.
         views: Views of a few real images; only their shapes and types are used, at the batch size of ``args``.
-        args: Batch per device, precision and gradient checkpointing.
+        args: Batch per device, precision and activation checkpointing.
     """
     mode, model = without_weights(config)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    if args.activation_checkpointing:
+        given = args.activation_checkpointing_kwargs
+        kwargs = dict(given) if isinstance(given, dict) else {}
+        every = kwargs.pop("every_n_layers", 1)
+        kwargs.pop("offload", None)  # changes where activations lie, not how many
+        model.activation_checkpointing_enable(kwargs or None, every_n_layers=every)
     size = args.per_device_train_batch_size
     forward, backward = (FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) for _ in range(2))
     with mode:
@@ -181,7 +185,7 @@ def measure(config: EquiSSLPreTrainingConfig, views: Views, args: EquiSSLTrainin
         parts=_parts(model, config, {name: value / size for name, value in flops.items()}),
         buffers=sum(buffer.numel() for buffer in model.buffers()),
         activation_bytes=kept.total,
-        view_bytes=sum(tensor.nbytes for tensor in _tensors(fake)),
+        view_bytes=_storage_bytes(_tensors(views)) * size // views.batch_size,
         logs=tuple(output.logs),
     )
 
@@ -338,6 +342,11 @@ def _map_tensors(views: Views, function: Callable[[Tensor, int], Tensor]) -> Vie
         return function(value, _BATCH_DIMENSION.get(name, 0)) if isinstance(value, Tensor) else value
 
     return Views(**{item.name: convert(item.name, getattr(views, item.name)) for item in fields(views)})
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _tensors(views: Views) -> list[Tensor]:

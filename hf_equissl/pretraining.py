@@ -59,7 +59,8 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
             weight = entry.get("weight", 1.0)
             if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise ValueError(
-                    f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, got {weight!r}."
+                    f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, "
+                    f"got {weight!r}."
                 )
         if self.encoder is not None and self.encoder.decoder_type is not None:
             raise ValueError(
@@ -83,7 +84,7 @@ class EquiSSLPreTrainingOutput(ModelOutput):
 
 
 class EquiSSLForPreTraining(PreTrainedModel):
-    """Everything that learns or remembers during pretraining; ``forward`` is the whole step, so wrappers see one module.
+    """Everything that learns or remembers during pretraining. ``forward`` is the whole step: wrappers see one module.
 
     Published beside an encoder it lets anyone continue the training. Takes an ``EquiSSLPreTrainingConfig``; raises
     ``ValueError`` for unknown objectives or arguments, and for two objectives whose needs cannot be met together.
@@ -144,7 +145,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         )
 
     def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
-        """Loss of one batch of ``views``; ``monitor`` adds feature statistics (an eigendecomposition: log steps only)."""
+        """Loss of one batch of ``views``; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
         student = self.encode(views)
         invariance = self.invariance(student, None, views)
         loss, logs = invariance.loss, {"loss_ssl": invariance.loss.detach()}
@@ -161,7 +162,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @torch.no_grad()
     def monitor(self, student: Features) -> dict[str, Tensor]:
-        """Feature standard deviation and effective rank of the first view's CLS over the global batch: collapse shows."""
+        """Feature standard deviation and effective rank of view 1's CLS over the global batch: collapse shows."""
         representation = gather(student.cls[0].detach().float())
         return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
 

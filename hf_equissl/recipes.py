@@ -82,8 +82,8 @@ class ViewsSection:
 
     pipeline: dict[str, Any]
     transformation: dict[str, Any] | None = None
-    image_mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN)
-    image_std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD)
+    image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,13 @@ class Recipe:
     def build_pretraining_config(self) -> EquiSSLPreTrainingConfig:
         """Encoder and objectives."""
         encoder = self.build_encoder_config()
+        run: dict[str, Any] = {"attn_implementation": self.model.get("attn_implementation")}
         with _explained("objectives"):
             return EquiSSLPreTrainingConfig(
                 encoder=encoder,
                 invariance=deepcopy(self.objectives.invariance),
                 equivariance=deepcopy(self.objectives.equivariance),
+                **run,
             )
 
     def build_transformation(self) -> TransformationFamily | None:
@@ -226,7 +228,7 @@ class Recipe:
 def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
     of_objectives = ("decoder_", "num_intermediate_images", "_")  # they own their decoders
     hints = {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(of_objectives)}
-    hints["preset"] = str
+    hints |= {"preset": str, "attn_implementation": str}  # the second is the run's, not stored with the encoder
     check_keys(raw, hints, "model")
     return {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
 

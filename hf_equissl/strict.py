@@ -20,6 +20,8 @@ from typing import Any, Literal, Union
 
 import yaml
 
+LONGEST_LIST = 40  # an error that lists more keys hides what it says
+
 
 class RecipeError(ValueError):
     """Something in a recipe or on the command line is wrong; the message says what, where and what to do."""
@@ -28,7 +30,7 @@ class RecipeError(ValueError):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 core schema, duplicate keys refused."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -54,8 +56,8 @@ _CORE_SCHEMA = [
 ]
 for _tag, _pattern, _first in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(node.value))
 
 
 def _to_float(text: str) -> float:
@@ -101,14 +103,20 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     """Refuse keys that mean nothing.
 
     Raises:
-        RecipeError: names the first unknown key, its nearest neighbour and the valid ones.
+        RecipeError: names the first unknown key, its nearest neighbour and the valid ones, or where they are very
+            many those that look alike.
     """
     valid = list(valid)
     for key in given:
         if key not in valid:
             guess = nearest(key, valid)
             hint = f" Did you mean {guess!r}?" if guess else ""
-            raise RecipeError(f"{where}: unknown key {key!r}.{hint} Valid keys: {', '.join(sorted(valid))}.")
+            if len(valid) > LONGEST_LIST:
+                close = difflib.get_close_matches(key, valid, n=10, cutoff=0.4)
+                listed = f"Close ones of the {len(valid)} valid keys: {', '.join(close) or 'none'}."
+            else:
+                listed = f"Valid keys: {', '.join(sorted(valid))}."
+            raise RecipeError(f"{where}: unknown key {key!r}.{hint} {listed}")
 
 
 class _Names(dict[str, Any]):
@@ -127,7 +135,7 @@ def hints_of(owner: Callable[..., Any]) -> dict[str, Any]:
 
 def parameters_of(function: Callable[..., Any], *, skip: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
     """Named parameters of ``function`` (for a class: of its constructor), with annotations resolved."""
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    target = function.__init__ if inspect.isclass(function) else function
     hints = hints_of(target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {

@@ -16,8 +16,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
     r"""``transformers.TrainingArguments`` with what self-supervised pretraining needs beside it.
 
     Learning rate. Papers state a base value and a rule: ``learning_rate = base_learning_rate * s(batch / reference)``
-    with the *global* batch (per device x processes x accumulation) and s linear (iBOT, SIE: reference 256) or the square
-    root (DINOv2: reference 1024). Without ``base_learning_rate``, ``learning_rate`` is used as it stands.
+    with the *global* batch (per device x processes x accumulation) and s linear (iBOT, SIE: reference 256) or the
+    square root (DINOv2: reference 1024). Without ``base_learning_rate``, ``learning_rate`` is used as it stands.
 
     Args:
         base_learning_rate: Learning rate at the reference batch; sets ``learning_rate``.
@@ -25,9 +25,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         learning_rate_reference_batch: Global batch at which the base value holds.
         monitor_features: Log feature standard deviation and effective rank at every logging step.
 
-    Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping, incomplete
-    batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept, CPU and gloo
-    chosen where there is no accelerator, no ``find_unused_parameters``.
+    Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
+    incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept,
+    CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``.
 
     Raises:
         ValueError: for an unknown scaling rule or a reference batch below 1.

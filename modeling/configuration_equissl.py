@@ -101,7 +101,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what follows from other fields, check, and set up the stages of a backbone."""
-        # The leanest of the widths that were measured: two decoders cost about 3 % of a ViT-S/16 step (CPU, 224 px).
+        # Two decoders of these widths add 3.6 % (fp32) or 4.2 % (bf16) to a ViT-S/16 step: one CPU core, 224 px.
         self.decoder_widths = [128, 64, 32, 16] if self.decoder_widths is None else list(self.decoder_widths)
         # `@strict` runs validate_* too, but wraps what they raise; called here, users get the ValueError itself.
         self.check()

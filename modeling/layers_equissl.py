@@ -67,7 +67,8 @@ class EquiSSLLayerScale(nn.Module):
 
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__()
-        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value or 0.0)))
+        self.initial_value = 1.0 if config.layerscale_value is None else float(config.layerscale_value)
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), self.initial_value))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -109,7 +109,7 @@ class EquiSSLEmbeddings(nn.Module):
         Masked patches take the mask token before positions are added.
         """
         patches = self.patch_embeddings(pixel_values)
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if bool_masked_pos is not None:
             patches = self._mask(patches, bool_masked_pos)
         elif self.mask_token is not None and self.training:
@@ -144,7 +144,7 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
     config: EquiSSLConfig
     base_model_prefix = "equissl"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["EquiSSLEmbeddings", "EquiSSLLayer"]
     _supports_sdpa = True
@@ -173,7 +173,7 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
                 # From zero, as in transformers, registers would all receive one gradient and stay equal.
                 init.trunc_normal_(module.register_tokens, std=std)
         elif isinstance(module, EquiSSLLayerScale):
-            init.constant_(module.lambda1, self.config.layerscale_value)
+            init.constant_(module.lambda1, module.initial_value)
 
 
 class EquiSSLEncoder(EquiSSLPreTrainedModel):

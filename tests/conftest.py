@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch is imported: two OpenMP pools on two cores cost more than they give, and no test may reach for the network.
+# Before torch is imported: two OpenMP pools on two cores cost more than they give, and no test may reach the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -98,7 +98,8 @@ def test_scripts_shadow_no_library() -> None:
 
 def test_import_is_light() -> None:
     """``import hf_equissl`` loads neither torch's nor transformers' heavy parts; both come with the first use."""
-    code = "import sys, hf_equissl; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "numpy")
+    code = f"import sys, hf_equissl; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -134,6 +135,8 @@ def test_public_names_exist() -> None:
         "import hf_equissl; from transformers import ViTModel",
         "import hf_equissl; from transformers import Trainer",
         "from hf_equissl import EquiSSLModel",
+        "import hf_equissl.modeling.decoders_equissl",
+        "import hf_equissl.objectives",
     ],
 )
 def test_auto_classes_know_us_whatever_is_imported_first(first: str) -> None:

@@ -136,7 +136,7 @@ def test_unknown_name_names_its_nearest_neighbour(tmp_path: Path, key: str, gues
         ("objectives.equivariance.0.weight", -1, "-1"),
         ("views.transformation.max_degrees", "wide", "expected a number, got 'wide'"),
         ("views.pipeline.flip_probability", 2, "flip_probability is 2"),
-        ("views.image_mean", [0.5], "expected a list of (a number, a number, a number), got [0.5]"),
+        ("views.image_mean", 0.5, "expected a list of (a number), got 0.5"),
         ("data.streaming", "yes", "expected true or false, got 'yes'"),
         ("data.max_bad_share", 1.5, "expected a share from 0 to 1, got 1.5"),
         ("training.max_steps", 1.5, "expected an integer, got 1.5"),

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0 (views, forward, backward,
-optimizer; in turns, on one device), and the loader against a plain PIL loop that cuts the same crops."""
+optimizer; in turns, on one device), and with --data the loader against a plain PIL loop that cuts the same crops."""
 
-EXAMPLES = """\
-On a CPU, first:   export OMP_NUM_THREADS=1   (or the number of real cores; never more)
-                   export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
-Other programs on the machine blur times by the clock; with one thread, the ratio of processor times stays good.
+EPILOG = """\
+On a CPU, first:
+  export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
+Threads: at most the real cores; one gives the steadiest ratios. Where other programs run, times by the clock lengthen;
+with one thread the ratio of processor times stays good.
 
 examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
 
-    from hf_equissl.recipes import Recipe, parse_overrides
+    from hf_equissl.overrides import parse_overrides
+    from hf_equissl.recipes import Recipe
     from hf_equissl.strict import RecipeError
     from hf_equissl.training.pretrain import RECIPES, _find_recipe
 
@@ -46,35 +48,131 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = Path(options.output_dir) / "benchmark.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            print(f"Written: {path}")
+            print(f"\nWritten to {path}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
 def _measure(recipe: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, printed as it comes."""
-    from hf_equissl.benchmark import build_sides, first_images, peak_memory, synthetic_images, time_loader, time_steps
+    """All that was asked for, printed as it comes."""
+    from hf_equissl import benchmark
     from hf_equissl.data import ImageViewDataset
     from hf_equissl.timing import choose_device, environment
 
     device = choose_device(options.device)
-    size = recipe.build_encoder_config().image_size
-    dataset = None
-    if options.data is None:
-        images = synthetic_images(min(options.batch_size, 32), size)
+    source = None if options.data is None else recipe.build_source()
+    if source is None:
+        images = benchmark.synthetic_images(options.batch_size, recipe.build_encoder_config().image_size)
     else:
-        source = recipe.build_source()
-        images = first_images(source, options.batch_size)
-    sides = build_sides(recipe, options.batch_size, device, images)
-    if options.data is not None:
-        dataset = ImageViewDataset(source, sides[FULL].pipeline, seed=0)
-    return {"recipe": recipe.name}
+        images = benchmark.first_images(source, options.batch_size)
+    sides = benchmark.build_sides(recipe, options.batch_size, device, images)
+    report: dict[str, Any] = {
+        "recipe": recipe.name,
+        "settings": {
+            "model": recipe.model,
+            "objectives": vars(recipe.objectives),
+            "transformation": recipe.views.transformation,
+            "batch_size": options.batch_size,
+            "repeats": options.repeats,
+            "images": "synthetic" if source is None else Path(options.data).name,
+        },
+        "environment": environment(device),
+        "steps": {},
+    }
+    _say(_header(report))
+    for dtype in options.dtype:
+        timing = benchmark.time_steps(sides, dtype, options.repeats)
+        timing["peak_memory_mib"] = (
+            benchmark.peak_memory(recipe, sides, dtype) if options.memory else "not asked for (--memory)"
+        )
+        report["steps"][dtype] = timing
+        _say("\n".join(_step_lines(dtype, timing)))
+    if source is not None:
+        dataset = ImageViewDataset(source, sides[benchmark.FULL].pipeline, seed=0)
+        report["loader"] = benchmark.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
+        _say(_loader_line(report["loader"]))
+    return report
+
+
+def _header(report: dict[str, Any]) -> str:
+    settings, where = report["settings"], report["environment"]
+    weights = {entry["name"]: entry.get("weight", 1.0) for entry in settings["objectives"]["equivariance"]}
+    entries = ", ".join(f"{weight:g} for {name}" for name, weight in weights.items())
+    versions = ", ".join(f"{name} {where[name]}" for name in ("hf_equissl", "torch", "transformers"))
+    return (
+        f"{report['recipe']}: batch {settings['batch_size']}, {settings['images']} images, lambda: {entries}\n"
+        f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']}), "
+        f"{where['threads']} threads\n"
+        f"{versions}, commit {where['commit'] or 'unknown'}"
+    )
+
+
+def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
+    from hf_equissl.benchmark import AIM, BASE, EQUIVARIANCE_BACKWARD, FULL, PAPER_OVERHEAD, PARTS
+
+    base, full = timing["sides"][BASE], timing["sides"][FULL]
+    rows = [("step, median", "wall"), ("step, fastest", "wall_min"), ("step, processor time", "cpu")]
+    values = [(label, base[key], full[key]) for label, key in rows]
+    values += [(f"  {part}", base["parts"][part], full["parts"][part]) for part in PARTS]
+    values.append((f"  {EQUIVARIANCE_BACKWARD}, alone", 0.0, full["parts"][EQUIVARIANCE_BACKWARD]))
+    yield f"\n{dtype + ', ms':<34}{BASE:>12}{FULL:>12}{'more':>10}{'of a step':>11}"
+    for label, without, with_it in values:
+        more = with_it - without
+        yield (
+            f"{label:<34}{1000 * without:>12.1f}{1000 * with_it:>12.1f}{1000 * more:>+10.1f}"
+            f"{100 * more / base['cpu' if 'processor' in label else 'wall']:>+10.2f}%"
+        )
+    memory = timing["peak_memory_mib"]
+    if isinstance(memory, dict):
+        without, with_it = memory[BASE], memory[FULL]
+        share = 100 * (with_it / without - 1)
+        yield f"{'peak memory, MiB':<34}{without:>12.0f}{with_it:>12.0f}{with_it - without:>+10.0f}{share:>+10.2f}%"
+    else:
+        yield f"peak memory: {memory}"
+    each = " ".join(f"{100 * (ratio - 1):.2f}" for ratio in timing["ratios"])
+    yield f"overhead of the reconstruction: {100 * timing['overhead']:+.2f} % of a step (median of {each})"
+    yield (
+        f"  by processor time {100 * timing['cpu_overhead']:+.2f} %; sum of its parts "
+        f"{100 * timing['parts_overhead']:+.2f} %, by processor time {100 * timing['parts_cpu_overhead']:+.2f} %"
+    )
+    yield f"  the paper's (ViT-S/16, VICReg): {100 * PAPER_OVERHEAD:+.1f} %; aim: at most {100 * AIM:+.2f} %"
+
+
+def _loader_line(loader: dict[str, Any]) -> str:
+    return (
+        f"\nloader, one process, one thread, {loader['images']} images: {loader['loader']:.1f} images/s "
+        f"(processor time: {loader['cpu_loader']:.1f})\n"
+        f"plain PIL loop, same crops: {loader['plain']:.1f} images/s ({loader['cpu_plain']:.1f})\n"
+        f"loader / plain: {loader['ratio']:.3f} (processor time: {loader['cpu_ratio']:.3f})"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py",
+        usage="benchmark.py --recipe NAME|PATH [options] [--section.key VALUE ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
+    add("--batch_size", type=int, default=32, metavar="N", help="images per step; default: 32")
+    add("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="bf16: autocast; default: both")
+    add("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind, in turns; default: 5")
+    add("--data", metavar="SOURCE", help="images for the steps and for the loader; without: synthetic, no loader")
+    add("--loader_images", type=int, default=128, metavar="N", help="images per pass of the loader; default: 128")
+    add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda ...")
+    add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
+    add("--output_dir", metavar="DIR", help="benchmark.json goes here")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,61 +5,54 @@ python training/quickstart.py --output_dir DIR   (``make quickstart`` installs w
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import re
 import shutil
-import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `make quickstart`, or `pip install -e '.[quickstart]'`.")
+
+from hf_equissl.files import move_into_place, write_text
+from hf_equissl.training.photographs import PhotographsMissingError, check_packages, cut_tiles
+from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow, share_cores
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPE = SCRIPTS / "recipes" / "quickstart.yaml"
 STEPS = 400
 CROPS_PER_PHOTOGRAPH = 300
 TESTS = ("rotation", "color_jitter", "gaussian_blur", "translation")
-PROBE = ("--epochs", "20", "--num_draws", "10", "--precision", "fp32")
+PROBE = ("--epochs", "20", "--num_draws", "10")
+SMALLEST_SHOWN_ANGLE = 20.0  # degrees
 
-# Photographs inside the wheels of scikit-image, scikit-learn and matplotlib: module -> files. Whole photographs are
-# held out for the probes and the pictures: no encoder and no probe has seen any part of them.
-TRAIN_PHOTOGRAPHS = {
-    "skimage": [
-        f"data/{name}"
-        for name in (
-            "astronaut.png",
-            "brick.png",
-            "camera.png",
-            "coins.png",
-            "grass.png",
-            "gravel.png",
-            "ihc.png",
-            "moon.png",
-            "motorcycle_left.png",
-            "retina.jpg",
-            "rocket.jpg",
-        )
-    ],
-    "sklearn": ["datasets/images/flower.jpg"],
-    "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
-}
-TEST_PHOTOGRAPHS = {"skimage": ["data/chelsea.png", "data/coffee.png"], "sklearn": ["datasets/images/china.jpg"]}
-PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+DESCRIPTION = """\
+Pretrain a small encoder on crops of a few photographs that scikit-image, scikit-learn and matplotlib carry: once
+without and once with reconstruction. Probe both, draw pictures. About four minutes on two idle cores."""
 
-TILE = 64  # pixels; the recipe's crops of 32 px come from these
-SMALLEST_WINDOW = 64
-LARGEST_WINDOW = 0.7  # of the photograph's shorter side
-# Windows with less contrast (standard deviation of grey values in 0..255) are left out: sky does not look turned.
-SMALLEST_CONTRAST = 16.0
+SUMMARY = """
+Done in {time}. R2 of g's parameters, read off frozen features of photographs that were never seen in training:
+
+{table}
+
+What to look at in {output}:
+  r2.png               the same as bars: what features keep of how an image was changed, without reconstruction
+                       (lambda = 0) and with it
+  reconstructions.png  held-out images. From view 1 and view 2 = g(u) alone, the decoder paints the images between u
+                       and view 2. Nobody tells it the angle (left): it has to read it off the features
+  loss.png             VICReg's own loss of both runs, and the reconstruction error
+  results.md           the numbers with their protocol; results.json: the same for programs
+
+Load the encoder:
+  import hf_equissl
+  from transformers import AutoModel
+  encoder = AutoModel.from_pretrained({encoder!r})
+"""
 
 
 class QuickstartError(RuntimeError):
@@ -67,42 +60,22 @@ class QuickstartError(RuntimeError):
 
 
 @dataclass
-class Lane:
-    """One encoder's way through pretraining and probes, on one core.
+class EncoderLane(Lane):
+    """One encoder's way through pretraining and probes.
 
     Attributes:
-        title: Name in tables and pictures.
-        name: Name of its folders.
-        output: Folder of everything.
+        encoder: Folder of the finished encoder.
+        tiles: Folder of the images.
         overrides: What its command line says beyond the recipe.
-        cpus: Where it runs; empty: anywhere.
-        stage: What it is doing, for people.
-        log: Output of the running command.
-        process: The running command.
     """
 
-    title: str
-    name: str
-    output: Path
-    overrides: tuple[str, ...] = ()
-    cpus: frozenset[int] = frozenset()
-    stage: str = "waiting"
-    log: Path | None = None
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-
-    @property
-    def run(self) -> Path:
-        """Folder of the pretraining run."""
-        return self.output / "runs" / self.name
-
-    @property
-    def encoder(self) -> Path:
-        """Folder of the finished encoder."""
-        return self.output / self.name
+    encoder: Path = Path()
+    tiles: Path = Path()
+    overrides: tuple[object, ...] = ()
 
     @property
     def probes(self) -> Path:
-        """Folder of its probes' results."""
+        """Folder of the probes' results."""
         return self.run / "probes"
 
     def is_pretrained(self, steps: int) -> bool:
@@ -110,48 +83,19 @@ class Lane:
         finished = self.run / f"checkpoint-{steps}" / "trainer_state.json"
         return finished.is_file() and (self.encoder / "model.safetensors").is_file()
 
-    def progress(self) -> str:
-        """The stage, and how far it is by the last progress bar in its log."""
-        if self.log is None or not self.log.is_file():
-            return self.stage
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 4096))
-            text = file.read().decode(errors="replace")
-        bars = re.findall(r"(\d+)/(\d+) \[[^\]]*(?:it|s/it|task|s/task)", text)
-        return f"{self.stage} {bars[-1][0]}/{bars[-1][1]}" if bars else self.stage
-
-    def call(self, stage: str, script: str, *words: object) -> None:
-        """Run a script of this folder to its end, with its output in a file.
-
-        Raises:
-            QuickstartError: With the end of that output, if the script fails.
-        """
-        command = [sys.executable, str(SCRIPTS / script), *map(str, words)]
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.log = self.run / f"{Path(script).stem}.log"
-        with self.log.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
-            if self.cpus and hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(self.process.pid, self.cpus)
-            self.stage = stage
-            code = self.process.wait()
-        if code:
-            last = "\n".join(deque(self.log.read_text(errors="replace").splitlines(), maxlen=15))
-            raise QuickstartError(f"{script} stopped with code {code} ({self.title}). The end of {self.log}:\n{last}")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 2 for what can be mended, 1 for a command that failed, 130 if stopped."""
     options = _parser().parse_args(argv)
     try:
         check_packages()
         run(Path(options.output_dir), options.steps, options.crops_per_photograph)
-    except QuickstartError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (QuickstartError, PhotographsMissingError) as error:
+        return _stop(f"error: {error}", code=2)
+    except CommandError as error:
+        return _stop(f"error: {error}", code=1)
     except KeyboardInterrupt:
-        print("\nstopped. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-        return 130
+        return _stop("stopped. The same command goes on from the last checkpoint.", code=130)
     return 0
 
 
@@ -159,204 +103,182 @@ def run(output: Path, steps: int, crops_per_photograph: int) -> None:
     """Everything, from photographs to pictures; what ``output`` already holds is not made again."""
     start = time.monotonic()
     claim(output, {"steps": steps, "crops_per_photograph": crops_per_photograph})
-    counts = cut_tiles(output / "tiles", crops_per_photograph)
-    print(
-        f"{counts['train']} crops of photographs to train on, {counts['test']} of others to test on: {output / 'tiles'}"
+    tiles = output / "tiles"
+    counts = cut_tiles(tiles, crops_per_photograph)
+    _say(
+        f"{tiles}: {counts['train']} crops of photographs to train on, {counts['test']} of other photographs to test on"
     )
-    lanes = make_lanes(output)
-    print(f"pretraining {steps} steps without and with reconstruction, then probing; logs: {output / 'runs'}/*/*.log")
+    lanes = make_lanes(output, tiles, steps)
+    _say(f"pretraining for {steps} steps and probing, side by side; what the commands say: {output / 'runs'}/*/*.log")
     follow(lanes, lambda lane: pretrain_and_probe(lane, steps))
-    table = write_results(lanes)
-    draw(lanes)
-    print(summary(lanes, table, time.monotonic() - start), flush=True)
+    table = write_results(lanes, output)
+    draw_losses(lanes, output / "loss.png")
+    draw_reconstructions(lanes[-1], output / "reconstructions.png")
+    seconds = time.monotonic() - start
+    _say(SUMMARY.format(time=clock(seconds), table=table, output=output, encoder=str(lanes[-1].encoder)))
 
 
-def pretrain_and_probe(lane: Lane, steps: int) -> None:
-    """Both commands of one lane."""
-    tiles = lane.output / "tiles"
-    if not lane.is_pretrained(steps):
-        shutil.rmtree(lane.probes, ignore_errors=True)
-        words = ("--recipe", RECIPE, "--data", tiles / "train", "--output_dir", lane.run, "--training.use_cpu", "true")
-        settings = ("--training.max_steps", steps, "--training.bf16", str(has_fast_bf16()).lower())
-        lane.call("pretraining", "pretrain.py", *words, *settings, *lane.overrides)
-        copy_folder(lane.run / "encoder", lane.encoder)
-    words = ("--encoder", lane.encoder, "--data", tiles, "--output_dir", lane.probes, "--device", "cpu")
-    lane.call("probing", "probe.py", *words, "--tests", *TESTS, *PROBE)
-    lane.stage = "done"
-
-
-# ---- photographs ----
-
-
-def check_packages() -> None:
-    """Raise ``QuickstartError`` if a package is missing, with what to do."""
-    missing = [name for module, name in {**PACKAGES, "hf_equissl": "hf-equissl"}.items() if find_spec(module) is None]
-    if missing:
-        raise QuickstartError(
-            f"{', '.join(missing)} missing from {sys.executable}. Run `make quickstart`, which installs everything into "
-            "an environment of its own, or `pip install -e '.[quickstart]'`."
-        )
-
-
-def photographs(files: Mapping[str, Sequence[str]]) -> list[Path]:
-    """Paths of files inside installed packages.
+def claim(output: Path, settings: dict[str, int]) -> None:
+    """Make the output folder, or make sure that what it holds was made with the same settings.
 
     Raises:
-        QuickstartError: If a package has no longer such a file.
+        QuickstartError: If it is a file, cannot be written, or holds another run.
     """
-    found = []
-    for module, names in files.items():
-        spec = find_spec(module)
-        folder = Path((spec.submodule_search_locations or [""])[0] if spec else "")
-        for name in names:
-            if not (folder / name).is_file():
-                raise QuickstartError(
-                    f"{PACKAGES[module]} has no {name}. Install the versions of constraints.txt: "
-                    "pip install -c constraints.txt -e '.[quickstart]'."
-                )
-            found.append(folder / name)
-    return found
+    path = output / "settings.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_text(path, json.dumps(settings) + "\n")
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise QuickstartError(f"--output_dir {output} cannot be used ({error}). Name another folder.") from error
+    if stored != settings:
+        raise QuickstartError(f"{output} holds a run with {stored}, not {settings}. Name another --output_dir.")
 
 
-def cut_tiles(folder: Path, per_photograph: int, seed: int = 0) -> dict[str, int]:
-    """Fill ``folder`` with crops: ``train/`` and ``test/``, each a flat folder as a user's own images would be.
+def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
+    """The base method, and the same with reconstruction: same budget, seed, images and views."""
+    import torch
 
-    Returns:
-        Number of crops in either.
-    """
-    if not folder.exists():
-        from hf_equissl.files import move_into_place
-
-        staging = folder.with_name(".tiles")
-        shutil.rmtree(staging, ignore_errors=True)
-        for split, files in (("train", TRAIN_PHOTOGRAPHS), ("test", TEST_PHOTOGRAPHS)):
-            (staging / split).mkdir(parents=True)
-            for path in photographs(files):
-                for number, tile in enumerate(random_windows(Image.open(path).convert("RGB"), per_photograph, seed)):
-                    tile.save(staging / split / f"{path.stem}_{number:04d}.png", compress_level=1)
-        move_into_place(staging, folder)
-    return {split: sum(1 for _ in (folder / split).iterdir()) for split in ("train", "test")}
-
-
-def random_windows(photograph: Image.Image, count: int, seed: int) -> list[Image.Image]:
-    """Square windows at random places, sides log-uniform from 64 px to 0.7 of the shorter side, resized to 64 px."""
-    rng = np.random.default_rng(seed)
-    width, height = photograph.size
-    grey = np.asarray(photograph.convert("L"), dtype=np.float32)
-    windows: list[Image.Image] = []
-    while len(windows) < count:
-        side = round(np.exp(rng.uniform(np.log(SMALLEST_WINDOW), np.log(LARGEST_WINDOW * min(width, height)))))
-        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-        if grey[top : top + side, left : left + side].std() >= SMALLEST_CONTRAST:
-            box = (left, top, left + side, top + side)
-            windows.append(photograph.resize((TILE, TILE), Image.Resampling.LANCZOS, box=box))
-    return windows
-
-
-# ---- two runs side by side ----
-
-
-def make_lanes(output: Path) -> list[Lane]:
-    """The base and the same with reconstruction, with half of the cores each."""
     from hf_equissl.recipes import Recipe
 
     weight = Recipe.load(RECIPE).objectives.equivariance[0]["weight"]
-    without = ("--objectives.equivariance.0.weight", "0")
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    half = len(cpus) // 2
+    capabilities = torch.cpu.get_capabilities()
+    # Where the CPU cannot multiply in bfloat16 it would be emulated, slower than float32.
+    bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    common = ("--training.max_steps", steps, "--training.bf16", str(bf16).lower(), "--training.use_cpu", "true")
+    settings = {"encoder_lambda0": 0.0, "encoder": weight}
     return [
-        Lane("lambda = 0", "encoder_lambda0", output, without, cpus=frozenset(cpus[:half])),
-        Lane(f"lambda = {weight:g}", "encoder", output, cpus=frozenset(cpus[half:] if half else ())),
+        EncoderLane(
+            title=f"lambda = {value:g}",
+            run=output / "runs" / name,
+            cpus=cpus,
+            encoder=output / name,
+            tiles=tiles,
+            overrides=(*common, "--objectives.equivariance.0.weight", value),
+        )
+        for (name, value), cpus in zip(settings.items(), share_cores(len(settings)), strict=True)
     ]
 
 
-def follow(lanes: Sequence[Lane], work: Callable[[Lane], None]) -> None:
-    """Do the work of all lanes side by side, or one after the other on a single core, and say how far they are.
-
-    Raises:
-        QuickstartError: The first one of a lane; the other lanes are stopped.
-    """
-    start, live = time.monotonic(), sys.stdout.isatty()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max_workers=min(cores, len(lanes))) as pool:
-        futures: list[Future[None]] = [pool.submit(work, lane) for lane in lanes]
-        try:
-            waiting = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.5 if live else 15.0, return_when=FIRST_EXCEPTION)
-                _say_progress(lanes, time.monotonic() - start, live)
-                for future in done:
-                    future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-            for lane in lanes:
-                if lane.process is not None and lane.process.poll() is None:
-                    lane.process.terminate()
-            if live:
-                print()
+def pretrain_and_probe(lane: EncoderLane, steps: int) -> None:
+    """Both commands of one lane."""
+    if not lane.is_pretrained(steps):
+        shutil.rmtree(lane.probes, ignore_errors=True)
+        words = ("--recipe", RECIPE, "--data", lane.tiles / "train", "--output_dir", lane.run, *lane.overrides)
+        lane.call("pretraining", SCRIPTS / "pretrain.py", *words, bar="pretraining")
+        staging = lane.run / ".copy"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(lane.run / "encoder", staging)
+        move_into_place(staging, lane.encoder)
+    words = ("--encoder", lane.encoder, "--data", lane.tiles, "--output_dir", lane.probes, "--device", "cpu")
+    lane.call("probing", SCRIPTS / "probe.py", *words, "--tests", *TESTS, *PROBE, bar=str(lane.encoder))
+    lane.finish()
 
 
-def _say_progress(lanes: Sequence[Lane], seconds: float, live: bool) -> None:
-    text = f"[{clock(seconds)}]  " + "   |   ".join(f"{lane.title}: {lane.progress()}" for lane in lanes)
-    print(f"\r{text:<100}" if live else text, end="" if live else "\n", flush=True)
-
-
-def environment() -> dict[str, str]:
-    """One thread per command, and large buffers kept by the allocator: returned, each step would fault them in again."""
-    defaults = {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "8589934592",
-        "MALLOC_TRIM_THRESHOLD_": "17179869184",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {**defaults, **os.environ}
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16; others would emulate it, slower than float32."""
-    import torch
-
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-# ---- results ----
-
-
-def write_results(lanes: Sequence[Lane]) -> str:
+def write_results(lanes: Sequence[EncoderLane], output: Path) -> str:
     """``results.json``, ``results.md`` and ``r2.png`` of all lanes; returns the table as text."""
     from hf_equissl.evaluation import load_records, markdown_table, plain_table, plot_r2, save_records
-    from hf_equissl.files import write_text
 
-    output = lanes[0].output
-    records = {lane.title: load_records(lane.probes / "results.json") for lane in lanes}
-    save_records([record for found in records.values() for record in found], output / "results.json")
-    shown = [
-        replace(record, encoder=title) for title, found in records.items() for record in found if record.metric == "r2"
-    ]
+    found = [(lane, record) for lane in lanes for record in load_records(lane.probes / "results.json")]
+    save_records([record for _, record in found], output / "results.json")
+    shown = [replace(record, encoder=lane.title) for lane, record in found if record.metric == "r2"]
     write_text(output / "results.md", markdown_table(shown))
     figure = plot_r2(shown)
-    figure.axes[0].set_title("What frozen features say about g, on held-out photographs", fontsize="medium")
+    figure.axes[0].set_title("What frozen features tell about g(I), on held-out photographs", fontsize="medium")
+    figure.set_size_inches(7.2, 3.8)
     figure.savefig(output / "r2.png", dpi=150)
     return plain_table(shown)
 
 
-def draw(lanes: Sequence[Lane]) -> None:
-    """``loss.png`` and ``reconstructions.png``."""
+def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
+    """Loss curves of all runs."""
     from hf_equissl.figures import plot_losses
-
-    output = lanes[0].output
-    panels = {"loss_ssl": "VICReg loss", "reconstruction/loss_recon": "reconstruction error (MSE)"}
-    plot_losses({lane.title: loss_history(lane.run) for lane in lanes}, panels, output / "loss.png")
-    draw_reconstructions(lanes[-1], output / "reconstructions.png")
-
-
-def loss_history(run: Path) -> list[dict[str, Any]]:
-    """Everything that a pretraining run has logged."""
     from hf_equissl.trainer import newest_checkpoint
 
-    checkpoint = newest_checkpoint(run)
-    return (
-        [] if checkpoint is None else json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-    )
+    histories = {}
+    for lane in lanes:
+        state = Path(newest_checkpoint(lane.run) or lane.run) / "trainer_state.json"
+        histories[lane.title] = json.loads(state.read_text())["log_history"]
+    panels = {"loss_ssl": "VICReg loss", "reconstruction/loss_recon": "reconstruction error (MSE)"}
+    plot_losses(histories, panels, path)
+
+
+def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
+    """Views of held-out images as in training, the targets, and what the decoder makes of the views."""
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    from hf_equissl.data import ImageViewDataset, load_images
+    from hf_equissl.figures import denormalize, plot_image_grid
+    from hf_equissl.needs import Needs
+    from hf_equissl.recipes import Recipe
+    from hf_equissl.views.collator import collate_views
+
+    logging.disable_progress_bar()
+    encoder = AutoModel.from_pretrained(lane.encoder)
+    count = encoder.config.num_intermediate_images
+    fractions = tuple(k / (count + 1) for k in range(1, count + 1))
+    pipeline = Recipe.load(lane.run / "recipe.yaml").build_pipeline(Needs(fractions=fractions, parameters=True))
+    source = load_images(str(lane.tiles), split="test")
+    dataset = ImageViewDataset(source, pipeline, seed=0)
+    batch = collate_views([dataset[0, index] for index in range(len(dataset))])
+    del batch["skipped"]
+    views = pipeline(batch)
+    angles = views.parameters[:, 0].tolist()
+    rows = rows_to_show([Path(source.item_name(source.row(index))).stem for index in range(len(dataset))], angles)
+    first, second = views.global_crops[:, rows]
+    with torch.inference_mode():
+        reconstructions = encoder.reconstruct(first, second)
+
+    def pixels(images: Any) -> Any:
+        return denormalize(images, pipeline.image_mean, pipeline.image_std)
+
+    steps = [f"{k}/{count + 1} of g" for k in range(1, count + 1)]
+    groups = {
+        "views": {"view 1": pixels(first), "view 2 = g(u)": pixels(second)},
+        "targets": dict(zip(steps, pixels(views.intermediate_images[rows]).unbind(1), strict=True)),
+        "reconstructions": dict(zip(steps, pixels(reconstructions).unbind(1), strict=True)),
+    }
+    plot_image_grid(groups, [f"{angles[row]:+.0f}\N{DEGREE SIGN}" for row in rows], path)
+
+
+def rows_to_show(names: Sequence[str], angles: Sequence[float], per_photograph: int = 2) -> list[int]:
+    """The first crops of each photograph that are turned far enough for people to see it; the first crop if none is."""
+    rows: dict[str, list[int]] = {}
+    for index, (name, angle) in enumerate(zip(names, angles, strict=True)):
+        found = rows.setdefault(name.rpartition("_")[0], [])
+        if len(found) < per_photograph and abs(angle) >= SMALLEST_SHOWN_ANGLE:
+            found.append(index)
+    return [index for found in rows.values() for index in found] or [0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quickstart.py", description=DESCRIPTION, allow_abbrev=False)
+    folder, crops = "quickstart_output", CROPS_PER_PHOTOGRAPH
+    add = parser.add_argument
+    add("--output_dir", default=folder, metavar="DIR", help=f"default: {folder}; a run that was stopped goes on")
+    add("--steps", type=_positive, default=STEPS, metavar="N", help=f"training steps of either run; default: {STEPS}")
+    add("--crops_per_photograph", type=_positive, default=crops, metavar="N", help=f"images to cut; default: {crops}")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stop(text: str, code: int) -> int:
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,8 +47,8 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
         ) from error
     keywords = {}
     if type(config) in AutoModel._model_mapping:
-        signature = inspect.signature(AutoModel._model_mapping[type(config)])
-        if "add_pooling_layer" in signature.parameters:
+        model_class: Any = AutoModel._model_mapping[type(config)]
+        if "add_pooling_layer" in inspect.signature(model_class).parameters:
             keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
     model, report = AutoModel.from_pretrained(
         source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords

@@ -155,7 +155,11 @@ class ImageSet:
             return
         keep = len(self) * 3 * size * size <= self.cache_bytes
         loader = DataLoader(
-            _BaseImages(self.images, size), batch_size=512, num_workers=self.num_workers, collate_fn=_identity
+            _BaseImages(self.images, size),
+            batch_size=512,
+            num_workers=self.num_workers,
+            collate_fn=_identity,
+            generator=torch.Generator(),  # otherwise every pass would take a number from the caller's generator
         )
         kept, bad = [], 0
         for samples in loader:

@@ -17,7 +17,7 @@ RESIZE_RATIO = 256 / 224
 
 
 def image_processor(image_size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> BitImageProcessorPil:
-    """The evaluation transform: shorter side to 256/224 of ``image_size`` (from 96 pixels on), centre crop, normalise."""
+    """The evaluation transform: shorter side to 256/224 of ``image_size`` (from 96 px on), centre crop, normalise."""
     shortest_edge = round(image_size * RESIZE_RATIO) if image_size >= SMALLEST_CROPPED_SIZE else image_size
     return BitImageProcessorPil(
         size={"shortest_edge": shortest_edge},

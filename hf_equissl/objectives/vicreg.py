@@ -136,6 +136,10 @@ def covariance_term(x: Tensor) -> Tensor:
     """Redundancy c of projections (M, d): sum of squared off-diagonal covariances, divided by d. Eq. 3 and 4."""
     images, width = x.shape
     centred = x - x.mean(dim=0)
+    if images < width:
+        # ||X^T X||_F = ||X X^T||_F: the same sum of squares from the smaller matrix, less the diagonal's.
+        gram = centred @ centred.T / (images - 1)  # (M, M)
+        return (gram.square().sum() - x.var(dim=0).square().sum()) / width
     covariance = centred.T @ centred / (images - 1)  # (d, d)
     # In a flat (d, d) matrix the diagonal is every (d + 1)-th entry: a view of all others, without a mask or a copy.
     off_diagonal = covariance.flatten()[:-1].view(width - 1, width + 1)[:, 1:]

@@ -82,5 +82,5 @@ def crop_views(
         left, top, right, lower = box
         boxes[number] = (top / height, left / width, (lower - top) / height, (right - left) / width)
         # resize(box=...) reads the pixels around the box for the filter's support, and copies nothing first.
-        pixels[number] = image.resize((size, size), _RESAMPLING[spec.interpolation], box=box)
+        pixels[number] = np.asarray(image.resize((size, size), _RESAMPLING[spec.interpolation], box=box))
     return pixels, boxes

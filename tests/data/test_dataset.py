@@ -1,4 +1,4 @@
-"""The views of sample i in epoch e depend on (seed, e, i) alone, whoever loads them; bad files are replaced and counted."""
+"""Views of sample i in epoch e depend on (seed, e, i) alone, whoever loads them; bad files are replaced and counted."""
 
 from __future__ import annotations
 
@@ -193,9 +193,7 @@ def test_skipped_images(caplog: pytest.LogCaptureFixture) -> None:
         health.update(bad(1), seen=8)
     assert health.count == 2
     assert [record.getMessage() for record in caplog.records] == [f"Skipped {n}.jpg: truncated" for n in (1, 2)]
-    with pytest.raises(
-        TooManyBadImages, match=r"(?s)3 of 22 images seen \(13.6%\).*10.0% are allowed.*1\.jpg: trunc.*3\.jpg"
-    ):
+    with pytest.raises(TooManyBadImages, match=r"(?s)3 of 22 images.*13.6%.*10.0% are allowed.*1\.jpg: trunc.*3\.jpg"):
         health.update(bad(3), seen=2)
     many = SkippedImages(max_share=0.1, min_bad=3)
     many.update(bad(1, 2, 3), seen=30)  # Enough good ones.
@@ -252,6 +250,7 @@ def test_stream_is_split_without_duplicates(make, tmp_path: Path, pipeline: View
     assert same(shares[0] | shares[1], expected)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_stream_repeats_and_shuffles(tmp_path: Path, pipeline: ViewPipeline) -> None:
     source = load_images(make_shards(tmp_path / "set"), streaming=True)
     samples = iter(StreamingViewDataset(source, pipeline, seed=0))
@@ -259,10 +258,8 @@ def test_stream_repeats_and_shuffles(tmp_path: Path, pipeline: ViewPipeline) -> 
     order = [[sample["index"] for sample in epoch] for epoch in (first, second)]
     assert order[0] != order[1]
     assert sorted(order[0]) == sorted(order[1])
-    assert not torch.equal(
-        min(first, key=lambda sample: sample["index"])["draws"],
-        min(second, key=lambda sample: sample["index"])["draws"],
-    )
+    one, other = (next(sample for sample in epoch if sample["index"] == order[0][0]) for epoch in (first, second))
+    assert not torch.equal(one["draws"], other["draws"])
     # The second pass is epoch 1, as if it had been asked for; also by workers that were there before.
     dataset = StreamingViewDataset(source, pipeline, seed=0, repeat=False)
     persistent = DataLoader(dataset, COUNT, collate_fn=collate_views, num_workers=1, persistent_workers=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -27,6 +26,7 @@ from transformers import (
 
 from hf_equissl.evaluation import FrozenEncoder
 from hf_equissl.evaluation.images import base_image
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 TINY = {
     "hidden_size": 16,

@@ -17,13 +17,13 @@ QUICK = {"epochs": 12, "num_draws": 4, "batch_size": 32, "hidden_width": 64, "se
 def test_features_that_keep_everything_score_high_for_every_family(
     ramps: EvaluationData, pixels_12: FrozenEncoder
 ) -> None:
-    families = ["rotation", "translation", "color_jitter", "flip", "crop", "se2"]
+    families = ["rotation", "translation", "color_jitter", "flip", "se2"]
     evaluator = TransformationRegressionEvaluator(ramps, families, **QUICK)
     records = evaluator(pixels_12)
     assert [record.task for record in records if record.primary] == families
     found = {record.task: record.value for record in records if record.primary}
-    assert min(found[name] for name in ("rotation", "translation", "color_jitter")) > 0.9, found
-    assert min(found.values()) > 0.5, found
+    assert min(value for name, value in found.items() if name != "flip") > 0.9, found
+    assert found["flip"] > 0.7, found  # two values, and the probe guesses numbers between
     rotation = records[0]
     assert rotation.details["r2_angle"] == list(rotation.values)
     assert rotation.protocol["family"]["class"] == "RotationFamily"
@@ -39,12 +39,11 @@ def test_features_that_know_nothing_score_zero(ramps: EvaluationData) -> None:
 def test_same_seed_same_number_and_seeds_are_independent(ramps: EvaluationData, pixels_12: FrozenEncoder) -> None:
     settings = {**QUICK, "epochs": 3, "num_draws": 2}
     before = {name: value.clone() for name, value in pixels_12.module.state_dict().items()}
-    torch.manual_seed(1)
+    state = torch.manual_seed(1).get_state()
     both = TransformationRegressionEvaluator(ramps, ["rotation"], **{**settings, "seeds": (0, 1)})(pixels_12)[0]
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    alone = TransformationRegressionEvaluator(ramps, ["rotation"], **{**settings, "seeds": (1,)})(pixels_12)[0]
     assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    alone = TransformationRegressionEvaluator(ramps, ["rotation"], **{**settings, "seeds": (1,)})(pixels_12)[0]
     assert both.values[1] == alone.values[0]
     assert both.values[0] != both.values[1]
     assert both.key == alone.key

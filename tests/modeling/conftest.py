@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLConfig
 from torch import nn
+
+from hf_equissl.modeling import EquiSSLConfig
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
 STEM = {"feature_size": 24, "equivariant_size": 8}

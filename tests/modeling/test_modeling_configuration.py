@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel, build_decoder
 from huggingface_hub.errors import StrictDataclassError
+
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel, build_decoder
 
 STEM = {"feature_size": 24, "equivariant_size": 8}
 

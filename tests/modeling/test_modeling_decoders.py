@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from hf_equissl.modeling import EquiSSLModel, EquiSSLUpsampleConv2d, build_decoder
 from hf_equissl.modeling.decoders_equissl import sincos_positions, unpatchify
-from torch import nn
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 7)])

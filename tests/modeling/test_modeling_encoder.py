@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLModel, EquiSSLStem
 from torch import nn
+
+from hf_equissl.modeling import EquiSSLModel, EquiSSLStem
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLModel
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from hf_equissl.modeling import EquiSSLModel
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "layerscale_value")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from safetensors.torch import load_file
 from torch import nn
+
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 VARIANTS = {
     "plain": {},

@@ -29,14 +29,19 @@ def reference(x: np.ndarray, y: np.ndarray, weights: tuple[float, float, float])
     return weights[0] * invariance, weights[1] * variance, weights[2] * covariance
 
 
-def projections(scale: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
+# More images than dimensions, and fewer: the covariance term takes the smaller of two matrices.
+SHAPES = [(7, 5), (7, 12)]
+
+
+def projections(shape: tuple[int, int] = SHAPES[0], scale: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    return scale * rng.standard_normal((7, 5)), scale * rng.standard_normal((7, 5)) + 0.3
+    return scale * rng.standard_normal(shape), scale * rng.standard_normal(shape) + 0.3
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", [(10, 10, 1), (25, 25, 1), (1, 2, 3)])
-def test_terms_equal_the_reference(weights):
-    x, y = projections()
+def test_terms_equal_the_reference(weights, shape):
+    x, y = projections(shape)
     objective = VICRegObjective(tiny_config(), *weights, expander_sizes=(4,))
     output = objective._loss(torch.tensor(x), torch.tensor(y))
     expected = reference(x, y, weights)
@@ -46,8 +51,9 @@ def test_terms_equal_the_reference(weights):
     assert min(expected) > 0.05
 
 
-def test_gradient_equals_central_differences_of_the_reference():
-    x, y = projections()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_equals_central_differences_of_the_reference(shape):
+    x, y = projections(shape)
     tensor = torch.tensor(x, requires_grad=True)
     VICRegObjective(tiny_config(), 3, 2, 5, expander_sizes=(4,))._loss(tensor, torch.tensor(y)).loss.backward()
     for entry in [(0, 0), (3, 2), (6, 4), (2, 1)]:

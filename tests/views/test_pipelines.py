@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_equissl.needs import Needs
 from hf_equissl.views import TRANSFORMATIONS, build_transformation, photometric
@@ -204,6 +205,20 @@ def test_branch_for_devices_that_must_not_wait(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(pipeline(batch).global_crops, expected.global_crops, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("g", sorted(TRANSFORMATIONS))
+def test_nothing_is_read_back_from_the_device(g: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values refuse to be looked at: the whole device part runs on them."""
+    from hf_equissl.views import pipelines
+
+    monkeypatch.setattr(pipelines, "SELECTING_IS_FREE", frozenset())
+    needs = dataclasses.replace(EVERYTHING, fractions=(0.5,) if TRANSFORMATIONS[g].continuous else ())
+    pipeline = make(needs=needs, g=g)
+    batch = make_batch(make(needs=needs, g=g))
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(value) for key, value in batch.items() if isinstance(value, Tensor)}
+        assert pipeline(fake).global_crops.shape == (2, 8, 3, SIZE, SIZE)
+
+
 # ---- statistics ----
 
 
@@ -231,12 +246,8 @@ def test_draws_have_the_right_frequencies() -> None:
     assert 1.98 < sigma.max() <= 2.0
     assert sigma.mean().item() == pytest.approx(1.05, abs=0.03)
     applied = drawn["jitter_applied"][0]
-    for key, low, high in [
-        ("brightness", 0.6, 1.4),
-        ("contrast", 0.6, 1.4),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.1, 0.1),
-    ]:
+    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    for key, (low, high) in ranges.items():
         values = drawn[key][0][applied]
         assert low <= values.min() < low + 0.01
         assert high - 0.01 < values.max() <= high
