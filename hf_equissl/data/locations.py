@@ -117,21 +117,20 @@ def _walk(root: Path) -> tuple[list[str], Counter[str]]:
 def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> Dataset | IterableDataset:
     """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
     tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
+    known = tops & set(_SPLIT_FOLDERS)
+    # A class may be called "train". One such folder among others is a class; two, or nothing else, are splits.
+    has_splits = bool(known) and (len(known) > 1 or tops == known)
     splits: dict[str, list[str]] = {}
     for file in files:
         top = file.split(os.sep)[0]
-        if tops & set(_SPLIT_FOLDERS):
-            # Folders beside train and val are splits of their own.
-            splits.setdefault(_SPLIT_FOLDERS.get(top, top) if os.sep in file else "train", []).append(file)
-        else:
-            splits.setdefault("train", []).append(file)
+        in_split = has_splits and os.sep in file
+        splits.setdefault(_SPLIT_FOLDERS.get(top, top) if in_split else "train", []).append(file)
     wanted = options["split"]
     names = {_SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
     _check_splits(source, names, splits)
     for canonical, written in names.items():
         wanted = wanted.replace(written, canonical)
-    depth = 1 if tops & set(_SPLIT_FOLDERS) else 0
-    rows = _take(source, wanted, {name: _list_of_images(splits[name], depth) for name in names})
+    rows = _take(source, wanted, {name: _list_of_images(splits[name], int(has_splits)) for name in names})
     return _stream(rows) if options["streaming"] else rows
 
 

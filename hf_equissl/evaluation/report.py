@@ -34,10 +34,13 @@ def _settings(record: ResultRecord) -> str:
 def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one row per encoder and kind of features, one column per task and metric.
 
-    R2 is shown as it is, accuracies in percent; with several seeds as mean +- standard deviation. Records of one
-    encoder that differ only in protocol get columns of their own, numbered from the second one on.
+    R2 is shown as it is, accuracies in percent; with several seeds as mean +- standard deviation. SIE's form of R2 is
+    left out for families with one parameter, where it is R2. Records of one encoder that differ only in protocol get
+    columns of their own, numbered from the second one on.
     """
     merged = merge_records(records)
+    single = {record.task for record in merged if record.metric == "r2" and len(record.details) == 1}
+    merged = [record for record in merged if record.metric != "r2_scalar" or record.task not in single]
     order = {_TRANSFORMATIONS: 0, "linear": 1, "knn": 2}
     merged.sort(key=lambda record: (order.get(record.evaluator, 3), record.metric == "r2_scalar"))
     columns: list[str] = []
@@ -75,8 +78,16 @@ def markdown_table(records: Sequence[ResultRecord]) -> str:
 
 
 def _note(record: ResultRecord) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in record.protocol.items() if value is not None)
+    settings = ", ".join(f"{key} {_words(value)}" for key, value in record.protocol.items() if value is not None)
     return f"- {_column(record)}: {record.dataset} ({record.split}), {len(record.seeds)} seed(s); {settings}."
+
+
+def _words(value: Any) -> str:
+    """A setting for readers: a family as the call that makes it."""
+    if isinstance(value, dict) and "class" in value:
+        arguments = [f"{name}={item}" for name, item in value.items() if name not in ("class", "ranges")]
+        return f"{value['class']}({', '.join(arguments)})"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None = None) -> Any:
@@ -112,13 +123,14 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
         # Far below zero says no more than below zero, and would flatten the rest.
         heights = [max(record.value, -0.1) for record in mine]
         lowest += heights
-        axes.bar(left, heights, width, yerr=[record.std or 0.0 for record in mine], capsize=2, label=label)
-    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+        errors = [record.std or 0.0 for record in mine]
+        axes.bar(left, heights, width, yerr=errors if any(errors) else None, capsize=2, label=label)
+    axes.set_xticks(range(len(groups)), [group.replace("_", " ").replace(" [", "\n[") for group in groups])
     axes.set_ylim(min(lowest), 1.0)
     axes.set_ylabel("R2")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize="small")
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -127,7 +139,8 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
 def _short_labels(names: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """The shortest tails of the encoders' paths that tell them apart, with the features where they differ."""
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
-    depth = 1
+    # A run's export is always called "encoder": the folder above says more.
+    depth = 2 if any(Path(encoder).name == "encoder" for encoder in encoders) else 1
     while depth < 8 and len({Path(encoder).parts[-depth:] for encoder in encoders}) < len(encoders):
         depth += 1
     several = len({features for _, features in names}) > 1

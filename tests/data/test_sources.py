@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -238,6 +239,22 @@ def test_check_reports_broken_images(tmp_path: Path) -> None:
     (folder / "b.jpg").write_text("text")
     with pytest.raises(ImageDecodeError, match=r"none of the first 2.*a\.jpg.*b\.jpg"):
         load_images(folder).check()
+
+
+def test_a_class_called_train(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "vehicles", ["bus/0.jpg", "car/1.jpg", "train/2.jpg"])
+    source = load_images(folder)
+    assert (len(source), source.num_classes) == (3, 3)
+
+
+def test_only_the_first_rank_shows_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    for rank, shown in (("1", False), ("0", True)):
+        folder = make_parquet(tmp_path / rank)
+        capfd.readouterr()
+        monkeypatch.setenv("RANK", rank)
+        load_images(folder)
+        assert ("Generating" in capfd.readouterr().err) == shown
+    assert datasets.is_progress_bar_enabled()
 
 
 def test_folder_links_and_strays(tmp_path: Path) -> None:

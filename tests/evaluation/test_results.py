@@ -99,7 +99,11 @@ def test_tables_and_logs() -> None:
         assert "45.60" in text
         assert "runs/b" in text
         assert "rotation r2 [zeros]" in text
+        assert "r2_scalar" not in text  # one parameter: the same number
     assert "k 20" in markdown
+    assert "family RotationFamily(fill=zeros)" in markdown
+    two = {"details": {"r2_tx": [0.1, 0.2], "r2_ty": [0.3, 0.4]}, "task": "translation"}
+    assert "r2_scalar" in plain_table([record(**two), record(**{**two, "details": {}}, metric="r2_scalar")])
     logs = as_logs(records[:3] + records[4:])
     assert logs["eval_r2_rotation_backbone"] == pytest.approx(0.6)
     assert logs["eval_knn_top1_cls"] == pytest.approx(0.456)
@@ -112,7 +116,7 @@ def test_plot_shows_encoders_side_by_side(tmp_path: Path) -> None:
     figure = plot_r2(records, tmp_path / "r2.png")
     assert (tmp_path / "r2.png").stat().st_size > 1000
     axes = figure.axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["runs/a", "other/a"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["runs/a", "other/a"]
     assert sorted(round(bar.get_height(), 3) for bar in axes.patches) == [-0.1, 0.6, 0.6]
     with pytest.raises(ValueError, match="no R2"):
         plot_r2([record(metric="top1")])

@@ -160,7 +160,7 @@ def test_loss_curves_have_a_line_per_run_that_logged_them() -> None:
     figure = plot_losses({"a": history[:1], "b": history}, {"loss_ssl": "loss", "recon": "error"})
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[1, 2], [2, 1]]
-    with pytest.raises(ValueError, match="No run has logged 'loss_sll'. Logged are: loss_ssl, recon"):
+    with pytest.raises(ValueError, match=r"No run has logged 'loss_sll'\. Logged are: loss_ssl, recon"):
         plot_losses({"b": history}, {"loss_sll": "loss"})
 
 
