@@ -15,7 +15,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from .strict import RecipeError
 from .timing import Stopwatch, take_turns, timed
 from .trainer import EquiSSLTrainer
 from .views.collator import collate_views
+from .views.cropping import Box
 from .views.pipelines import ViewPipeline
 
 BASE, FULL = "lambda = 0", "lambda > 0"
@@ -44,6 +45,8 @@ SUM, BACKWARD, OPTIMIZER = "loss sum", "backward", "optimizer"
 PARTS = (VIEWS, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER)
 EQUIVARIANCE_BACKWARD = "reconstruction backward"
 MIB = 1024**2
+# Output size, filter and box of one PIL resize.
+Crop: TypeAlias = tuple[tuple[int, int], int, Box]
 
 
 @dataclass
@@ -264,9 +267,11 @@ def peak_memory(recipe: Recipe, sides: dict[str, Side], dtype: str) -> dict[str,
         return f"not measured: no counter for {device.type} on {platform.system()}"
     recipes = {BASE: without_equivariance(recipe), FULL: recipe}
     batch_size = len(sides[FULL].batch["draws"])
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        arguments = {name: (recipes[name], batch_size, dtype, torch.get_num_threads()) for name in SIDES}
-        return {name: pool.apply(_process_peak, arguments[name]) for name in SIDES}
+    peaks = {}
+    for name in SIDES:
+        with get_context("spawn").Pool(1) as pool:  # a new process each: the counter never falls
+            peaks[name] = pool.apply(_process_peak, (recipes[name], batch_size, dtype, torch.get_num_threads()))
+    return peaks
 
 
 def _cuda_peak(side: Side, other: Side, dtype: str) -> float:
@@ -298,12 +303,31 @@ class _CropRecorder:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
-        self.crops: list[tuple[tuple[int, int], int, Any]] = []
+        self.crops: list[Crop] = []
 
-    def resize(self, size: tuple[int, int], resample: int, box: Any) -> np.ndarray:
+    def resize(self, size: tuple[int, int], resample: int, box: Box) -> np.ndarray:
         """Note the crop; the pixels do not matter."""
         self.crops.append((size, resample, box))
         return np.zeros((size[1], size[0], 3), dtype=np.uint8)
+
+
+def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, int]], list[tuple[bytes, list[Crop]]]]:
+    """The first ``count`` images as keys of ``dataset``, and the same as bytes with the crops of epoch 0.
+
+    Images that do not decode are left out, and those turned by their EXIF block, which a plain loop would ignore.
+    """
+    keys, plain = [], []
+    for index, image in islice(_decoded(dataset.source), count):
+        content = dataset.source.content(dataset.source.row(index))
+        with Image.open(BytesIO(content)) as stored:
+            if stored.size != image.size:
+                continue
+        recorder, rng = _CropRecorder(image.size), sample_generator(dataset.seed, 0, index)
+        rng.random(dataset.pipeline.num_draws, dtype=np.float32)  # those of the colours, drawn before the crops'
+        dataset.pipeline.crop(recorder, rng)  # type: ignore[arg-type]
+        keys.append((0, index))
+        plain.append((content, recorder.crops))
+    return keys, plain
 
 
 def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_size: int) -> dict[str, Any]:
@@ -316,18 +340,7 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
         ``images``; ``loader`` and ``plain`` in images per second by the clock, ``cpu_loader`` and ``cpu_plain`` of
         processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
     """
-    keys, encoded, crops = [], [], []
-    for index, image in islice(_decoded(dataset.source), num_images):
-        content = dataset.source.content(dataset.source.row(index))
-        with Image.open(BytesIO(content)) as plain:
-            if plain.size != image.size:  # turned by its EXIF block, which the plain loop would ignore
-                continue
-        recorder, rng = _CropRecorder(image.size), sample_generator(dataset.seed, 0, index)
-        rng.random(dataset.pipeline.num_draws, dtype=np.float32)
-        dataset.pipeline.crop(recorder, rng)  # type: ignore[arg-type]
-        keys.append((0, index))
-        encoded.append(content)
-        crops.append(recorder.crops)
+    keys, plain = plain_crops(dataset, num_images)
     loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate_views)  # type: ignore[arg-type]
 
     def read_all() -> None:
@@ -335,9 +348,9 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
             pass
 
     def plain_loop() -> None:
-        for content, boxes in zip(encoded, crops, strict=True):
+        for content, crops in plain:
             image = Image.open(BytesIO(content)).convert("RGB")
-            for size, resample, box in boxes:
+            for size, resample, box in crops:
                 np.asarray(image.resize(size, resample, box))
 
     threads = torch.get_num_threads()
@@ -351,5 +364,5 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
         for name, rounds in runs.items():
             result[f"{prefix}{name}"] = len(keys) / median(seconds[key] for seconds in rounds)
         pairs = zip(runs["plain"], runs["loader"], strict=True)
-        result[f"{prefix}ratio"] = median(plain[key] / own[key] for plain, own in pairs)
+        result[f"{prefix}ratio"] = median(without[key] / own[key] for without, own in pairs)
     return result

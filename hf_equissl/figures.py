@@ -129,7 +129,7 @@ def _new_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'hf-equissl[plots]'.") from error
-    return Figure(figsize=size, layout=layout)
+    return Figure(figsize=size, layout=layout)  # type: ignore[arg-type]
 
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:

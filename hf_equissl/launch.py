@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import set_seed
 
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
@@ -37,6 +37,7 @@ from .views.pipelines import ViewPipeline
 ENCODER_FOLDER = "encoder"
 FIRST_IMAGES = 8
 GIB = 1024**3
+ViewDataset = ImageViewDataset | StreamingViewDataset
 # What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
 
@@ -66,7 +67,7 @@ class Run:
     args: EquiSSLTrainingArguments
     config: EquiSSLPreTrainingConfig
     pipeline: ViewPipeline
-    dataset: Dataset | None
+    dataset: ViewDataset | None
     plan: Schedule
     first: Views
     checkpoint: str | None
@@ -115,7 +116,7 @@ def prepare(
         plan = schedule(args, processes, None)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
-    num_images = None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+    num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
     if output_dir is not None:
@@ -267,7 +268,9 @@ def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processe
         )
 
 
-def build_dataset(recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingArguments) -> tuple[Dataset, Dataset]:
+def build_dataset(
+    recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingArguments
+) -> tuple[ViewDataset, ViewDataset]:
     """The data set of ``recipe`` for training, and one to look at the first images: a stream in its own order."""
     try:
         source = recipe.build_source()
@@ -285,7 +288,9 @@ def build_dataset(recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingA
     )
 
 
-def first_views(dataset: Dataset, pipeline: ViewPipeline, count: int = FIRST_IMAGES) -> tuple[Views, tuple[str, ...]]:
+def first_views(
+    dataset: ViewDataset, pipeline: ViewPipeline, count: int = FIRST_IMAGES
+) -> tuple[Views, tuple[str, ...]]:
     """Views of the first images, as epoch 0 makes them, and the names of images that do not decode.
 
     Raises:
@@ -295,7 +300,7 @@ def first_views(dataset: Dataset, pipeline: ViewPipeline, count: int = FIRST_IMA
         if isinstance(dataset, IterableDataset):
             samples = list(islice(dataset, count))
         else:
-            samples = [dataset[0, index] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
+            samples = [dataset[0, index] for index in range(min(count, len(dataset)))]
     except (OSError, ValueError, DatasetsError) as error:
         raise RecipeError(f"data: the first images cannot be read. {error}") from error
     if not samples:

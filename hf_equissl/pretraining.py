@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -33,7 +33,7 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
     """
 
     model_type = "equissl_pretraining"
-    sub_configs_defaults = {"encoder": EquiSSLConfig}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"encoder": EquiSSLConfig}
 
     encoder: dict | EquiSSLConfig | None = None
     invariance: dict = field(default_factory=lambda: {"name": "vicreg"})
@@ -46,6 +46,11 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
         elif isinstance(self.encoder, dict):
             self.encoder = EquiSSLConfig(**self.encoder)
         super().__post_init__(**kwargs)
+
+    @property
+    def encoder_config(self) -> EquiSSLConfig:
+        """``encoder``, which is no longer a dictionary once the config is built."""
+        return cast(EquiSSLConfig, self.encoder)
 
     def validate_objectives(self) -> None:
         """Every entry has a name, weights are finite and not negative, and objectives own the decoders."""
@@ -62,10 +67,10 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
                     f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, "
                     f"got {weight!r}."
                 )
-        if self.encoder is not None and self.encoder.decoder_type is not None:
+        if self.encoder_config.decoder_type is not None:
             raise ValueError(
                 f"The encoder of a pretraining model must not have a decoder, got decoder_type="
-                f"{self.encoder.decoder_type!r}. Name an objective under `equivariance` instead: it brings its decoder."
+                f"{self.encoder_config.decoder_type!r}. Name an objective under `equivariance`: it brings its decoder."
             )
 
 
@@ -102,7 +107,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
     def __init__(self, config: EquiSSLPreTrainingConfig) -> None:
         super().__init__(config)
         # The student comes first: with one seed, runs that differ in their objectives start from the same encoder.
-        self.student = EquiSSLModel(config.encoder)
+        self.student = EquiSSLModel(config.encoder_config)
         self.invariance: Objective = self._build(INVARIANCE_OBJECTIVES, config.invariance)
         active = [entry for entry in config.equivariance if entry.get("weight", 1.0) > 0]
         self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry) for entry in active)
@@ -121,7 +126,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     def _build(self, registry: dict[str, type[Objective]], entry: dict) -> Objective:
         arguments = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        return build_objective(registry, entry["name"], self.config.encoder, **arguments)
+        return build_objective(registry, entry["name"], self.config.encoder_config, **arguments)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
@@ -175,10 +180,10 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """
         state = self.state_dict() if state_dict is None else state_dict
         weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-        config = deepcopy(self.config.encoder)
+        config = deepcopy(self.config.encoder_config)
         for index, objective in enumerate(self.equivariance):
             if with_decoder and hasattr(objective, "decoder_config"):
-                config = deepcopy(objective.decoder_config)
+                config = deepcopy(cast(EquiSSLConfig, objective.decoder_config))
                 prefix = f"equivariance.{index}.decoder."
                 weights |= {f"decoder.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
                 break

@@ -197,7 +197,7 @@ class Recipe:
 
     def build_pipeline(self, needs: Needs) -> ViewPipeline:
         """The pipeline that makes what ``needs`` asks for, at the encoder's image size."""
-        size = self.build_encoder_config().image_size
+        size: Any = self.build_encoder_config().image_size  # a pair is refused by the pipeline: crops are squares
         with _explained("views.pipeline"):
             return build_pipeline(
                 image_size=size,

@@ -46,7 +46,9 @@ class Stopwatch:
     def stop(self) -> dict[str, Any]:
         """Wait for the device; seconds of the whole and of each part, by the clock and of processor time."""
         synchronize(self.device)
-        first, wall, cpu = self._marks[0], time.perf_counter(), time.process_time()
+        first, last = self._marks[0], self._marks[-1]
+        # What a device does is over later than the last mark; a CPU has nothing left to do there.
+        wall, cpu = (time.perf_counter(), time.process_time()) if self.device.type != "cpu" else last[1:3]
         parts: dict[str, float] = {}
         cpu_parts: dict[str, float] = {}
         for before, after in pairwise(self._marks):

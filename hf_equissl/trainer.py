@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .callbacks import EquiSSLProgressCallback
-from .data import EpochSampler, SkippedImages
+from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .files import move_into_place
 from .loss_history import LossHistory, check_weights
 from .pretraining import EquiSSLForPreTraining
@@ -53,7 +53,7 @@ class EquiSSLTrainer(Trainer):
         model: EquiSSLForPreTraining,
         args: EquiSSLTrainingArguments,
         pipeline: ViewPipeline,
-        train_dataset: Dataset,
+        train_dataset: ImageViewDataset | StreamingViewDataset,
         skipped_images: SkippedImages | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,10 +71,9 @@ class EquiSSLTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, IterableDataset):
-            return None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), seed=seed)  # type: ignore[arg-type]
+        # The data set's own sampler: accelerate's set_epoch reaches the data set through every wrapper, but stops
+        # before the sampler when a resumed epoch is split over ranks.
+        return dataset.sampler() if isinstance(dataset, ImageViewDataset) else None
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""
@@ -117,7 +116,7 @@ class EquiSSLTrainer(Trainer):
         return (bool(every) and step % every == 0) or (step == 1 and self.args.logging_first_step)
 
     def _last_checkpoint(self) -> str | None:
-        return newest_checkpoint(self.args.output_dir)
+        return newest_checkpoint(str(self.args.output_dir))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss parts' mean since the last log to the parent's entry."""
@@ -159,7 +158,7 @@ class EquiSSLTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, config and arguments as JSON: the parent would pickle the arguments."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)

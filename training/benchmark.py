@@ -103,8 +103,8 @@ def _header(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {where[name]}" for name in ("hf_equissl", "torch", "transformers"))
     return (
         f"{report['recipe']}: batch {settings['batch_size']}, {settings['images']} images, lambda: {entries}\n"
-        f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']}), "
-        f"{where['threads']} threads\n"
+        f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']}); "
+        f"threads: {where['threads']}\n"
         f"{versions}, commit {where['commit'] or 'unknown'}"
     )
 

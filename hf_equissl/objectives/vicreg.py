@@ -84,8 +84,7 @@ class VICRegObjective(Objective):
         self.invariance_weight, self.variance_weight, self.covariance_weight = weights
         self.pooling = pooling
         self.gather = gather
-        in_features = config.hidden_size if config.feature_size is None else config.invariant_size
-        self.expander: nn.Module = Projector(in_features, expander_sizes)
+        self.expander: nn.Module = Projector(config.invariant_size or config.hidden_size, expander_sizes)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
         """Loss of the two global crops of ``student``; neither ``teacher`` nor pixels are used."""

@@ -1,0 +1,141 @@
+"""The benchmark measures what it says: equal steps but for the reconstruction, equal crops but for the loader."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_equissl.benchmark import (
+    BASE,
+    EQUIVARIANCE,
+    EQUIVARIANCE_BACKWARD,
+    FULL,
+    PARTS,
+    SIDES,
+    build_sides,
+    peak_memory,
+    plain_crops,
+    synthetic_images,
+)
+from hf_equissl.data import ImageViewDataset
+from hf_equissl.recipes import Recipe
+from hf_equissl.timing import take_turns
+from hf_equissl.training import benchmark
+
+TINY = """
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
+        feature_size: 32, equivariant_size: 16}
+objectives:
+  invariance: {name: vicreg, expander_sizes: [32, 32]}
+  equivariance: [{name: reconstruction, weight: 0.5, decoder_widths: [8, 8, 8]}]
+views: {pipeline: {name: vicreg}, transformation: {name: rotation}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def test_report(path: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", str(path), "--data", str(photo_folder), "--output_dir", str(tmp_path / "out")]
+    words += ["--batch_size", "4", "--repeats", "2", "--loader_images", "8", "--device", "cpu"]
+    assert benchmark.main(words) == 0
+    printed = capsys.readouterr().out
+    for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most +7.35 %", "loader / plain", "threads: 1"):
+        assert text in printed
+
+    text = (tmp_path / "out" / "benchmark.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(photo_folder.parent) not in text
+    report = json.loads(text)
+    assert report["recipe"] == "tiny"
+    assert {"torch", "transformers", "hf_equissl", "cpu", "threads", "commit"} <= report["environment"].keys()
+    assert report["settings"]["batch_size"] == 4
+    for dtype in ("fp32", "bf16"):
+        check_timing(report["steps"][dtype], repeats=2)
+    assert report["loader"]["images"] == 8
+    assert all(report["loader"][key] > 0 for key in ("loader", "plain", "ratio", "cpu_loader", "cpu_plain"))
+
+
+def check_timing(timing: dict[str, Any], repeats: int) -> None:
+    assert len(timing["ratios"]) == len(timing["cpu_ratios"]) == repeats
+    assert timing["overhead"] == pytest.approx(np.median(timing["ratios"]) - 1)
+    for name in SIDES:
+        side = timing["sides"][name]
+        assert 0 < side["wall_min"] <= side["wall"]
+        assert set(side["parts"]) == {*PARTS, EQUIVARIANCE_BACKWARD}
+    assert timing["sides"][BASE]["parts"][EQUIVARIANCE] == timing["sides"][BASE]["parts"][EQUIVARIANCE_BACKWARD] == 0
+    assert timing["sides"][FULL]["parts"][EQUIVARIANCE] > 0
+    assert timing["sides"][FULL]["parts"][EQUIVARIANCE_BACKWARD] > 0
+    assert {"cpu_overhead", "parts_overhead", "parts_cpu_overhead"} <= timing.keys()
+
+
+def test_the_steps_differ_in_the_reconstruction_alone(path: Path) -> None:
+    sides = build_sides(Recipe.load(path), 4, torch.device("cpu"), synthetic_images(3, 32))
+    base, full = sides[BASE], sides[FULL]
+    assert len(base.model.equivariance) == 0
+    assert len(full.model.equivariance) == 1
+    assert all(torch.equal(base.batch[key], full.batch[key]) for key in ("global_crops", "draws"))
+    ours, theirs = full.views(), base.views()
+    torch.testing.assert_close(ours.global_crops, theirs.global_crops)
+    assert ours.intermediate_images.shape == (4, 2, 3, 32, 32)
+    assert theirs.intermediate_images is None
+    before = {name: parameter.detach().clone() for name, parameter in full.model.named_parameters()}
+    run = full.step("fp32")
+    trained = {name for name, parameter in full.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any("decoder" in name for name in trained)
+    assert any("encoder.layer.1" in name for name in trained)
+    assert sum(run["parts"].values()) == pytest.approx(run["wall"])  # nothing of the step is left out
+
+
+def test_the_plain_loop_cuts_the_same_crops(path: Path, photo_folder: Path) -> None:
+    recipe = Recipe.load(path, {"data.source": str(photo_folder)})
+    sides = build_sides(recipe, 2, torch.device("cpu"), synthetic_images(2, 32))
+    dataset = ImageViewDataset(recipe.build_source(), sides[FULL].pipeline, seed=3)
+    keys, plain = plain_crops(dataset, 4)
+    assert keys == [(0, index) for index in range(4)]
+    for key, (content, crops) in zip(keys, plain, strict=True):
+        image = Image.open(BytesIO(content)).convert("RGB")
+        expected = np.stack([np.asarray(image.resize(size, resample, box)) for size, resample, box in crops])
+        np.testing.assert_array_equal(dataset[key]["global_crops"].permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_take_turns_alternates_and_drops_the_first_round() -> None:
+    calls: list[str] = []
+    results = take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, repeats=3)
+    assert "".join(calls) == "ba" + "ab" + "ba" + "ab"
+    assert results == {"a": [3, 6, 7], "b": [4, 5, 8]}
+
+
+def test_mistakes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def message(*words: str) -> str:
+        assert benchmark.main(words) == 2
+        return capsys.readouterr().err
+
+    recipe = ("--recipe", str(path))
+    assert "nothing to compare" in message(*recipe, "--objectives.equivariance", "[]")
+    assert "nothing to compare" in message(*recipe, "--objectives.equivariance.0.weight", "0")
+    assert "expected at least 1" in message(*recipe, "--repeats", "0")
+    assert "Did you mean --batch_size" in message(*recipe, "--batch_siz", "4")
+    assert "not a device" in message(*recipe, "--device", "abacus")
+    assert "'vits16_vicreg_rot'" in message("--recipe", "vits16_vicreg_rto")
+
+
+@pytest.mark.slow
+def test_peak_memory_on_cpu(path: Path) -> None:
+    recipe = Recipe.load(path)
+    sides = build_sides(recipe, 64, torch.device("cpu"), synthetic_images(2, 32))
+    memory = peak_memory(recipe, sides, "fp32")
+    if isinstance(memory, str):
+        pytest.skip(memory)
+    assert memory[FULL] > memory[BASE] > 0
