@@ -82,6 +82,16 @@ def reduce_mean(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: means[name] for name in scalars}
 
 
+@torch.no_grad()
+def on_any_process(flag: Tensor) -> bool:
+    """Whether a scalar ``flag`` is set on at least one process; all get the same answer. Waits for the device."""
+    if world_size() == 1:
+        return bool(flag)
+    value = flag.detach().float()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
 class _Gather(torch.autograd.Function):
     """Forward: all-gather. Backward: sum over processes, own slice."""
 

@@ -222,7 +222,18 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str) -> str 
     if not (folder / "trainer_state.json").is_file():
         raise RecipeError(f"--resume {resume}: no complete checkpoint. Use auto, never or a folder checkpoint-N.")
     _check_same_recipe(recipe, folder.parent)
+    if found and _step(found) > _step(folder):
+        raise RecipeError(
+            f"--resume {resume}: {output_dir} holds {Path(found).name}, which is further. Name a new --output_dir to "
+            "start a branch from the older checkpoint, or --resume auto to go on."
+        )
     return str(folder)
+
+
+def _step(checkpoint: str | Path) -> int:
+    """The step in the name of a folder ``checkpoint-N``; 0 for another name."""
+    number = Path(checkpoint).name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:

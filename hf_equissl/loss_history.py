@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .distributed import reduce_mean
+from .distributed import on_any_process, reduce_mean
 
 
 class NonFiniteLossError(RuntimeError):
@@ -28,13 +28,23 @@ class LossHistory:
         self._records.append({"loss": loss.detach(), **logs})
 
     def check(self, last_checkpoint: Callable[[], str | None]) -> None:
-        """Raise ``NonFiniteLossError`` if a loss since the last ``drain`` is not finite. Waits for the device."""
-        if not self._records or bool(torch.stack([record["loss"] for record in self._records]).isfinite().all()):
+        """Raise ``NonFiniteLossError`` on all processes if a loss since the last ``drain`` is not finite on one.
+
+        Waits for the device and for the other processes: all have to call it.
+        """
+        if not self._records:
+            return
+        bad_here = ~torch.stack([record["loss"] for record in self._records]).isfinite().all()
+        if not on_any_process(bad_here):
             return
         for step, record in zip(self._steps, self._records, strict=True):
             bad = {key: float(value) for key, value in record.items() if not math.isfinite(float(value))}
             if "loss" in bad:
                 raise NonFiniteLossError(self._message(step, bad, last_checkpoint()))
+        raise NonFiniteLossError(
+            f"The loss is not finite on another process, between steps {self._steps[0]} and {self._steps[-1]}. "
+            f"{_remedy(last_checkpoint())}"
+        )
 
     @staticmethod
     def _message(step: int, bad: dict[str, float], checkpoint: str | None) -> str:
@@ -55,10 +65,22 @@ class LossHistory:
 
 @torch.no_grad()
 def check_weights(model: nn.Module, step: int, last_checkpoint: Callable[[], str | None]) -> None:
-    """Raise ``NonFiniteLossError`` if a weight is not finite: the loss of a step cannot see what its update did."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise NonFiniteLossError(f"The weight {name} is not finite after step {step}. {_remedy(last_checkpoint())}")
+    """Raise ``NonFiniteLossError`` on every process if a weight is not finite on one of them.
+
+    The loss of a step cannot see what its update did. All processes have to call it.
+    """
+    local = {name: _local(parameter) for name, parameter in model.named_parameters()}
+    if not on_any_process(~torch.stack([value.isfinite().all() for value in local.values()]).all()):
+        return
+    bad = next((name for name, value in local.items() if not bool(value.isfinite().all())), "(on another process)")
+    raise NonFiniteLossError(f"The weight {bad} is not finite after step {step}. {_remedy(last_checkpoint())}")
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its shard under FSDP2 or ZeRO-3."""
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def _remedy(checkpoint: str | None) -> str:

@@ -116,8 +116,33 @@ class EquiSSLForPreTraining(PreTrainedModel):
         self.needs = Needs()
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs
+        self._check_needs()
         self.post_init()
         self.freeze_unused()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, for a complete state only.
+
+        Raises:
+            ValueError: The checkpoint lacks weights of the objectives that the config names. They would be left
+                uninitialised: heads follow their papers, not one rule for all.
+        """
+        model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights that its objectives need, the first is {missing[0]}. "
+                "Load it with the objectives it was trained with, or take only its encoder."
+            )
+        model.freeze_unused()
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    def _check_needs(self) -> None:
+        """Refuse objectives that ask for what ``encode`` does not give them."""
+        missing = [name for name in ("teacher", "local_crops", "extra") if getattr(self.needs, name)]
+        if missing:
+            raise ValueError(f"An objective needs {', '.join(missing)}, which EquiSSLForPreTraining does not provide.")
 
     def freeze_unused(self) -> None:
         """Freeze what no objective trains. ``from_pretrained`` forgets this: the Trainer calls it again."""

@@ -34,6 +34,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .data import load_images
+from .files import write_text
 from .modeling import EquiSSLConfig
 from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from .overrides import TOP_KEYS, apply_overrides, as_mapping, read_recipe
@@ -166,7 +167,7 @@ class Recipe:
         from . import __version__
 
         path = Path(directory) / "recipe.yaml"
-        path.write_text(f"# As run by hf_equissl {__version__}.\n{self.to_yaml()}", encoding="utf-8")
+        write_text(path, f"# As run by hf_equissl {__version__}.\n{self.to_yaml()}")
         return path
 
     def build_encoder_config(self) -> EquiSSLConfig:

@@ -63,6 +63,8 @@ class EquiSSLTrainer(Trainer):
         self.skipped_images = skipped_images or SkippedImages()
         self.history = LossHistory()
         self._saving = False
+        # Drop path draws from the global generator, which the parent seeds alike on every process.
+        torch.manual_seed(args.seed + args.process_index)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(EquiSSLProgressCallback())
@@ -104,10 +106,10 @@ class EquiSSLTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Forward, and remember the loss parts. On a CPU they are checked at once; elsewhere that would synchronise."""
+        """Forward, and remember the loss parts. One process on a CPU checks them at once: it waits for nobody."""
         output = model(**inputs, monitor=self.args.monitor_features and self._next_step_logs())
         self.history.add(self.state.global_step + 1, output.loss, output.logs)
-        if output.loss.device.type == "cpu":
+        if output.loss.device.type == "cpu" and self.args.world_size == 1:
             self.history.check(self._last_checkpoint)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -129,7 +131,12 @@ class EquiSSLTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters with weight decay: all but biases, norm scales and whatever else has one dimension."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+        # Under ZeRO-3 a parameter is an empty placeholder that remembers its shape.
+        return [name for name, value in model.named_parameters() if len(getattr(value, "ds_shape", value.shape)) > 1]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The parent's, in steps that are logged: without clipping it is one more pass over all gradients."""
+        return super()._get_grad_norm(model, grad_norm) if self._next_step_logs() else grad_norm
 
     # ---- checkpoints ----
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
 
 
@@ -65,6 +67,11 @@ class EquiSSLTrainingArguments(TrainingArguments):
         if self.use_cpu:
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning("Only one of %d GPUs is used: start with `accelerate launch` to use all.", self.n_gpu)
+            self._n_gpu = 1  # more would mean DataParallel, which cannot split views
+        if not self.use_cpu and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # else each copy of a batch waits for the step before
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self.learning_rate_factor
 

@@ -86,6 +86,14 @@ def test_round_trip(tmp_path, views: Views) -> None:
     torch.testing.assert_close(model(views).loss, loaded(views).loss, rtol=0, atol=0)
 
 
+def test_an_incomplete_state_is_refused(tmp_path) -> None:
+    make_model([]).save_pretrained(tmp_path)
+    config = EquiSSLPreTrainingConfig.from_pretrained(tmp_path)
+    config.equivariance = [{"name": "reconstruction"}]
+    with pytest.raises(ValueError, match=r"lacks \d+ weights.*equivariance\.0\.decoder"):
+        EquiSSLForPreTraining.from_pretrained(tmp_path, config=config)
+
+
 def test_exported_encoder_is_the_student_with_its_decoder(views: Views) -> None:
     model = make_model([{"name": "reconstruction"}]).eval()
     encoder = model.export_encoder()

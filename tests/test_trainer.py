@@ -91,6 +91,16 @@ def test_resume_is_bit_for_bit(photo_folder: Path, unbroken: EquiSSLTrainer) -> 
     assert losses[0] == losses[1]
 
 
+def test_resume_within_a_later_epoch(photo_folder: Path, tmp_path: Path) -> None:
+    """32 images in batches of 8: step 5 is the first of epoch 1."""
+    options = {"max_steps": 7, "save_steps": 5}
+    whole = make_trainer(photo_folder, tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(photo_folder, tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same(weights(whole), weights(resumed))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(photo_folder: Path, unbroken: EquiSSLTrainer, tmp_path: Path, workers: int) -> None:
     trainer = make_trainer(photo_folder, tmp_path, dataloader_num_workers=workers, save_strategy="no")

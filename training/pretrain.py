@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(_recipe_lines())
         return 0
 
-    from hf_equissl.data import TooManyBadImages
+    from hf_equissl.data import ImageDecodeError, TooManyBadImages
     from hf_equissl.loss_history import NonFiniteLossError
     from hf_equissl.strict import RecipeError
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(options, rest, [name for action in parser._actions for name in action.option_strings])
     except RecipeError as error:
         return _stop(error, code=2)
-    except (NonFiniteLossError, TooManyBadImages) as error:
+    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
         return _stop(error, code=1)
     return 0
 
@@ -171,7 +171,9 @@ def _say(text: str) -> None:
 
 
 def _stop(error: Exception, code: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: a missing file may be missing on one only
+    # What can be mended before training is said once per machine (a file may be missing on one only); what stops a run
+    # by the process that saw it, which may be any.
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return code
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .dataset import EpochSampler, ImageViewDataset, SkippedImage, StreamingViewDataset
 from .decoding import decode_image
-from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages
+from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages, UnknownSplitError
 from .health import SkippedImages
 from .sources import ImageInfo, ImageSource, load_images
 
@@ -19,6 +19,7 @@ __all__ = [
     "SkippedImages",
     "StreamingViewDataset",
     "TooManyBadImages",
+    "UnknownSplitError",
     "decode_image",
     "load_images",
 ]

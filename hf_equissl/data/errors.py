@@ -7,6 +7,10 @@ class ImageSourceError(ValueError):
     """A source of images does not exist, holds no images, or leaves open which column or split is meant."""
 
 
+class UnknownSplitError(ImageSourceError):
+    """The source exists but has no split of this name."""
+
+
 class ImageDecodeError(ValueError):
     """An image could not be read or decoded."""
 

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
 from hf_equissl.strict import nearest
 
 from .columns import IMAGE_SUFFIXES
-from .errors import ImageSourceError
+from .errors import ImageSourceError, UnknownSplitError
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
@@ -212,7 +212,7 @@ def _check_splits(source: str, names: Iterable[str], known: Iterable[str]) -> No
         if name not in known:
             near = nearest(name, known)
             hint = f" Did you mean {near!r}?" if near else ""
-            raise ImageSourceError(f"{source}: there is no split {name!r}.{hint} Splits: {', '.join(known)}.")
+            raise UnknownSplitError(f"{source}: there is no split {name!r}.{hint} Splits: {', '.join(known)}.")
 
 
 def _check_pattern(path: Path, source: str) -> None:

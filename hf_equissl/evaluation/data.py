@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_equissl.data import ImageSource, ImageSourceError, load_images
+from hf_equissl.data import ImageSource, UnknownSplitError, load_images
 
 from .images import EvaluationData, ImageSet
 
@@ -101,7 +101,7 @@ def _load_test(
         if split != train_split:
             try:
                 return load_images(source, split=split, **options), split
-            except ImageSourceError as error:
+            except UnknownSplitError as error:
                 logger.debug("No %s split: %s", split, error)
     logger.info("%s has no test split: a tenth of %s is held out.", source, train_split)
     return None

@@ -35,12 +35,12 @@ class FlipFamily(TransformationFamily):
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
         """Images (B, C, H, W), parameters (B, 1), fractions (F,) of 0 and 1 -> (B, F, C, H, W).
 
-        The fractions are read on the host: give them on the CPU, where that costs nothing.
+        Fractions on another device are not checked, which would wait for it: the pipeline checks them when it is built.
 
         Raises:
             ValueError: a fraction strictly between 0 and 1.
         """
-        between = [value for value in fractions.tolist() if 0 < value < 1]
+        between = [value for value in fractions.tolist() if 0 < value < 1] if fractions.device.type == "cpu" else []
         if between:
             raise ValueError(
                 f"fractions {between} of a flip: flips have no intermediate images. Take fractions 0 and 1 only; to "

@@ -1,0 +1,44 @@
+"""The whole command on two processes (DDP over gloo): exact resume inside an epoch, and one message when a loss breaks."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+# 32 images in batches of 2 x 4: four steps an epoch, so checkpoint-5 lies inside the second.
+SMALL = ["--training.per_device_train_batch_size", "4", "--training.max_steps", "7", "--training.save_steps", "5"]
+SMALL += ["--training.logging_steps", "1", "--training.warmup_steps", "1"]
+
+
+def run(photos: Path, output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["training/pretrain.py", "--recipe", "cifar10_vicreg_rot", "--data", str(photos)]
+    command += ["--output_dir", str(output), *SMALL, *extra]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_resume_on_two_processes_is_exact(photo_folder: Path, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    first = run(photo_folder, whole)
+    assert first.returncode == 0, first.stderr
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
+    second = run(photo_folder, resumed)
+    assert second.returncode == 0, second.stderr
+    left, right = (load_file(folder / "checkpoint-7" / "model.safetensors") for folder in (whole, resumed))
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
+    assert (resumed / "encoder" / "model.safetensors").is_file()
+
+
+def test_a_broken_loss_stops_both_processes(photo_folder: Path, tmp_path: Path) -> None:
+    result = run(photo_folder, tmp_path / "run", "--training.learning_rate", "1e25")
+    assert result.returncode != 0
+    assert "error: The loss is not finite at step" in result.stderr or "error: The weight" in result.stderr
+    assert "Traceback" not in result.stderr.split("error: The")[0]
