@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context
@@ -228,7 +229,7 @@ def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, An
         and ``cpu_overhead``: their medians minus 1. ``parts_overhead`` and ``parts_cpu_overhead``: the same from what
         the reconstruction adds where it adds something (more views, its forward and its backward alone, more weights).
     """
-    runs = take_turns({name: lambda side=side: side.step(dtype) for name, side in sides.items()}, repeats)
+    runs = take_turns({name: partial(side.step, dtype) for name, side in sides.items()}, repeats)
     full = sides[FULL]
     alone = [full.equivariance_alone(dtype) for _ in range(repeats + 1)][1:]
     backward = {key: median(run[key][EQUIVARIANCE_BACKWARD] for run in alone) for key in ("parts", "cpu_parts")}
@@ -341,7 +342,7 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
         processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
     """
     keys, plain = plain_crops(dataset, num_images)
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate_views)  # type: ignore[arg-type]
+    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate_views)
 
     def read_all() -> None:
         for _ in loader:

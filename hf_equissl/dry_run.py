@@ -69,7 +69,6 @@ def _to_image(crop: Tensor, pipeline: ViewPipeline) -> Image.Image:
 def _schedule_lines(run: Run) -> list[str]:
     plan, args = run.plan, run.args
     decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     lines = [
         f"batch          {plan.per_device} per device x {plan.processes} processes x accumulation {plan.accumulation} "
         f"= {plan.batch} images per step",

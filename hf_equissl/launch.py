@@ -6,28 +6,32 @@ tensors. ``pretrain`` trains and exports.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import set_seed
+from transformers.activations import ACT2FN
 
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .hub import save_encoder
+from .overrides import as_mapping
 from .planning import Cost, Schedule, checkpoint_bytes, measure, schedule, without_weights
 from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from .recipes import Recipe
-from .strict import RecipeError, load_yaml
+from .strict import RecipeError, load_yaml, nearest
 from .trainer import EquiSSLTrainer, newest_checkpoint
 from .training_arguments import EquiSSLTrainingArguments
 from .views.base import Views
@@ -40,6 +44,8 @@ GIB = 1024**3
 ViewDataset = ImageViewDataset | StreamingViewDataset
 # What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
+# So do these, which say which images meet in which step. How many steps there are may change: runs are prolonged.
+_IDENTITY_TRAINING = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def is_main_process() -> bool:
@@ -73,6 +79,11 @@ class Run:
     checkpoint: str | None
     unreadable: tuple[str, ...] = ()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is that of the last step: nothing is left to train."""
+        return self.checkpoint is not None and _trained_steps(self.checkpoint) == self.plan.steps
+
     def cost(self) -> Cost:
         """Run one step on fake tensors.
 
@@ -100,12 +111,26 @@ def prepare(
     Raises:
         RecipeError: names what is wrong and what to do.
     """
+    if output_dir is not None and not str(output_dir):
+        raise RecipeError("--output_dir is empty. Name a folder.")
+    if processes is not None and processes < 1:
+        raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
     args = recipe.build_training_arguments(output_dir or "output")
+    _check_length(args)
     config = recipe.build_pretraining_config()
     try:
         _, model = without_weights(config)
     except ValueError as error:
         raise RecipeError(f"objectives: {error}") from error
+    except KeyError as error:
+        name = config.encoder.hidden_act
+        if name in ACT2FN:
+            raise
+        guess = nearest(name, ACT2FN)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise RecipeError(
+            f"model.hidden_act: there is no {name!r}.{hint} Valid: {', '.join(sorted(ACT2FN))}."
+        ) from error
     pipeline = recipe.build_pipeline(model.needs)
     checkpoint = None
     if output_dir is not None:
@@ -119,6 +144,11 @@ def prepare(
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
+    if checkpoint is not None and plan.steps is not None and (done := _trained_steps(checkpoint)) > plan.steps:
+        raise RecipeError(
+            f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or train "
+            "longer: a larger --training.max_steps or --training.num_train_epochs."
+        )
     if output_dir is not None:
         check_disk_space(output_dir, _disk_need(args, plan, checkpoint_bytes(config)))
     first, unreadable = first_views(unshuffled, pipeline)
@@ -129,7 +159,7 @@ def prepare(
 
 
 def pretrain(run: Run) -> Path:
-    """Train, and export the encoder.
+    """Train, and export the encoder. A finished run is only exported: the Trainer would take one step more.
 
     Returns:
         The encoder's folder, which ``AutoModel.from_pretrained`` loads.
@@ -137,17 +167,22 @@ def pretrain(run: Run) -> Path:
     output = Path(str(run.args.output_dir))
     if run.dataset is None:
         raise RecipeError("data.source: no data set is named. Give one with --data.")
+    if run.checkpoint is not None and run.finished:
+        return _export_checkpoint(run, run.checkpoint, output)
     set_seed(run.args.seed)
     model = EquiSSLForPreTraining(run.config)
+    try:
+        trainer = EquiSSLTrainer(
+            model=model,
+            args=run.args,
+            pipeline=run.pipeline,
+            train_dataset=run.dataset,
+            skipped_images=SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images),
+        )
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
     if is_main_process():
         run.recipe.save(output)
-    trainer = EquiSSLTrainer(
-        model=model,
-        args=run.args,
-        pipeline=run.pipeline,
-        train_dataset=run.dataset,
-        skipped_images=SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images),
-    )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     folder = output / ENCODER_FOLDER
@@ -156,6 +191,27 @@ def pretrain(run: Run) -> Path:
         save_encoder(encoder, folder, run.pipeline.image_mean, run.pipeline.image_std)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
+    """Export the encoder of a checkpoint as ``pretrain`` does after the last step."""
+    folder = output / ENCODER_FOLDER
+    if is_main_process():
+        try:
+            model = EquiSSLForPreTraining.from_pretrained(checkpoint)
+        except OSError as error:
+            raise RecipeError(
+                f"{checkpoint}: the run is finished, but its weights cannot be read for the export ({error})."
+            ) from error
+        run.recipe.save(output)
+        save_encoder(model.export_encoder(), folder, run.pipeline.image_mean, run.pipeline.image_std)
+    PartialState().wait_for_everyone()
+    return folder
+
+
+def _trained_steps(checkpoint: str) -> int:
+    """The step at which a complete checkpoint was written."""
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def check_output_folder(folder: str | Path) -> None:
@@ -206,17 +262,17 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str) -> str 
     """The checkpoint to go on from.
 
     Raises:
-        RecipeError: ``resume`` names no complete checkpoint; the folder holds checkpoints of another recipe, or holds
-            some although none shall be used: a later resume would find the wrong ones.
+        RecipeError: ``resume`` names no complete checkpoint; the folder holds checkpoints or the encoder of another
+            recipe, or holds checkpoints although none shall be used: a later resume would find the wrong ones.
     """
     found = newest_checkpoint(output_dir)
     if resume == "never":
         if found:
             raise RecipeError(f"--resume never: {output_dir} holds {Path(found).name} already. Name a new folder.")
+        _check_same_recipe(recipe, Path(output_dir))
         return None
+    _check_same_recipe(recipe, Path(output_dir))
     if resume == "auto":
-        if found:
-            _check_same_recipe(recipe, Path(output_dir))
         return found
     folder = Path(resume)
     if not (folder / "trainer_state.json").is_file():
@@ -237,20 +293,34 @@ def _step(checkpoint: str | Path) -> int:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Refuse a folder with checkpoints or an encoder of another recipe; one without results is anybody's."""
     stored = folder / "recipe.yaml"
-    if not stored.is_file():
+    if not stored.is_file() or not (newest_checkpoint(folder) or (folder / ENCODER_FOLDER).is_dir()):
         return
-    before, now = (_flat({key: plain.get(key) for key in _IDENTITY}) for plain in (_stored(stored), recipe.to_dict()))
-    for key in sorted((before.keys() | now.keys()) - {"model.attn_implementation"}):
-        if before.get(key) != now.get(key):
+    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), recipe.to_dict()))
+    for key in before | now:  # in their order: a seed before the data's seed, which follows it
+        if key != "model.attn_implementation" and before.get(key) != now.get(key):
             raise RecipeError(
                 f"{folder} holds a run with {key} = {before.get(key)!r}, and this recipe says {now.get(key)!r}. "
                 "Name a new --output_dir, or go on with the same recipe."
             )
 
 
+def _identity(plain: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a recipe that its weights follow from, defaults filled in: to name a default changes nothing."""
+    defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
+    training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
+    if training["data_seed"] is None:
+        training["data_seed"] = training["seed"]
+    return {
+        **{key: plain.get(key) for key in _IDENTITY},
+        "training": {key: training[key] for key in _IDENTITY_TRAINING},
+        "data": {"split": as_mapping(plain.get("data"), "data").get("split", "train")},
+    }
+
+
 def _stored(path: Path) -> dict[str, Any]:
-    return load_yaml(path.read_text(encoding="utf-8"), str(path))
+    return as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -259,6 +329,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _check_length(args: EquiSSLTrainingArguments) -> None:
+    """Refuse a run of no steps, which the Trainer would end with a division by zero or export untrained."""
+    if args.max_steps == 0:
+        raise RecipeError("training.max_steps: expected 1 or more, or -1 to count epochs instead, got 0.")
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
+        raise RecipeError(
+            f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
+            "--training.num_train_epochs N or --training.max_steps N."
+        )
 
 
 def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:
@@ -318,7 +399,7 @@ def first_views(
         raise RecipeError("data: the data set is empty.")
     batch = collate_views(samples)
     skipped = batch.pop("skipped")
-    return pipeline(batch), tuple(record.name for record in skipped)
+    return _make_views(pipeline, batch), tuple(record.name for record in skipped)
 
 
 def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
@@ -329,4 +410,11 @@ def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
         {"draws": torch.rand(pipeline.num_draws), **pipeline.crop(image, rng), "index": index, "label": 0}
         for index in range(count)
     ]
-    return pipeline(collate_views(samples))
+    return _make_views(pipeline, collate_views(samples))
+
+
+def _make_views(pipeline: ViewPipeline, batch: dict[str, Any]) -> Views:
+    try:
+        return pipeline(batch)
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"views: {error}") from error

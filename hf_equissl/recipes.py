@@ -61,7 +61,13 @@ if TYPE_CHECKING:
 
 # What the section `data` says beside the arguments of `load_images`.
 _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int}
+_NO_UPLOADS = "Every checkpoint would be uploaded, with the objectives' heads. Upload the finished encoder instead."
 _NOT_IN_RECIPES = {
+    **{
+        item.name: _NO_UPLOADS
+        for item in fields(EquiSSLTrainingArguments)
+        if item.name == "push_to_hub" or item.name.startswith("hub_")
+    },
     "output_dir": "Give the folder with --output_dir.",
     "resume_from_checkpoint": "Use --resume.",
     "hub_token": "A recipe is stored with each run and must hold no secret. Log in with `hf auth login`.",
@@ -234,11 +240,16 @@ def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
 
 
-def _check_entry(raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
-    """``{"name": key of registry, **arguments of its constructor}``."""
+def _check_entry(
+    raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = (), beside: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``{"name": key of registry, **arguments of its constructor}`` without the keys ``beside`` those, if any."""
     entry = as_mapping(raw, where)
     name = _check_name(entry, registry, where)
-    arguments = {key: value for key, value in entry.items() if key != "name"}
+    own = ("name", *beside)
+    # With all keys, so that a misspelt `weight` finds its neighbour.
+    check_keys(entry, (*own, *parameters_of(registry[name], skip=skip)), f"{where} ({name})")
+    arguments = {key: value for key, value in entry.items() if key not in own}
     return {"name": name} | check_arguments(arguments, registry[name], f"{where} ({name})", skip=skip)
 
 
@@ -260,9 +271,8 @@ def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
     entries = []
     for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
         where = f"objectives.equivariance.{index}"
-        item = dict(as_mapping(item, where))
-        weight = coerce(item.pop("weight", 1.0), float, f"{where}.weight")
-        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=("config",))
+        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=("config",), beside=("weight",))
+        weight = coerce(item.get("weight", 1.0), float, f"{where}.weight")
         entries.append({"name": entry.pop("name"), "weight": weight, **entry})
     invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=("config",))
     return ObjectivesSection(invariance, entries)
@@ -290,6 +300,8 @@ def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
     data = {key: coerce(value, hints[key], f"data.{key}") for key, value in raw.items()}
     if not 0 <= data.get("max_bad_share", 0.0) <= 1:
         raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
+    if data.get("shuffle_buffer", 0) < 0:
+        raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
     return data
 
 
@@ -317,5 +329,7 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except StrictDataclassError as error:  # wraps what a check raised in a second sentence about the check's name
+        raise RecipeError(f"{where}: {error.__cause__ or error}") from error
+    except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{where}: {error}") from error

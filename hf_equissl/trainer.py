@@ -160,7 +160,7 @@ class EquiSSLTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             move_into_place(run_dir / STAGING_FOLDER / name, run_dir / name)
-            (run_dir / STAGING_FOLDER).rmdir()
+            shutil.rmtree(run_dir / STAGING_FOLDER, ignore_errors=True)
             rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 

@@ -32,7 +32,7 @@ class EquiSSLTrainingArguments(TrainingArguments):
     CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``.
 
     Raises:
-        ValueError: for an unknown scaling rule or a reference batch below 1.
+        ValueError: for an unknown scaling rule, a number out of its range, or a setting that pretraining cannot have.
     """
 
     base_learning_rate: float | None = field(
@@ -83,6 +83,18 @@ class EquiSSLTrainingArguments(TrainingArguments):
             )
         if self.learning_rate_reference_batch < 1:
             raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "base_learning_rate", "dataloader_num_workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.save_steps <= 0:
+            raise ValueError(f"save_steps must be > 0, got {self.save_steps}. To save nothing: save_strategy no.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter must stay false: it would hide a loss that is not finite.")
 
     @property
     def global_batch_size(self) -> int:

@@ -57,7 +57,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_type (`str`, *optional*): `"conv"`, `"cross_attention"` or `None` (no decoder).
         num_intermediate_images (`int`, defaults to 2): K, images reconstructed by the convolutional decoders.
         decoder_reconstructs_final (`bool`, defaults to `False`): One more decoder, for the transformed view itself.
-        decoder_widths (`list[int]`, defaults to `[128, 64, 32, 16]`): Channels of the convolutional decoders before
+        decoder_widths (`list[int]`, defaults to `[64, 32, 16, 16]`): Channels of the convolutional decoders before
             each convolution: as many convolutions as entries, at least log2(`patch_size`).
         decoder_hidden_size (`int`, defaults to 256): Width of the cross-attention decoder.
         decoder_num_layers (`int`, defaults to 4): Its self-attention blocks after the cross-attention block.
@@ -102,7 +102,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what follows from other fields, check, and set up the stages of a backbone."""
         # Two decoders of these widths add 3.6 % (fp32) or 4.2 % (bf16) to a ViT-S/16 step: one CPU core, 224 px.
-        self.decoder_widths = [128, 64, 32, 16] if self.decoder_widths is None else list(self.decoder_widths)
+        self.decoder_widths = [64, 32, 16, 16] if self.decoder_widths is None else list(self.decoder_widths)
         # `@strict` runs validate_* too, but wraps what they raise; called here, users get the ValueError itself.
         self.check()
         kwargs.pop("stage_names", None)  # derived: a stored value would outlive a changed num_hidden_layers

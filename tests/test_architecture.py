@@ -29,7 +29,7 @@ ARROWS = {
     "training_arguments": set(),
     "callbacks": {"training_arguments"},
     "trainer": {"callbacks", "data", "files", "loss_history", "pretraining", "training_arguments", "views"},
-    "evaluation": {"modeling", "views", "data", "files", "strict", "distributed"},
+    "evaluation": {"modeling", "views", "data", "files", "strict", "distributed", "timing"},
     "hub": {"modeling", "files", "evaluation"},
 }
 

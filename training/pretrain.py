@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -43,23 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(_recipe_lines())
         return 0
 
-    from hf_equissl.data import ImageDecodeError, TooManyBadImages
-    from hf_equissl.loss_history import NonFiniteLossError
     from hf_equissl.strict import RecipeError
 
     try:
-        _run(options, rest, [name for action in parser._actions for name in action.option_strings])
+        path, overrides = _read_words(options, rest, [name for act in parser._actions for name in act.option_strings])
+        return _run(path, overrides, options)
     except RecipeError as error:
         return _stop(error, code=2)
-    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
-        return _stop(error, code=1)
-    return 0
 
 
-def _run(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> None:
-    from hf_equissl.launch import prepare, pretrain
-    from hf_equissl.overrides import parse_overrides
-    from hf_equissl.recipes import Recipe
+def _read_words(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The recipe's file and the overrides. Needs no torch, so that mistakes in words are answered at once."""
+    from hf_equissl.overrides import apply_overrides, parse_overrides, read_recipe
     from hf_equissl.strict import RecipeError
 
     overrides = parse_overrides(rest, known_options)
@@ -69,14 +68,34 @@ def _run(options: argparse.Namespace, rest: list[str], known_options: list[str])
         if "data.source" in overrides:
             raise RecipeError("--data and --data.source say the same: give one of them.")
         overrides["data.source"] = options.data
-    recipe = Recipe.load(_find_recipe(options.recipe), overrides, search=[RECIPES])
-    if options.dry_run:
-        _dry_run(recipe, options)
-        return
-    if options.num_processes is not None:
+    path = _find_recipe(options.recipe)
+    apply_overrides(read_recipe(path, [RECIPES]), overrides)
+    if options.num_processes is not None and not options.dry_run:
         raise RecipeError("--num_processes belongs to --dry_run. To train on several, use `accelerate launch`.")
-    if options.output_dir is None:
+    if options.output_dir is None and not options.dry_run:
         raise RecipeError("--output_dir is missing: checkpoints and the encoder need a place.")
+    return path, overrides
+
+
+def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> int:
+    from hf_equissl.data import ImageDecodeError, TooManyBadImages
+    from hf_equissl.loss_history import NonFiniteLossError
+    from hf_equissl.recipes import Recipe
+
+    recipe = Recipe.load(path, overrides, search=[RECIPES])
+    try:
+        if options.dry_run:
+            _dry_run(recipe, options)
+        else:
+            _train(recipe, options)
+    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
+        return _stop(error, code=1)
+    return 0
+
+
+def _train(recipe: Any, options: argparse.Namespace) -> None:
+    from hf_equissl.launch import prepare, pretrain
+
     run = prepare(recipe, options.output_dir, options.resume)
     _say(_summary(run))
     folder = pretrain(run)
@@ -106,7 +125,10 @@ def _summary(run: Any) -> str:
         )
     if run.unreadable:
         lines.append(f"note: of the first images these are not readable: {', '.join(run.unreadable)}")
-    lines.append(f"resuming from {run.checkpoint}" if run.checkpoint else f"starting in {run.args.output_dir}")
+    if run.finished:
+        lines.append(f"{run.checkpoint} is the last step of this run: nothing to train, the encoder is exported")
+    else:
+        lines.append(f"resuming from {run.checkpoint}" if run.checkpoint else f"starting in {run.args.output_dir}")
     return "\n".join(lines)
 
 
@@ -142,8 +164,11 @@ def _parser() -> argparse.ArgumentParser:
 def _find_recipe(name: str) -> Path:
     from hf_equissl.strict import RecipeError, nearest
 
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        return Path(name)
+    given = Path(name)
+    is_file_name = name.endswith((".yaml", ".yml"))
+    if os.sep in name or (is_file_name and given.is_file()):
+        return given
+    name = given.stem if is_file_name else name
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         names = sorted(item.stem for item in RECIPES.glob("*.yaml"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageDecodeError
 
@@ -61,7 +61,10 @@ def open_image(data: Any) -> Image.Image:
     if isinstance(data, (bytes, bytearray, memoryview)):
         if len(data) == 0:
             raise ImageDecodeError("The file is empty.")
-        return Image.open(io.BytesIO(data))
+        try:
+            return Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:  # it names the buffer by its address, which helps nobody
+            raise ImageDecodeError("not an image that Pillow reads") from None
     if isinstance(data, (str, os.PathLike)):
         with open(data, "rb") as file:
             return open_image(file.read())

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .encoders import FrozenEncoder, as_frozen
-from .images import EvaluationData
+from .images import EvaluationData, resized_side
 from .results import ResultRecord
 
 
@@ -65,9 +65,11 @@ class Evaluator(ABC):
 
     def protocol(self, encoder: FrozenEncoder, task: str) -> dict[str, Any]:
         """``settings`` together with those of the data and of the encoder's input."""
+        side = resized_side(encoder.image_size)
         return {
             **self.settings(task),
             "image_size": encoder.image_size,
+            **({} if side == encoder.image_size else {"resized_side": side}),
             "encoder_precision": encoder.precision,
             "train_split": self.data.train.split,
             "train_images": len(self.data.train),

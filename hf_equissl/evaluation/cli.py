@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from hf_equissl.timing import choose_device
 from hf_equissl.views import TRANSFORMATIONS, build_transformation
 
 from . import EVALUATORS, build_evaluator
@@ -26,6 +30,9 @@ _DESCRIPTION = """\
 Measure frozen encoders: how well transformations of an image can be read off their features (R2), and how well
 classes can (linear probe, k nearest neighbours). Prints a table and writes results.json, results.md and r2.png. Results
 that are already in the output folder (same weights, data and settings) are not computed again."""
+
+# Other rooms speak of a recipe's keys; here the same things are flags.
+_FLAGS = {"data.column": "--image_column", "data.source": "--data"}
 
 _EXAMPLES = """\
 examples:
@@ -114,6 +121,13 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--label_column", default=None, metavar="NAME", help="default: found by its type")
     data.add_argument("--config_name", default=None, metavar="NAME", help="configuration of a Hub data set")
     data.add_argument("--streaming", action="store_true", help="read the source as a stream")
+    data.add_argument(
+        "--max_bad_share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of images that may fail to decode; they are left out and named; default: 0.01",
+    )
     data.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode; default: 0")
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
@@ -125,7 +139,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder; default: fp32")
     encoder.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass; default: 256")
-    encoder.add_argument("--device", default=None, help="default: cuda if there is one, otherwise cpu")
+    encoder.add_argument(
+        "--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu"
+    )
     encoder.add_argument("--revision", default=None, help="of encoders from the Hub")
     encoder.add_argument("--trust_remote_code", action="store_true", help="let code beside the weights run")
     add("--overwrite", action="store_true", help="compute again what the output folder already has")
@@ -154,6 +170,32 @@ def choose_evaluators(arguments: argparse.Namespace, data: EvaluationData, proto
     return [build_evaluator(name, data, protocol=protocol, **settings.get(name, {})) for name in dict.fromkeys(names)]
 
 
+def check_device(name: str | None) -> str | None:
+    """``name``, if this machine has such a device; ``None`` leaves the choice to ``FrozenEncoder``.
+
+    Raises:
+        ValueError: PyTorch has no such device here.
+    """
+    if name is None:
+        return None
+    device = choose_device(name)
+    count = torch.accelerator.device_count() if device.type != "cpu" else 1
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"--device {name}: this machine has {count} of {device.type}, counted from 0.")
+    return str(device)
+
+
+def distinct_encoders(sources: Sequence[str]) -> list[str]:
+    """Each encoder once, however its folder is written: ``runs/x``, ``runs/x/`` and its full path are the same."""
+    found: dict[str, str] = {}
+    for source in sources:
+        is_folder = os.path.isdir(source)
+        found.setdefault(
+            os.path.realpath(source) if is_folder else source, os.path.normpath(source) if is_folder else source
+        )
+    return list(found.values())
+
+
 def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     """Check everything, then measure every encoder; returns the records."""
     check_output_dir(arguments.output_dir)
@@ -162,6 +204,9 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     for name in arguments.evaluators or ():
         if name not in EVALUATORS:
             build_evaluator(name, None)  # type: ignore[arg-type]  # raises, with the nearest name
+    if not 0 <= arguments.max_bad_share <= 1:
+        raise ValueError(f"--max_bad_share: expected a share from 0 to 1, got {arguments.max_bad_share}.")
+    device = check_device(arguments.device)
     load_options = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.revision is not None:
         load_options["revision"] = arguments.revision
@@ -171,10 +216,10 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
             image_size=arguments.image_size,
             precision=arguments.precision,
             batch_size=arguments.batch_size,
-            device=arguments.device,
+            device=device,
             **load_options,
         )
-        for source in dict.fromkeys(arguments.encoder)
+        for source in distinct_encoders(arguments.encoder)
     ]
     data = load_evaluation_data(
         arguments.data,
@@ -183,6 +228,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
         train_images=arguments.train_images,
         test_images=arguments.test_images,
         num_workers=arguments.num_workers,
+        max_bad_share=arguments.max_bad_share,
         column=arguments.image_column,
         label_column=arguments.label_column,
         config_name=arguments.config_name,
@@ -210,11 +256,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # As it was typed: paths stay relative where they were, and no working directory is recorded.
     command = shlex.join(["python", "training/probe.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         records = run(arguments, command)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"probe.py: error: {error}\n")
+        message = str(error)
+        for key, flag in _FLAGS.items():
+            message = message.replace(key, flag)
+        parser.exit(2, f"probe.py: error: {message}\n")
     print(plain_table(records))
     written = write_report(records, arguments.output_dir)
     print(f"\nWritten to {arguments.output_dir}: {', '.join([RESULTS, *(path.name for path in written)])}")

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
 HELD_OUT = 0.1
+# Fewer than these left to fit probes on, after test_images were held out, is a slip and no measurement.
+FEWEST_TRAIN_IMAGES = 10
 
 
 class _SourceRows(Sequence[Any]):
@@ -33,6 +35,10 @@ class _SourceRows(Sequence[Any]):
     def __getitem__(self, position: Any) -> Any:
         return self.source.content(self.source.row(int(self.rows[position])))
 
+    def item_name(self, position: int) -> str:
+        row = int(self.rows[position])
+        return self.source.item_name(self.source.row(row), row)
+
 
 def load_evaluation_data(
     source: str,
@@ -44,6 +50,7 @@ def load_evaluation_data(
     subset_seed: int = 0,
     num_workers: int = 0,
     cache_bytes: int = 4 << 30,
+    max_bad_share: float = 0.01,
     progress: bool = True,
     **source_options: Any,
 ) -> EvaluationData:
@@ -59,18 +66,24 @@ def load_evaluation_data(
         subset_seed: Seed of both subsets and of what is held out.
         num_workers: Processes that decode; 0: this one.
         cache_bytes: Base images are kept in memory up to this size per split.
+        max_bad_share: Share of either split's images that may fail to decode; they are left out.
         progress: Whether to show bars.
         **source_options: Further arguments of ``load_images``: ``column``, ``label_column``, ``config_name``, ...
 
     Raises:
-        ValueError: if the source, a split or a column does not exist, or if subsets are empty.
+        ValueError: if the source, a split or a column does not exist, or if too few images are left.
     """
     for name, count in (("train_images", train_images), ("test_images", test_images)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     train = load_images(source, split=train_split, **source_options)
     test = _load_test(source, train_split, test_split, source_options)
-    options = {"num_workers": num_workers, "cache_bytes": cache_bytes, "progress": progress}
+    options = {
+        "num_workers": num_workers,
+        "cache_bytes": cache_bytes,
+        "max_bad_share": max_bad_share,
+        "progress": progress,
+    }
     if test is not None:
         return EvaluationData(
             image_set(train, source, train_split, train_images, subset_seed, **options),
@@ -78,6 +91,12 @@ def load_evaluation_data(
         )
     if train.streaming:
         raise ValueError(f"{source!r} is streamed and has no test split: name one with test_split (--test_split).")
+    if test_images is not None and len(train) - test_images < FEWEST_TRAIN_IMAGES:
+        raise ValueError(
+            f"test_images (--test_images) is {test_images}, but {source!r} has {len(train)} images in {train_split!r} "
+            f"and no test split: {max(0, len(train) - test_images)} would be left to fit probes on, at least "
+            f"{FEWEST_TRAIN_IMAGES} are needed. Hold fewer out, or name a test split (--test_split)."
+        )
     order = np.random.default_rng(subset_seed).permutation(len(train))
     count = min(test_images or max(1, round(HELD_OUT * len(train))), len(train) - 1)
     if count < 1:

@@ -6,12 +6,14 @@ import hashlib
 import inspect
 import json
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, the last two that of a slice.
 FEATURES = ("cls", "patches", "backbone", "invariant", "equivariant")
+# Where a pretraining run puts its encoder, below its output folder.
+_ENCODER_FOLDER = "encoder"
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
 _UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
 
@@ -41,6 +45,9 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
+        exported = Path(source) / _ENCODER_FOLDER
+        if (exported / "config.json").exists():
+            raise ValueError(f"No encoder at {str(source)!r}. Did you mean {str(exported)!r}?") from error
         raise ValueError(
             f"No encoder at {str(source)!r}: expected a folder with config.json and model.safetensors, or a Hub id "
             f"that AutoModel loads. {str(error).splitlines()[0]}"
@@ -50,9 +57,16 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
         model_class: Any = AutoModel._model_mapping[type(config)]
         if "add_pooling_layer" in inspect.signature(model_class).parameters:
             keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
-    model, report = AutoModel.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
-    )
+    try:
+        model, report = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
+        )
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"The weights at {str(source)!r} cannot be read ({reason}): the file is missing, cut short or of another "
+            "encoder. Copy or download it again, or export the encoder again."
+        ) from error
     missing = sorted(key for key in report["missing_keys"] if not any(name in key for name in _UNUSED_WEIGHTS))
     if missing:
         raise ValueError(
@@ -159,11 +173,29 @@ class FrozenEncoder:
         self.image_mean = [float(value) for value in image_mean or saved.get("image_mean") or IMAGENET_DEFAULT_MEAN]
         self.image_std = [float(value) for value in image_std or saved.get("image_std") or IMAGENET_DEFAULT_STD]
         self.image_size = _square(image_size or saved.get("image_size") or self._setting("image_size"))
+        if image_size is not None:
+            self._check_patches()
         self._digest: tuple[tuple[int, ...], str] | None = None
         self._inputs = set(inspect.signature(self.module.forward).parameters)
 
     def _setting(self, name: str) -> Any:
         return getattr(getattr(self.module, "config", self.module), name, None)
+
+    def _patch_size(self) -> int | None:
+        size = self._setting("patch_size")
+        size = size[0] if isinstance(size, (list, tuple)) else size
+        return size if isinstance(size, int) else None
+
+    def _check_patches(self) -> None:
+        """Refuse a chosen size that patches do not fill; the encoder's own size is its maker's business."""
+        patch = self._patch_size()
+        if patch and self.image_size % patch and self.image_size not in _sides(self._setting("image_size")):
+            lower = self.image_size // patch * patch
+            near = f"{lower} or {lower + patch}" if lower else f"{patch}"
+            raise ValueError(
+                f"image_size (--image_size) is {self.image_size}, not a multiple of the {patch}-pixel patches of "
+                f"{self.name}. Give {near}."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -258,8 +290,7 @@ class FrozenEncoder:
         rows, columns = pixel_values.shape[-2:]
         if "interpolate_pos_encoding" in self._inputs and _square(self._setting("image_size")) not in (rows, columns):
             options["interpolate_pos_encoding"] = True
-        patch_size = self._setting("patch_size")
-        patch_size = patch_size[0] if isinstance(patch_size, (list, tuple)) else patch_size
+        patch_size = self._patch_size()
         num_patches = (rows // patch_size) * (columns // patch_size) if patch_size else None
         if "noise" in self._inputs and num_patches is not None:  # ViT-MAE sorts patches by it
             options["noise"] = (
@@ -305,6 +336,10 @@ class FrozenEncoder:
 def as_frozen(encoder: FrozenEncoder | nn.Module | str | Path) -> FrozenEncoder:
     """``encoder`` itself if it is frozen already, otherwise wrapped with the default settings."""
     return encoder if isinstance(encoder, FrozenEncoder) else FrozenEncoder(encoder)
+
+
+def _sides(size: Any) -> tuple[Any, ...]:
+    return tuple(size) if isinstance(size, (list, tuple)) else (size,)
 
 
 def _square(size: Any) -> int:

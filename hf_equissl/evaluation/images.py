@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,43 +22,56 @@ from .encoders import FrozenEncoder
 
 logger = logging.getLogger(__name__)
 
+# Photographs are resized to 256 and cropped to 224; images that are small already would only lose their border.
+SMALLEST_CROPPED_SIZE = 96
 RESIZE_RATIO = 256 / 224
+# Bad files that an error message lists.
+_LISTED = 10
 # What is computed and kept; "backbone" is put together from the first two when it is asked for.
 _PARTS = {"backbone": ("cls", "patches")}
 
 
-def base_image(image: Image.Image, size: int) -> Tensor:
-    """The base image I of an RGB picture: shorter side to 256/224 of ``size``, centre crop, nothing else.
+def resized_side(size: int) -> int:
+    """The shorter side before the centre crop of ``size``: 256/224 of it from 96 pixels on, else ``size`` itself.
 
-    A picture whose shorter side already is ``size`` keeps its pixels: enlarging a 32-pixel image by 8/7 and cutting
-    its border off would blur it and throw a quarter of it away.
+    The one rule of the probes and of the image processor that is saved beside an encoder. It depends on nothing but
+    ``size``, because the settings of an image processor cannot depend on the picture. Small pictures are not enlarged
+    by 8/7: that would blur a 32-pixel image and then throw a quarter of it away.
+    """
+    return round(size * RESIZE_RATIO) if size >= SMALLEST_CROPPED_SIZE else size
+
+
+def base_image(image: Image.Image, size: int) -> Tensor:
+    """The base image I of an RGB picture: shorter side to ``resized_side(size)``, centre crop, nothing else.
+
+    A picture whose shorter side is that already is only cropped: CIFAR-10 at 32 pixels keeps its pixels. Rounding is
+    that of image processors, so that both make the same pixels.
 
     Returns:
         (3, size, size) uint8.
     """
-    width, height = image.size
-    if min(width, height) != size:
-        side = round(size * RESIZE_RATIO)
-        scale = side / min(width, height)
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+    side, (width, height) = resized_side(size), image.size
+    shorter = min(width, height)
+    if shorter != side:
+        width, height = int(side * width / shorter), int(side * height / shorter)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-class _BaseImages(Dataset[tuple[int, Tensor | None]]):
+class _BaseImages(Dataset[tuple[int, Tensor | str]]):
     def __init__(self, images: Sequence[Any], size: int) -> None:
         self.images, self.size = images, size
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
         try:
             return row, base_image(decode_image(self.images[row]), self.size)
-        except (OSError, ValueError):  # ImageDecodeError is one of them; the caller counts
-            return row, None
+        except (OSError, ValueError) as error:  # ImageDecodeError is one of them; the caller counts and names them
+            return row, str(error)
 
 
 class _Part(Sequence[Any]):
@@ -72,8 +86,20 @@ class _Part(Sequence[Any]):
     def __getitem__(self, position: Any) -> Any:
         return self.images[self.rows[position]]
 
+    def item_name(self, position: int) -> str | None:
+        return _item_name(self.images, self.rows[position])
 
-def _identity(samples: list[tuple[int, Tensor | None]]) -> list[tuple[int, Tensor | None]]:
+
+def _item_name(images: Sequence[Any], row: int) -> str | None:
+    """The path of an image, or what its source calls it; ``None`` where it has no name."""
+    if hasattr(images, "item_name"):
+        return images.item_name(row)
+    value = images[row]
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) and path else None
+
+
+def _identity(samples: list[tuple[int, Tensor | str]]) -> list[tuple[int, Tensor | str]]:
     return samples
 
 
@@ -81,7 +107,7 @@ def _identity(samples: list[tuple[int, Tensor | None]]) -> list[tuple[int, Tenso
 class ImageSet:
     """A fixed list of images with or without labels, and the features of them that were computed so far.
 
-    Images that do not decode are left out (a warning says how many); more than ``max_bad_share`` of them is an error.
+    Images that do not decode are left out, each with one warning; more than ``max_bad_share`` of them is an error.
 
     Attributes:
         images: Rows that ``decode_image`` reads: encoded bytes, paths, PIL images, arrays.
@@ -105,8 +131,12 @@ class ImageSet:
     _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
     _features: WeakKeyDictionary[FrozenEncoder, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
+    # Names of bad files that were logged; shared with subsets, so that none is logged twice.
+    _logged: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share (--max_bad_share) must be a share from 0 to 1, got {self.max_bad_share}.")
         if not len(self.images):
             raise ValueError(f"The {self.split} split of {self.dataset!r} has no images.")
         if self.labels is not None:
@@ -161,10 +191,11 @@ class ImageSet:
             collate_fn=_identity,
             generator=torch.Generator(),  # otherwise every pass would take a number from the caller's generator
         )
-        kept, bad = [], 0
+        kept: list[tuple[Tensor, Tensor]] = []
+        bad: dict[int, str] = {}
         for samples in loader:
-            good = [(row, pixels) for row, pixels in samples if pixels is not None]
-            bad += len(samples) - len(good)
+            good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
+            bad.update((row, reason) for row, reason in samples if isinstance(reason, str))
             if good:
                 batch = torch.tensor([row for row, _ in good]), torch.stack([pixels for _, pixels in good])
                 if keep:
@@ -182,16 +213,27 @@ class ImageSet:
         own = torch.searchsorted(chosen, rows[torch.isin(rows, chosen)])
         return list(zip(own.split([len(batch) for batch in pixels]), pixels, strict=True))
 
-    def _report(self, bad: int) -> None:
-        if bad > self.max_bad_share * len(self):
+    def _report(self, bad: Mapping[int, str]) -> None:
+        """Name the images that do not decode (row -> reason), or raise where there are too many."""
+        unnamed = f"{self.dataset} ({self.split})"
+        named = [(_item_name(self.images, row) or f"{unnamed}, row {row}", reason) for row, reason in bad.items()]
+        if len(bad) == len(self) or len(bad) > self.max_bad_share * len(self):
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in named[:_LISTED])
+            remedy = (
+                "Check that the column and the files hold images."
+                if len(bad) == len(self)
+                else "Repair or remove these files, or raise max_bad_share (--max_bad_share)."
+            )
             raise ValueError(
-                f"{bad} of {len(self)} images in the {self.split} split of {self.dataset!r} do not decode, more than "
-                f"the {self.max_bad_share:.1%} allowed. Check the files, or raise max_bad_share."
+                f"{len(bad)} of {len(self)} images in the {self.split} split of {self.dataset!r} do not decode; "
+                f"{self.max_bad_share:.1%} are allowed. The first:{listed}\n{remedy}"
             )
-        if bad:
-            logger.warning(
-                "%d of %d images of %s (%s) do not decode: left out.", bad, len(self), self.dataset, self.split
-            )
+        new = [(name, reason) for name, reason in named if name not in self._logged]
+        for name, reason in new:
+            self._logged.add(name)
+            logger.warning("Skipped %s: %s", name, reason)
+        if new:
+            logger.warning("%d of %d images of %s do not decode: left out.", len(bad), len(self), unnamed)
 
     def encode(
         self, encoder: FrozenEncoder, names: Sequence[str], change: Callable[[Tensor, Tensor], Tensor] | None = None

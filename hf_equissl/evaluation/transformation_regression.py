@@ -36,7 +36,7 @@ class TransformationRegressionEvaluator(Evaluator):
 
         theta_hat = MLP([f(I) ; f(g_theta(I))]),    R2 = 1 - sum (theta - theta_hat)^2 / sum (theta - mean theta)^2
 
-    - I is the base image: shorter side 256/224 S, centre crop S, no augmentation (an image of side S is taken as is).
+    - I is the base image: shorter side 256/224 S (below S = 96: S), centre crop S, no augmentation (``base_image``).
     - theta is drawn per image from the family's own range; targets are theta over its range. Test draws are fixed.
     - The probe sees ``num_draws`` different theta per training image, epoch e draw e mod ``num_draws``. ``None`` means
       a new one each epoch, the full protocol: the encoder then runs over the training images in every epoch. Fewer

@@ -8,19 +8,18 @@ from pathlib import Path
 
 from transformers import BitImageProcessorPil
 
+from ..evaluation.images import resized_side
 from ..files import move_into_place
 from ..modeling import EquiSSLModel
 
-# Photographs are resized to 256 and cropped to 224; images that are small already would only lose their border.
-SMALLEST_CROPPED_SIZE = 96
-RESIZE_RATIO = 256 / 224
-
 
 def image_processor(image_size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> BitImageProcessorPil:
-    """The evaluation transform: shorter side to 256/224 of ``image_size`` (from 96 px on), centre crop, normalise."""
-    shortest_edge = round(image_size * RESIZE_RATIO) if image_size >= SMALLEST_CROPPED_SIZE else image_size
+    """The evaluation transform: shorter side to ``resized_side``, centre crop, normalise.
+
+    Its pixels are those of ``hf_equissl.evaluation.images.base_image``: who loads the encoder sees what was measured.
+    """
     return BitImageProcessorPil(
-        size={"shortest_edge": shortest_edge},
+        size={"shortest_edge": resized_side(image_size)},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(image_mean),
         image_std=list(image_std),
@@ -40,7 +39,10 @@ def save_encoder(
     """
     size = encoder.config.image_size
     if not isinstance(size, int) and len(set(size)) > 1:
-        raise ValueError(f"The image processor crops squares, but the encoder's image_size is {size}.")
+        raise ValueError(
+            f"The image processor crops squares, but the encoder's image_size is {tuple(size)}. "
+            "Train on square images, or save the encoder with its own save_pretrained and no image processor."
+        )
     directory = Path(directory)
     staging = directory.with_name(f".saving-{directory.name}")
     shutil.rmtree(staging, ignore_errors=True)

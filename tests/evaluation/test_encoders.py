@@ -173,15 +173,41 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
         FrozenEncoder(tmp_path)
 
 
+def test_weights_that_are_cut_short_are_named(tmp_path: Path) -> None:
+    tiny("dinov2").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"weights at .* cannot be read .*cut short"):
+        FrozenEncoder(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights at .* cannot be read .*missing"):
+        FrozenEncoder(tmp_path)
+
+
+def test_the_folder_of_a_run_points_at_its_encoder(tmp_path: Path) -> None:
+    tiny("dinov2").save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"Did you mean '.*/encoder'\?"):
+        FrozenEncoder(tmp_path)
+
+
+def test_chosen_sizes_must_be_filled_by_patches() -> None:
+    with pytest.raises(ValueError, match=r"--image_size\) is 18, not a multiple of the 4-pixel .* Give 16 or 20"):
+        FrozenEncoder(tiny("vit"), image_size=18)
+    assert FrozenEncoder(tiny("vit"), image_size=20).image_size == 20
+    model = nn.Flatten()
+    model.image_size, model.patch_size = 27, 14  # its maker's own choice: the border is not read
+    assert FrozenEncoder(model, image_size=27).image_size == 27
+
+
 def test_base_image_crops_the_centre_and_keeps_images_that_fit() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     kept = base_image(Image.fromarray(pixels), 32)
     assert np.array_equal(kept.permute(1, 2, 0).numpy(), pixels[:, 4:36])
     flat = Image.new("RGB", (100, 57), (10, 20, 30))
     assert base_image(flat, 28).shape == (3, 28, 28)
-    # A vertical bar in the middle of a 256-pixel image is 28/32 as wide and in the middle of a 28-pixel crop.
-    bar = np.zeros((256, 256, 3), np.uint8)
-    bar[:, 96:160] = 255
-    row = base_image(Image.fromarray(bar), 28)[0, 14].float() / 255
-    assert row.sum().item() == pytest.approx(8, abs=0.1)
+    # From 96 pixels on a margin is cut off: a quarter of a 512-pixel image is a quarter of 256, of which 224 are kept.
+    bar = np.zeros((512, 512, 3), np.uint8)
+    bar[:, 192:320] = 255
+    row = base_image(Image.fromarray(bar), 224)[0, 112].float() / 255
+    assert row.sum().item() == pytest.approx(64, abs=0.1)
     assert torch.allclose(row, row.flip(0), atol=0.01)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -111,6 +113,10 @@ def test_overwrite_and_changed_weights_compute_again(
         (["--label_column", "klass"], "klass"),
         (["--test_split", "tset"], "tset"),
         (["--train_images", "0"], "train_images must be at least 1"),
+        (["--max_bad_share", "2"], "--max_bad_share: expected a share from 0 to 1, got 2.0"),
+        (["--device", "gpu"], "--device gpu: not a device"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["--image_size", "18"], "Give 16 or 20"),
     ],
 )
 def test_mistakes_end_in_one_line_before_compute(
@@ -134,6 +140,54 @@ def test_flat_folder_needs_no_labels_until_they_are_asked_for(
     records = load_records(tmp_path / "results.json")
     assert {record.evaluator for record in records} == {"transformation_regression"}
     assert {record.split for record in records} == {"train (held-out)"}
+
+
+def test_too_many_held_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*arguments(folder, tmp_path), "--data", str(folder / "flat"), "--test_images", "80"])
+    assert "(--test_images) is 80" in (message := capsys.readouterr().err)
+    assert "4 would be left" in message
+
+
+def test_messages_name_flags_of_this_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(SystemExit):
+        cli.main([*arguments(folder, tmp_path / "out"), "--data", str(tmp_path / "train.parquet")])
+    message = capsys.readouterr().err
+    assert "name the column with --image_column" in message
+    assert "data.column" not in message
+
+
+def test_files_that_do_not_decode_are_named_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = shutil.copytree(folder / "flat", tmp_path / "photos")
+    (photos / "broken.png").write_bytes(b"no image")
+    quick = [*arguments(folder, tmp_path / "out"), "--data", str(photos)]
+    with pytest.raises(SystemExit):
+        cli.main(quick)
+    assert "broken.png" in (message := capsys.readouterr().err)
+    assert "--max_bad_share" in message
+    with caplog.at_level("WARNING"):
+        cli.main([*quick, "--max_bad_share", "0.2"])
+    skipped = [text for text in caplog.messages if text.startswith("Skipped")]
+    assert len(skipped) == 1
+    assert "broken.png" in skipped[0]
+
+
+def test_one_encoder_is_measured_once_however_it_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    quick = ["--data", "images", "--output_dir", str(tmp_path), "--evaluators", "knn", "--encoder", "encoder/"]
+    cli.main([*quick, "--encoder", "encoder", "--encoder", str(folder / "encoder")])
+    records = load_records(tmp_path / "results.json")
+    assert {record.encoder for record in records} == {"encoder"}
+    # What is recorded of paths is what was typed.
+    assert all("--encoder encoder/ --encoder encoder" in record.command for record in records)
+    assert {record.dataset for record in records} == {"images"}
+    cli.main([*quick[:-1], "./encoder"])
+    assert load_records(tmp_path / "results.json") == records
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:

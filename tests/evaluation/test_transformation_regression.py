@@ -129,8 +129,12 @@ def test_subsets_and_broken_images(pixels_12: FrozenEncoder) -> None:
     recomputed = part.encode(pixels_12, ("cls",))
     assert torch.equal(recomputed[0], part_rows)
     assert torch.allclose(recomputed[1]["cls"], part_features["cls"])
-    with pytest.raises(ValueError, match="do not decode"):
+    with pytest.raises(
+        ValueError, match=r"(?s)1 of 21 images .* do not decode.*d \(train\), row 20: .*--max_bad_share"
+    ):
         ImageSet([*images[:20], b"x"], None, "d", "train", progress=False).features(pixels_12, ("cls",))
+    with pytest.raises(ValueError, match="hold images"):
+        ImageSet([b"x"], None, "d", "train", max_bad_share=1, progress=False).features(pixels_12, ("cls",))
 
 
 def test_features_are_computed_again_when_weights_change(ramps: EvaluationData, pixels_12: FrozenEncoder) -> None:

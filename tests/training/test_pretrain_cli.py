@@ -83,6 +83,39 @@ def test_train_export_resume(images: Path, recipe: Path, tmp_path: Path, capsys:
     assert "no complete checkpoint" in fails(capsys, *words, "--resume", output / "encoder")
 
 
+def test_a_finished_run_is_only_exported(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    weights = output / "encoder" / "model.safetensors"
+    words = ["--recipe", str(recipe), "--data", str(images), "--output_dir", str(output)]
+    words += ["--training.lr_scheduler_type", "constant"]  # step 2 of 3 in the epoch: the Trainer would go on
+    assert pretrain.main(words) == 0
+    before = sorted(path.name for path in output.glob("checkpoint-*")), weights.read_bytes()
+    shutil.rmtree(output / "encoder")
+    assert pretrain.main(words) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    assert (sorted(path.name for path in output.glob("checkpoint-*")), weights.read_bytes()) == before
+    assert "is at step 2, and this run ends at step 1" in fails(capsys, *words, "--training.max_steps", 1)
+
+
+def test_another_run_does_not_continue_or_overwrite(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--recipe", recipe, "--data", images, "--output_dir", tmp_path / "run", "--training.save_strategy", "no"]
+    assert pretrain.main(list(map(str, words))) == 0
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    for key, old, new in (
+        ("training.seed", 42, 1),
+        ("training.data_seed", 42, 1),
+        ("training.per_device_train_batch_size", 4, 2),
+        ("training.gradient_accumulation_steps", 1, 2),
+        ("data.split", "'train'", "test"),
+        ("objectives.equivariance.0.weight", 1.0, 2.0),
+    ):
+        assert f"holds a run with {key} = {old}, and" in fails(capsys, *words, f"--{key}", new)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_dry_run_of_every_shipped_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain.main(["--recipe", name, "--dry_run", "--num_processes", "16"]) == 0
@@ -130,6 +163,7 @@ def test_mistakes_on_the_command_line(
     run = ["--recipe", recipe, "--data", images, "--output_dir", tmp_path / "out"]
     assert "'vits16_vicreg_rot'" in fails(capsys, "--recipe", "vits16_vicreg_rto", "--dry_run")
     assert "cannot be read" in fails(capsys, "--recipe", tmp_path / "none.yaml", "--dry_run")
+    assert "'vits16_vicreg_rot'" in fails(capsys, "--recipe", "vits16_vicreg_rto.yaml", "--dry_run")
     assert "--recipe is missing" in fails(capsys, "--dry_run")
     assert "--output_dir is missing" in fails(capsys, *run[:4])
     assert "Did you mean --output_dir" in fails(capsys, *run[:4], "--output_di", "x")
@@ -189,6 +223,35 @@ def test_a_step_that_cannot_work_is_refused_before_training(
     assert "decoder_widths" in fails(capsys, *run, "--objectives.equivariance.0.decoder_widths", "[8]")
     stemless = ["--model.feature_size", "null", "--model.equivariant_size", "null"]
     assert "equivariant part" in fails(capsys, *run, *stemless)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--training.max_steps -1 --training.num_train_epochs 0", "training.num_train_epochs: expected more than 0"),
+        ("--training.max_steps -1 --training.num_train_epochs -1", "training.num_train_epochs: expected more than 0"),
+        ("--training.max_steps 0", "training.max_steps: expected 1 or more"),
+        ("--dry_run --num_processes 0", "--num_processes 0: expected 1 or more"),
+        ("--training.per_device_train_batch_size 0", "training: per_device_train_batch_size must be >= 1, got 0"),
+        ("--training.gradient_accumulation_steps 0", "training: gradient_accumulation_steps must be >= 1, got 0"),
+        ("--training.save_steps 0", "training: save_steps must be > 0"),
+        ("--training.learning_rate -1", "training: learning_rate must be >= 0"),
+        ("--training.dataloader_num_workers -1", "training: dataloader_num_workers must be >= 0"),
+        ("--training.remove_unused_columns true", "training: remove_unused_columns must stay false"),
+        ("--training.logging_nan_inf_filter true", "training: logging_nan_inf_filter must stay false"),
+        ("--training.push_to_hub true", "'push_to_hub' does not belong into a recipe"),
+        ("--training.report_to nowhere", "training: "),
+        ("--model.hidden_act gelo", "model.hidden_act: there is no 'gelo'. Did you mean 'gelu'"),
+        ("--data.shuffle_buffer -1", "data.shuffle_buffer: expected 0"),
+        ("--output_dir=", "--output_dir is empty"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_training(
+    words: str, message: str, images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--recipe", recipe, "--data", images, "--output_dir", tmp_path / "out"]
+    assert message in fails(capsys, *run, *words.split())
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
