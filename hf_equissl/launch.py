@@ -123,7 +123,7 @@ def prepare(
     except ValueError as error:
         raise RecipeError(f"objectives: {error}") from error
     except KeyError as error:
-        name = config.encoder.hidden_act
+        name = config.encoder_config.hidden_act
         if name in ACT2FN:
             raise
         guess = nearest(name, ACT2FN)
@@ -146,8 +146,8 @@ def prepare(
     plan = schedule(args, processes, num_images)
     if checkpoint is not None and plan.steps is not None and (done := _trained_steps(checkpoint)) > plan.steps:
         raise RecipeError(
-            f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or train "
-            "longer: a larger --training.max_steps or --training.num_train_epochs."
+            f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
+            "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
     if output_dir is not None:
         check_disk_space(output_dir, _disk_need(args, plan, checkpoint_bytes(config)))
@@ -179,7 +179,9 @@ def pretrain(run: Run) -> Path:
             train_dataset=run.dataset,
             skipped_images=SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images),
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
+            raise
         raise RecipeError(f"training: {error}") from error
     if is_main_process():
         run.recipe.save(output)

@@ -128,7 +128,8 @@ class EquiSSLForPreTraining(PreTrainedModel):
             ValueError: The checkpoint lacks weights of the objectives that the config names. They would be left
                 uninitialised: heads follow their papers, not one rule for all.
         """
-        model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        loaded: Any = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -71,7 +73,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
             logger.warning("Only one of %d GPUs is used: start with `accelerate launch` to use all.", self.n_gpu)
             self._n_gpu = 1  # more would mean DataParallel, which cannot split views
         if not self.use_cpu and self.dataloader_pin_memory:
-            self.accelerator_config.non_blocking = True  # else each copy of a batch waits for the step before
+            # Else each copy of a batch waits for the step before.
+            cast(AcceleratorConfig, self.accelerator_config).non_blocking = True
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self.learning_rate_factor
 

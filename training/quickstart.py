@@ -16,11 +16,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageOps
+
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `make quickstart`, or `pip install -e '.[quickstart]'`.")
 
 from hf_equissl.files import move_into_place, write_text
-from hf_equissl.training.photographs import PhotographsMissingError, check_packages, cut_tiles
+from hf_equissl.training.photographs import (
+    TEST_PHOTOGRAPHS,
+    PhotographsMissingError,
+    check_packages,
+    cut_tiles,
+    find_photographs,
+)
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow, share_cores
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -28,7 +37,7 @@ RECIPE = SCRIPTS / "recipes" / "quickstart.yaml"
 STEPS = 400
 CROPS_PER_PHOTOGRAPH = 300
 TESTS = ("rotation", "color_jitter", "gaussian_blur", "translation")
-PROBE = ("--epochs", "20", "--num_draws", "10")
+PROBE = ("--epochs", "12", "--num_draws", "4", "--seeds", "2", "--precision", "bf16")
 SMALLEST_SHOWN_ANGLE = 20.0  # degrees
 
 DESCRIPTION = """\
@@ -205,30 +214,22 @@ def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
 
 
 def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
-    """Views of held-out images as in training, the targets, and what the decoder makes of the views."""
+    """Views of held-out photographs as in training, the targets, and what the decoder makes of the views."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
 
-    from hf_equissl.data import ImageViewDataset, load_images
     from hf_equissl.figures import denormalize, plot_image_grid
     from hf_equissl.needs import Needs
     from hf_equissl.recipes import Recipe
-    from hf_equissl.views.collator import collate_views
 
     logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(lane.encoder)
     count = encoder.config.num_intermediate_images
     fractions = tuple(k / (count + 1) for k in range(1, count + 1))
     pipeline = Recipe.load(lane.run / "recipe.yaml").build_pipeline(Needs(fractions=fractions, parameters=True))
-    source = load_images(str(lane.tiles), split="test")
-    dataset = ImageViewDataset(source, pipeline, seed=0)
-    batch = collate_views([dataset[0, index] for index in range(len(dataset))])
-    del batch["skipped"]
-    views = pipeline(batch)
-    angles = views.parameters[:, 0].tolist()
-    rows = rows_to_show([Path(source.item_name(source.row(index))).stem for index in range(len(dataset))], angles)
-    first, second = views.global_crops[:, rows]
+    views = views_to_show(pipeline)
+    first, second = views.global_crops
     with torch.inference_mode():
         reconstructions = encoder.reconstruct(first, second)
 
@@ -238,20 +239,32 @@ def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
     steps = [f"{k}/{count + 1} of g" for k in range(1, count + 1)]
     groups = {
         "views": {"view 1": pixels(first), "view 2 = g(u)": pixels(second)},
-        "targets": dict(zip(steps, pixels(views.intermediate_images[rows]).unbind(1), strict=True)),
+        "targets": dict(zip(steps, pixels(views.intermediate_images).unbind(1), strict=True)),
         "reconstructions": dict(zip(steps, pixels(reconstructions).unbind(1), strict=True)),
     }
-    plot_image_grid(groups, [f"{angles[row]:+.0f}\N{DEGREE SIGN}" for row in rows], path)
+    plot_image_grid(groups, [f"{angle:+.0f}\N{DEGREE SIGN}" for angle in views.parameters[:, 0].tolist()], path)
 
 
-def rows_to_show(names: Sequence[str], angles: Sequence[float], per_photograph: int = 2) -> list[int]:
-    """The first crops of each photograph that are turned far enough for people to see it; the first crop if none is."""
-    rows: dict[str, list[int]] = {}
-    for index, (name, angle) in enumerate(zip(names, angles, strict=True)):
-        found = rows.setdefault(name.rpartition("_")[0], [])
-        if len(found) < per_photograph and abs(angle) >= SMALLEST_SHOWN_ANGLE:
-            found.append(index)
-    return [index for found in rows.values() for index in found] or [0]
+def views_to_show(pipeline: Any, per_photograph: int = 2) -> Any:
+    """Views of the middle of each held-out photograph: the first draws that turn it far enough for people to see it."""
+    import torch
+
+    from hf_equissl.views.collator import collate_views
+
+    rng = np.random.default_rng(0)
+    samples: list[dict[str, Any]] = []
+    for path in find_photographs(TEST_PHOTOGRAPHS):
+        photograph = Image.open(path).convert("RGB")
+        square = ImageOps.fit(photograph, (min(photograph.size),) * 2)
+        wanted = len(samples) + per_photograph
+        while len(samples) < wanted:
+            draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
+            angle = pipeline.transformation.sample(draws[None, : pipeline.transformation.num_draws])[0, 0]
+            if abs(angle) >= SMALLEST_SHOWN_ANGLE:
+                samples.append({"draws": draws, **pipeline.crop(square, rng), "index": len(samples)})
+    batch = collate_views(samples)
+    batch.pop("skipped", None)
+    return pipeline(batch)
 
 
 def _parser() -> argparse.ArgumentParser:

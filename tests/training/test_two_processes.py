@@ -1,4 +1,4 @@
-"""The whole command on two processes (DDP over gloo): exact resume inside an epoch, and one message when a loss breaks."""
+"""The whole command on two processes (DDP over gloo): exact resume inside an epoch, an error when a loss breaks."""
 
 from __future__ import annotations
 
