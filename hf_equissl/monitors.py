@@ -49,7 +49,7 @@ def effective_rank(h: Tensor, eps: float = 1e-7) -> Tensor:
         eps: Added to each share.
 
     Returns:
-        Scalar, fp32.
+        Scalar, fp32; NaN for representations that are not finite.
 
     Raises:
         ValueError: If ``h`` is not a matrix with at least two rows.
@@ -57,10 +57,13 @@ def effective_rank(h: Tensor, eps: float = 1e-7) -> Tensor:
     _check_rows(h)
     h = h.float() if h.device.type == "mps" else h.double()
     gram = h @ h.T if h.shape[0] < h.shape[1] else h.T @ h
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    # The eigenvalues of a matrix with a NaN would raise an error of their own, before the loss can be named.
+    finite = gram.isfinite().all()
+    singular_values = torch.linalg.eigvalsh(torch.where(finite, gram, torch.zeros_like(gram))).clamp(min=0).sqrt()
     total = singular_values.sum().clamp(min=torch.finfo(h.dtype).tiny)  # all representations zero: rank 1
     shares = singular_values / total + eps
-    return torch.exp(-(shares * shares.log()).sum()).float()
+    rank = torch.exp(-(shares * shares.log()).sum()).float()
+    return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
 def _check_rows(h: Tensor) -> None:

@@ -57,3 +57,9 @@ def test_feature_std_equals_numpy():
 def test_other_shapes_are_refused(monitor, shape):
     with pytest.raises(ValueError, match=r"\(M, D\)"):
         monitor(torch.zeros(shape))
+
+
+def test_rank_of_what_is_not_finite_is_nan():
+    h = torch.randn(4, 6)
+    h[1, 2] = torch.nan
+    assert effective_rank(h).isnan()

@@ -155,7 +155,8 @@ def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
     capabilities = torch.cpu.get_capabilities()
     # Where the CPU cannot multiply in bfloat16 it would be emulated, slower than float32.
     bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    common = ("--training.max_steps", steps, "--training.bf16", str(bf16).lower(), "--training.use_cpu", "true")
+    common: list[object] = ["--training.max_steps", steps, "--training.bf16", str(bf16).lower()]
+    common += ["--training.use_cpu", "true", "--training.logging_steps", min(10, steps)]  # short runs have a curve, too
     settings = {"encoder_lambda0": 0.0, "encoder": weight}
     return [
         EncoderLane(

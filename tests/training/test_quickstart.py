@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def start(output: Path) -> str:
-    words = ["--output_dir", str(output), "--steps", "2", "--crops_per_photograph", "10"]
+    words = ["--output_dir", str(output), "--steps", "2", "--crops_per_photograph", "12"]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
