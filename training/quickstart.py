@@ -34,7 +34,7 @@ from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow, 
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPE = SCRIPTS / "recipes" / "quickstart.yaml"
-STEPS = 400
+STEPS = 800
 CROPS_PER_PHOTOGRAPH = 300
 TESTS = ("rotation", "color_jitter", "gaussian_blur", "translation")
 PROBE = ("--epochs", "12", "--num_draws", "4", "--seeds", "2", "--precision", "bf16")
