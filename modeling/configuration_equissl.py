@@ -44,8 +44,9 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         qkv_bias (`bool`, defaults to `True`): Bias of the query, key and value projections.
         layerscale_value (`float`, *optional*): Initial LayerScale (DINOv2: 1e-5); `None` has none (iBOT, DINO).
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth, in [0, 1).
-        drop_path_mode (`str`, defaults to `"linear"`): `"linear"` ramps from 0 to the rate over depth (iBOT),
-            `"uniform"` uses it in every block (DINOv2).
+        drop_path_mode (`str`, defaults to `"linear"`): `"linear"` ramps from 0 to the rate over depth, each sample on
+            its own (iBOT); `"uniform"` drops exactly that share of the samples in every block, and does not compute
+            what it drops (DINOv2).
         num_register_tokens (`int`, defaults to 0): Register tokens R (https://arxiv.org/abs/2309.16588). With
             registers, positions are interpolated with antialiasing, as in the released DINOv2 models.
         use_mask_token (`bool`, defaults to `True`): A learned token for masked patches.

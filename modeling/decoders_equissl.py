@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_equissl import EquiSSLConfig
-from .layers_equissl import EquiSSLMLP
+from .layers_equissl import EquiSSLMLP, EquiSSLStem
 
 __all__ = ["EquiSSLConvDecoder", "EquiSSLCrossAttentionDecoder", "EquiSSLUpsampleConv2d", "build_decoder"]
 
@@ -95,8 +95,31 @@ class EquiSSLConvDecoder(nn.Module):
             ValueError: If the shapes do not fit.
         """
         _check_features(equivariant_1, equivariant_2, grid, self.equivariant_size)
+        return self.paint(self.projection(torch.cat((equivariant_1, equivariant_2), dim=-1)), grid)
+
+    def project_tokens(self, tokens_1: Tensor, tokens_2: Tensor, stem: EquiSSLStem) -> Tensor:
+        """The decoders' linear layers on the stem's equivariant features of tokens, as one linear map of the tokens.
+
+        The stem and these layers follow each other without anything between. Their product reads D dimensions per
+        token in place of d_equi (384 and 2048 in the paper's iBOT), and the features are never stored.
+
+        Args:
+            tokens_1: (B, N, D), patch rows of the first view.
+            tokens_2: (B, N, D), of the second view.
+            stem: The layer that would make equivariant features of them.
+
+        Returns:
+            (B, N, K * width), what `paint` reads.
+        """
+        first, second = self.projection.weight.split(self.equivariant_size, dim=1)
+        weight_1, bias_1 = stem.fold(first, "equivariant")
+        weight_2, bias_2 = stem.fold(second, "equivariant")
+        bias = self.projection.bias + bias_1 + bias_2
+        return nn.functional.linear(tokens_1, weight_1) + nn.functional.linear(tokens_2, weight_2, bias)
+
+    def paint(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The convolutions: (B, N, K * width), the linear layers' output -> (B, K, C, H, W)."""
         rows, columns = grid
-        hidden = self.projection(torch.cat((equivariant_1, equivariant_2), dim=-1))
         hidden = hidden.view(len(hidden), rows, columns, self.num_images, -1).permute(3, 0, 4, 1, 2)
         # Channels first and one branch at a time: on CPU, channels_last costs 1.1x (fp32) to 1.8x (bf16) and grouped
         # convolutions over all K are 6-12 % slower.

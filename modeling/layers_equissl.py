@@ -90,24 +90,36 @@ class EquiSSLMLP(nn.Module):
 
 
 class EquiSSLDropPath(nn.Module):
-    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382); the identity outside training."""
+    """A residual branch with stochastic depth per sample (https://arxiv.org/abs/1603.09382).
 
-    def __init__(self, rate: float) -> None:
+    Each sample loses its branch with probability `rate`. Or, as DINOv2 does it, the branch runs on a random subset of
+    exactly floor(B * (1 - rate)) samples (at least one), and what is dropped is not computed. Either way the rest is
+    scaled, so that the branch's expectation is that of evaluation.
+    """
+
+    def __init__(self, rate: float, exact: bool = False) -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.exact = rate, exact
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...), rows zeroed with probability `rate`, the others scaled by 1 / (1 - rate)."""
-        if not self.training:
-            return hidden_states
+    def forward(self, hidden_states: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, T, D) -> hidden_states + branch(hidden_states), with samples dropped in training."""
+        if not self.training or self.rate == 0:
+            return branch(hidden_states) + hidden_states
+        batch_size, device = len(hidden_states), hidden_states.device
+        if self.exact:
+            count = max(1, int(batch_size * (1 - self.rate)))
+            index = torch.randperm(batch_size, device=device)[:count]
+            kept = branch(hidden_states.index_select(0, index)).to(hidden_states.dtype)
+            return hidden_states.index_add(0, index, kept, alpha=batch_size / count)
         # Drawn in fp32: bf16 has eight bits, too few for a probability.
-        keep = torch.rand(len(hidden_states), device=hidden_states.device) >= self.rate
-        factor = keep.to(hidden_states.dtype) / (1 - self.rate)
-        return hidden_states * factor.view(-1, *(1,) * (hidden_states.ndim - 1))
+        keep = torch.rand(batch_size, device=device) >= self.rate
+        output = branch(hidden_states)
+        factor = keep.to(output.dtype) / (1 - self.rate)
+        return output * factor.view(-1, *(1,) * (output.ndim - 1)) + hidden_states
 
     def extra_repr(self) -> str:
         """The rate."""
-        return f"rate={self.rate:.3g}"
+        return f"rate={self.rate:.3g}, exact={self.exact}"
 
 
 class EquiSSLLayer(GradientCheckpointingLayer):
@@ -115,23 +127,23 @@ class EquiSSLLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: EquiSSLConfig, index: int) -> None:
         super().__init__()
-        ramp = index / max(1, config.num_hidden_layers - 1) if config.drop_path_mode == "linear" else 1.0
-        rate = config.drop_path_rate * ramp
+        uniform = config.drop_path_mode == "uniform"
+        ramp = 1.0 if uniform else index / max(1, config.num_hidden_layers - 1)
         has_scale = config.layerscale_value is not None
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = EquiSSLAttention(config)
         self.layer_scale1 = EquiSSLLayerScale(config) if has_scale else nn.Identity()
-        self.drop_path = EquiSSLDropPath(rate) if rate > 0 else nn.Identity()
+        self.drop_path = EquiSSLDropPath(config.drop_path_rate * ramp, exact=uniform)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = EquiSSLMLP(config.hidden_size, config.mlp_ratio, config.hidden_act)
         self.layer_scale2 = EquiSSLLayerScale(config) if has_scale else nn.Identity()
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        branch, _ = self.attention(self.norm1(hidden_states), **kwargs)
-        hidden_states = self.drop_path(self.layer_scale1(branch)) + hidden_states
-        branch = self.mlp(self.norm2(hidden_states))
-        return self.drop_path(self.layer_scale2(branch)) + hidden_states
+        hidden_states = self.drop_path(
+            hidden_states, lambda x: self.layer_scale1(self.attention(self.norm1(x), **kwargs)[0])
+        )
+        return self.drop_path(hidden_states, lambda x: self.layer_scale2(self.mlp(self.norm2(x))))
 
 
 class EquiSSLStem(nn.Linear):
@@ -143,6 +155,7 @@ class EquiSSLStem(nn.Linear):
     def __init__(self, hidden_size: int, feature_size: int, equivariant_size: int) -> None:
         super().__init__(hidden_size, feature_size)
         self.invariant_size = feature_size - equivariant_size
+        self._sizes = {"invariant": self.invariant_size, "equivariant": equivariant_size}
 
     def forward(self, tokens: Tensor, part: str | None = None) -> Tensor:
         """Features of tokens.
@@ -159,10 +172,37 @@ class EquiSSLStem(nn.Linear):
         """
         if part is None:
             return super().forward(tokens)
-        if part == "invariant":
-            rows = slice(0, self.invariant_size)
-        elif part == "equivariant":
-            rows = slice(self.invariant_size, None)
-        else:
-            raise ValueError(f"part={part!r}: expected 'invariant', 'equivariant' or None (both).")
+        rows = self._rows(part)
         return nn.functional.linear(tokens, self.weight[rows], self.bias[rows])
+
+    def fold(self, weight: Tensor, part: str) -> tuple[Tensor, Tensor]:
+        """A linear map of a part and the stem as one map of the tokens, with gradient for both.
+
+        Args:
+            weight: (h, d_inv) or (h, d_equi).
+            part: `"invariant"` or `"equivariant"`.
+
+        Returns:
+            Weight (h, D) and bias (h,), so that `linear(tokens, *fold(weight, part))` equals
+            `linear(stem(tokens, part), weight)`.
+        """
+        rows = self._rows(part)
+        return weight @ self.weight[rows], (weight @ self.bias[rows].unsqueeze(-1)).squeeze(-1)
+
+    def is_fold_cheaper(self, num_tokens: int, output_size: int, part: str) -> bool:
+        """Whether `fold` saves products for so many tokens.
+
+        Never under ZeRO-3, which gathers a weight only inside the `forward` of its own layer.
+        """
+        if hasattr(self.weight, "ds_id"):
+            return False
+        part_size = self._sizes[part]
+        apart = num_tokens * part_size * (self.in_features + output_size)
+        return apart > self.in_features * output_size * (num_tokens + part_size)
+
+    def _rows(self, part: str) -> slice:
+        if part == "invariant":
+            return slice(0, self.invariant_size)
+        if part == "equivariant":
+            return slice(self.invariant_size, None)
+        raise ValueError(f"part={part!r}: expected 'invariant', 'equivariant' or None (both).")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_equissl.modeling import EquiSSLModel, EquiSSLUpsampleConv2d, build_decoder
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel, EquiSSLStem, EquiSSLUpsampleConv2d, build_decoder
 from hf_equissl.modeling.decoders_equissl import sincos_positions, unpatchify
 
 
@@ -189,3 +189,31 @@ def test_reconstruct_says_what_is_missing(tiny_config) -> None:
         EquiSSLModel(tiny_config(stem=True)).reconstruct(images, images)
     with pytest.raises(ValueError, match="expected one shape"):
         EquiSSLModel(tiny_config(stem=True, decoder_type="conv")).reconstruct(images, images[..., :32])
+
+
+def test_folded_stem_equals_stem_then_linear_layer():
+    torch.manual_seed(0)
+    config = EquiSSLConfig(
+        hidden_size=16, num_attention_heads=2, image_size=32, patch_size=8, feature_size=48, equivariant_size=20
+    ).to_dict()
+    config = EquiSSLConfig.from_dict({**config, "decoder_type": "conv", "decoder_widths": [8, 8, 4]})
+    stem, decoder = EquiSSLStem(16, 48, 20).double(), build_decoder(config).double()
+    tokens = [torch.randn(3, 16, 16, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    leaves = [*tokens, *stem.parameters(), *decoder.parameters()]
+
+    apart = decoder(*(stem(part, "equivariant") for part in tokens), (4, 4))
+    folded = decoder.paint(decoder.project_tokens(*tokens, stem), (4, 4))
+    torch.testing.assert_close(folded, apart)
+    gradients = [torch.autograd.grad(images.square().sum(), leaves, retain_graph=True) for images in (apart, folded)]
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert expected.abs().max() > 0
+
+
+def test_folding_is_chosen_by_its_products():
+    stem = EquiSSLStem(384, 8192, 2048)
+    # 2 x 196 tokens: 392 * 2048 * (384 + 128) apart, 384 * 128 * (392 + 2048) folded
+    assert stem.is_fold_cheaper(392, 128, "equivariant")
+    assert not stem.is_fold_cheaper(50, 128, "equivariant")
+    stem.weight.ds_id = 0  # ZeRO-3
+    assert not stem.is_fold_cheaper(392, 128, "equivariant")

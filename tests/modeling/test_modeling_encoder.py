@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_equissl.modeling import EquiSSLModel, EquiSSLStem
+from hf_equissl.modeling.layers_equissl import EquiSSLDropPath
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -94,10 +95,12 @@ def test_sdpa_equals_eager(tiny_config, randomise) -> None:
     torch.testing.assert_close(*outputs, **TOLERANCE)
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_checkpointing_leaves_gradients_as_they_are(tiny_config, late: int) -> None:
+@pytest.mark.parametrize(("late", "mode"), [(0, "linear"), (1, "linear"), (0, "uniform")])
+def test_checkpointing_leaves_gradients_as_they_are(tiny_config, late: int, mode: str) -> None:
     # Stochastic depth in the blocks: recomputation has to draw the same numbers.
-    model = EquiSSLModel(tiny_config(stem=True, drop_path_rate=0.3, cls_insertion_layer=late)).train()
+    model = EquiSSLModel(
+        tiny_config(stem=True, drop_path_rate=0.3, drop_path_mode=mode, cls_insertion_layer=late)
+    ).train()
     images, results = torch.randn(4, 3, 64, 64), []
     for checkpointing in (False, True):
         if checkpointing:
@@ -129,15 +132,39 @@ def test_the_mask_token_changes_nothing_without_a_mask(tiny_config, randomise) -
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
-def test_drop_path_rates_and_expectation(tiny_config) -> None:
+def test_drop_path_rates_rise_linearly_or_are_uniform(tiny_config) -> None:
     linear = EquiSSLModel(tiny_config(drop_path_rate=0.2))
-    rates = [getattr(layer.drop_path, "rate", 0.0) for layer in linear.encoder.layer]
-    assert rates == pytest.approx([0.0, 0.1, 0.2])
+    assert [layer.drop_path.rate for layer in linear.encoder.layer] == pytest.approx([0.0, 0.1, 0.2])
+    assert not any(layer.drop_path.exact for layer in linear.encoder.layer)
     uniform = EquiSSLModel(tiny_config(drop_path_rate=0.2, drop_path_mode="uniform"))
     assert [layer.drop_path.rate for layer in uniform.encoder.layer] == [0.2, 0.2, 0.2]
-    dropped = uniform.encoder.layer[0].drop_path(torch.ones(20_000, 1, 1))
-    assert set(dropped.unique().tolist()) == {0.0, 1.25}
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert all(layer.drop_path.exact for layer in uniform.encoder.layer)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation(exact: bool) -> None:
+    rate = 0.3
+    drop_path, hidden, seen = EquiSSLDropPath(rate, exact).train(), torch.zeros(20_000, 2, 3), []
+
+    def branch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.ones_like(x)
+
+    output = drop_path(hidden, branch)
+    kept = output[:, 0, 0] != 0
+    assert torch.equal(output, torch.where(kept, 1 / (1 - rate), 0.0)[:, None, None].expand_as(output))
+    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.01)
+    assert output.mean().item() == pytest.approx(1, abs=0.02)
+    if exact:
+        assert seen == [14_000] == [int(kept.sum())]  # what is dropped was not computed
+        assert not torch.equal(kept, drop_path(hidden, branch)[:, 0, 0] != 0)
+    assert torch.equal(drop_path.eval()(hidden, branch), torch.ones_like(hidden))
+
+
+def test_drop_path_of_one_image_keeps_it() -> None:
+    assert torch.equal(
+        EquiSSLDropPath(0.9, exact=True).train()(torch.zeros(1, 1, 1), torch.ones_like), torch.ones(1, 1, 1)
+    )
 
 
 def test_without_layer_scale_or_mask_token_there_are_no_such_weights(tiny_config) -> None:
