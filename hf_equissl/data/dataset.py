@@ -114,7 +114,7 @@ class ImageViewDataset(Dataset[dict[str, Any]]):
             sampler.set_epoch(epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """One sample for ``collate_views``.
+        """One sample for ``ViewCollator``.
 
         Returns:
             What ``ViewPipeline.crop`` returns, ``draws`` (n,), ``index`` (of the image that is shown), ``skipped`` and,

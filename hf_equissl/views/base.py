@@ -23,6 +23,8 @@ class Views:
         parameters: (B, p), g's parameters in the family's own units.
         normalized_parameters: (B, p), the same scaled to about [-1, 1] (``TransformationFamily.targets``).
         masks: (V, B, N) bool, patches that the student does not see.
+        mask_indices: (M,) int64, positions of the M masked patches in ``masks.flatten()``, in ascending order. Workers
+            count them: on a GPU, ``nonzero`` would make the host wait.
         crop_boxes: (V, B, 4), top, left, height, width of each global crop as fractions of the stored image.
         photometric: name -> (V, B, ...), what the augmentation pipeline drew (flip, brightness, ..., blur sigma).
         labels: (B,), only where the data set has them and an objective asks.
@@ -35,6 +37,7 @@ class Views:
     parameters: Tensor | None = None
     normalized_parameters: Tensor | None = None
     masks: Tensor | None = None
+    mask_indices: Tensor | None = None
     crop_boxes: Tensor | None = None
     photometric: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None

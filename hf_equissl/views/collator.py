@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
+
+from .masks import draw_masks
+
+if TYPE_CHECKING:
+    from .pipelines import ViewPipeline
+
+
+class ViewCollator:
+    """What a DataLoader of views collates with: ``collate_views``, and masks where the pipeline makes them.
+
+    Masks are drawn here and not per sample, because one kind shares its ratios out over the batch; in workers, so that
+    training does not wait for them.
+
+    Args:
+        pipeline: Says whether, which and how many masks there are.
+    """
+
+    def __init__(self, pipeline: ViewPipeline) -> None:
+        self.masks, self.side, self.views = pipeline.masks, pipeline.grid_side, len(pipeline.spec.views)
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """As ``collate_views``; with masks the samples also bring ``mask_seed``, and the batch holds ``masks``.
+
+        Returns:
+            In addition ``masks`` bool (B, V, N) and ``mask_indices`` int64 (M,): the positions of the M masked patches
+            in the masks as (V, B, N), flat, in ascending order.
+        """
+        batch = collate_views(samples)
+        if self.masks is not None:
+            seeds = [int(sample["mask_seed"]) for sample in samples]
+            masks = draw_masks(self.masks, seeds, self.views, self.side)
+            batch["masks"] = torch.from_numpy(masks)
+            batch["mask_indices"] = torch.from_numpy(np.flatnonzero(masks.transpose(1, 0, 2)).astype(np.int64))
+        return batch
 
 
 def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from hf_equissl.strict import check_keys
 from . import photometric
 from .base import TransformationFamily, Views
 from .cropping import crop_views
+from .masks import MaskSpec
 from .view_specs import PIPELINES, LocalSpec, PipelineSpec, ViewSpec
 
-__all__ = ["PIPELINES", "LocalSpec", "PipelineSpec", "ViewPipeline", "ViewSpec", "build_pipeline"]
+__all__ = ["PIPELINES", "LocalSpec", "MaskSpec", "PipelineSpec", "ViewPipeline", "ViewSpec", "build_pipeline"]
 
 # Uniform draws of one view, in this order. Every view has all of them, used or not, so that switching one operation
 # off changes no other.
@@ -52,7 +53,8 @@ class ViewPipeline:
 
     and v_2 and all u_k come from one call of ``TransformationFamily.path``. Pixels stay fp32 in [0, 1] between
     operations (PIL pipelines round to 8 bits after each). All randomness is in the uniform ``draws`` that travel with
-    the sample: first g's, then those of each view. Only what ``needs`` asks for is computed.
+    the sample: first g's, then those of each view. Masks are made between the two, by ``ViewCollator`` in the worker,
+    from a seed that ``crop`` draws. Only what ``needs`` asks for is computed.
 
     Args:
         spec: What happens to each view.
@@ -60,10 +62,13 @@ class ViewPipeline:
         transformation: The family g, or ``None``: the last view is then an ordinary view.
         needs: What the objectives ask for.
         image_mean, image_std: Per channel, for images in [0, 1].
+        patch_size: The encoder's; masks need it.
         name: For messages.
 
     Attributes:
         num_draws: Uniform numbers per sample.
+        local, masks: What the spec says of them, ``None`` where nothing asks for them.
+        grid_side: Patches along each side of a global crop; 0 without ``patch_size``.
 
     Raises:
         ValueError: The objectives ask for something that this pipeline or this g cannot give.
@@ -78,6 +83,7 @@ class ViewPipeline:
         needs: Needs,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        patch_size: int | None = None,
         name: str = "custom",
     ) -> None:
         if not isinstance(image_size, int) or image_size < 1:
@@ -92,6 +98,12 @@ class ViewPipeline:
         self.transformation = transformation
         self.image_mean, self.image_std = tuple(map(float, image_mean)), tuple(map(float, image_std))
         self.local = spec.local if needs.local_crops else None
+        self.masks = spec.masks if needs.masks else None
+        self.grid_side = image_size // patch_size if patch_size else 0
+        if self.masks is not None:
+            if not patch_size:
+                raise ValueError(f"patch_size is {patch_size!r}: to mask patches, the pipeline needs the encoder's.")
+            self.masks.check_grid(self.grid_side)
         # The full g is the last fraction of the path; objectives may ask for it as a target, too ("2+final").
         full = bool(needs.fractions) and needs.fractions[-1] == 1.0
         self.fractions = needs.fractions if full else (*needs.fractions, 1.0)
@@ -113,14 +125,16 @@ class ViewPipeline:
 
         Returns:
             ``global_crops`` uint8 (V, 3, S, S); ``crop_boxes`` float32 (V, 4), top, left, height, width as fractions of
-            the image (before any flip); with local crops ``local_crops`` uint8 (L, 3, s, s). Pixels lie channels-last
-            in memory, as PIL makes them.
+            the image (before any flip); with local crops ``local_crops`` uint8 (L, 3, s, s); with masks ``mask_seed``
+            int64 (), drawn last, so that masks change no crop. Pixels lie channels-last in memory, as PIL makes them.
         """
         pixels, boxes = crop_views(image, self.spec.views, self.image_size, rng)
         crops = {"global_crops": torch.from_numpy(pixels).permute(0, 3, 1, 2), "crop_boxes": torch.from_numpy(boxes)}
         if self.local is not None:
             pixels, _ = crop_views(image, (self.local.view,) * self.local.count, self.local.size, rng)
             crops["local_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        if self.masks is not None:
+            crops["mask_seed"] = torch.tensor(int(rng.integers(1 << 63)))
         return crops
 
     @torch.no_grad()
@@ -129,7 +143,7 @@ class ViewPipeline:
 
         Args:
             batch: ``global_crops`` uint8 (B, V, 3, S, S), ``draws`` (B, num_draws); as asked ``crop_boxes`` (B, V, 4),
-                ``local_crops`` uint8 (B, L, 3, s, s), ``labels`` (B,).
+                ``local_crops`` uint8 (B, L, 3, s, s), ``masks`` (B, V, N) with ``mask_indices`` (M,), ``labels`` (B,).
 
         Returns:
             Normalised fp32 views on the batch's device. ``photometric`` holds, each (V, B): ``flip``,
@@ -144,22 +158,25 @@ class ViewPipeline:
                 f"The batch brings {draws.shape[1]} draws per image, this pipeline uses {self.num_draws}. "
                 "Crop and augment with the same pipeline."
             )
+        if self.masks is not None and "masks" not in batch:
+            raise ValueError("The batch brings no masks. Collate it with ViewCollator(pipeline), not collate_views.")
         # Autocast would run the blur's convolution, and g, in half precision.
         with torch.autocast(device_type=crops.device.type, enabled=False):
-            for_g, *per_view = draws.split(self._split_sizes(), dim=1)
+            for_g = draws[:, : self._transformation_draws]
+            per_crop = draws[:, self._transformation_draws :].unflatten(1, (-1, len(VIEW_DRAWS))).transpose(0, 1)
             views, drawn = [], []
             for number, spec in enumerate(self.spec.views):
-                images, parameters = _augment(crops[:, number], per_view[number], spec)
+                images, parameters = _augment(crops[:, number], per_crop[number], spec)
                 views.append(images)
                 drawn.append(parameters)
             output = self._transform(views, for_g)
             if self.local is not None:
-                output.local_crops = torch.stack(
-                    [
-                        self.normalize(_augment(batch["local_crops"][:, number], own, self.local.view)[0])
-                        for number, own in enumerate(per_view[len(self.spec.views) :])
-                    ]
-                )
+                # All local crops have one spec: one call for (L * B) of them.
+                pixels, own = batch["local_crops"].transpose(0, 1), per_crop[len(views) :]
+                images, _ = _augment(pixels.flatten(0, 1), own.flatten(0, 1), self.local.view)
+                output.local_crops = self.normalize(images).unflatten(0, pixels.shape[:2])
+        if self.masks is not None:
+            output.masks, output.mask_indices = batch["masks"].transpose(0, 1).contiguous(), batch["mask_indices"]
         if self.needs.crop_boxes:
             output.crop_boxes = batch["crop_boxes"].transpose(0, 1)
         if self.needs.photometric:
@@ -179,6 +196,8 @@ class ViewPipeline:
         lines += [f"  view {number}: {spec.describe()}" for number, spec in enumerate(self.spec.views, start=1)]
         if self.local is not None:
             lines.append(f"  {self.local.count} local crops of {self.local.size} px: {self.local.view.describe()}")
+        if self.masks is not None:
+            lines.append(f"  {self.masks.describe(self.grid_side)}")
         if self.transformation is None:
             lines.append("  g: none")
         else:
@@ -208,10 +227,6 @@ class ViewPipeline:
             output.normalized_parameters = self.transformation.targets(parameters)
         return output
 
-    def _split_sizes(self) -> list[int]:
-        crops = (self.num_draws - self._transformation_draws) // len(VIEW_DRAWS)
-        return [self._transformation_draws, *[len(VIEW_DRAWS)] * crops]
-
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (3, 1, 1), std (3, 1, 1) and the path's fractions (F,) on ``device``, copied there once."""
         if device not in self._constants:
@@ -228,15 +243,17 @@ def build_pipeline(
     needs: Needs,
     image_mean: Sequence[float],
     image_std: Sequence[float],
+    patch_size: int | None = None,
     **overrides: Any,
 ) -> ViewPipeline:
     """The pipeline called ``name`` in ``PIPELINES`` with some values replaced.
 
     Args:
         name: Key of ``PIPELINES``.
-        image_size, transformation, needs, image_mean, image_std: See ``ViewPipeline``.
+        image_size, transformation, needs, image_mean, image_std, patch_size: See ``ViewPipeline``.
         **overrides: See ``PipelineSpec.override``: ``crop_scale=(0.35, 1.0)`` for all views,
-            ``view_2={"blur_probability": 0.5}`` for one, ``local={"count": 6}`` for local crops.
+            ``view_2={"blur_probability": 0.5}`` for one, ``local={"count": 6}`` for local crops,
+            ``masks={"ratio": (0.1, 0.3)}`` for masks.
 
     Raises:
         ValueError: Unknown name or key (the nearest one is named), or what ``ViewPipeline`` refuses.
@@ -249,6 +266,7 @@ def build_pipeline(
         needs=needs,
         image_mean=image_mean,
         image_std=image_std,
+        patch_size=patch_size,
         name=name,
     )
 
@@ -331,5 +349,10 @@ def _check_needs(needs: Needs, transformation: TransformationFamily | None, spec
             f"An objective asks for local crops, but the view pipeline {name!r} makes none. "
             "Add them, for example views.pipeline.local: {count: 8, size: 96}."
         )
-    for missing in (*(["masks"] if needs.masks else []), *needs.extra):
+    if needs.masks and spec.masks is None:
+        raise ValueError(
+            f"An objective asks for masks, but the view pipeline {name!r} makes none. "
+            "Add them, for example views.pipeline.masks: {kind: per_view, probability: 0.5, ratio: [0.1, 0.5]}."
+        )
+    for missing in needs.extra:
         raise ValueError(f"An objective asks for {missing!r}, which the view pipeline {name!r} does not make.")

@@ -9,6 +9,8 @@ from typing import Any
 
 from hf_equissl.strict import check_keys
 
+from .masks import MaskSpec
+
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
 
 
@@ -16,9 +18,9 @@ def _field_names(cls: type) -> list[str]:
     return [item.name for item in dataclasses.fields(cls)]
 
 
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+def _mapping(value: Any, key: str, example: str = "flip_probability: 0") -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key} is {value!r}, expected settings by name, for example {key}: {{flip_probability: 0}}.")
+        raise ValueError(f"{key} is {value!r}, expected settings by name, for example {key}: {{{example}}}.")
     return value
 
 
@@ -146,17 +148,19 @@ class LocalSpec:
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A base method's augmentation pipeline: one spec per global view (view 1 first), and local crops or none."""
+    """A base method's augmentation pipeline: one spec per global view (view 1 first); local crops and masks or none."""
 
     views: tuple[ViewSpec, ...] = (ViewSpec(), ViewSpec())
     local: LocalSpec | None = None
+    masks: MaskSpec | None = None
 
     def override(self, overrides: Mapping[str, Any], where: str = "the view pipeline") -> PipelineSpec:
         """A copy with other values.
 
         Args:
             overrides: Fields of ``ViewSpec`` for all global views; ``view_1``, ``view_2`` ... with fields for one of
-                them (these win); ``local`` with ``count``, ``size`` and fields of ``ViewSpec``, or ``None`` for none.
+                them (these win); ``local`` with ``count``, ``size`` and fields of ``ViewSpec``, or ``None`` for none;
+                ``masks`` with fields of ``MaskSpec``, or ``None`` for none.
             where: Opens the error message.
 
         Raises:
@@ -164,7 +168,7 @@ class PipelineSpec:
         """
         view_fields = _field_names(ViewSpec)
         view_keys = [f"view_{number}" for number in range(1, len(self.views) + 1)]
-        check_keys(overrides, [*view_fields, *view_keys, "local"], where)
+        check_keys(overrides, [*view_fields, *view_keys, "local", "masks"], where)
         common = {key: value for key, value in overrides.items() if key in view_fields}
         views = []
         for key, spec in zip(view_keys, self.views, strict=True):
@@ -172,7 +176,8 @@ class PipelineSpec:
             check_keys(own, view_fields, f"{where}, {key}")
             views.append(dataclasses.replace(spec, **{**common, **own}))
         local = self._override_local(overrides["local"], where) if "local" in overrides else self.local
-        return PipelineSpec(tuple(views), local)
+        masks = self._override_masks(overrides["masks"], where) if "masks" in overrides else self.masks
+        return PipelineSpec(tuple(views), local, masks)
 
     def _override_local(self, overrides: Mapping[str, Any] | None, where: str) -> LocalSpec | None:
         if overrides is None:
@@ -183,6 +188,36 @@ class PipelineSpec:
         group = {name: overrides.pop(name) for name in ("count", "size") if name in overrides}
         return dataclasses.replace(local, view=dataclasses.replace(local.view, **overrides), **group)
 
+    def _override_masks(self, overrides: Mapping[str, Any] | None, where: str) -> MaskSpec | None:
+        if overrides is None:
+            return None
+        overrides = _mapping(overrides, "masks", "probability: 0.5")
+        check_keys(overrides, _field_names(MaskSpec), f"{where}, masks")
+        return dataclasses.replace(self.masks or MaskSpec(), **overrides)
+
+
+def _multi_crop(
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    num_local: int,
+    masks: MaskSpec | None = None,
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    blur_kernel_size: int | None = None,
+) -> PipelineSpec:
+    """Two global views, of which the second is sometimes solarized, and local crops; ``blur`` p of the three kinds."""
+    first, second, local = (ViewSpec(blur_probability=p, blur_kernel_size=blur_kernel_size) for p in blur)
+    return PipelineSpec(
+        views=(
+            dataclasses.replace(first, crop_scale=global_scale),
+            dataclasses.replace(second, crop_scale=global_scale, solarize_probability=0.2),
+        ),
+        local=LocalSpec(count=num_local, size=96, view=dataclasses.replace(local, crop_scale=local_scale)),
+        masks=masks,
+    )
+
+
+# 4 patches is the smallest area of a block in DINOv2's code.
+_DINOV2_MASKS = MaskSpec(kind="stratified", min_patches=4)
 
 _VICREG = ViewSpec()
 _UNCHANGED = ViewSpec(
@@ -198,6 +233,14 @@ PIPELINES: dict[str, PipelineSpec] = {
     "vicreg": PipelineSpec(
         views=(_VICREG, dataclasses.replace(_VICREG, blur_probability=0.1, solarize_probability=0.2)),
     ),
+    # DINO, https://arxiv.org/abs/2104.14294: scales of the ViT-S/16 command with multi-crop.
+    "dino": _multi_crop((0.4, 1.0), (0.05, 0.4), num_local=8),
+    # iBOT, https://arxiv.org/abs/2111.07832: the ViT-S/16 command.
+    "ibot": _multi_crop((0.25, 1.0), (0.05, 0.25), num_local=10, masks=MaskSpec()),
+    # DINOv2, https://arxiv.org/abs/2304.07193, as its runs were: the blur of the code applies with 1 - p.
+    "dinov2": _multi_crop((0.32, 1.0), (0.05, 0.32), 8, _DINOV2_MASKS, blur=(0.0, 0.9, 0.5), blur_kernel_size=9),
+    # The same with the probabilities that the code names.
+    "dinov2_nominal": _multi_crop((0.32, 1.0), (0.05, 0.32), 8, _DINOV2_MASKS, blur_kernel_size=9),
     # No augmentation: both views start from the same centre crop, and g alone makes them differ.
     "center": PipelineSpec(views=(_UNCHANGED, _UNCHANGED)),
 }
