@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-__all__ = ["all_reduce_sum", "gather", "is_main_process", "rank", "reduce_mean", "world_size"]
+__all__ = ["all_reduce_sum", "gather", "is_main_process", "local_shard", "rank", "reduce_mean", "world_size"]
 
 
 def _initialized() -> bool:
@@ -36,6 +37,13 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Whether this process is the one that logs and writes, rank 0."""
     return rank() == 0
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a parameter, buffer or gradient: all of it, or its shard under FSDP2 or ZeRO-3."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)
 
 
 def gather(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .distributed import on_any_process, reduce_mean
+from .distributed import local_shard, on_any_process, reduce_mean
 
 
 class NonFiniteLossError(RuntimeError):
@@ -69,18 +69,11 @@ def check_weights(model: nn.Module, step: int, last_checkpoint: Callable[[], str
 
     The loss of a step cannot see what its update did. All processes have to call it.
     """
-    local = {name: _local(parameter) for name, parameter in model.named_parameters()}
+    local = {name: local_shard(parameter) for name, parameter in model.named_parameters()}
     if not on_any_process(~torch.stack([value.isfinite().all() for value in local.values()]).all()):
         return
     bad = next((name for name, value in local.items() if not bool(value.isfinite().all())), "(on another process)")
     raise NonFiniteLossError(f"The weight {bad} is not finite after step {step}. {_remedy(last_checkpoint())}")
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, or its shard under FSDP2 or ZeRO-3."""
-    if hasattr(parameter, "to_local"):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 def _remedy(checkpoint: str | None) -> str:

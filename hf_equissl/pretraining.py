@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .distributed import gather
+from .distributed import gather, local_shard
 from .modeling import EquiSSLConfig, EquiSSLModel
 from .monitors import effective_rank, feature_std
 from .needs import Needs
 from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
 from .objectives.base import Features, Objective
+from .schedules import TrainingProgress
 from .views.base import Views
 
 
@@ -108,15 +110,17 @@ class EquiSSLForPreTraining(PreTrainedModel):
         super().__init__(config)
         # The student comes first: with one seed, runs that differ in their objectives start from the same encoder.
         self.student = EquiSSLModel(config.encoder_config)
-        self.invariance: Objective = self._build(INVARIANCE_OBJECTIVES, config.invariance)
+        self.invariance = self._build(INVARIANCE_OBJECTIVES, config.invariance, config.encoder_config)
         active = [entry for entry in config.equivariance if entry.get("weight", 1.0) > 0]
-        self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry) for entry in active)
+        sizes = self.invariance.feature_config
+        self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes) for entry in active)
         self.equivariance_names = [entry["name"] for entry in active]
         self.weights = [float(entry.get("weight", 1.0)) for entry in active]
         self.needs = Needs()
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs
         self._check_needs()
+        self.teacher = deepcopy(self.student) if self.needs.teacher else None
         self.post_init()
         self.freeze_unused()
 
@@ -141,48 +145,115 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     def _check_needs(self) -> None:
         """Refuse objectives that ask for what ``encode`` does not give them."""
-        missing = [name for name in ("teacher", "local_crops", "extra") if getattr(self.needs, name)]
-        if missing:
-            raise ValueError(f"An objective needs {', '.join(missing)}, which EquiSSLForPreTraining does not provide.")
+        if self.needs.extra:
+            raise ValueError(f"An objective needs {self.needs.extra}, which EquiSSLForPreTraining does not provide.")
+        if self.needs.masks and not self.config.encoder_config.use_mask_token:
+            raise ValueError(
+                f"{self.config.invariance['name']} masks patches, and this encoder has no token to put in their place. "
+                "Set model.use_mask_token: true."
+            )
 
     def freeze_unused(self) -> None:
-        """Freeze what no objective trains. ``from_pretrained`` forgets this: the Trainer calls it again."""
+        """Freeze what no gradient trains. ``from_pretrained`` forgets this: the Trainer calls it again."""
         if not self.needs.masks and self.student.embeddings.mask_token is not None:
             self.student.embeddings.mask_token.requires_grad_(False)
+        for _, follower in self.ema_pairs():
+            follower.requires_grad_(False)
 
-    def _build(self, registry: dict[str, type[Objective]], entry: dict) -> Objective:
+    def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Pairs (student's module, teacher's copy), of the encoder first, then of the objectives' heads."""
+        if self.teacher is not None:
+            yield self.student, self.teacher
+        for objective in self._objectives():
+            yield from objective.ema_pairs()
+
+    def train(self, mode: bool = True) -> Self:
+        """As the parent's; teachers stay in evaluation mode."""
+        super().train(mode)
+        for _, follower in self.ema_pairs():
+            follower.eval()
+        return self
+
+    def begin_step(self, progress: TrainingProgress) -> None:
+        """Tell the objectives where the run stands; before the first micro-batch of each optimizer step."""
+        for objective in self._objectives():
+            objective.begin_step(progress)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers; after an optimizer step.
+
+        All tensors in one fused call, in the teacher's fp32, each process its shards; buffers that count are copied.
+        """
+        leading: list[Tensor] = []
+        following: list[Tensor] = []
+        for leader, follower in self.ema_pairs():
+            pairs = zip(_tensors_of(leader), _tensors_of(follower), strict=True)
+            for source, target in pairs:
+                if target.is_floating_point():
+                    leading.append(source)
+                    following.append(target)
+                else:
+                    target.copy_(source)
+        if following:
+            torch._foreach_lerp_(following, leading, 1.0 - momentum)
+
+    def _objectives(self) -> Iterator[Objective]:
+        yield self.invariance
+        yield from cast(Iterable[Objective], self.equivariance)
+
+    @staticmethod
+    def _build(registry: dict[str, type[Objective]], entry: dict, sizes: EquiSSLConfig) -> Objective:
         arguments = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        return build_objective(registry, entry["name"], self.config.encoder_config, **arguments)
+        return build_objective(registry, entry["name"], sizes, **arguments)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
 
     def encode(self, views: Views) -> Features:
-        """Student features of all global crops in one pass, (V, B, ...) as in ``Features``."""
-        crops, config = views.global_crops, self.student.config
+        """Student features: all global crops in one pass, masked where there are masks; all local crops in another."""
         masks = None if views.masks is None else views.masks.flatten(0, 1)
-        layers = self.needs.hidden_layers
-        output = self.student(
+        features = self._encode(self.student, views.global_crops, masks, self.needs.hidden_layers)
+        features.stem = self.invariance.split(features.stem)
+        if self.needs.local_crops:
+            if views.local_crops is None:
+                raise ValueError(f"{self.config.invariance['name']} needs local crops, and the views have none.")
+            features.local_tokens = self._encode(self.student, views.local_crops).tokens
+        return features
+
+    @torch.no_grad()
+    def encode_teacher(self, views: Views) -> Features | None:
+        """Teacher features of the global crops, not masked and without gradient; ``None`` without a teacher."""
+        if self.teacher is None:
+            return None
+        return self._encode(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
+
+    def _encode(
+        self, encoder: EquiSSLModel, crops: Tensor, masks: Tensor | None = None, layers: tuple[int, ...] = ()
+    ) -> Features:
+        """Crops of one size, (V, B, C, H, W), in one pass."""
+        output = encoder(
             crops.flatten(0, 1), bool_masked_pos=masks, output_features=False, output_hidden_states=bool(layers)
         )
-        shape = crops.shape[:2]
-        patch = config.patch_size
+        shape, patch = crops.shape[:2], encoder.config.patch_size
         return Features(
             tokens=output.last_hidden_state.unflatten(0, shape),
-            num_prefix_tokens=self.student.num_prefix_tokens,
+            num_prefix_tokens=encoder.num_prefix_tokens,
             grid=(crops.shape[-2] // patch, crops.shape[-1] // patch),
-            stem=self.student.stem,
+            stem=encoder.stem,
             hidden={layer: output.hidden_states[layer].unflatten(0, shape) for layer in layers},
         )
 
     def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
         """Loss of one batch of ``views``; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
+        # First, so that its large intermediate results are gone when the student's are kept.
+        teacher = self.encode_teacher(views)
         student = self.encode(views)
-        invariance = self.invariance(student, None, views)
+        invariance = self.invariance(student, teacher, views)
         loss, logs = invariance.loss, {"loss_ssl": invariance.loss.detach()}
         parts = {self.config.invariance["name"]: invariance.logs}
         for name, weight, objective in zip(self.equivariance_names, self.weights, self.equivariance, strict=True):
-            output = objective(student, None, views)
+            output = objective(student, teacher, views)
             loss = loss + weight * output.loss
             logs[f"loss_{name}"] = weight * output.loss.detach()
             parts[name] = output.logs
@@ -197,18 +268,30 @@ class EquiSSLForPreTraining(PreTrainedModel):
         representation = gather(student.cls[0].detach().float())
         return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
 
-    def export_encoder(self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None) -> EquiSSLModel:
-        """The student as a model of its own, on the CPU.
+    def export_encoder(
+        self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None, weights_of: str | None = None
+    ) -> EquiSSLModel:
+        """The encoder as a model of its own, on the CPU.
 
         Args:
-            with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works.
+            with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works. An
+                encoder without a stem (the logits are split) goes without: the decoder would read the head.
             state_dict: Full (gathered) state of this model, where its own parameters are sharded.
+            weights_of: "teacher" or "student"; by default the teacher's where there is a teacher.
+
+        Raises:
+            ValueError: Unknown ``weights_of``, or "teacher" where there is none.
         """
+        weights_of = weights_of or ("student" if self.teacher is None else "teacher")
+        if weights_of not in ("student", "teacher") or (weights_of == "teacher" and self.teacher is None):
+            there_are = "student" if self.teacher is None else "student, teacher"
+            raise ValueError(f"`weights_of` is {weights_of!r}, this model has: {there_are}.")
         state = self.state_dict() if state_dict is None else state_dict
-        weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        prefix = f"{weights_of}."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         config = deepcopy(self.config.encoder_config)
         for index, objective in enumerate(self.equivariance):
-            if with_decoder and hasattr(objective, "decoder_config"):
+            if with_decoder and config.feature_size and hasattr(objective, "decoder_config"):
                 config = deepcopy(cast(EquiSSLConfig, objective.decoder_config))
                 prefix = f"equivariance.{index}.decoder."
                 weights |= {f"decoder.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
@@ -216,3 +299,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         encoder = EquiSSLModel(config)
         encoder.load_state_dict({key: value.detach().cpu() for key, value in weights.items()}, strict=True)
         return encoder.eval()
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [local_shard(tensor) for tensor in (*module.parameters(), *module.buffers())]

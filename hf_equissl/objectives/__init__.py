@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .base import Features, LossOutput, Objective
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
+from .dino import DINOObjective
+from .dinov2 import DINOv2Objective
+from .ibot import IBOTObjective
 from .reconstruction import ReconstructionObjective
 from .vicreg import VICRegObjective
 
@@ -19,7 +22,10 @@ __all__ = [
     "EQUIVARIANCE_OBJECTIVES",
     "INVARIANCE_OBJECTIVES",
     "CrossAttentionReconstructionObjective",
+    "DINOObjective",
+    "DINOv2Objective",
     "Features",
+    "IBOTObjective",
     "LossOutput",
     "Objective",
     "ReconstructionObjective",
@@ -28,6 +34,9 @@ __all__ = [
 ]
 
 INVARIANCE_OBJECTIVES: dict[str, type[Objective]] = {
+    "dino": DINOObjective,
+    "dinov2": DINOv2Objective,
+    "ibot": IBOTObjective,
     "vicreg": VICRegObjective,
 }
 

@@ -13,6 +13,7 @@ from ..needs import Needs
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
+    from ..schedules import TrainingProgress
     from ..views.base import Views
 
 
@@ -92,6 +93,18 @@ class Objective(nn.Module, ABC):
     def needs(self) -> Needs:
         """What this objective asks of views and encoder."""
         return Needs()
+
+    @property
+    def feature_config(self) -> EquiSSLConfig:
+        """The sizes that equivariance objectives see: ``config``, unless this objective splits another layer."""
+        return self.config
+
+    def split(self, stem: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+        """``Features.stem`` of a student with that ``stem``: itself, unless this objective splits another layer."""
+        return stem
+
+    def begin_step(self, progress: TrainingProgress) -> None:
+        """Set what changes from step to step; called before the first micro-batch of each optimizer step."""
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs (student head, teacher head): the second follows the first by exponential moving average."""

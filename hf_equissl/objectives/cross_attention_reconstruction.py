@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..modeling import build_decoder
 from .base import Features, LossOutput, Objective
-from .reconstruction import decoder_config, equivariant_patches, image_errors
+from .reconstruction import decoder_config, image_errors, outer_patches
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -81,7 +81,7 @@ class CrossAttentionReconstructionObjective(Objective):
 
     def reconstruct(self, student: Features, views: Views) -> Tensor:
         """Predicted views, normalised: v2 as (B, 1, C, H, W), or v2 and v1 as (B, 2, C, H, W) if ``symmetric``."""
-        first, last = equivariant_patches(student)
+        first, last = (student.equivariant(patches) for patches in outer_patches(student))
         if not self.symmetric:
             return self.decoder(first, last, student.grid)
         both = self.decoder(torch.cat([first, last]), torch.cat([last, first]), student.grid)  # (2B, 1, C, H, W)

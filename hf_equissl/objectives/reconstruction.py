@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling import build_decoder
+from ..modeling import EquiSSLConvDecoder, EquiSSLStem, build_decoder
 from ..needs import Needs
 from .base import Features, LossOutput, Objective
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
     from ..views.base import Views
 
-__all__ = ["ReconstructionObjective", "decoder_config", "equivariant_patches", "image_errors"]
+__all__ = ["ReconstructionObjective", "decoder_config", "image_errors", "outer_patches"]
 
 
 class ReconstructionObjective(Objective):
@@ -86,7 +86,7 @@ class ReconstructionObjective(Objective):
             decoder_reconstructs_final=reconstruct_final,
             **({} if decoder_widths is None else {"decoder_widths": list(decoder_widths)}),
         )
-        self.decoder = build_decoder(self.decoder_config)
+        self.decoder = cast(EquiSSLConvDecoder, build_decoder(self.decoder_config))
 
     @property
     def needs(self) -> Needs:
@@ -96,8 +96,13 @@ class ReconstructionObjective(Objective):
 
     def reconstruct(self, student: Features, views: Views) -> Tensor:
         """Predicted images, (B, K, C, H, W), or (B, K + 1, C, H, W) with ``reconstruct_final``, normalised."""
-        first, last = equivariant_patches(student)
-        return self.decoder(first, last, student.grid)
+        first, last = outer_patches(student)  # (B, N, D)
+        stem = student.stem
+        if isinstance(stem, EquiSSLStem) and stem.is_fold_cheaper(
+            first[..., 0].numel(), self.decoder.projection.out_features, "equivariant"
+        ):
+            return self.decoder.paint(self.decoder.project_tokens(first, last, stem), student.grid)
+        return self.decoder(student.equivariant(first), student.equivariant(last), student.grid)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
         """Mean squared error of the reconstructions; ``teacher`` is not used."""
@@ -136,8 +141,8 @@ def decoder_config(config: EquiSSLConfig, **fields: Any) -> EquiSSLConfig:
     return type(config).from_dict({**config.to_dict(), **fields})
 
 
-def equivariant_patches(student: Features) -> tuple[Tensor, Tensor]:
-    """The equivariant part of the patch rows of the first and the last global crop, (B, N, d_equi) each.
+def outer_patches(student: Features) -> tuple[Tensor, Tensor]:
+    """The patch rows of the first and the last global crop, (B, N, D) each: those of v1 and v2 = g(u).
 
     Raises:
         ValueError: With fewer than two global crops.
@@ -145,7 +150,7 @@ def equivariant_patches(student: Features) -> tuple[Tensor, Tensor]:
     patches = student.patches  # (V, B, N, D)
     if len(patches) < 2:
         raise ValueError(f"Reconstruction needs at least two global crops, v1 and v2 = g(u), got {len(patches)}.")
-    return student.equivariant(patches[0]), student.equivariant(patches[-1])
+    return patches[0], patches[-1]
 
 
 def image_errors(predictions: Tensor, targets: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from torch import Tensor
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.needs import Needs
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Features, Objective, build_objective
+from hf_equissl.pretraining import EquiSSLForPreTraining
 from hf_equissl.views.base import Views
 
 BATCH = 6
+SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
 # Small heads for those whose defaults are large; an entry that is absent here is built with its defaults.
 SMALL: dict[str, dict[str, Any]] = {
+    "dino": SMALL_HEAD,
+    # Neighbours from the whole batch, so that two processes can equal one.
+    "dinov2": {**SMALL_HEAD, "gather_koleo": True},
+    "ibot": SMALL_HEAD,
     "vicreg": {"expander_sizes": (16, 16, 16)},
     "cross_attention_reconstruction": {"decoder_num_layers": 1, "decoder_hidden_size": 16, "decoder_num_heads": 2},
 }
@@ -62,18 +69,32 @@ def make_views(
         return torch.randn(*shape, generator=g)
 
     patches = (size // patch) ** 2
+    masks = make_masks(crops, batch, patches, g) if needs.masks else None
     return Views(
         global_crops=normal(crops, batch, 3, size, size),
         local_crops=normal(2, batch, 3, size // 2, size // 2) if needs.local_crops else None,
         intermediate_images=normal(batch, len(needs.fractions), 3, size, size) if needs.fractions else None,
         parameters=normal(batch, 3) if needs.parameters else None,
         normalized_parameters=torch.rand(batch, 3, generator=g) * 2 - 1 if needs.parameters else None,
-        masks=torch.rand(crops, batch, patches, generator=g) < 0.3 if needs.masks else None,
+        masks=masks,
+        mask_indices=None if masks is None else indices_of(masks),
         crop_boxes=torch.rand(crops, batch, 4, generator=g) if needs.crop_boxes else None,
         photometric={"flip": torch.rand(crops, batch, generator=g).round()} if needs.photometric else {},
         labels=torch.randint(0, 4, (batch,), generator=g) if needs.labels else None,
         extra={name: normal(batch, 3, size // 2, size // 2) for name in needs.extra},
     )
+
+
+def make_masks(crops: int, batch: int, patches: int, generator: torch.Generator) -> Tensor:
+    """0 to 6 masked patches per crop, and as many in each half of the batch: means of two processes are comparable."""
+    image, crop = torch.arange(batch) % max(1, batch // 2), torch.arange(crops)[:, None]
+    counts = (3 * image + 2 * crop) % 7  # (V, B)
+    order = torch.rand(crops, batch, patches, generator=generator).argsort(dim=-1)
+    return order < counts[..., None]
+
+
+def indices_of(masks: Tensor) -> Tensor:
+    return masks.flatten().nonzero().squeeze(1)
 
 
 BATCH_FIRST = {"intermediate_images", "parameters", "normalized_parameters", "labels", "extra"}
@@ -89,35 +110,21 @@ def take(views: Views, index: Tensor) -> Views:
             return None
         return value[index] if name in BATCH_FIRST else value[:, index]
 
-    return replace(views, **{f.name: pick(f.name, getattr(views, f.name)) for f in fields(views)})
+    parts = {f.name: pick(f.name, getattr(views, f.name)) for f in fields(views) if f.name != "mask_indices"}
+    indices = None if views.masks is None else indices_of(parts["masks"])
+    return replace(views, **parts, mask_indices=indices)
 
 
 def encode(encoder: EquiSSLModel, views: Views, needs: Needs | None = None, masked: bool = True) -> Features:
-    """What the pretraining model does: all global crops in one pass, tokens viewed per crop."""
+    """What the pretraining model does, by its own method: global crops in one pass, local ones in another."""
     needs = needs or Needs()
-
-    def tokens_of(images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Any]:
-        flat_masks = None if masks is None else masks.flatten(0, 1)
-        output = encoder(
-            pixel_values=images.flatten(0, 1),
-            bool_masked_pos=flat_masks,
-            output_hidden_states=bool(needs.hidden_layers),
-            output_features=False,
-        )
-        return output.last_hidden_state.unflatten(0, images.shape[:2]), output
-
-    tokens, output = tokens_of(views.global_crops, views.masks if masked else None)
-    crops = views.global_crops
-    rows, columns = (side // encoder.config.patch_size for side in crops.shape[-2:])
-    return Features(
-        tokens=tokens,
-        num_prefix_tokens=encoder.num_prefix_tokens,
-        grid=(rows, columns),
-        stem=encoder.stem,
-        local_tokens=None if views.local_crops is None else tokens_of(views.local_crops)[0],
-        hidden={block: output.hidden_states[block].unflatten(0, crops.shape[:2]) for block in needs.hidden_layers},
-        extra={name: tokens_of(images[None])[0][0] for name, images in views.extra.items()},
-    )
+    encode_crops = partial(EquiSSLForPreTraining._encode, None, encoder)
+    masks = views.masks.flatten(0, 1) if masked and views.masks is not None else None
+    features = encode_crops(views.global_crops, masks, needs.hidden_layers)
+    if views.local_crops is not None:
+        features.local_tokens = encode_crops(views.local_crops).tokens
+    features.extra = {name: encode_crops(images[None]) for name, images in views.extra.items()}
+    return features
 
 
 def teacher_features(needs: Needs, views: Views, config: EquiSSLConfig | None = None) -> Features | None:
@@ -151,7 +158,7 @@ def run_processes(
     The group meets in a file of ``folder``: no port to be taken. A hanging collective ends with the timeout. The fork
     server imports the libraries once for all launches of a session, which is most of what a launch costs.
     """
-    multiprocessing.set_forkserver_preload(["hf_equissl.objectives"])
+    multiprocessing.set_forkserver_preload(["hf_equissl.pretraining"])
     context = mp.start_processes(
         _enter, args=(worker, processes, str(folder), args), nprocs=processes, join=False, start_method="forkserver"
     )

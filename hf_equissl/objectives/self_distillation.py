@@ -1,0 +1,365 @@
+"""Self-distillation between a student and its EMA teacher over prototypes: what DINO, iBOT and DINOv2 share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import all_reduce_sum, world_size
+from ..needs import Needs
+from ..schedules import linear_ramp
+from .base import Features, LossOutput, Objective
+from .centering import centered_softmax, sinkhorn_knopp
+from .prototypes import PrototypeHead, prototype_cross_entropy
+
+if TYPE_CHECKING:
+    from ..modeling import EquiSSLConfig
+    from ..schedules import TrainingProgress
+    from ..views.base import Views
+
+__all__ = [
+    "Centering",
+    "MaskedPatches",
+    "SelfDistillationObjective",
+    "TeacherTemperature",
+    "cls_loss",
+    "masked_patches",
+]
+
+Centering = Literal["centering", "sinkhorn"]
+
+
+@dataclass(frozen=True)
+class TeacherTemperature:
+    """A line from ``warmup`` to ``final`` over the first epochs, constant after them.
+
+    Attributes:
+        final: Temperature after the warm-up.
+        warmup: Temperature at the start.
+        warmup_epochs: Length of the line, rounded up to whole epochs by the clock "epoch"; 0 has none.
+        clock: "epoch" changes it between epochs only (DINO, iBOT), "step" at every optimizer step (DINOv2).
+    """
+
+    final: float
+    warmup: float
+    warmup_epochs: float
+    clock: Literal["epoch", "step"]
+
+    def __post_init__(self) -> None:
+        if min(self.final, self.warmup) <= 0 or self.warmup_epochs < 0:
+            raise ValueError(
+                f"Teacher temperatures must be above 0 and their warm-up 0 epochs or more, got {self.warmup} to "
+                f"{self.final} over {self.warmup_epochs} epochs."
+            )
+
+    @property
+    def start(self) -> float:
+        """The first value."""
+        return self.warmup if self.warmup_epochs > 0 else self.final
+
+    def at(self, progress: TrainingProgress) -> float:
+        """The value for the step that comes next."""
+        if self.warmup_epochs <= 0:
+            return self.final
+        if self.clock == "epoch":
+            position, length = int(progress.epoch), math.ceil(self.warmup_epochs)
+        else:
+            position, length = progress.step, round(progress.steps_in(self.warmup_epochs))
+        # A line of one point is its start, as numpy.linspace has it.
+        return self.warmup if position == 0 else linear_ramp(self.warmup, self.final, position, length)
+
+
+class MaskedPatches(NamedTuple):
+    """The M masked patches of all global crops, in ascending order.
+
+    Attributes:
+        patches: (M,), positions in (V, B, N).
+        tokens: (M,), positions in (V, B, T).
+        weights: (M,), 1 / (V B m) for a patch of a crop with m masked ones: their sum is the share of masked crops.
+    """
+
+    patches: Tensor
+    tokens: Tensor
+    weights: Tensor
+
+
+class TeacherRows(NamedTuple):
+    """Unit bottleneck rows of the teacher: CLS (V, B, d), masked patches (M, d), and the means for the centers (d,)."""
+
+    cls: Tensor
+    patches: Tensor | None
+    means: list[Tensor]
+
+
+class SelfDistillationObjective(Objective):
+    """Base class. Subclasses choose their keyword arguments, add terms in ``_regularizers``, and may change which
+    patches the center averages (``_teacher_rows``).
+
+    Args:
+        config: The encoder's configuration.
+        head: Keyword arguments of ``PrototypeHead``.
+        student_temperature: Of the student's softmax.
+        cls_temperature: Of the teacher's CLS targets.
+        patch_temperature: Of the teacher's patch targets; ``None`` has no patch loss and no masks.
+        cls_weight: Factor of the CLS loss.
+        patch_weight: Factor of the patch loss.
+        center_momentum: Of the centers, buffers that are updated after the loss, in training mode.
+        centering: "centering" or "sinkhorn" (3 iterations, no centers).
+        local_crops: Whether the student sees local crops, too.
+        equivariant_logits: Last prototypes that the loss leaves to equivariance objectives (logit split).
+
+    Raises:
+        ValueError: For values out of range; a logit split of an encoder with a stem. In ``forward``: no teacher, fewer
+            than two global crops, or no masks where there is a patch loss.
+    """
+
+    cls_center: Tensor
+    patch_center: Tensor
+
+    def __init__(
+        self,
+        config: EquiSSLConfig,
+        *,
+        head: dict[str, Any],
+        student_temperature: float,
+        cls_temperature: TeacherTemperature,
+        patch_temperature: TeacherTemperature | None = None,
+        cls_weight: float = 1.0,
+        patch_weight: float = 1.0,
+        center_momentum: float = 0.9,
+        centering: Centering = "centering",
+        local_crops: bool = True,
+        equivariant_logits: int = 0,
+    ) -> None:
+        super().__init__(config)
+        _check_arguments(config, head["num_prototypes"], equivariant_logits, student_temperature, centering)
+        if min(cls_weight, patch_weight) < 0 or not 0 <= center_momentum < 1:
+            raise ValueError(
+                "Weights must be 0 or more and `center_momentum` in [0, 1), got "
+                f"{cls_weight}, {patch_weight} and {center_momentum}."
+            )
+        self.student_temperature = student_temperature
+        self.cls_schedule, self.patch_schedule = cls_temperature, patch_temperature
+        self.cls_temperature = cls_temperature.start
+        self.patch_temperature = None if patch_temperature is None else patch_temperature.start
+        self.cls_weight, self.patch_weight = cls_weight, patch_weight
+        self.center_momentum, self.centering = center_momentum, centering
+        self.local_crops = local_crops
+        self.equivariant_logits = equivariant_logits
+        self.num_logits = head["num_prototypes"] - equivariant_logits  # that the loss sees
+        self.head = PrototypeHead(config.invariant_size or config.hidden_size, **head)
+        self.teacher_head = deepcopy(self.head).requires_grad_(False)
+        if centering == "centering":
+            self.register_buffer("cls_center", torch.zeros(self.num_logits))
+            if patch_temperature is not None:
+                self.register_buffer("patch_center", torch.zeros(self.num_logits))
+
+    # ---- the contract with the pretraining model ----
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher; local crops and masks where the loss uses them."""
+        return Needs(teacher=True, local_crops=self.local_crops, masks=self.patch_schedule is not None)
+
+    @property
+    def feature_config(self) -> EquiSSLConfig:
+        """``config``; with a logit split its features are the K logits, the last ones equivariant."""
+        if not self.equivariant_logits:
+            return self.config
+        sizes = {
+            "feature_size": self.num_logits + self.equivariant_logits,
+            "equivariant_size": self.equivariant_logits,
+        }
+        return type(self.config).from_dict({**self.config.to_dict(), **sizes})
+
+    def split(self, stem: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+        """The stem; with a logit split the student's head, whose last logits of patch tokens are equivariant."""
+        return self._split_logits if self.equivariant_logits else stem
+
+    def _split_logits(self, tokens: Tensor, part: str) -> Tensor:
+        if part == "invariant":
+            return tokens
+        # The patches' head: only their rows enter decoders.
+        features = Features(tokens=tokens, num_prefix_tokens=0, grid=(0, 0), stem=None)
+        flat = tokens.flatten(0, -2)
+        _, rows = self.head(features, flat[:0], flat)
+        weight = self.head.weights()[1][self.num_logits :]
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows @ weight.T).unflatten(0, tokens.shape[:-1])
+
+    def begin_step(self, progress: TrainingProgress) -> None:
+        """Set the teacher's temperatures."""
+        self.cls_temperature = self.cls_schedule.at(progress)
+        if self.patch_schedule is not None:
+            self.patch_temperature = self.patch_schedule.at(progress)
+
+    def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The head and its copy."""
+        yield self.head, self.teacher_head
+
+    # ---- loss ----
+
+    def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
+        """CLS loss, patch loss and what the subclass adds; then the centers move."""
+        if teacher is None or len(student.tokens) < 2:
+            raise ValueError(
+                f"Self-distillation needs a teacher and at least 2 global crops, got {len(student.tokens)} crops and "
+                f"{'no' if teacher is None else 'a'} teacher."
+            )
+        masked = None if self.patch_schedule is None else masked_patches(views, student)
+        with torch.no_grad():
+            taught = self._teacher_rows(teacher, masked)
+            teacher_weights = [weight[: self.num_logits] for weight in self.teacher_head.weights()]
+        cls_rows, patch_rows = self.head(student, _cls_of_all_crops(student), _tokens_at(student, masked))
+        weights = [weight[: self.num_logits] for weight in self.head.weights()]
+        with torch.autocast(cls_rows.device.type, enabled=False):  # temperatures of 0.04 need fp32
+            targets = self._cls_targets(taught.cls, teacher_weights[0])  # (V, B, K)
+            cls = cls_loss(cls_rows, weights[0], targets, self.student_temperature)
+            parts = {"loss_cls": self.cls_weight * cls}
+            if masked is not None and patch_rows is not None:
+                patch_targets = self._patch_targets(taught, teacher_weights[1])
+                parts["loss_patch"] = self.patch_weight * prototype_cross_entropy(
+                    patch_rows, weights[1], patch_targets, masked.weights, self.student_temperature
+                )
+            parts |= self._regularizers(student)
+            self._update_centers(taught.means, teacher_weights)
+            loss = torch.stack(list(parts.values())).sum()
+            logs = {name: part.detach() for name, part in parts.items()}
+            logs |= self._monitors(targets, cls.detach())
+        return LossOutput(loss=loss, logs=logs)
+
+    def _regularizers(self, student: Features) -> dict[str, Tensor]:
+        """Further weighted terms by name (``loss_*``)."""
+        return {}
+
+    def _monitors(self, targets: Tensor, cls: Tensor) -> dict[str, Tensor]:
+        """Collapse to one prototype is an entropy of 0, to all alike one of log K with a divergence of 0."""
+        entropy = torch.special.entr(targets).sum(dim=-1).mean()
+        temperature = cls.new_full((), self.cls_temperature)
+        return {"teacher_entropy": entropy, "cls_divergence": cls - entropy, "teacher_temperature": temperature}
+
+    def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
+        """What the teacher's head makes of CLS and masked patches; centers average what the loss uses."""
+        crops = teacher.tokens.shape[:2]
+        cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), _tokens_at(teacher, masked))
+        means = [cls.mean(dim=0)]
+        if patches is not None:
+            means.append(patches.sum(dim=0) / max(1, len(patches)))
+        return TeacherRows(cls.unflatten(0, crops), patches, means)
+
+    @torch.no_grad()
+    def _cls_targets(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """(V, B, d) -> (V, B, K)."""
+        logits = rows @ weight.T
+        if self.centering == "centering":
+            return centered_softmax(logits, self.cls_center, self.cls_temperature)
+        return sinkhorn_knopp(logits.flatten(0, 1), self.cls_temperature).view_as(logits)
+
+    @torch.no_grad()
+    def _patch_targets(self, taught: TeacherRows, weight: Tensor) -> Callable[[slice], Tensor]:
+        """Slice of the masked patches -> their targets (m, K)."""
+        rows, temperature = taught.patches, self.patch_temperature
+        assert rows is not None
+        assert temperature is not None
+        if self.centering == "centering":
+            return lambda part: centered_softmax(rows[part] @ weight.T, self.patch_center, temperature)
+        return sinkhorn_knopp(rows @ weight.T, temperature).__getitem__
+
+    @torch.no_grad()
+    def _update_centers(self, means: list[Tensor], weights: list[Tensor]) -> None:
+        """c <- m c + (1 - m) mean of logits. Prototypes are linear: processes exchange mean rows, d numbers each."""
+        if self.centering != "centering" or not self.training:
+            return
+        rows = all_reduce_sum(torch.stack(means)) / world_size()
+        centers = [self.cls_center] if len(means) == 1 else [self.cls_center, self.patch_center]
+        for center, row, weight in zip(centers, rows, weights[: len(means)], strict=True):
+            center.lerp_(weight @ row, 1 - self.center_momentum)
+
+
+def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    r"""Mean cross-entropy over all pairs of a teacher's global crop q and another crop v of the student.
+
+    .. math::
+        L = \frac{1}{V (V + L - 1)} \sum_{q} \sum_{v \ne q} \frac{1}{B} \sum_b H(t_{qb}, s_{vb})
+
+    With V = 2 that is 22 pairs beside 10 local crops, 18 beside 8. H is linear in the target, so each student row
+    meets the sum of its teachers' targets once.
+
+    Args:
+        rows: ((V + L) * B, d), unit rows of the student, global crops first.
+        weight: (K, d), prototypes.
+        targets: t, (V, B, K).
+        temperature: Of the student's softmax.
+    """
+    crops, images = targets.shape[:2]
+    pairs = crops * (len(rows) // images - 1)
+    # For each global crop the sum over the others, then the sum over all, which is for local crops.
+    others = [torch.cat([targets[:crop], targets[crop + 1 :]]).sum(dim=0) for crop in range(crops)]
+    sums = torch.stack([*others, targets.sum(dim=0)])  # (V + 1, B, K)
+    of_row = torch.arange(len(rows), device=rows.device)
+    of_row = torch.where(of_row < crops * images, of_row, crops * images + of_row % images)
+    return prototype_cross_entropy(
+        rows,
+        weight,
+        lambda part: sums.flatten(0, 1)[of_row[part]],
+        rows.new_full((len(rows),), 1 / (pairs * images)),
+        temperature,
+    )
+
+
+def masked_patches(views: Views, features: Features) -> MaskedPatches:
+    """Where the masked patches are, without waiting for the device if the views carry ``mask_indices``.
+
+    Raises:
+        ValueError: If the views have no masks or masks of another shape.
+    """
+    crops, images, tokens = features.tokens.shape[:3]
+    patches = tokens - features.num_prefix_tokens
+    if views.masks is None or views.masks.shape != (crops, images, patches):
+        raise ValueError(
+            f"The patch loss needs masks of shape {(crops, images, patches)} (V, B, N), the views carry "
+            f"{None if views.masks is None else tuple(views.masks.shape)}. Build the view pipeline with this "
+            "objective's `needs`, masks (`views.pipeline.masks`) and the encoder's patch size."
+        )
+    indices = views.mask_indices
+    if indices is None:
+        indices = views.masks.flatten().nonzero().squeeze(1)
+    counts = views.masks.flatten(0, 1).sum(dim=1).clamp(min=1)  # (V * B,)
+    crop = indices // patches
+    weights = 1 / (counts[crop] * (crops * images)).float()
+    return MaskedPatches(indices, indices + (crop + 1) * features.num_prefix_tokens, weights)
+
+
+def _tokens_at(features: Features, masked: MaskedPatches | None) -> Tensor | None:
+    return None if masked is None else features.tokens.flatten(0, 2).index_select(0, masked.tokens)
+
+
+def _cls_of_all_crops(features: Features) -> Tensor:
+    """((V + L) * B, D)."""
+    rows = features.cls.flatten(0, 1)
+    return rows if features.local_tokens is None else torch.cat([rows, features.local_tokens[:, :, 0].flatten(0, 1)])
+
+
+def _check_arguments(
+    config: EquiSSLConfig, num_prototypes: int, equivariant_logits: int, student_temperature: float, centering: str
+) -> None:
+    if centering not in ("centering", "sinkhorn"):
+        raise ValueError(f"`centering` is {centering!r}, expected 'centering' or 'sinkhorn'.")
+    if student_temperature <= 0:
+        raise ValueError(f"`student_temperature` is {student_temperature}, expected a value above 0.")
+    if not 0 <= equivariant_logits < num_prototypes:
+        raise ValueError(
+            f"`equivariant_logits` is {equivariant_logits}, expected 0 (stem split) or fewer than the "
+            f"{num_prototypes} prototypes."
+        )
+    if equivariant_logits and config.feature_size is not None:
+        raise ValueError(
+            f"`equivariant_logits` ({equivariant_logits}) splits the head's output, and this encoder has a stem that "
+            f"is split already (feature_size {config.feature_size}). Set feature_size and equivariant_size to null."
+        )
