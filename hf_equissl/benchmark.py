@@ -1,7 +1,8 @@
 """What the reconstruction costs: one training step with lambda > 0 against one with lambda = 0, and the loader's speed.
 
 Both steps are those of ``EquiSSLTrainer`` on one device: views (with the reconstruction targets where lambda > 0),
-forward, backward, optimizer. They take turns, so that whatever else the machine does falls on both.
+forward (of the teacher, too, where there is one), backward, clipping, optimizer, the teacher's update. They take turns,
+so that whatever else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from torch.utils.data import DataLoader
 from .data import ImageSource, ImageViewDataset
 from .data.decoding import ImageDecodeError, decode_image
 from .data.randomness import sample_generator
+from .optimization import clip_gradients, optimizer_groups
 from .pretraining import EquiSSLForPreTraining
 from .recipes import Recipe
+from .schedules import TrainingProgress, teacher_momentum
 from .strict import RecipeError
 from .timing import Stopwatch, take_turns, timed
 from .trainer import EquiSSLTrainer
-from .views.collator import collate_views
+from .training_arguments import EquiSSLTrainingArguments
+from .views.collator import ViewCollator
 from .views.cropping import Box
 from .views.pipelines import ViewPipeline
 
@@ -41,11 +45,14 @@ SIDES = (BASE, FULL)
 # Time per step that L_recon adds to VICReg, ViT-S/16: 156 s per epoch become 179 s (arXiv 2503.18753, version 2).
 PAPER_OVERHEAD = 0.147
 AIM = PAPER_OVERHEAD / 2
-VIEWS, ENCODER, INVARIANCE, EQUIVARIANCE = "views", "encoder forward", "base loss forward", "reconstruction forward"
-SUM, BACKWARD, OPTIMIZER = "loss sum", "backward", "optimizer"
-PARTS = (VIEWS, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER)
+VIEWS, TEACHER, ENCODER = "views", "teacher forward", "encoder forward"
+INVARIANCE, EQUIVARIANCE, SUM = "base loss forward", "reconstruction forward", "loss sum"
+BACKWARD, OPTIMIZER, UPDATE = "backward", "optimizer", "teacher update"
+PARTS = (VIEWS, TEACHER, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER, UPDATE)
 EQUIVARIANCE_BACKWARD = "reconstruction backward"
 MIB = 1024**2
+# A step costs what it costs at any point of a run.
+PROGRESS = TrainingProgress(step=0, max_steps=1, steps_per_epoch=1)
 # Output size, filter and box of one PIL resize.
 Crop: TypeAlias = tuple[tuple[int, int], int, Box]
 
@@ -58,7 +65,7 @@ class Side:
         model, pipeline, optimizer: As the Trainer builds them from the recipe.
         batch: Collated uint8 crops and draws, on the CPU.
         device: Where the step runs.
-        max_grad_norm: Of the recipe; 0 does not clip.
+        args: The recipe's.
     """
 
     model: EquiSSLForPreTraining
@@ -66,12 +73,13 @@ class Side:
     optimizer: torch.optim.Optimizer
     batch: dict[str, Tensor]
     device: torch.device
-    max_grad_norm: float
+    args: EquiSSLTrainingArguments
     stopwatch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
         hooked: list[tuple[str, nn.Module]] = [(ENCODER, self.model.student), (INVARIANCE, self.model.invariance)]
+        hooked += [(TEACHER, self.model.teacher)] if self.model.teacher is not None else []
         for name, module in (*hooked, *((EQUIVARIANCE, objective) for objective in self.model.equivariance)):
             module.register_forward_hook(lambda *_, name=name: self.stopwatch.mark(name))
 
@@ -79,6 +87,7 @@ class Side:
         """One training step; see ``Stopwatch.stop``."""
         watch = self.stopwatch
         watch.start()
+        self.model.begin_step(PROGRESS)
         views = self.views()
         watch.mark(VIEWS)
         with self.autocast(dtype):
@@ -86,12 +95,21 @@ class Side:
         watch.mark(SUM)
         loss.backward()
         watch.mark(BACKWARD)
-        if self.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.clip()
         self.optimizer.step()
         self.model.zero_grad()
         watch.mark(OPTIMIZER)
+        self.model.update_teacher(teacher_momentum(self.args, PROGRESS))
+        watch.mark(UPDATE)
         return watch.stop()
+
+    def clip(self) -> None:
+        """Clip gradients as the Trainer does."""
+        if self.args.max_grad_norm > 0:
+            if self.args.grad_clipping == "global":
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            else:
+                clip_gradients(self.model.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
 
     def equivariance_alone(self, dtype: str) -> dict[str, Any]:
         """The equivariance objectives on given tokens: their forward, and their backward up to those tokens."""
@@ -149,20 +167,15 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
         "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
     )
     model = EquiSSLForPreTraining(recipe.build_pretraining_config()).train().to(device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
     optimizer_class, arguments = EquiSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
     pipeline = recipe.build_pipeline(model.needs)
     return Side(
         model=model,
         pipeline=pipeline,
-        optimizer=optimizer_class(groups, **arguments),
+        optimizer=optimizer_class(optimizer_groups(model, args), **arguments),
         batch=crop_batch(pipeline, images, batch_size),
         device=device,
-        max_grad_norm=args.max_grad_norm or 0.0,
+        args=args,
     )
 
 
@@ -190,7 +203,8 @@ def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size
         rng = sample_generator(0, 0, index)
         draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
         samples.append({"draws": draws, **pipeline.crop(images[index % len(images)], rng), "index": index})
-    return {key: value for key, value in collate_views(samples).items() if isinstance(value, Tensor)}
+    batch = ViewCollator(pipeline)(samples)
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def synthetic_images(count: int, size: int) -> list[Image.Image]:
@@ -249,7 +263,7 @@ def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, An
         result[f"{prefix}overhead"] = median(ratios) - 1
         base, more = result["sides"][BASE], result["sides"][FULL][parts]
         added = more[EQUIVARIANCE] + more[EQUIVARIANCE_BACKWARD]
-        added += sum(more[part] - base[parts][part] for part in (VIEWS, OPTIMIZER))
+        added += sum(more[part] - base[parts][part] for part in (VIEWS, OPTIMIZER, UPDATE))
         result[f"parts_{prefix}overhead"] = added / base[total]
     return result
 
@@ -342,7 +356,7 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
         processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
     """
     keys, plain = plain_crops(dataset, num_images)
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate_views)
+    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=ViewCollator(dataset.pipeline))
 
     def read_all() -> None:
         for _ in loader:

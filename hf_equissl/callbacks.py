@@ -2,11 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import has_length
 
+from .schedules import TrainingProgress, last_layer_is_held, teacher_momentum, weight_decay
 from .training_arguments import EquiSSLTrainingArguments
+
+if TYPE_CHECKING:
+    from .pretraining import EquiSSLForPreTraining
+
+
+class ScheduleCallback(TrainerCallback):
+    """What changes from step to step beside the learning rate: temperatures, weight decay, the last layer, the teacher.
+
+    Everything follows from the step's number alone, so a resumed run goes on where it stopped.
+
+    Attributes:
+        steps_per_epoch: Length of an epoch in schedules, known once training begins.
+        values: Those of the current step that are worth a log line.
+    """
+
+    def __init__(self) -> None:
+        self.steps_per_epoch: int | None = None
+        self.values: dict[str, float] = {}
+
+    def on_train_begin(  # type: ignore[override]
+        self,
+        args: EquiSSLTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find out how long an epoch is."""
+        self.steps_per_epoch = args.epoch_steps
+        if self.steps_per_epoch is None and has_length(train_dataloader):
+            self.steps_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+
+    def on_step_begin(  # type: ignore[override]
+        self,
+        args: EquiSSLTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: EquiSSLForPreTraining,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        **kwargs: Any,
+    ) -> None:
+        """Set the step's values, before its first micro-batch."""
+        progress = self._progress(args, state)
+        model.begin_step(progress)
+        self.values = {"teacher_momentum": teacher_momentum(args, progress)} if model.needs.teacher else {}
+        if args.weight_decay_end is not None:
+            self.values["weight_decay"] = weight_decay(args, progress)
+        for index, group in enumerate(optimizer.param_groups):
+            if group.get("decayed") and "weight_decay" in self.values:
+                group["weight_decay"] = self.values["weight_decay"]
+            if group.get("last_layer"):
+                held = last_layer_is_held(args, progress)
+                group["lr"] = 0.0 if held else lr_scheduler.get_last_lr()[index]
+
+    def on_optimizer_step(  # type: ignore[override]
+        self,
+        args: EquiSSLTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: EquiSSLForPreTraining,
+        **kwargs: Any,
+    ) -> None:
+        """Let the teacher follow the student's new weights."""
+        model.update_teacher(teacher_momentum(args, self._progress(args, state)))
+
+    def _progress(self, args: EquiSSLTrainingArguments, state: TrainerState) -> TrainingProgress:
+        return TrainingProgress(state.global_step, state.max_steps, self.steps_per_epoch)
 
 
 class EquiSSLProgressCallback(ProgressCallback):

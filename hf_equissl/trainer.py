@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from .callbacks import EquiSSLProgressCallback
+from .callbacks import EquiSSLProgressCallback, ScheduleCallback
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .files import move_into_place
 from .loss_history import LossHistory, check_weights
+from .optimization import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
 from .pretraining import EquiSSLForPreTraining
+from .schedules import TrainingProgress, last_layer_is_held
 from .training_arguments import EquiSSLTrainingArguments
-from .views.collator import collate_views
+from .views.collator import ViewCollator
 from .views.pipelines import ViewPipeline
 
 logger = logging.get_logger(__name__)
@@ -34,7 +37,10 @@ class EquiSSLTrainer(Trainer):
     - the collated batch (uint8 crops and random draws) becomes ``Views`` on the training device (``pipeline``);
     - samples are addressed as (epoch, index), so that views do not depend on workers, ranks or a resume;
     - named loss parts are averaged over steps and ranks and logged; a non-finite one stops the run before it is saved;
-    - biases, norms and other 1-D parameters get no weight decay;
+    - the optimizer's groups follow ``optimization.parameter_group``: no weight decay on 1-D parameters, layer-wise
+      learning rates;
+    - temperatures, weight decay and the teacher follow their schedules (``ScheduleCallback``);
+    - gradients are clipped together, per tensor or per module (``grad_clipping``);
     - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete or does not exist.
 
     Args:
@@ -42,6 +48,8 @@ class EquiSSLTrainer(Trainer):
         skipped_images: Counts images that do not decode and stops the run above its share.
 
     Raises:
+        ValueError: A schedule is stated in epochs and the data is a stream without ``epoch_steps``; or a setting cannot
+            act on this model, optimizer or launcher.
         NonFiniteLossError: from ``train``, naming the step, the part, and the last good checkpoint.
         TooManyBadImages: from ``train``.
     """
@@ -58,16 +66,39 @@ class EquiSSLTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model.freeze_unused()
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_views, **kwargs)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=ViewCollator(pipeline), **kwargs
+        )
+        self._check_settings(model, stream=isinstance(train_dataset, IterableDataset))
         self.pipeline = pipeline
         self.skipped_images = skipped_images or SkippedImages()
         self.history = LossHistory()
         self._saving = False
         # Drop path draws from the global generator, which the parent seeds alike on every process.
         torch.manual_seed(args.seed + args.process_index)
+        self.schedules = ScheduleCallback()
+        self.add_callback(self.schedules)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(EquiSSLProgressCallback())
+
+    def _check_settings(self, model: EquiSSLForPreTraining, stream: bool) -> None:
+        """Refuse what would fail at the first step, or do nothing and say nothing."""
+        args = self.args
+        if stream:
+            progress = TrainingProgress(0, max(1, args.max_steps), args.epoch_steps)
+            model.begin_step(progress)
+            last_layer_is_held(args, progress)
+        if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs}, and this model has no prototypes to "
+                "hold. Set it to 0."
+            )
+        if self.is_deepspeed_enabled and args.grad_clipping != "global":
+            raise ValueError(
+                f"grad_clipping is {args.grad_clipping!r}, and DeepSpeed clips by the global norm only. Set it to "
+                "global, or use DDP or FSDP."
+            )
 
     # ---- data ----
 
@@ -124,15 +155,42 @@ class EquiSSLTrainer(Trainer):
         """Add the loss parts' mean since the last log to the parent's entry."""
         if "loss" in logs:
             logs |= self.history.drain(self._last_checkpoint)
+            logs |= self.schedules.values
             logs["images_skipped"] = self.skipped_images.count
         super().log(logs, start_time)
 
     # ---- optimizer ----
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's optimizer, with the groups of ``optimization.optimizer_groups``.
+
+        Raises:
+            ValueError: The optimizer chooses its groups itself, and a setting needs ours.
+        """
+        if self.optimizer is None:
+            module: Any = self.model if model is None else model
+            kind, given = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, module)
+            if is_optimizer_factory(kind) or given.keys() & {"params", "model", "optimizer_dict"}:
+                if settings := need_own_groups(self.args):
+                    raise ValueError(
+                        f"The optimizer {self.args.optim} chooses its parameter groups itself, which {settings[0]} "
+                        "cannot reach. Use another, e.g. optim: adamw_torch, or leave that setting out."
+                    )
+            else:
+                given = {**given, "params": optimizer_groups(module, self.args)}
+            self.optimizer_cls_and_kwargs = kind, given
+        return super().create_optimizer(model)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Parameters with weight decay: all but biases, norm scales and whatever else has one dimension."""
-        # Under ZeRO-3 a parameter is an empty placeholder that remembers its shape.
-        return [name for name, value in model.named_parameters() if len(getattr(value, "ds_shape", value.shape)) > 1]
+        """Parameters with weight decay, for optimizers that choose their groups themselves."""
+        return [rule.name for rule in parameter_rules(model, self.args) if rule.group.decayed]  # type: ignore[arg-type]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip by the chosen rule; the norm of all gradients together before that."""
+        if self.args.grad_clipping == "global":
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_gradients(self.model.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The parent's, in steps that are logged: without clipping it is one more pass over all gradients."""

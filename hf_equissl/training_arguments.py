@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
+GRADIENT_CLIPPINGS = ("global", "parameter", "module")
 
 
 @dataclass
@@ -28,6 +29,17 @@ class EquiSSLTrainingArguments(TrainingArguments):
         learning_rate_scaling: "linear", "sqrt" or "none".
         learning_rate_reference_batch: Global batch at which the base value holds.
         monitor_features: Log feature standard deviation and effective rank at every logging step.
+        weight_decay_end: Weight decay follows half a cosine from ``weight_decay`` to this; ``None``: constant.
+        teacher_momentum: The EMA teacher's momentum in the first step, and
+        teacher_momentum_end: towards the last, along half a cosine. Without a teacher neither is used.
+        epoch_steps: Steps of an epoch, for what is stated in epochs (temperatures, held layers). ``None``: those of a
+            pass over the data; DINOv2 has 1250, whatever the data.
+        layer_decay: Learning rate of a block, relative to the block above it (``optimization.parameter_group``).
+        patch_embedding_lr_multiplier: Times the patch embedding's learning rate, beside ``layer_decay``.
+        freeze_last_layer_epochs: The prototypes' learning rate is 0 for so many epochs, as in DINOv2. (iBOT and DINO
+            drop the gradient instead: there the optimizer's moments start only afterwards.)
+        grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
+            "module", encoder, heads, stem and decoders apart (DINOv2).
 
     Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
     incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept,
@@ -49,9 +61,25 @@ class EquiSSLTrainingArguments(TrainingArguments):
     monitor_features: bool = field(
         default=True, metadata={"help": "Log feature standard deviation and effective rank."}
     )
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Weight decay at the end of a cosine from weight_decay; none: constant."}
+    )
+    teacher_momentum: float = field(default=0.996, metadata={"help": "Momentum of the EMA teacher, first step."})
+    teacher_momentum_end: float = field(default=1.0, metadata={"help": "Momentum of the EMA teacher, last step."})
+    epoch_steps: int | None = field(
+        default=None, metadata={"help": "Steps of an epoch in schedules; none: those of a pass over the data."}
+    )
+    layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a block relative to the next one."})
+    patch_embedding_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Times the learning rate of the patch embedding."}
+    )
+    freeze_last_layer_epochs: float = field(default=0.0, metadata={"help": "Epochs for which prototypes are held."})
+    grad_clipping: str = field(
+        default="global", metadata={"help": "What max_grad_norm bounds: global, parameter or module."}
+    )
 
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and 1-D parameters."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the global gradient norm; 0 means no clipping."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Bound of grad_clipping; 0 means no clipping."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule; e.g. cosine, cosine_with_min_lr."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a bad loss must be seen."})
@@ -84,12 +112,24 @@ class EquiSSLTrainingArguments(TrainingArguments):
                 f"learning_rate_scaling must be one of {', '.join(LEARNING_RATE_SCALINGS)}, "
                 f"got {self.learning_rate_scaling!r}."
             )
+        if self.grad_clipping not in GRADIENT_CLIPPINGS:
+            raise ValueError(
+                f"grad_clipping must be one of {', '.join(GRADIENT_CLIPPINGS)}, got {self.grad_clipping!r}."
+            )
         if self.learning_rate_reference_batch < 1:
             raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "base_learning_rate", "dataloader_num_workers"):
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1 (no decay), got {self.layer_decay}.")
+        if self.epoch_steps is not None and self.epoch_steps < 1:
+            raise ValueError(f"epoch_steps must be >= 1, got {self.epoch_steps}.")
+        not_negative = ("learning_rate", "base_learning_rate", "dataloader_num_workers", "weight_decay_end")
+        for name in (*not_negative, "patch_embedding_lr_multiplier", "freeze_last_layer_epochs", "max_grad_norm"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.save_steps <= 0:

@@ -19,6 +19,8 @@ from hf_equissl.benchmark import (
     FULL,
     PARTS,
     SIDES,
+    TEACHER,
+    UPDATE,
     build_sides,
     peak_memory,
     plain_crops,
@@ -36,6 +38,17 @@ objectives:
   invariance: {name: vicreg, expander_sizes: [32, 32]}
   equivariance: [{name: reconstruction, weight: 0.5, decoder_widths: [8, 8, 8]}]
 views: {pipeline: {name: vicreg}, transformation: {name: rotation}}
+"""
+IBOT = """
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
+        feature_size: 32, equivariant_size: 16}
+objectives:
+  invariance: {name: ibot, num_prototypes: 16, head_hidden_size: 32, bottleneck_size: 8}
+  equivariance: [{name: reconstruction, weight: 0.5, decoder_widths: [8, 8, 8]}]
+views:
+  pipeline: {name: ibot, local: {count: 2, size: 16, crop_scale: [0.1, 0.35]}, masks: {min_patches: 1}}
+  transformation: {name: rotation}
+training: {grad_clipping: parameter, max_grad_norm: 3.0, layer_decay: 0.9, teacher_momentum: 0.9}
 """
 
 
@@ -98,6 +111,25 @@ def test_the_steps_differ_in_the_reconstruction_alone(path: Path) -> None:
     assert sum(run["parts"].values()) == pytest.approx(run["wall"])  # nothing of the step is left out
 
 
+def test_a_step_with_a_teacher(tmp_path: Path) -> None:
+    """Its pass and its update belong to the step: on masked crops and local ones, as the Trainer has them."""
+    file = tmp_path / "ibot.yaml"
+    file.write_text(IBOT)
+    sides = build_sides(Recipe.load(file), 4, torch.device("cpu"), synthetic_images(3, 32))
+    for side in sides.values():
+        assert {"masks", "mask_indices", "local_crops"} <= side.batch.keys()
+        assert {group["lr_multiplier"] for group in side.optimizer.param_groups} == {1.0, 0.9, 0.9**2, 0.9**3}
+        before = side.model.teacher.layernorm.bias.clone()
+        run = side.step("fp32")
+        after, student = side.model.teacher.layernorm.bias, side.model.student.layernorm.bias
+        torch.testing.assert_close(after, 0.9 * before + 0.1 * student.detach())
+        assert not torch.equal(after, before)
+        assert run["parts"][TEACHER] > 0
+        assert run["parts"][UPDATE] > 0
+        assert sum(run["parts"].values()) == pytest.approx(run["wall"])
+    assert sides[FULL].equivariance_alone("fp32")["parts"][EQUIVARIANCE_BACKWARD] > 0
+
+
 def test_the_plain_loop_cuts_the_same_crops(path: Path, photo_folder: Path) -> None:
     recipe = Recipe.load(path, {"data.source": str(photo_folder)})
     sides = build_sides(recipe, 2, torch.device("cpu"), synthetic_images(2, 32))
@@ -132,7 +164,10 @@ def test_mistakes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_on_cpu(path: Path) -> None:
+@pytest.mark.parametrize("text", [TINY, IBOT])
+def test_peak_memory_on_cpu(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
     recipe = Recipe.load(path)
     sides = build_sides(recipe, 64, torch.device("cpu"), synthetic_images(2, 32))
     memory = peak_memory(recipe, sides, "fp32")

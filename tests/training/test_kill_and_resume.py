@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,21 +16,28 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
+TIMEOUT = 600.0  # seconds, for machines with other things to do
 SMALL = ["--training.per_device_train_batch_size", "16", "--training.max_steps", str(STEPS)]
 SMALL += ["--training.save_steps", "4", "--training.logging_steps", "2", "--training.warmup_steps", "2"]
+# Epochs of 2 steps: the temperature rises over 4 of them and the prototypes wait for 3, so that every schedule moves on
+# both sides of checkpoint-4.
+IBOT = ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--training.bf16", "false"]
+IBOT += ["--objectives.invariance.teacher_temperature_warmup_epochs", "4", "--training.freeze_last_layer_epochs", "3"]
+IBOT += ["--training.epoch_steps", "2", "--training.grad_clipping", "parameter", "--training.max_grad_norm", "3"]
+IBOT += ["--objectives.invariance.num_prototypes", "64", "--objectives.invariance.head_hidden_size", "32"]
 
 
-def launch(data: Path, output: Path, *extra: str) -> subprocess.Popen[bytes]:
+def launch(recipe: str, data: Path, output: Path, *extra: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["training/pretrain.py", "--recipe", "cifar10_vicreg_rot", "--data", str(data)]
+    command += ["training/pretrain.py", "--recipe", recipe, "--data", str(data)]
     command += ["--output_dir", str(output), *SMALL, *extra]
     log = output.with_suffix(".log").open("ab")
     # A session of its own, so that the launcher and its child die together.
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
-def kill_at(process: subprocess.Popen[bytes], checkpoint: Path, timeout: float = 240) -> None:
+def kill_at(process: subprocess.Popen[bytes], checkpoint: Path, timeout: float = TIMEOUT) -> None:
     """SIGKILL as soon as ``checkpoint`` appears: the run is then somewhere in the steps behind it."""
     end = time.monotonic() + timeout
     while not checkpoint.is_dir():
@@ -40,19 +48,46 @@ def kill_at(process: subprocess.Popen[bytes], checkpoint: Path, timeout: float =
     process.wait()
 
 
-@pytest.mark.parametrize("source", ["cifar10", "photographs"])
+@pytest.mark.parametrize(
+    ("recipe", "source", "options"),
+    [
+        pytest.param("cifar10_vicreg_rot", "cifar10", [], id="cifar10"),
+        pytest.param("cifar10_vicreg_rot", "photographs", [], id="photographs"),
+        pytest.param("cifar10_ibot_rot", "photographs", IBOT, id="ibot"),
+    ],
+)
 def test_kill_9_and_resume_gives_the_unbroken_run(
-    source: str, request: pytest.FixtureRequest, photo_folder: Path, tmp_path: Path
+    recipe: str, source: str, options: list[str], request: pytest.FixtureRequest, photo_folder: Path, tmp_path: Path
 ) -> None:
     data = request.getfixturevalue("shared_data") / "cifar10" if source == "cifar10" else photo_folder
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    whole = launch(data, unbroken)
-    kill_at(launch(data, broken, "--training.dataloader_num_workers", "1"), broken / "checkpoint-4")
+    whole = launch(recipe, data, unbroken, *options)
+    workers = "--training.dataloader_num_workers"
+    kill_at(launch(recipe, data, broken, *options, workers, "1"), broken / "checkpoint-4")
     assert not (broken / "encoder").exists()
-    assert launch(data, broken, "--training.dataloader_num_workers", "2").wait(timeout=240) == 0
-    assert whole.wait(timeout=240) == 0
+    assert launch(recipe, data, broken, *options, workers, "2").wait(timeout=TIMEOUT) == 0
+    assert whole.wait(timeout=TIMEOUT) == 0
     for file in (f"checkpoint-{STEPS}/model.safetensors", "encoder/model.safetensors"):
         left, right = load_file(unbroken / file), load_file(broken / file)
         assert left.keys() == right.keys()
         for key, value in left.items():
             assert torch.equal(value, right[key]), f"{file}: {key}"
+    if recipe == "cifar10_ibot_rot":
+        check_schedules(load_file(unbroken / f"checkpoint-{STEPS}" / "model.safetensors"), unbroken, broken)
+
+
+def check_schedules(weights: dict[str, torch.Tensor], *runs: Path) -> None:
+    """Equal could mean that nothing moved: teacher, centers and every schedule did, on both sides of the break."""
+    student, teacher = (weights[f"{role}.encoder.layer.0.mlp.fc1.weight"] for role in ("student", "teacher"))
+    assert not torch.equal(student, teacher)
+    assert weights["invariance.cls_center"].abs().max() > 0
+    assert weights["invariance.patch_center"].abs().max() > 0
+    states = [json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for run in runs]
+    logs = [[entry for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0]] == list(range(2, STEPS + 1, 2))
+    for name in ("teacher_momentum", "weight_decay"):
+        assert len({entry[name] for entry in logs[0]}) == len(logs[0]), name
+    temperatures = [entry["ibot/teacher_temperature"] for entry in logs[0]]
+    assert temperatures == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
+    assert {"loss_reconstruction", "ibot/loss_patch"} <= logs[0][0].keys()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,22 +15,28 @@ ROOT = Path(__file__).resolve().parents[2]
 # 32 images in batches of 2 x 4: four steps an epoch, so checkpoint-5 lies inside the second.
 SMALL = ["--training.per_device_train_batch_size", "4", "--training.max_steps", "7", "--training.save_steps", "5"]
 SMALL += ["--training.logging_steps", "1", "--training.warmup_steps", "1"]
+VICREG, IBOT = "cifar10_vicreg_rot", "cifar10_ibot_rot"
+RECIPES = {
+    VICREG: [],
+    IBOT: ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--training.bf16", "false"],
+}
 
 
-def run(photos: Path, output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def run(photos: Path, output: Path, *extra: str, recipe: str = VICREG) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["training/pretrain.py", "--recipe", "cifar10_vicreg_rot", "--data", str(photos)]
-    command += ["--output_dir", str(output), *SMALL, *extra]
+    command += ["training/pretrain.py", "--recipe", recipe, "--data", str(photos)]
+    command += ["--output_dir", str(output), *SMALL, *RECIPES[recipe], *extra]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_resume_on_two_processes_is_exact(photo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resume_on_two_processes_is_exact(recipe: str, photo_folder: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    first = run(photo_folder, whole)
+    first = run(photo_folder, whole, recipe=recipe)
     assert first.returncode == 0, first.stderr
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
-    second = run(photo_folder, resumed)
+    second = run(photo_folder, resumed, recipe=recipe)
     assert second.returncode == 0, second.stderr
     left, right = (load_file(folder / "checkpoint-7" / "model.safetensors") for folder in (whole, resumed))
     for key, value in left.items():
