@@ -13,6 +13,7 @@ from hf_equissl.strict import nearest
 
 from .base import Evaluator
 from .data import image_set, load_evaluation_data
+from .effective_rank import EffectiveRankEvaluator
 from .encoders import FEATURES, FrozenEncoder, load_encoder
 from .images import EvaluationData, ImageSet
 from .knn import KNNEvaluator
@@ -23,6 +24,7 @@ from .results import ResultRecord, as_logs, load_records, merge_records, save_re
 from .transformation_regression import TransformationRegressionEvaluator
 
 EVALUATORS: dict[str, type[Evaluator]] = {
+    "effective_rank": EffectiveRankEvaluator,
     "knn": KNNEvaluator,
     "linear": LinearEvaluator,
     "transformation_regression": TransformationRegressionEvaluator,
@@ -61,6 +63,7 @@ __all__ = [
     "EVALUATORS",
     "FEATURES",
     "PROTOCOLS",
+    "EffectiveRankEvaluator",
     "EvaluationData",
     "Evaluator",
     "FrozenEncoder",

@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="KIND",
         default=["cls", "patches", "backbone"],
-        help="features for linear probe and kNN; default: cls patches backbone",
+        help="features for linear probe, kNN and effective rank; default: cls patches backbone",
     )
     add("--seeds", type=int, default=None, metavar="N", help="seeds of the regression probe; default: 3")
     add(
@@ -153,7 +153,7 @@ def choose_evaluators(arguments: argparse.Namespace, data: EvaluationData, proto
     names = arguments.evaluators
     if names is None:
         labelled = data.train.labels is not None and data.test.labels is not None
-        names = list(EVALUATORS) if labelled else ["transformation_regression"]
+        names = list(EVALUATORS) if labelled else ["effective_rank", "transformation_regression"]
     regression = {
         "families": arguments.tests,
         "features": arguments.features,
@@ -164,6 +164,7 @@ def choose_evaluators(arguments: argparse.Namespace, data: EvaluationData, proto
     }
     settings: dict[str, dict[str, Any]] = {
         "transformation_regression": {key: value for key, value in regression.items() if value is not None},
+        "effective_rank": {"features": arguments.class_features},
         "linear": {"features": arguments.class_features},
         "knn": {"features": arguments.class_features},
     }

@@ -27,6 +27,11 @@ FEATURES = ("cls", "patches", "backbone", "invariant", "equivariant")
 _ENCODER_FOLDER = "encoder"
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
 _UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteFeaturesError(ValueError):
+    """An encoder gives features that are infinite or not a number."""
 
 
 def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_options: Any) -> nn.Module:
@@ -134,7 +139,7 @@ class FrozenEncoder:
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
         name: str | None = None,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         batch_size: int = 256,
         device: str | torch.device | None = None,
         **load_options: Any,
@@ -147,13 +152,13 @@ class FrozenEncoder:
             image_mean: Default: the image processor's, else ImageNet's.
             image_std: Likewise.
             name: What records call the encoder; default: its path or id, or the class of the module.
-            precision: "bf16" runs the encoder under bfloat16 autocast; features are returned in float32 either way.
+            precision: "bf16" and "fp16" run the encoder under autocast; features are returned in float32 either way.
             batch_size: Images per forward pass.
             device: Where an encoder given by path is put; default: CUDA if there is one.
             **load_options: ``trust_remote_code``, ``revision``, ``subfolder``, ... for an encoder given by path.
         """
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
+        if precision not in _AUTOCAST:
+            raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         saved: dict[str, Any] = {}
@@ -266,10 +271,12 @@ class FrozenEncoder:
             name -> (B, .) float32, on the encoder's device.
 
         Raises:
-            ValueError: for features that the encoder does not have, or when features are not finite.
+            ValueError: for features that the encoder does not have.
+            NonFiniteFeaturesError: when features are not finite.
         """
         self.check_features(names)
-        with self.frozen(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        dtype = _AUTOCAST[self.precision]
+        with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             cls, patches = self._cls_and_patches(pixel_values)
             made = {"cls": cls, "patches": patches}
             if "backbone" in names:
@@ -281,7 +288,7 @@ class FrozenEncoder:
                     made[part] = rows.flatten(1)
         chosen = {name: made[name].float() for name in names}
         if not all(bool(torch.isfinite(value).all()) for value in chosen.values()):
-            raise ValueError(f"{self.name} gives features that are not finite: its training has diverged.")
+            raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: its training has diverged.")
         return chosen
 
     def _cls_and_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

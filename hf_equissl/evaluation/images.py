@@ -151,7 +151,10 @@ class ImageSet:
         """A fixed random part of ``limit`` images; itself if it has no more. What is known of the whole is reused."""
         if limit is None or limit >= len(self):
             return self
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+        return self.part(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit].sort().values)
+
+    def part(self, rows: Tensor) -> ImageSet:
+        """The images of some ``rows`` (m,), ascending. What is known of the whole is reused."""
         return replace(
             self,
             images=_Part(self.images, rows.tolist()),

@@ -9,13 +9,14 @@ SMALL_IMAGE_SIDE = 64
 
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     # 224-pixel images: the classes' own defaults. 50 epochs, a new theta per image and epoch; three seeds.
-    "full": {"transformation_regression": {}, "linear": {}, "knn": {}},
+    "full": {"transformation_regression": {}, "linear": {}, "knn": {}, "effective_rank": {}},
     # 32-pixel images on one CPU core (CIFAR-10, 50,000 images): two theta per image, shared by eight epochs. More
     # draws and epochs raise every encoder's R2 a little and cost minutes; the order of encoders stays.
     "small": {
         "transformation_regression": {"epochs": 8, "num_draws": 2, "precision": "bf16"},
         "linear": {"solver": "lbfgs", "standardize": True},
         "knn": {},
+        "effective_rank": {},
     },
 }
 
