@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .launch import GIB, Run
-from .planning import Cost, Schedule, batch_of
+from .launch import Run
+from .objectives import Objective
+from .optimization import parameter_rules
+from .optimizer_table import optimizer_rows
+from .output_folder import GIB
+from .planning import Cost, batch_of, without_weights
+from .run_plan import milestones
+from .strict import RecipeError
 from .views.base import Views
 from .views.pipelines import ViewPipeline
 
@@ -20,17 +26,49 @@ PICTURE_ROWS = 6
 SMALLEST_CELL = 96  # pixels; smaller views are enlarged by whole factors so that people see something
 HEADING = 14
 GAP = 2
+A100_TFLOPS = 312.0
 
 
-def dry_run_report(run: Run) -> str:
+@dataclass(frozen=True)
+class Speed:
+    """What a device is assumed to do.
+
+    Attributes:
+        utilisation: Share of the peak that a model's own operations reach (model-FLOPs utilisation), in (0, 1].
+        device_tflops: Peak of one device, in 10^12 operations per second; the default is an A100's in bf16.
+
+    Raises:
+        RecipeError: for a number out of its range.
+    """
+
+    utilisation: float = 0.4
+    device_tflops: float = A100_TFLOPS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilisation <= 1:
+            raise RecipeError(f"--utilisation {self.utilisation:g}: expected a share above 0, at most 1.")
+        if not 0 < self.device_tflops < float("inf"):
+            raise RecipeError(f"--device_tflops {self.device_tflops:g}: expected a number above 0.")
+
+    def describe(self) -> str:
+        """In words."""
+        device = " (A100, bf16)" if self.device_tflops == A100_TFLOPS else ""
+        return f"at {100 * self.utilisation:g} % of {self.device_tflops:g} TFLOP/s per device{device}"
+
+
+def dry_run_report(run: Run, speed: Speed | None = None) -> str:
     """Everything that a person would want to know before starting ``run``."""
     cost = run.cost()
+    _, model = without_weights(run.config)
     sections = {
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
-        "Batch, learning rate, steps": _schedule_lines(run),
-        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.first, run.plan.per_device)],
+        "Batch, learning rate, steps": _plan_lines(run),
+        "Schedules": _schedule_lines(run, model.invariance),
+        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
         "Encoder": _encoder_lines(run),
-        "Parameters and compute": _cost_lines(cost, run.plan),
+        "Optimizer": _table(optimizer_rows(parameter_rules(model, run.args)), left=4),
+        "Parameters and compute": _cost_lines(cost),
+        "Time (estimate)": _time_lines(run, cost, speed or Speed()),
         "Memory of one device (estimate)": _memory_lines(run, cost),
         "Logged loss parts": [", ".join(cost.logs)],
         "Data": _data_lines(run),
@@ -66,7 +104,7 @@ def _to_image(crop: Tensor, pipeline: ViewPipeline) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _schedule_lines(run: Run) -> list[str]:
+def _plan_lines(run: Run) -> list[str]:
     plan, args = run.plan, run.args
     decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     lines = [
@@ -75,15 +113,38 @@ def _schedule_lines(run: Run) -> list[str]:
         f"learning rate  {_learning_rate(run)}, then {decay}",
     ]
     if plan.images is not None:
-        lines.append(f"epoch          {plan.images} images / {plan.batch} = {plan.steps_per_epoch} steps")
+        lines.append(f"pass           {plan.images} images / {plan.batch} = {plan.steps_per_epoch} steps")
     if plan.steps:
-        epochs = f" = {plan.epochs:.4g} epochs" if plan.epochs else ""
-        lines.append(f"steps          {plan.steps}{epochs}, the first {plan.warmup_steps} warm up")
+        epochs = [f"{plan.steps / args.epoch_steps:.4g} epochs of {args.epoch_steps} steps"] if args.epoch_steps else []
+        passes = [f"{plan.epochs:.4g} {'passes over the data' if epochs else 'epochs'}"] if plan.epochs else []
+        length = " = ".join([str(plan.steps), *epochs, *passes])
+        lines.append(f"steps          {length}, the first {plan.warmup_steps} warm up")
     else:
         lines.append(f"steps          {args.num_train_epochs:g} epochs; how many steps follows from the data (--data)")
     expected = run.recipe.num_processes
     if expected and expected != plan.processes:
         lines.append(f"note           written for {expected} processes: --num_processes {expected} plans with them")
+    elif plan.processes > 1:
+        lines.append("note           planned for the recipe's processes: --num_processes 1 plans for one")
+    return lines
+
+
+def _schedule_lines(run: Run, objective: Objective) -> list[str]:
+    titles = ("step", "learning rate", "weight decay", "teacher momentum", "teacher temperature")
+    rows = milestones(run.args, run.plan, objective)
+    if not rows:
+        return ["follow from the number of steps, which is not known"]
+    values = [tuple(vars(row).values())[1:] for row in rows]
+    known = [index for index in range(len(titles)) if any(value[index] is not None for value in values)]
+    lines = _table(
+        [
+            ("", *(titles[index] for index in known)),
+            *((row.name, *(f"{value[index]:.6g}" for index in known)) for row, value in zip(rows, values, strict=True)),
+        ]
+    )
+    if run.args.freeze_last_layer_epochs > 0 and (epoch := run.args.epoch_steps or run.plan.steps_per_epoch):
+        steps = run.args.freeze_last_layer_epochs * epoch
+        lines.append(f"the last layer is held for {run.args.freeze_last_layer_epochs:g} epochs = {steps:g} steps")
     return lines
 
 
@@ -121,17 +182,30 @@ def _encoder_lines(run: Run) -> list[str]:
     ]
 
 
-def _cost_lines(cost: Cost, plan: Schedule) -> list[str]:
+def _cost_lines(cost: Cost) -> list[str]:
     rows = [("", "parameters", "trained", "GFLOP/image", "share")]
     for part in cost.parts:
         share = f"{part.flops / cost.flops:.1%}" if cost.flops else ""
         rows.append((part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.flops / 1e9:.3f}", share))
     rows.append(("together", f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.flops / 1e9:.3f}", ""))
+    teacher = "; of the teacher the forward pass" if any(part.kind == "teacher" for part in cost.parts) else ""
+    return [*_table(rows), f"forward and backward over all crops{teacher}"]
+
+
+def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
+    plan = run.plan
     device = cost.flops * plan.per_device * plan.accumulation / 1e12
-    return [
-        *_table(rows),
-        f"forward and backward; per step {device:.3f} TFLOP on a device, {device * plan.processes:.3f} TFLOP on all",
+    seconds = device / (speed.utilisation * speed.device_tflops)
+    lines = [
+        f"a step         {device:.3f} TFLOP on a device, {device * plan.processes:.3f} TFLOP on all",
+        f"assumed        {speed.describe()}; others: --utilisation, --device_tflops",
+        f"               {seconds:.3g} s per step, {plan.batch / seconds:.4g} images/s",
     ]
+    hours = plan.hours(cost.flops, speed.utilisation, speed.device_tflops)
+    if hours is not None:
+        devices = f"on {plan.processes} devices = {hours * plan.processes:.4g} device hours"
+        lines.append(f"the run        {plan.steps} steps: {hours:.3g} hours {devices}")
+    return lines
 
 
 def _memory_lines(run: Run, cost: Cost) -> list[str]:
@@ -140,6 +214,8 @@ def _memory_lines(run: Run, cost: Cost) -> list[str]:
     rows.append(("together", _size(sum(memory.values()))))
     precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
     lines = [*_table(rows), f"activations: what the backward pass keeps, {precision}, {run.plan.per_device} images"]
+    if cost.teacher_bytes:
+        lines.append(f"the teacher's encoder takes {_size(cost.teacher_bytes)} while it runs, before the student")
     if run.args.activation_checkpointing:
         lines.append("activation checkpointing: one block's activations come on top while it is computed again")
     if run.args.fsdp or run.args.deepspeed:
@@ -157,11 +233,14 @@ def _data_lines(run: Run) -> list[str]:
     return lines
 
 
-def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+def _table(rows: Iterable[tuple[str, ...]], left: int = 0) -> list[str]:
+    """Aligned columns; column ``left`` is flush left, the others flush right."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in cells).rstrip()
+        "  ".join(
+            text.ljust(width) if column == left else text.rjust(width) for column, (text, width) in cells
+        ).rstrip()
         for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
     ]
 

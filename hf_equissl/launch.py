@@ -6,12 +6,8 @@ tensors. ``pretrain`` trains and exports.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,25 +23,32 @@ from transformers.activations import ACT2FN
 
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .hub import save_encoder
-from .overrides import as_mapping
-from .planning import Cost, Schedule, checkpoint_bytes, measure, schedule, without_weights
+from .online_monitor import OnlineMonitor
+from .optimization import is_last_layer
+from .output_folder import (
+    ENCODER_FOLDER,
+    check_disk_space,
+    check_output_folder,
+    disk_need,
+    find_checkpoint,
+    trained_steps,
+)
+from .planning import Cost, checkpoint_bytes, measure, without_weights
 from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from .recipes import Recipe
-from .strict import RecipeError, load_yaml, nearest
-from .trainer import EquiSSLTrainer, newest_checkpoint
+from .run_plan import Schedule, schedule
+from .schedules import TrainingProgress, last_layer_is_held
+from .strict import RecipeError, nearest
+from .trainer import EquiSSLTrainer
 from .training_arguments import EquiSSLTrainingArguments
 from .views.base import Views
-from .views.collator import collate_views
+from .views.collator import ViewCollator
+from .views.masks import draw_masks
 from .views.pipelines import ViewPipeline
 
-ENCODER_FOLDER = "encoder"
 FIRST_IMAGES = 8
-GIB = 1024**3
+TYPICAL_IMAGES = 256  # of which masks are drawn to count them
 ViewDataset = ImageViewDataset | StreamingViewDataset
-# What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
-_IDENTITY = ("model", "objectives", "views")
-# So do these, which say which images meet in which step. How many steps there are may change: runs are prolonged.
-_IDENTITY_TRAINING = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def is_main_process() -> bool:
@@ -67,6 +70,7 @@ class Run:
         first: Views of the first images.
         checkpoint: Where training goes on, or ``None``.
         unreadable: Names of those first images that do not decode.
+        monitor: The online monitor, if the recipe asks for it.
     """
 
     recipe: Recipe
@@ -78,11 +82,22 @@ class Run:
     first: Views
     checkpoint: str | None
     unreadable: tuple[str, ...] = ()
+    monitor: OnlineMonitor | None = None
 
     @property
     def finished(self) -> bool:
         """Whether the checkpoint is that of the last step: nothing is left to train."""
-        return self.checkpoint is not None and _trained_steps(self.checkpoint) == self.plan.steps
+        return self.checkpoint is not None and trained_steps(self.checkpoint) == self.plan.steps
+
+    @property
+    def typical(self) -> Views:
+        """``first`` with as many masked patches as many batches have on average."""
+        masks = self.pipeline.masks
+        if masks is None:
+            return self.first
+        drawn = draw_masks(masks, range(TYPICAL_IMAGES), len(self.pipeline.spec.views), self.pipeline.grid_side)
+        count = round(drawn.sum() / TYPICAL_IMAGES * self.first.batch_size)
+        return replace(self.first, mask_indices=torch.zeros(count, dtype=torch.int64))
 
     def cost(self) -> Cost:
         """Run one step on fake tensors.
@@ -91,7 +106,7 @@ class Run:
             RecipeError: what the model says of shapes that do not fit.
         """
         try:
-            return measure(self.config, self.first, self.args)
+            return measure(self.config, self.typical, self.args)
         except ValueError as error:
             raise RecipeError(f"The first step would fail: {error}") from error
 
@@ -105,7 +120,8 @@ def prepare(
         recipe: Names the data set in ``data.source``.
         output_dir: Created where it does not exist. ``None`` in a dry run: nothing is written.
         resume: "auto" (the newest complete checkpoint in ``output_dir``, if any), "never", or a checkpoint's folder.
-        processes: Plan for so many, instead of those of this launch.
+        processes: Plan for so many. ``None``: those of this launch; in a dry run without a launcher, those that the
+            recipe was written for.
         dry: Without a data set, go on with blank images.
 
     Raises:
@@ -136,23 +152,27 @@ def prepare(
     if output_dir is not None:
         checkpoint = find_checkpoint(recipe, output_dir, resume)
         check_output_folder(output_dir)
-    processes = processes or args.world_size
+    if processes is None:
+        launched = not dry or "WORLD_SIZE" in os.environ
+        processes = args.world_size if launched else recipe.num_processes or 1
     if dry and not recipe.data.get("source"):
-        plan = schedule(args, processes, None)
+        plan = schedule(args, processes, recipe.expected_images)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
-    if checkpoint is not None and plan.steps is not None and (done := _trained_steps(checkpoint)) > plan.steps:
+    _check_schedules(args, model, plan)
+    if checkpoint is not None and plan.steps is not None and (done := trained_steps(checkpoint)) > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
             "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
     if output_dir is not None:
-        check_disk_space(output_dir, _disk_need(args, plan, checkpoint_bytes(config)))
+        check_disk_space(output_dir, disk_need(args, plan, checkpoint_bytes(config)))
     first, unreadable = first_views(unshuffled, pipeline)
-    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable)
+    monitor = recipe.build_monitor(dataset.source)
+    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor)
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
         run.cost()
     return run
@@ -183,6 +203,9 @@ def pretrain(run: Run) -> Path:
         if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
             raise
         raise RecipeError(f"training: {error}") from error
+    if run.monitor is not None:
+        run.monitor.log = trainer.log
+        trainer.add_callback(run.monitor)
     if is_main_process():
         run.recipe.save(output)
     trainer.train(resume_from_checkpoint=run.checkpoint)
@@ -211,128 +234,6 @@ def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
     return folder
 
 
-def _trained_steps(checkpoint: str) -> int:
-    """The step at which a complete checkpoint was written."""
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-
-
-def check_output_folder(folder: str | Path) -> None:
-    """Create ``folder`` and make sure that it can be written.
-
-    Raises:
-        RecipeError: it is a file, or cannot be created or written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(path for path in (folder, *folder.parents) if path.is_file())
-        raise RecipeError(f"--output_dir {folder}: {file} is a file. Name a folder.") from error
-    except OSError as error:
-        raise RecipeError(
-            f"--output_dir {folder}: cannot be written ({error.strerror}). Name another folder."
-        ) from error
-
-
-def check_disk_space(folder: str | Path, needed_bytes: int) -> None:
-    """Raise ``RecipeError`` if the disk of ``folder`` cannot take ``needed_bytes``."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RecipeError(
-            f"--output_dir {folder}: the run will write about {needed_bytes / GIB:.2f} GiB of checkpoints and "
-            f"{free / GIB:.2f} GiB are free. Free some space, name another disk, or keep fewer checkpoints: "
-            "--training.save_total_limit 1, or a larger --training.save_steps."
-        )
-
-
-def _disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int) -> int:
-    """Checkpoints that will lie there at once, one more while the next is written, and the encoder."""
-    if args.save_strategy == "no":
-        return checkpoint
-    written = 1
-    if args.save_strategy == "epoch" and plan.epochs:
-        written = math.ceil(plan.epochs)
-    elif plan.steps:
-        written = math.ceil(plan.steps / (args.save_steps if args.save_steps >= 1 else args.save_steps * plan.steps))
-    kept = min(written, args.save_total_limit or written)
-    return checkpoint * (kept + min(1, written - kept) + 1)
-
-
-def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str) -> str | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        RecipeError: ``resume`` names no complete checkpoint; the folder holds checkpoints or the encoder of another
-            recipe, or holds checkpoints although none shall be used: a later resume would find the wrong ones.
-    """
-    found = newest_checkpoint(output_dir)
-    if resume == "never":
-        if found:
-            raise RecipeError(f"--resume never: {output_dir} holds {Path(found).name} already. Name a new folder.")
-        _check_same_recipe(recipe, Path(output_dir))
-        return None
-    _check_same_recipe(recipe, Path(output_dir))
-    if resume == "auto":
-        return found
-    folder = Path(resume)
-    if not (folder / "trainer_state.json").is_file():
-        raise RecipeError(f"--resume {resume}: no complete checkpoint. Use auto, never or a folder checkpoint-N.")
-    _check_same_recipe(recipe, folder.parent)
-    if found and _step(found) > _step(folder):
-        raise RecipeError(
-            f"--resume {resume}: {output_dir} holds {Path(found).name}, which is further. Name a new --output_dir to "
-            "start a branch from the older checkpoint, or --resume auto to go on."
-        )
-    return str(folder)
-
-
-def _step(checkpoint: str | Path) -> int:
-    """The step in the name of a folder ``checkpoint-N``; 0 for another name."""
-    number = Path(checkpoint).name.rpartition("-")[2]
-    return int(number) if number.isdigit() else 0
-
-
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder with checkpoints or an encoder of another recipe; one without results is anybody's."""
-    stored = folder / "recipe.yaml"
-    if not stored.is_file() or not (newest_checkpoint(folder) or (folder / ENCODER_FOLDER).is_dir()):
-        return
-    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), recipe.to_dict()))
-    for key in before | now:  # in their order: a seed before the data's seed, which follows it
-        if key != "model.attn_implementation" and before.get(key) != now.get(key):
-            raise RecipeError(
-                f"{folder} holds a run with {key} = {before.get(key)!r}, and this recipe says {now.get(key)!r}. "
-                "Name a new --output_dir, or go on with the same recipe."
-            )
-
-
-def _identity(plain: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a recipe that its weights follow from, defaults filled in: to name a default changes nothing."""
-    defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
-    training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
-    if training["data_seed"] is None:
-        training["data_seed"] = training["seed"]
-    return {
-        **{key: plain.get(key) for key in _IDENTITY},
-        "training": {key: training[key] for key in _IDENTITY_TRAINING},
-        "data": {"split": as_mapping(plain.get("data"), "data").get("split", "train")},
-    }
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    return as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
-
-
 def _check_length(args: EquiSSLTrainingArguments) -> None:
     """Refuse a run of no steps, which the Trainer would end with a division by zero or export untrained."""
     if args.max_steps == 0:
@@ -341,6 +242,21 @@ def _check_length(args: EquiSSLTrainingArguments) -> None:
         raise RecipeError(
             f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
             "--training.num_train_epochs N or --training.max_steps N."
+        )
+
+
+def _check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
+    """Refuse what the Trainer would: schedules in epochs of unknown length, a last layer to hold that is not there."""
+    progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
+    try:
+        model.begin_step(progress)
+        last_layer_is_held(args, progress)
+    except ValueError as error:
+        raise RecipeError(f"training: {error}") from error
+    if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
+        raise RecipeError(
+            f"training.freeze_last_layer_epochs: {args.freeze_last_layer_epochs:g}, and this model has no prototypes "
+            "to hold. Set it to 0."
         )
 
 
@@ -358,7 +274,8 @@ def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processe
     if num_images == 0 or (args.dataloader_drop_last and num_images < batch):
         raise RecipeError(
             f"data: {num_images} images are fewer than one batch of {args.per_device_train_batch_size} x "
-            f"{processes} = {batch}. Use more images or a smaller --training.per_device_train_batch_size."
+            f"{processes} = {batch}. Use more images, a smaller --training.per_device_train_batch_size"
+            f"{', or fewer processes (in a dry run: --num_processes 1)' if processes > 1 else ''}."
         )
 
 
@@ -399,7 +316,7 @@ def first_views(
         raise RecipeError(f"data: the first images cannot be read. {error}") from error
     if not samples:
         raise RecipeError("data: the data set is empty.")
-    batch = collate_views(samples)
+    batch = ViewCollator(pipeline)(samples)
     skipped = batch.pop("skipped")
     return _make_views(pipeline, batch), tuple(record.name for record in skipped)
 
@@ -412,7 +329,7 @@ def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
         {"draws": torch.rand(pipeline.num_draws), **pipeline.crop(image, rng), "index": index, "label": 0}
         for index in range(count)
     ]
-    return _make_views(pipeline, collate_views(samples))
+    return _make_views(pipeline, ViewCollator(pipeline)(samples))
 
 
 def _make_views(pipeline: ViewPipeline, batch: dict[str, Any]) -> Views:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .strict import RecipeError, check_keys, coerce, load_yaml, nearest
 
-SECTIONS = ("model", "objectives", "views", "data", "training")
+SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
 
 
@@ -35,6 +35,11 @@ def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...]
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"{path}: the recipe cannot be read ({reason}).") from error
     raw = as_mapping(load_yaml(text, str(path)), str(path))
+    if "sweep" in raw:
+        raise RecipeError(
+            f"{path.name} is a sweep of many runs. List and run them with: python training/sweep.py --recipe "
+            f"{path.stem} --list"
+        )
     check_keys(raw, ("extends", *TOP_KEYS), str(path))
     parent = raw.pop("extends", None)
     if parent is None:

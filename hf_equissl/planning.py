@@ -1,4 +1,4 @@
-"""What a run will cost, found without weights in memory: parameters, FLOPs, memory, steps.
+"""What a step will cost, found without weights in memory: parameters, FLOPs, memory.
 
 The model is built and run once on fake tensors, which have shapes and types but no storage. So every number follows the
 code that trains, and a large model at a large batch takes seconds on any machine.
@@ -6,8 +6,7 @@ code that trains, and a large model at a large batch takes seconds on any machin
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -15,20 +14,22 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
+from .flop_counts import flop_counter, flops_by_module
 from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from .training_arguments import EquiSSLTrainingArguments
 from .views.base import Views
 
 # Where the batch dimension stands in each part of Views; parts that are absent here have it first.
 _BATCH_DIMENSION = {"global_crops": 1, "local_crops": 1, "masks": 1, "crop_boxes": 1, "photometric": 1}
+KINDS = ("student", "teacher", "heads", "decoders")
 ADAM_STATES = 2  # first and second moment
 FP32_BYTES = 4
-_READS_PIXELS = "student.embeddings"  # the layer whose input needs no gradient
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Part:
     trainable: int
     flops: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        """One of ``KINDS``."""
+        owner, _, what = self.name.rpartition(": ")
+        return {"encoder": "student", "teacher": "teacher"}.get(owner, "decoders" if what == "decoders" else "heads")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,6 +63,8 @@ class Cost:
         parts: Parameters and FLOPs by part; the FLOPs that belong to no module are in the part "loss".
         buffers: Elements in buffers.
         activation_bytes: Distinct storages that the forward pass keeps for the backward pass.
+        forward_bytes: The most that is held at once during the forward pass, intermediate results included.
+        teacher_bytes: The most that is held at once while the teacher's encoder runs, before the student; 0 without.
         view_bytes: The views themselves, with reconstruction targets.
         logs: Names of the logged loss parts.
     """
@@ -63,6 +72,8 @@ class Cost:
     parts: tuple[Part, ...]
     buffers: int
     activation_bytes: int
+    forward_bytes: int
+    teacher_bytes: int
     view_bytes: int
     logs: tuple[str, ...]
 
@@ -78,49 +89,22 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Forward and backward for one image."""
+        """Forward and backward for one image; of the teacher the forward pass."""
         return sum(part.flops for part in self.parts)
 
     def memory(self, distributed: bool) -> dict[str, int]:
-        """Bytes on one device by kind. Leaves out what the allocator, kernels and the device context take."""
+        """Bytes on one device by part. Leaves out what the allocator, kernels and the device context take."""
+        weights = {kind: sum(part.parameters for part in self.parts if part.kind == kind) for kind in KINDS}
         return {
-            "weights, fp32": FP32_BYTES * (self.parameters + self.buffers),
+            **{f"{kind}: fp32 weights": FP32_BYTES * count for kind, count in weights.items() if count},
+            "buffers": FP32_BYTES * self.buffers,
             "gradients": FP32_BYTES * self.trainable,
             "optimizer state (AdamW)": ADAM_STATES * FP32_BYTES * self.trainable,
             **({"gradient buckets (DDP)": FP32_BYTES * self.trainable} if distributed else {}),
             "views and targets": self.view_bytes,
             "activations": self.activation_bytes,
+            "passing, at the peak of the forward pass": max(0, self.forward_bytes - self.activation_bytes),
         }
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Batch, learning rate and steps of a run, and the arithmetic behind them.
-
-    Attributes:
-        per_device, processes, accumulation: Their product is the global batch.
-        images: Images in the data set, ``None`` where that is not known.
-        steps: Optimizer steps, ``None`` where they follow from an unknown number of images.
-        steps_per_epoch: Optimizer steps per pass over the images.
-        epochs: Passes over the images.
-        learning_rate: Peak value.
-        warmup_steps: Steps of linear warm-up.
-    """
-
-    per_device: int
-    processes: int
-    accumulation: int
-    images: int | None
-    steps: int | None
-    steps_per_epoch: int | None
-    epochs: float | None
-    learning_rate: float
-    warmup_steps: int | None
-
-    @property
-    def batch(self) -> int:
-        """Images per optimizer step."""
-        return self.per_device * self.processes * self.accumulation
 
 
 def parts_of(config: EquiSSLPreTrainingConfig) -> dict[str, str]:
@@ -134,18 +118,21 @@ def parts_of(config: EquiSSLPreTrainingConfig) -> dict[str, str]:
         "student.embeddings": "encoder: embeddings",
         "student.stem": "encoder: stem",
         "student": "encoder: blocks",
+        "teacher": "teacher: encoder",
+        "invariance.teacher_head": "teacher: heads",
         "invariance": f"{config.invariance['name']}: heads",
         **equivariance,
-        "teacher": "teacher",
         "": "loss",
     }
 
 
 def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, EquiSSLForPreTraining]:
     """The pretraining model with parameters that have a shape and no memory, and the mode in which it can run."""
+    with torch.device("meta"), no_init_weights():
+        model = EquiSSLForPreTraining(config).train()
     mode = FakeTensorMode()
-    with mode, no_init_weights():
-        return mode, EquiSSLForPreTraining(config).train()
+    with mode:  # only now: a copy of a fake tensor, such as a teacher's, would belong to a mode of its own
+        return mode, model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
@@ -172,19 +159,24 @@ def measure(config: EquiSSLPreTrainingConfig, views: Views, args: EquiSSLTrainin
         kwargs.pop("offload", None)  # changes where activations lie, not how many
         model.activation_checkpointing_enable(kwargs or None, every_n_layers=every)
     size = args.per_device_train_batch_size
-    forward, backward = (FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) for _ in range(2))
+    forward, backward, live = flop_counter(), flop_counter(), _LiveStorages()
+    teacher_bytes: list[int] = []
+    if model.teacher is not None:
+        model.teacher.register_forward_hook(lambda *_: teacher_bytes.append(live.peak))
     with mode:
         fake = batch_of(views, size)
         kept = _KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
-        with forward, kept, _autocast(args):
+        with forward, live, kept, _autocast(args):
             output = model(views=fake)
         with backward:
             output.loss.backward()
-    flops = _flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts())
+    flops = flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts(), _followers(model))
     return Cost(
         parts=_parts(model, config, {name: value / size for name, value in flops.items()}),
         buffers=sum(buffer.numel() for buffer in model.buffers()),
         activation_bytes=kept.total,
+        forward_bytes=live.peak,
+        teacher_bytes=max(teacher_bytes, default=0),
         view_bytes=_storage_bytes(_tensors(views)) * size // views.batch_size,
         logs=tuple(output.logs),
     )
@@ -199,34 +191,6 @@ def batch_of(views: Views, size: int) -> Views:
         return torch.empty(shape, dtype=tensor.dtype)
 
     return _map_tensors(views, empty)
-
-
-def schedule(args: EquiSSLTrainingArguments, processes: int, images: int | None) -> Schedule:
-    """Batch, learning-rate and step arithmetic for a launch of ``processes`` processes."""
-    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    per_epoch = None
-    if images is not None:
-        batches = images // (per_device * processes)
-        if not args.dataloader_drop_last:
-            batches = math.ceil(images / (per_device * processes))
-        per_epoch = math.ceil(batches / accumulation)
-    steps = args.max_steps if args.max_steps > 0 else None
-    if steps is None and per_epoch is not None:
-        steps = math.ceil(args.num_train_epochs * per_epoch)
-    exponent = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[args.learning_rate_scaling]
-    grown = per_device * processes * accumulation / args.global_batch_size  # against the processes that args know
-    known = args.base_learning_rate is not None
-    return Schedule(
-        per_device=per_device,
-        processes=processes,
-        accumulation=accumulation,
-        images=images,
-        steps=steps,
-        steps_per_epoch=per_epoch,
-        epochs=steps / per_epoch if steps and per_epoch else None,
-        learning_rate=args.learning_rate * (grown**exponent if known else 1.0),
-        warmup_steps=args.get_warmup_steps(steps) if steps else None,
-    )
 
 
 class _KeptStorages(torch.autograd.graph.saved_tensors_hooks):
@@ -249,7 +213,45 @@ class _KeptStorages(torch.autograd.graph.saved_tensors_hooks):
         return sum(self._sizes.values())
 
 
-def _parts(model: nn.Module, config: EquiSSLPreTrainingConfig, flops: dict[str, float]) -> tuple[Part, ...]:
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, from the first use to the last reference.
+
+    Attributes:
+        peak: The most at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given | self._seen:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._seen.add(id(storage))
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._remove, id(storage), size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size
+
+
+def _followers(model: EquiSSLForPreTraining) -> list[str]:
+    """Names of the modules that follow others by moving average."""
+    followers = {id(follower) for _, follower in model.ema_pairs()}
+    return [name for name, module in model.named_modules() if id(module) in followers]
+
+
+def _parts(model: EquiSSLForPreTraining, config: EquiSSLPreTrainingConfig, flops: dict[str, float]) -> tuple[Part, ...]:
     prefixes = parts_of(config)
     parts = {label: Part(label, 0, 0) for label in prefixes.values()}
 
@@ -262,71 +264,8 @@ def _parts(model: nn.Module, config: EquiSSLPreTrainingConfig, flops: dict[str, 
         add(name, parameter.numel(), parameter.numel() * parameter.requires_grad)
     for name, value in flops.items():
         add(name, flops=value)
-    return tuple(part for part in parts.values() if part.parameters or part.flops)
-
-
-_Counts = dict[str, dict[Any, int]]
-
-
-def _flops_by_module(model: nn.Module, forward: _Counts, backward: _Counts) -> dict[str, float]:
-    """Forward and backward FLOPs by module name; "" has those that happen outside of layers.
-
-    The counter knows for certain in which module a forward operation happens, but in the backward pass it follows
-    tensors, and counts operations of neighbours where several modules read the same one. So the backward pass, of which
-    the total is certain, is divided as the forward pass is: a layer costs twice its forward pass, or as much as that
-    where its input needs no gradient.
-    """
-    own = _own_forward(model, forward)
-    unassigned = Counter(_by_kind(forward["Global"]))
-    for counts in own.values():
-        unassigned.subtract(counts)
-    own[""] = dict(unassigned)
-    result = {name: float(sum(counts.values())) for name, counts in own.items()}
-    for kind, total in _by_kind(backward.get("Global", {})).items():
-        shares = {n: counts.get(kind, 0) * (1 if n.startswith(_READS_PIXELS) else 2) for n, counts in own.items()}
-        whole = sum(shares.values())
-        for name, share in shares.items() if whole else [("", 1)]:
-            result[name] += total * share / (whole or 1)
-    return result
-
-
-def _own_forward(model: nn.Module, counts: _Counts) -> dict[str, dict[str, int]]:
-    """FLOPs by kind of modules that own a weight matrix or kernel, and of attention in the module that calls it."""
-    root = type(model).__name__
-
-    def of(name: str) -> dict[str, int]:
-        return _by_kind(counts.get(f"{root}.{name}", {}))
-
-    calling = [name for name, _ in model.named_modules() if name and "attention" in of(name)]
-    result = {}
-    for name, module in model.named_modules():
-        layer = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-        if layer and next(module.children(), None) is None:
-            result[name] = of(name)
-        elif name in calling and not any(other.startswith(f"{name}.") for other in calling):
-            result[name] = {"attention": of(name)["attention"]}
-    return result
-
-
-def _by_kind(counts: dict[Any, int]) -> dict[str, int]:
-    kinds: Counter[str] = Counter()
-    for op, count in counts.items():
-        kinds[next((kind for kind in ("attention", "convolution") if kind in str(op)), "product")] += count
-    return dict(kinds)
-
-
-def _attention_forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+    shown = sorted(parts.values(), key=lambda part: (part.name == "loss", part.kind == "teacher"))  # what learns first
+    return tuple(part for part in shown if part.parameters or part.flops)
 
 
 def _autocast(args: EquiSSLTrainingArguments) -> AbstractContextManager[Any]:

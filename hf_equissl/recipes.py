@@ -13,8 +13,9 @@ views:
   pipeline: {name: vicreg}                                                       # preset and its settings
   transformation: {name: rotation, max_degrees: 45}                              # the family g, or null
   image_mean: [0.485, 0.456, 0.406]                                              # and image_std; ImageNet's otherwise
-data: {source: ./photos}                                                         # arguments of load_images
+data: {source: ./photos}                       # arguments of load_images; num_images: for plans without the data set
 training: {max_steps: 1000}                                                      # any EquiSSLTrainingArguments field
+monitor: {every_steps: 500}                # optional: kNN accuracy and effective rank during training, MonitorSettings
 ```
 
 Mappings merge key by key, lists are replaced. A mapping whose ``name`` changes is replaced too: the settings of one
@@ -37,6 +38,7 @@ from .data import load_images
 from .files import write_text
 from .modeling import EquiSSLConfig
 from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from .online_monitor import MonitorSettings, OnlineMonitor, load_monitor_images
 from .overrides import TOP_KEYS, apply_overrides, as_mapping, read_recipe
 from .pretraining import EquiSSLPreTrainingConfig
 from .strict import (
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from .views.pipelines import ViewPipeline
 
 # What the section `data` says beside the arguments of `load_images`.
-_DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int}
+_DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
 _NO_UPLOADS = "Every checkpoint would be uploaded, with the objectives' heads. Upload the finished encoder instead."
 _NOT_IN_RECIPES = {
     **{
@@ -108,6 +110,7 @@ class Recipe:
     views: ViewsSection
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
     description: str = ""
     num_processes: int | None = None
 
@@ -145,6 +148,7 @@ class Recipe:
             views=_check_views(as_mapping(raw["views"], "views")),
             data=_check_data(as_mapping(raw.get("data"), "data")),
             training=_check_training(as_mapping(raw.get("training"), "training")),
+            monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
         )
         recipe.build_pretraining_config()  # values that do not go together fail here, not minutes later
         recipe.build_transformation()
@@ -161,6 +165,7 @@ class Recipe:
             "views": vars(self.views),
             "data": self.data,
             "training": self.training,
+            "monitor": self.monitor or None,
         }
         return _plain({key: value for key, value in plain.items() if value not in ("", None)})
 
@@ -204,16 +209,24 @@ class Recipe:
 
     def build_pipeline(self, needs: Needs) -> ViewPipeline:
         """The pipeline that makes what ``needs`` asks for, at the encoder's image size."""
-        size: Any = self.build_encoder_config().image_size  # a pair is refused by the pipeline: crops are squares
+        encoder = self.build_encoder_config()
+        size: Any = encoder.image_size  # a pair is refused by the pipeline: crops are squares
         with _explained("views.pipeline"):
-            return build_pipeline(
+            pipeline = build_pipeline(
                 image_size=size,
                 transformation=self.build_transformation(),
                 needs=needs,
                 image_mean=self.views.image_mean,
                 image_std=self.views.image_std,
+                patch_size=encoder.patch_size,
                 **self.views.pipeline,
             )
+        if pipeline.local is not None and pipeline.local.size % encoder.patch_size:
+            raise RecipeError(
+                f"views.pipeline.local.size: {pipeline.local.size} px are no whole number of patches. Choose a "
+                f"multiple of model.patch_size, {encoder.patch_size}."
+            )
+        return pipeline
 
     def build_source(self) -> ImageSource:
         """The data set. Its own errors say what is wrong with it."""
@@ -222,9 +235,24 @@ class Recipe:
         return load_images(**{key: value for key, value in self.data.items() if key not in _DATA_KEYS})
 
     @property
+    def expected_images(self) -> int | None:
+        """Images of the data set that the recipe was written for: plans without a data set count with them."""
+        return self.data.get("num_images")
+
+    @property
     def max_bad_share(self) -> float:
         """Share of images that may fail to decode before the run stops."""
         return self.data.get("max_bad_share", 0.01)
+
+    def build_monitor(self, training: ImageSource) -> OnlineMonitor | None:
+        """The online monitor, by default on images of the ``training`` data; ``None`` without ``every_steps``."""
+        settings = MonitorSettings(**self.monitor)
+        if settings.every_steps is None:
+            return None
+        data = {key: value for key, value in self.data.items() if key not in _DATA_KEYS}
+        with _explained("monitor"):
+            images = load_monitor_images(settings, training, data)
+        return OnlineMonitor(settings, images, self.views.image_mean, self.views.image_std)
 
     def build_training_arguments(self, output_dir: str | Path, **extra: Any) -> EquiSSLTrainingArguments:
         """Arguments of the run; ``extra`` goes on top."""
@@ -302,6 +330,8 @@ def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
     if data.get("shuffle_buffer", 0) < 0:
         raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
+    if data.get("num_images", 1) < 1:
+        raise RecipeError(f"data.num_images: expected 1 or more, got {data['num_images']}.")
     return data
 
 
@@ -314,6 +344,13 @@ def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
         raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
     return {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
+
+
+def _check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
+    settings = check_arguments(raw, MonitorSettings, "monitor")
+    with _explained("monitor"):
+        MonitorSettings(**settings)
+    return settings
 
 
 def _plain(value: Any) -> Any:

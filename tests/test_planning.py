@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_equissl.launch import Run, prepare
-from hf_equissl.planning import checkpoint_bytes, measure, schedule
+from hf_equissl.optimization import parameter_rules
+from hf_equissl.optimizer_table import fold_names, optimizer_rows
+from hf_equissl.planning import _LiveStorages, checkpoint_bytes, measure, without_weights
 from hf_equissl.pretraining import EquiSSLForPreTraining
 from hf_equissl.recipes import Recipe
+from hf_equissl.run_plan import milestones, schedule
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 
+RECIPES = Path(__file__).resolve().parent.parent / "training" / "recipes"
 WIDTH, BLOCKS, TOKENS, PATCH, STEM = 32, 2, 17, 8, 24
 BATCH = 6
 
@@ -96,6 +101,187 @@ def test_precision_and_checkpointing_save_activations() -> None:
     assert again.activation_bytes < plain.activation_bytes
     assert again.flops > plain.flops  # blocks are computed a second time
     assert half.flops == pytest.approx(plain.flops)
+
+
+LOCAL_CROPS, LOCAL_TOKENS, PROTOTYPES, HIDDEN, BOTTLENECK = 3, 5, 24, 16, 8
+
+
+def teacher_student(**raw: object) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "model": {
+                "hidden_size": WIDTH,
+                "num_hidden_layers": BLOCKS,
+                "num_attention_heads": 2,
+                "patch_size": PATCH,
+                "image_size": 32,
+            },
+            "objectives": {
+                "invariance": {
+                    "name": "ibot",
+                    "num_prototypes": PROTOTYPES,
+                    "head_hidden_size": HIDDEN,
+                    "bottleneck_size": BOTTLENECK,
+                    "teacher_temperature_warmup_epochs": 4,
+                },
+            },
+            "views": {"pipeline": {"name": "ibot", "local": {"count": LOCAL_CROPS, "size": 16}}},
+            "training": {
+                "per_device_train_batch_size": BATCH,
+                "use_cpu": True,
+                "max_steps": 100,
+                "epoch_steps": 10,
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-5},
+                "warmup_steps": 20,
+                "weight_decay": 0.04,
+                "weight_decay_end": 0.4,
+                "teacher_momentum": 0.9,
+                "freeze_last_layer_epochs": 1,
+            },
+            **raw,
+        }
+    )
+
+
+def test_a_teacher_costs_weights_and_forward_passes() -> None:
+    run = prepare(teacher_student(), None, dry=True)
+    cost, model = run.cost(), EquiSSLForPreTraining(run.config)
+    parts = {part.name: part for part in cost.parts}
+    assert list(parts) == [
+        "encoder: embeddings", "encoder: blocks", "ibot: heads", "teacher: encoder", "teacher: heads", "loss",
+    ]  # fmt: skip
+    assert model.teacher is not None
+    assert parts["teacher: encoder"].parameters == sum(p.numel() for p in model.teacher.parameters())
+    assert parts["teacher: heads"].parameters == parts["ibot: heads"].parameters > 0
+    assert parts["teacher: encoder"].trainable == parts["teacher: heads"].trainable == 0
+
+    def forward(tokens: int) -> float:
+        return BLOCKS * (2 * tokens * WIDTH**2 * (4 + 8) + 2 * 2 * tokens**2 * WIDTH)
+
+    patches = 2 * (TOKENS - 1) * WIDTH * 3 * PATCH**2
+    assert parts["teacher: encoder"].flops == pytest.approx(2 * (forward(TOKENS) + patches))
+    linear = 3 * BLOCKS * 2 * WIDTH**2 * (4 + 8)  # forward and backward
+    attention = 3.5 * BLOCKS * 2 * 2 * WIDTH
+    tokens = (TOKENS, TOKENS, *[LOCAL_TOKENS] * LOCAL_CROPS)
+    # Not exact: products outside of layers, in part the teacher's, take their share of the backward pass.
+    assert parts["encoder: blocks"].flops == pytest.approx(sum(linear * t + attention * t**2 for t in tokens), rel=0.01)
+
+    memory = cost.memory(distributed=False)
+    kinds = ("student", "teacher", "heads")
+    assert sum(memory[f"{kind}: fp32 weights"] for kind in kinds) == 4 * cost.parameters
+    assert memory["teacher: fp32 weights"] == 4 * (
+        parts["teacher: encoder"].parameters + parts["teacher: heads"].parameters
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (memory["gradients"], memory["optimizer state (AdamW)"]) == (4 * trained, 8 * trained)
+    assert 0 < cost.teacher_bytes < cost.activation_bytes < cost.forward_bytes
+    assert plan().cost().teacher_bytes == 0
+
+
+def test_storages_count_while_they_live() -> None:
+    with _LiveStorages() as live:
+        first = torch.zeros(100)
+        view = first.view(10, 10)
+        del first
+        assert live.peak == 400
+        view.add_(1)
+        del view
+        second = torch.zeros(60)
+        assert live.peak == 400
+        third = second + 1
+        assert live.peak == 480
+    assert third.sum() == 60
+
+
+def test_masked_patches_are_those_of_many_batches() -> None:
+    run = prepare(teacher_student(), None, dry=True)
+    assert run.typical.mask_indices is not None
+    per_crop = len(run.typical.mask_indices) / (2 * run.first.batch_size)
+    assert 0.1 * 16 / 2 < per_crop < 0.5 * 16 / 2  # half of the crops, 10 to 50 % of 16 patches
+
+
+def test_processes_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = teacher_student(num_processes=16, data={"num_images": 1000})
+    written = prepare(recipe, None, dry=True)
+    assert (written.plan.processes, written.plan.batch, written.plan.images) == (16, 16 * BATCH, 1000)
+    assert prepare(recipe, None, dry=True, processes=2).plan.processes == 2
+    monkeypatch.setenv("WORLD_SIZE", "1")  # a launcher has decided
+    assert prepare(recipe, None, dry=True).plan.processes == 1
+
+
+def test_hours_and_milestones_by_hand() -> None:
+    run = prepare(teacher_student(), None, dry=True)
+    # 100 steps x 6 images x 3e12 operations at half of 10 TFLOP/s: 360 s.
+    assert run.plan.hours(3e12, utilisation=0.5, device_tflops=10) == pytest.approx(0.1)
+    _, model = without_weights(run.config)
+    rows = {row.name: row for row in milestones(run.args, run.plan, model.invariance)}
+    assert [row.step for row in rows.values()] == [0, 20, 50, 99]
+
+    def half_cosine(start: float, end: float, share: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+    assert rows["start"].learning_rate == 0
+    assert rows["end of warm-up"].learning_rate == pytest.approx(1e-3)
+    assert rows["middle"].learning_rate == pytest.approx(half_cosine(1e-3, 1e-5, 30 / 80))
+    assert rows["middle"].weight_decay == pytest.approx(0.22)
+    assert rows["middle"].teacher_momentum == pytest.approx(0.95)
+    assert rows["end"].teacher_momentum == pytest.approx(half_cosine(0.9, 1.0, 0.99))
+    # iBOT's temperature changes between epochs of 10 steps: 0.04, 0.05, 0.06, 0.07.
+    temperatures = [row.teacher_temperature for row in rows.values()]
+    assert temperatures == pytest.approx([0.04, 0.06, 0.07, 0.07])
+
+
+def unfold(text: str) -> list[str]:
+    """Names with braces expanded as a shell does it."""
+    depth, items = 0, [""]
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        items = [*items, ""] if letter == "," and depth == 0 else [*items[:-1], items[-1] + letter]
+    if len(items) > 1:
+        return [name for item in items for name in unfold(item)]
+    before, brace, rest = text.partition("{")
+    if not brace:
+        return [text]
+    end = next(i for i, letter in enumerate(rest) if letter == "}" and rest[:i].count("{") == rest[:i].count("}"))
+    return [before + middle + tail for middle in unfold(rest[:end]) for tail in unfold(rest[end + 1 :])]
+
+
+def test_names_fold() -> None:
+    names = ["a.0.w", "a.0.b", "a.1.w", "a.1.b", "c"]
+    assert fold_names(names) == "{a.{0,1}.{w,b},c}"
+    assert fold_names(["a.b.c"]) == "a.b.c"
+    assert unfold(fold_names(names)) == names
+
+
+def test_optimizer_table_of_vitl16_dinov2_has_every_parameter() -> None:
+    recipe = Recipe.load(RECIPES / "vitl16_dinov2_se2.yaml")
+    _, model = without_weights(recipe.build_pretraining_config())
+    args = recipe.build_training_arguments("unused", bf16=False, use_cpu=True)
+    rows = optimizer_rows(parameter_rules(model, args))[1:]
+    treated: dict[str, tuple[str, str]] = {}
+    for multiplier, decay, count, _, folded in rows:
+        names = unfold(folded)
+        assert len(names) == int(count)
+        assert not treated.keys() & set(names)
+        treated |= {name: (multiplier, decay) for name in names}
+    assert treated.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        "student.embeddings.patch_embeddings.projection.weight": (0.2 * 0.9**25, "yes"),
+        "student.embeddings.patch_embeddings.projection.bias": (0.2 * 0.9**25, "no"),
+        "student.embeddings.cls_token": (0.9**25, "yes"),
+        "student.encoder.layer.0.attention.q_proj.weight": (0.9**24, "yes"),
+        "student.encoder.layer.0.layer_scale1.lambda1": (0.9**24, "no"),
+        "student.encoder.layer.23.mlp.fc2.bias": (0.9, "no"),
+        "student.layernorm.weight": (1, "no"),
+        "student.stem.weight": (1, "yes"),
+        "invariance.head.prototypes.direction": (1, "yes, held first"),
+        "equivariance.0.decoder.projection.weight": (1, "yes"),
+    }
+    for name, (multiplier, decay) in expected.items():
+        assert treated[name] == (f"{multiplier:.4g}", decay)
 
 
 @pytest.mark.parametrize(("rule", "rate"), [("linear", 8e-4), ("sqrt", 1e-4 * 8**0.5), ("none", 1e-4)])

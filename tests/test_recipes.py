@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from hf_equissl.launch import prepare
 from hf_equissl.overrides import apply_overrides, parse_overrides
 from hf_equissl.recipes import Recipe
+from hf_equissl.run_plan import schedule
 from hf_equissl.strict import RecipeError, load_yaml
+from hf_equissl.sweep import is_sweep
 
 RECIPES = Path(__file__).resolve().parent.parent / "training" / "recipes"
-SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if not is_sweep(path))
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
@@ -80,6 +83,112 @@ def test_paper_batch_and_learning_rate(tmp_path: Path) -> None:
     args = recipe.build_training_arguments(tmp_path)
     assert args.get_warmup_steps(500_000) == 6250  # 10 epochs of 625 steps
     assert args.learning_rate == pytest.approx(1e-4 * args.global_batch_size / 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate", "steps_per_pass", "steps", "warmup"),
+    [  # by hand: rate x batch / reference, or x its root; floor(1,281,167 / batch) steps per pass; 10 epochs warm up
+        ("vits16_vicreg", 2048, 8e-4, 625, 500_000, 6_250),
+        ("vits16_dino", 512, 1e-3, 2_502, 250_200, 25_020),
+        ("vits16_ibot", 1024, 2e-3, 1_251, 1_000_800, 12_510),
+        ("vits16_ibot_se2", 1024, 2e-3, 1_251, 1_000_800, 12_510),
+        ("vitl16_ibot", 1024, 2e-3, 1_251, 312_750, 12_510),
+        ("vitl16_ibot_se2", 1024, 2e-3, 1_251, 312_750, 12_510),
+        ("vitl16_dinov2", 2048, 4e-3 * 2**0.5, 625, 125_000, 12_500),
+        ("vitl16_dinov2_se2", 2048, 4e-3 * 2**0.5, 625, 125_000, 12_500),
+    ],
+)
+def test_arithmetic_of_the_papers_runs(
+    name: str, batch: int, rate: float, steps_per_pass: int, steps: int, warmup: int, tmp_path: Path
+) -> None:
+    recipe = Recipe.load(RECIPES / f"{name}.yaml")
+    assert recipe.num_processes is not None
+    args = recipe.build_training_arguments(tmp_path, bf16=False)
+    plan = schedule(args, recipe.num_processes, recipe.expected_images)
+    assert (plan.batch, plan.steps_per_epoch, plan.steps, plan.warmup_steps) == (batch, steps_per_pass, steps, warmup)
+    assert plan.learning_rate == pytest.approx(rate)
+
+
+def test_teacher_student_recipes_state_the_method() -> None:
+    small, large, dinov2 = (Recipe.load(RECIPES / f"{n}.yaml") for n in ("vits16_ibot", "vitl16_ibot", "vitl16_dinov2"))
+    for recipe in (small, large, dinov2):
+        assert "feature_size" not in recipe.model  # the official bases have no stem
+        assert recipe.views.transformation is None
+        assert (recipe.training["weight_decay"], recipe.training["weight_decay_end"]) == (0.04, 0.4)
+        assert recipe.training["teacher_momentum_end"] == 1.0
+    assert small.views.pipeline["local"] == {"count": 10, "size": 96, "crop_scale": [0.05, 0.25]}
+    assert large.views.pipeline["local"] == {"count": 10, "size": 96, "crop_scale": [0.05, 0.32]}
+    assert (small.training["max_grad_norm"], large.training["max_grad_norm"]) == (3.0, 0.3)
+    assert (small.objectives.invariance["freeze_gain"], large.objectives.invariance["freeze_gain"]) == (False, True)
+    assert dinov2.training["epoch_steps"] == 1250
+    assert dinov2.build_encoder_config().drop_path_mode == "uniform"
+    stems = {"vits16_ibot": (8192, 2048), "vitl16_ibot": (8192, 2048), "vitl16_dinov2": (2048, 512)}
+    for base, sizes in stems.items():
+        plain, row = Recipe.load(RECIPES / f"{base}.yaml"), Recipe.load(RECIPES / f"{base}_se2.yaml")
+        assert (row.model["feature_size"], row.model["equivariant_size"]) == sizes
+        assert row.objectives.equivariance[0] == {
+            "name": "reconstruction",
+            "weight": 1.0,
+            "num_intermediate_images": 2,
+            "decoder_widths": [64, 32, 16, 16],
+        }
+        assert row.views.transformation is not None
+        assert row.views.transformation["name"] == "se2"
+        same = (row.training, row.objectives.invariance, row.views.pipeline, row.num_processes)
+        assert same == (plain.training, plain.objectives.invariance, plain.views.pipeline, plain.num_processes)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("cifar10") and name.endswith("_rot")])
+def test_small_recipes_differ_from_their_base_in_the_reconstruction_alone(name: str) -> None:
+    row, base = (Recipe.load(RECIPES / f"{n}.yaml") for n in (name, name.removesuffix("_rot")))
+    assert base.objectives.equivariance == []
+    assert row.objectives.equivariance[0]["name"] == "reconstruction"
+    same = (row.model, row.views, row.training, row.objectives.invariance)
+    assert same == (base.model, base.views, base.training, base.objectives.invariance)
+
+
+TEACHER_STUDENT = """
+model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8, image_size: 32}
+objectives: {invariance: {name: ibot, num_prototypes: 24, head_hidden_size: 16, bottleneck_size: 8}, equivariance: []}
+views: {pipeline: {name: ibot, local: {count: 2, size: 16}}}
+training: {max_steps: 2, epoch_steps: 2, use_cpu: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"views.pipeline.name": "vicreg"}, "views.pipeline: An objective asks for local crops"),
+        ({"views.pipeline.local": None}, "views.pipeline: An objective asks for local crops"),
+        ({"views.pipeline.masks": None}, "views.pipeline: An objective asks for masks"),
+        ({"views.pipeline.local": {"size": 20}}, "views.pipeline.local.size: 20 px are no whole number of patches"),
+        ({"views.pipeline.masks": {"ratios": [0.1, 0.2]}}, "unknown key 'ratios'. Did you mean 'ratio'"),
+        ({"views.pipeline.masks": {"kind": "half"}}, "masks.kind='half'"),
+        ({"model.use_mask_token": False}, "model.use_mask_token: true"),
+        (
+            {"model.feature_size": 32, "model.equivariant_size": 16, "objectives.invariance.equivariant_logits": 8},
+            "objectives: `equivariant_logits` (8) splits the head's output, and this encoder has a stem",
+        ),
+        ({"objectives.invariance.equivariant_logits": 24}, "fewer than the 24 prototypes"),
+        ({"objectives.equivariance": [{"name": "reconstruction"}]}, "feature_size: 512"),
+        (
+            {
+                "objectives.equivariance": [{"name": "reconstruction"}],
+                "objectives.invariance.equivariant_logits": 8,
+            },
+            "names no transformation",
+        ),
+        ({"objectives.invariance.num_prototype": 3}, "Did you mean 'num_prototypes'"),
+        ({"objectives.invariance.teacher_temperature": 0}, "Teacher temperatures must be above 0"),
+        ({"training.grad_clipping": "modul"}, "grad_clipping must be one of global, parameter, module"),
+        ({"training.teacher_momentum": 1.5}, "teacher_momentum must be between 0 and 1"),
+        ({"data.num_images": 0}, "data.num_images: expected 1 or more"),
+    ],
+)
+def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        prepare(Recipe.from_dict(apply_overrides(load_yaml(TEACHER_STUDENT, "text"), changes)), None, dry=True)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,11 @@ examples:
   # your own photographs, one GPU (or CPU)
   python training/pretrain.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/rot \\
       --training.per_device_train_batch_size 64 --training.num_train_epochs 100
-  # what would that cost? shapes, parameters, FLOPs, memory, the first views as a picture; trains nothing
-  python training/pretrain.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/rot --dry_run
+  # what would that cost? shapes, parameters, FLOPs, memory, hours; trains nothing
+  python training/pretrain.py --recipe vits16_vicreg_rot --data ./photos --dry_run --num_processes 1 \\
+      --training.per_device_train_batch_size 64
+  # and the largest recipe as it was written, without its data set: 64 GPUs
+  python training/pretrain.py --recipe vitl16_dinov2_se2 --dry_run
   # as in the paper: 16 GPUs on 2 machines
   accelerate launch --num_machines 2 --num_processes 16 training/pretrain.py \\
       --recipe vits16_vicreg_rot --data ILSVRC/imagenet-1k --output_dir runs/rot
@@ -72,6 +75,9 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
     apply_overrides(read_recipe(path, [RECIPES]), overrides)
     if options.num_processes is not None and not options.dry_run:
         raise RecipeError("--num_processes belongs to --dry_run. To train on several, use `accelerate launch`.")
+    for name in ("utilisation", "device_tflops"):
+        if getattr(options, name) is not None and not options.dry_run:
+            raise RecipeError(f"--{name} belongs to --dry_run: it is an assumption about time.")
     if options.output_dir is None and not options.dry_run:
         raise RecipeError("--output_dir is missing: checkpoints and the encoder need a place.")
     return path, overrides
@@ -104,11 +110,13 @@ def _train(recipe: Any, options: argparse.Namespace) -> None:
 
 
 def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
-    from hf_equissl.dry_run import PICTURE, dry_run_report, save_picture
+    from hf_equissl.dry_run import PICTURE, Speed, dry_run_report, save_picture
     from hf_equissl.launch import prepare
 
+    given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
+    speed = Speed(**{name: value for name, value in given.items() if value is not None})
     run = prepare(recipe, options.output_dir, options.resume, processes=options.num_processes, dry=True)
-    _say(dry_run_report(run))
+    _say(dry_run_report(run, speed))
     if options.output_dir is not None and run.dataset is not None and os.environ.get("RANK", "0") == "0":
         _say(
             f"\nPicture of the first views: {save_picture(run.first, run.pipeline, Path(options.output_dir) / PICTURE)}"
@@ -156,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on from the newest complete checkpoint in DIR, if there is one",
     )
     add("--dry_run", action="store_true", help="check everything, print the plan and its cost, train nothing")
-    add("--num_processes", type=int, metavar="N", help="with --dry_run: plan for N processes")
+    add("--num_processes", type=int, metavar="N", help="with --dry_run: plan for N processes (the recipe's otherwise)")
+    add("--utilisation", type=float, metavar="SHARE", help="with --dry_run: of a device's peak (0.4 otherwise)")
+    add("--device_tflops", type=float, metavar="N", help="with --dry_run: a device's peak (312 otherwise, an A100's)")
     add("--list_recipes", action="store_true", help="names of the recipes that ship, one line each")
     return parser
 
@@ -187,7 +197,8 @@ def _recipe_lines() -> str:
         path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
     }
     width = max(map(len, texts), default=0)
-    return "\n".join(f"  {name:<{width}}  {raw.get('description', '')}" for name, raw in texts.items())
+    kinds = {name: "[sweep.py] " if "sweep" in raw else "" for name, raw in texts.items()}
+    return "\n".join(f"  {name:<{width}}  {kinds[name]}{raw.get('description', '')}" for name, raw in texts.items())
 
 
 def _say(text: str) -> None:

@@ -110,24 +110,70 @@ def test_another_run_does_not_continue_or_overwrite(
         ("training.data_seed", 42, 1),
         ("training.per_device_train_batch_size", 4, 2),
         ("training.gradient_accumulation_steps", 1, 2),
+        ("training.epoch_steps", None, 3),
+        ("training.layer_decay", 1.0, 0.9),
         ("data.split", "'train'", "test"),
         ("objectives.equivariance.0.weight", 1.0, 2.0),
     ):
         assert f"holds a run with {key} = {old}, and" in fails(capsys, *words, f"--{key}", new)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_dry_run_of_every_shipped_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pretrain.main(["--recipe", name, "--dry_run", "--num_processes", "16"]) == 0
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar10_vicreg", ["vicreg: heads", "128 per device x 1 processes"]),
+        ("cifar10_vicreg_rot", ["vicreg: heads", "reconstruction: decoders", "intermediate_images"]),
+        ("cifar10_ibot_rot", ["ibot: heads", "teacher: encoder", "block masks", "held for 1 epochs = 100 steps"]),
+        ("cifar10_dinov2", ["dinov2: heads", "teacher: heads", "dinov2/loss_koleo"]),
+        (
+            "vits16_vicreg_rot",
+            ["128 per device x 16 processes x accumulation 1 = 2048", "0.0001 x 2048/256 = 0.0008", "625 steps"],
+        ),
+        (
+            "vits16_ibot_se2",
+            ["64 per device x 16 processes x accumulation 1 = 1024", "0.0005 x 1024/256 = 0.002", "10 local crops"],
+        ),
+        (
+            "vitl16_dinov2_se2",
+            [
+                "32 per device x 64 processes x accumulation 1 = 2048",
+                "0.004 x sqrt(2048/1024) = 0.005657",
+                "125000 = 100 epochs of 1250 steps = 200 passes over the data, the first 12500 warm up",
+                "planned for the recipe's processes: --num_processes 1 plans for one",
+                "end of warm-up   12500     0.00565685",
+                "at 40 % of 312 TFLOP/s per device (A100, bf16)",
+                "hours on 64 devices",
+                "stem 2048 = 1536 invariant + 512 equivariant",
+                "student.encoder.layer.23.{attention.{q_proj,k_proj,v_proj,o_proj}.weight,mlp.{fc1,fc2}.weight}",
+                "teacher: fp32 weights",
+                "optimizer state (AdamW)",
+            ],
+        ),
+    ],
+)
+def test_dry_run_of_shipped_recipes(
+    name: str, expected: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert pretrain.main(["--recipe", name, "--dry_run"]) == 0
     report = capsys.readouterr().out
-    expected = ["encoder: blocks", "vicreg: heads", "GFLOP/image", "activations", "per device x 16 processes"]
-    expected += ["128 per device x 16 processes x accumulation 1 = 2048", "0.0001 x 2048/256 = 0.0008"] * (
-        "vits" in name
-    )
-    if Recipe.load(RECIPES / f"{name}.yaml").objectives.equivariance:
-        expected += ["reconstruction: decoders", "intermediate_images"]
-    for text in expected:
+    for text in ("encoder: blocks", "GFLOP/image", "activations", "lr x", *expected):
         assert text in report
+
+
+def test_assumptions_about_time(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", str(recipe), "--dry_run", "--utilisation"]
+    assert pretrain.main([*words, "0.25", "--device_tflops", "989"]) == 0
+    report = capsys.readouterr().out
+    assert "at 25 % of 989 TFLOP/s per device; others: --utilisation, --device_tflops" in report
+    assert "--utilisation 2: expected a share above 0, at most 1" in fails(capsys, *words, "2")
+    assert "--device_tflops 0: expected a number above 0" in fails(capsys, *words, "1", "--device_tflops", "0")
+    assert "--utilisation belongs to --dry_run" in fails(capsys, "--recipe", recipe, "--utilisation", "1")
+
+
+def test_a_sweep_has_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "--recipe", "vits16_ibot_sweep", "--dry_run")
+    assert "python training/sweep.py --recipe vits16_ibot_sweep --list" in message
 
 
 def test_launched_by_path(images: Path, tmp_path: Path) -> None:
@@ -149,6 +195,7 @@ def test_help_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain.main(["--list_recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in SHIPPED)
+    assert "vits16_ibot_sweep      [sweep.py] 22 runs" in listed
     with pytest.raises(SystemExit) as end:
         pretrain.main(["--help"])
     assert end.value.code == 0
@@ -221,6 +268,8 @@ def test_a_step_that_cannot_work_is_refused_before_training(
     assert "at least 2 images" in fails(capsys, *run, "--training.per_device_train_batch_size", 1)
     assert "names no transformation" in fails(capsys, *run, "--views.transformation", "null")
     assert "decoder_widths" in fails(capsys, *run, "--objectives.equivariance.0.decoder_widths", "[8]")
+    held = ["--training.freeze_last_layer_epochs", "1"]
+    assert "this model has no prototypes to hold" in fails(capsys, *run, *held)
     stemless = ["--model.feature_size", "null", "--model.equivariant_size", "null"]
     assert "equivariant part" in fails(capsys, *run, *stemless)
     assert not list((tmp_path / "out").glob("checkpoint-*"))

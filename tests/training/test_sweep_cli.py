@@ -1,0 +1,123 @@
+"""The sweep command: it runs what is missing, goes on where it was killed, and says which runs failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModel
+
+from hf_equissl.training import sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, SAVE_STEPS = 60, 5
+BASE = f"""
+description: A tiny one.
+model: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8, image_size: 16}}
+objectives: {{invariance: {{name: vicreg, expander_sizes: [16, 16]}}, equivariance: []}}
+views: {{pipeline: {{name: vicreg}}}}
+training: {{per_device_train_batch_size: 4, save_steps: {SAVE_STEPS}, save_total_limit: 1, disable_tqdm: true,
+           use_cpu: true}}
+"""
+MANY = f"""
+description: Two tiny ones.
+sweep:
+  - name: "steps-{{max_steps}}"
+    extends: base.yaml
+    cross: {{training.max_steps: [1, {STEPS}]}}
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "many.yaml").write_text(MANY)
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(images / f"{index}.png")
+    return ["--recipe", str(tmp_path / "many.yaml"), "--data", str(images), "--output_dir", str(tmp_path / "runs")]
+
+
+def test_a_killed_sweep_goes_on(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs, second = tmp_path / "runs", f"steps-{STEPS}"
+    command = [sys.executable, str(ROOT / "training" / "sweep.py"), *words, "--", "--num_processes", "1"]
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 240
+    while not list(runs.glob(f"{second}/checkpoint-*")):
+        assert process.poll() is None, "the sweep ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (runs / second / "encoder").exists()
+    weights = (runs / "steps-1" / "encoder" / "model.safetensors").stat().st_mtime_ns
+    capfd.readouterr()
+
+    assert sweep.main([*words, "--", "--num_processes", "1"]) == 0
+    said = capfd.readouterr().out
+    assert "[1/2] steps-1: finished before, skipped" in said
+    assert f"[2/2] {second}: running" in said
+    assert f"resuming from {runs / second / 'checkpoint-'}" in said
+    assert "all 2 runs are finished" in said
+    assert (runs / "steps-1" / "encoder" / "model.safetensors").stat().st_mtime_ns == weights
+    assert AutoModel.from_pretrained(runs / second / "encoder").config.hidden_size == 16
+
+    assert sweep.main(words) == 0
+    assert "running" not in capfd.readouterr().out
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_if_short = f"import sys; sys.exit(0 if 'steps-{STEPS}' in str(sys.argv) else 3)"
+    monkeypatch.setattr(sweep, "LAUNCHER", [sys.executable, "-c", fails_if_short])
+    assert sweep.main(words) == 1
+    out, err = capfd.readouterr()
+    assert "[1/2] steps-1: failed with code 3" in out
+    assert f"[2/2] steps-{STEPS}: done" in out
+    assert "error: 1 of 2 runs failed: steps-1" in err
+
+
+def test_list_and_dry_run(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*words, "--list"]) == 0
+    listed = capfd.readouterr().out
+    assert f"steps-{STEPS}\n    --recipe base\n    --training.max_steps {STEPS}\n2 runs" in listed
+    assert sweep.main([*words, "--dry_run", "--only", "steps-1", "--training.weight_decay", "0"]) == 0
+    report = capfd.readouterr().out
+    assert "[1/1] steps-1" in report
+    assert "weight_decay: 0" in report
+    assert "GFLOP/image" in report
+    assert not list(tmp_path.glob("runs/*/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--only", "steps-2"], "--only steps-2: no run of this name. Did you mean 'steps-1'"),
+        (["--training.max_steps", "3"], "--training.max_steps would replace what steps-1 sets: 1"),
+        (["--training.max_step", "3"], "steps-1: training: unknown key 'max_step'. Did you mean 'max_steps'"),
+        (["--data.source", "x"], "give one of them"),
+        (["--onyl", "x"], "Did you mean --only"),
+    ],
+)
+def test_mistakes(words: list[str], more: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([*words, *more]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_what_is_missing(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(words[:4]) == 2
+    assert "--output_dir is missing" in capfd.readouterr().err
+    assert sweep.main(words[2:]) == 2
+    assert "--recipe is missing" in capfd.readouterr().err
+    assert sweep.main(["--recipe", "vits16_ibot_swep", "--list"]) == 2
+    assert "Did you mean 'vits16_ibot_sweep'" in capfd.readouterr().err

@@ -1,0 +1,184 @@
+"""Run the members of a sweep one after another: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+PRETRAIN = Path(__file__).resolve().parent / "pretrain.py"
+RECIPES = PRETRAIN.parent / "recipes"
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+
+EPILOG = """\
+what stands behind -- goes to `accelerate launch`; every --section.key VALUE goes to all runs, after their own values.
+Run the same command again to go on: finished runs are skipped, an interrupted one resumes from its newest checkpoint.
+
+examples:
+  python training/sweep.py --recipe vits16_ibot_sweep --list
+  python training/sweep.py --recipe vits16_ibot_sweep --data ILSVRC/imagenet-1k --output_dir runs/sweep \\
+      -- --num_machines 2 --num_processes 16
+  python training/sweep.py --recipe vits16_ibot_sweep --only weight-1.0_equivariant-2048 --dry_run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 2 for what can be mended before the first run, 1 if a run failed."""
+    from hf_equissl.strict import RecipeError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words[:split])
+    try:
+        members, overrides = _read(options, rest, [name for act in parser._actions for name in act.option_strings])
+        if options.list:
+            print(_listing(members))
+            return 0
+        if options.dry_run:
+            return _dry_run(members, overrides, options)
+        recipes = _check(members, overrides, options)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        return _run_all(members, recipes, overrides, words[split + 1 :], options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+
+
+def _read(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """The chosen members and the overrides for all of them."""
+    from hf_equissl.overrides import parse_overrides
+    from hf_equissl.strict import RecipeError
+    from hf_equissl.sweep import choose, read_sweep
+    from hf_equissl.training.pretrain import _find_recipe
+
+    overrides = parse_overrides(rest, known_options)
+    if options.recipe is None:
+        raise RecipeError("--recipe is missing: the name of a sweep that ships, or a YAML file.")
+    members = choose(read_sweep(_find_recipe(options.recipe), [RECIPES]), options.only or [])
+    for member in members:
+        if clash := overrides.keys() & member.overrides.keys():
+            key = min(clash)
+            raise RecipeError(f"--{key} would replace what {member.name} sets: {member.overrides[key]!r}.")
+    if options.data is not None:
+        if "data.source" in overrides:
+            raise RecipeError("--data and --data.source say the same: give one of them.")
+        overrides["data.source"] = options.data
+    return members, overrides
+
+
+def _check(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The members' recipes: all are checked before the first one runs."""
+    from hf_equissl.recipes import Recipe
+    from hf_equissl.strict import RecipeError
+
+    if options.output_dir is None:
+        raise RecipeError("--output_dir is missing: each run gets a folder in it.")
+    recipes = {}
+    for member in members:
+        try:
+            recipes[member.name] = Recipe.load(member.recipe, member.overrides | overrides, search=[RECIPES])
+        except RecipeError as error:
+            raise RecipeError(f"{member.name}: {error}") from error
+    return recipes
+
+
+def _run_all(
+    members: Sequence[Any],
+    recipes: dict[str, Any],
+    overrides: dict[str, Any],
+    launch_options: list[str],
+    options: argparse.Namespace,
+) -> int:
+    """One run after another; a run that fails does not stop the next ones."""
+    from hf_equissl.output_folder import is_finished
+
+    failed: list[str] = []
+    for number, member in enumerate(members, start=1):
+        folder = Path(options.output_dir) / member.name
+        head = f"[{number}/{len(members)}] {member.name}"
+        if is_finished(recipes[member.name], folder):
+            _say(f"{head}: finished before, skipped ({folder})")
+            continue
+        _say(f"{head}: running in {folder}")
+        start = time.monotonic()
+        code = subprocess.run(
+            [*LAUNCHER, *launch_options, *_command(member, overrides, folder)], check=False
+        ).returncode
+        minutes = (time.monotonic() - start) / 60
+        _say(f"{head}: {'done' if code == 0 else f'failed with code {code}'} after {minutes:.1f} min")
+        if code != 0:
+            failed.append(member.name)
+    if failed:
+        print(f"error: {len(failed)} of {len(members)} runs failed: {', '.join(failed)}", file=sys.stderr, flush=True)
+        return 1
+    _say(f"all {len(members)} runs are finished")
+    return 0
+
+
+def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
+    from hf_equissl.sweep import Member
+
+    everywhere = Member(member.name, member.recipe, overrides).words
+    return [str(PRETRAIN), "--recipe", str(member.recipe), "--output_dir", str(folder), *member.words, *everywhere]
+
+
+def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
+    from hf_equissl.training import pretrain
+
+    codes = []
+    for number, member in enumerate(members, start=1):
+        folder = Path(options.output_dir or "") / member.name
+        _, *words = _command(member, overrides, folder)
+        if options.output_dir is None:
+            del words[words.index("--output_dir") :][:2]
+        _say(f"[{number}/{len(members)}] {member.name}")
+        codes.append(pretrain.main([*words, "--dry_run"]))
+    return max(codes)
+
+
+def _listing(members: Sequence[Any]) -> str:
+    lines = []
+    for member in members:
+        lines += [member.name, f"    --recipe {member.recipe.stem}"]
+        lines += [f"    --{key} {json.dumps(value)}" for key, value in member.overrides.items()]
+    return "\n".join([*lines, f"{len(members)} runs"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py",
+        usage="sweep.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]",
+        description="Run the members of a sweep one after another, each in a folder of its own.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
+    add("--data", metavar="SOURCE", help="as pretrain.py's, for all runs")
+    add("--output_dir", metavar="DIR", help="each run gets the folder DIR/NAME")
+    add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
+    add("--only", nargs="+", metavar="NAME", help="these runs alone")
+    add("--dry_run", action="store_true", help="plan and cost of each run; trains nothing")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
