@@ -17,7 +17,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,8 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
     args = recipe.build_training_arguments(
         "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
     )
-    model = EquiSSLForPreTraining(recipe.build_pretraining_config()).train().to(device)
+    model = EquiSSLForPreTraining(recipe.build_pretraining_config()).train()
+    cast(nn.Module, model).to(device)
     optimizer_class, arguments = EquiSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
     pipeline = recipe.build_pipeline(model.needs)
     return Side(

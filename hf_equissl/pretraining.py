@@ -218,7 +218,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         if self.needs.local_crops:
             if views.local_crops is None:
                 raise ValueError(f"{self.config.invariance['name']} needs local crops, and the views have none.")
-            features.local_tokens = self._encode(self.student, views.local_crops).tokens
+            features.local_tokens = self._encode(self.student, views.local_crops, output_patches=False).tokens
         return features
 
     @torch.no_grad()
@@ -229,11 +229,20 @@ class EquiSSLForPreTraining(PreTrainedModel):
         return self._encode(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
 
     def _encode(
-        self, encoder: EquiSSLModel, crops: Tensor, masks: Tensor | None = None, layers: tuple[int, ...] = ()
+        self,
+        encoder: EquiSSLModel,
+        crops: Tensor,
+        masks: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        output_patches: bool = True,
     ) -> Features:
         """Crops of one size, (V, B, C, H, W), in one pass."""
         output = encoder(
-            crops.flatten(0, 1), bool_masked_pos=masks, output_features=False, output_hidden_states=bool(layers)
+            crops.flatten(0, 1),
+            bool_masked_pos=masks,
+            output_features=False,
+            output_patches=output_patches,
+            output_hidden_states=bool(layers),
         )
         shape, patch = crops.shape[:2], encoder.config.patch_size
         return Features(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -144,11 +144,11 @@ def _learning_rate(args: EquiSSLTrainingArguments, plan: Schedule) -> Callable[[
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps, kwargs)
     if not isinstance(scheduler, LambdaLR):
         return None
-    return lambda step: scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
+    return lambda step: float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step))
 
 
 def _temperature(objective: Objective, progress: TrainingProgress) -> float | None:
     if progress.steps_per_epoch is None or not hasattr(objective, "cls_temperature"):
         return None
     objective.begin_step(progress)
-    return float(objective.cls_temperature)
+    return float(cast(float, objective.cls_temperature))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,8 @@ class EquiSSLTrainer(Trainer):
         if self.args.grad_clipping == "global":
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return clip_gradients(self.model.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
+        own = cast(nn.Module, self.model)
+        return clip_gradients(own.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The parent's, in steps that are logged: without clipping it is one more pass over all gradients."""

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import logging
+from transformers.utils import is_torch_tf32_available, logging
 
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
@@ -43,7 +43,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
 
     Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
     incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept,
-    CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``.
+    CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``, no broadcast of buffers (centers
+    and statistics are made from all processes' batches). With ``bf16`` or ``fp16``, what stays in fp32 (prototypes)
+    is multiplied in TF32 on GPUs that have it, unless ``tf32`` says otherwise.
 
     Raises:
         ValueError: for an unknown scaling rule, a number out of its range, or a setting that pretraining cannot have.
@@ -86,6 +88,7 @@ class EquiSSLTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the pipeline reads them all."})
     label_names: list[str] | None = field(default_factory=list, metadata={"help": "Pretraining has none."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "They are the same by construction."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
     def __post_init__(self) -> None:
@@ -96,6 +99,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
             self.ddp_backend = "gloo"
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
+            self.tf32 = True
         super().__post_init__()
         if self.n_gpu > 1:
             logger.warning("Only one of %d GPUs is used: start with `accelerate launch` to use all.", self.n_gpu)

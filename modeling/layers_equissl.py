@@ -48,18 +48,24 @@ class EquiSSLAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and the attention weights (B, H, T, T) where the kernel has them."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+    def forward(
+        self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, Q, D) and the attention weights (B, H, Q, T) where the kernel has them.
+
+        The first `num_queries` = Q tokens ask, all by default; all T answer.
+        """
+        asking = hidden_states[:, :num_queries]
+        query, key, value = (
+            layer(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer, tokens in ((self.q_proj, asking), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
+        )
         attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(hidden_states.shape).contiguous()), weights
+        return self.o_proj(output.reshape(asking.shape).contiguous()), weights
 
 
 class EquiSSLLayerScale(nn.Module):
@@ -101,21 +107,27 @@ class EquiSSLDropPath(nn.Module):
         super().__init__()
         self.rate, self.exact = rate, exact
 
-    def forward(self, hidden_states: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, T, D) -> hidden_states + branch(hidden_states), with samples dropped in training."""
+    def forward(
+        self, hidden_states: Tensor, branch: Callable[[Tensor], Tensor], num_tokens: int | None = None
+    ) -> Tensor:
+        """(B, T, D) -> hidden_states + branch(hidden_states), with samples dropped in training.
+
+        A branch that gives the first `num_tokens` only is added to those: (B, num_tokens, D).
+        """
+        residual = hidden_states[:, :num_tokens]
         if not self.training or self.rate == 0:
-            return branch(hidden_states) + hidden_states
+            return branch(hidden_states) + residual
         batch_size, device = len(hidden_states), hidden_states.device
         if self.exact:
             count = max(1, int(batch_size * (1 - self.rate)))
             index = torch.randperm(batch_size, device=device)[:count]
-            kept = branch(hidden_states.index_select(0, index)).to(hidden_states.dtype)
-            return hidden_states.index_add(0, index, kept, alpha=batch_size / count)
+            kept = branch(hidden_states.index_select(0, index)).to(residual.dtype)
+            return residual.index_add(0, index, kept, alpha=batch_size / count)
         # Drawn in fp32: bf16 has eight bits, too few for a probability.
         keep = torch.rand(batch_size, device=device) >= self.rate
         output = branch(hidden_states)
         factor = keep.to(output.dtype) / (1 - self.rate)
-        return output * factor.view(-1, *(1,) * (output.ndim - 1)) + hidden_states
+        return output * factor.view(-1, *(1,) * (output.ndim - 1)) + residual
 
     def extra_repr(self) -> str:
         """The rate."""
@@ -138,11 +150,13 @@ class EquiSSLLayer(GradientCheckpointingLayer):
         self.mlp = EquiSSLMLP(config.hidden_size, config.mlp_ratio, config.hidden_act)
         self.layer_scale2 = EquiSSLLayerScale(config) if has_scale else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        hidden_states = self.drop_path(
-            hidden_states, lambda x: self.layer_scale1(self.attention(self.norm1(x), **kwargs)[0])
-        )
+    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, Q, D) for the first `num_queries` = Q tokens alone."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.layer_scale1(self.attention(self.norm1(x), num_queries, **kwargs)[0])
+
+        hidden_states = self.drop_path(hidden_states, attend, num_queries)
         return self.drop_path(hidden_states, lambda x: self.layer_scale2(self.mlp(self.norm2(x))))
 
 

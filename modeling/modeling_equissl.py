@@ -186,12 +186,22 @@ class EquiSSLEncoder(EquiSSLPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states: Tensor, prefix_tokens: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """(B, T, D) -> (B, T, D); `prefix_tokens` (B, P, D) go in front after block `cls_insertion_layer`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        prefix_tokens: Tensor | None = None,
+        num_queries: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """(B, T, D) -> (B, T, D); `prefix_tokens` (B, P, D) go in front after block `cls_insertion_layer`.
+
+        With `num_queries` = Q the last block gives the first Q tokens only, (B, Q, D).
+        """
+        last = len(self.layer) - 1
         for index, layer in enumerate(self.layer):
             if prefix_tokens is not None and index == self.config.cls_insertion_layer:
                 hidden_states = torch.cat((prefix_tokens.to(hidden_states.dtype), hidden_states), dim=1)
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, num_queries if index == last else None, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -234,6 +244,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         output_features: bool = True,
+        output_patches: bool = True,
         **kwargs: Any,
     ) -> EquiSSLModelOutput:
         """Encode images.
@@ -244,6 +255,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
             bool_masked_pos: (B, N), `torch.bool`; `True` replaces a patch by the mask token.
             output_features: Compute `invariant_features` and `equivariant_features` of all tokens. They are large (d up
                 to 8192); `model.stem(tokens, part=...)` gives a part for chosen tokens.
+            output_patches: `False` gives CLS and registers alone (N = 0) and spares most of the last block.
             **kwargs: `output_hidden_states` (bool, or indices of those to keep), `output_attentions`, `return_dict`,
                 and arguments of the attention kernel.
 
@@ -251,7 +263,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
             ValueError: If an input has the wrong shape or dtype.
         """
         tokens, prefix = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)
-        encoded = self.encoder(tokens, prefix, **kwargs)
+        encoded = self.encoder(tokens, prefix, None if output_patches else self.num_prefix_tokens, **kwargs)
         last_hidden_state = self.layernorm(encoded.last_hidden_state)
         invariant, equivariant = self._features(last_hidden_state) if output_features else (None, None)
         return EquiSSLModelOutput(

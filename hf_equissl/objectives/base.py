@@ -29,7 +29,7 @@ class Features:
         grid: (rows, columns) of the patches of a global crop, rows * columns = N.
         stem: ``stem(tokens (..., D), part="invariant" | "equivariant") -> (..., d_inv | d_equi)``; ``None`` for an
             encoder without one, whose tokens are all invariant.
-        local_tokens: (L, B, T', D), the same for local crops.
+        local_tokens: (L, B, P, D), prefix tokens of the local crops: their patches have no use, and cost.
         hidden: block -> (V, B, T or N, D), token maps after that block, before any further norm.
         extra: name -> features of ``Views.extra[name]``, encoded in a pass of its own, as one crop (V = 1).
     """

@@ -69,6 +69,7 @@ def test_command_line_end_to_end_and_resume(folder: Path, tmp_path: Path) -> Non
         ("transformation_regression", "flip"),
         ("linear", "classification"),
         ("knn", "classification"),
+        ("effective_rank", "representation"),
     }
     assert all(record.command.startswith("python training/probe.py --encoder") for record in records)
     assert all(record.seeds == (0,) for record in records)
@@ -138,7 +139,7 @@ def test_flat_folder_needs_no_labels_until_they_are_asked_for(
     assert "LinearEvaluator needs labels" in capsys.readouterr().err
     cli.main(flat)
     records = load_records(tmp_path / "results.json")
-    assert {record.evaluator for record in records} == {"transformation_regression"}
+    assert {record.evaluator for record in records} == {"effective_rank", "transformation_regression"}
     assert {record.split for record in records} == {"train (held-out)"}
 
 

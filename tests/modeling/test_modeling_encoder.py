@@ -232,3 +232,22 @@ def test_input_embeddings_give_a_tensor(tiny_config) -> None:
     model = EquiSSLModel(tiny_config())
     assert isinstance(model.get_input_embeddings(), nn.Module)
     assert model.get_input_embeddings()(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"num_register_tokens": 2, "layerscale_value": 0.1}])
+def test_without_patches_cls_and_registers_are_the_same(tiny_config, randomise, overrides: dict) -> None:
+    model, results = randomise(EquiSSLModel(tiny_config(stem=True, **overrides))).train(), []
+    images = torch.randn(3, 3, 64, 64)
+    for output_patches in (True, False):
+        model.zero_grad()
+        output = model(images, output_patches=output_patches)
+        cls = output.pooler_output
+        (cls * torch.linspace(-1, 1, cls.numel()).view_as(cls)).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "stem" not in name}
+        results.append((output, {name: gradient.clone() for name, gradient in gradients.items()}))
+    (full, expected), (short, actual) = results
+    prefix = 1 + overrides.get("num_register_tokens", 0)
+    torch.testing.assert_close(short.last_hidden_state, full.last_hidden_state[:, :prefix], **TOLERANCE)
+    torch.testing.assert_close(short.invariant_features, full.invariant_features[:, :1], **TOLERANCE)
+    assert len(expected) > 20
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
