@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Time a training step of a recipe with lambda > 0 against the same step with lambda = 0 (views, forward, backward,
-optimizer; in turns, on one device), and with --data the loader against a plain PIL loop that cuts the same crops."""
+Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
+another recipe (views, forward, backward, optimizer; in turns, on one device). With --data also time the loader
+against a plain PIL loop that cuts the same crops."""
 
 EPILOG = """\
 On a CPU, first:
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data is not None:
             overrides |= {"data.source": options.data, "data.streaming": False}
         recipe = Recipe.load(_find_recipe(options.recipe), overrides, search=[RECIPES])
-        report = _measure(recipe, options)
+        common = {key: value for key, value in overrides.items() if not key.startswith("objectives.")}
+        base = options.base and Recipe.load(_find_recipe(options.base), common, search=[RECIPES])
+        report = _measure(recipe, base, options)
         if options.output_dir is not None:
             path = Path(options.output_dir) / "benchmark.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(recipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for, printed as it comes."""
     from hf_equissl import benchmark
     from hf_equissl.data import ImageViewDataset
@@ -67,9 +70,11 @@ def _measure(recipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         images = benchmark.synthetic_images(options.batch_size, recipe.build_encoder_config().image_size)
     else:
         images = benchmark.first_images(source, options.batch_size)
-    sides = benchmark.build_sides(recipe, options.batch_size, device, images)
+    recipes = benchmark.both_recipes(recipe, base)
+    sides = benchmark.build_sides(recipes, options.batch_size, device, images)
     report: dict[str, Any] = {
         "recipe": recipe.name,
+        "base": f"{recipe.name} with lambda = 0" if base is None else base.name,
         "settings": {
             "model": recipe.model,
             "objectives": vars(recipe.objectives),
@@ -85,10 +90,10 @@ def _measure(recipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     for dtype in options.dtype:
         timing = benchmark.time_steps(sides, dtype, options.repeats)
         timing["peak_memory_mib"] = (
-            benchmark.peak_memory(recipe, sides, dtype) if options.memory else "not asked for (--memory)"
+            benchmark.peak_memory(recipes, sides, dtype) if options.memory else "not asked for (--memory)"
         )
         report["steps"][dtype] = timing
-        _say("\n".join(_step_lines(dtype, timing)))
+        _say("\n".join([*_step_lines(dtype, timing), _paper_line(recipe.objectives.invariance["name"])]))
     if source is not None:
         dataset = ImageViewDataset(source, sides[benchmark.FULL].pipeline, seed=0)
         report["loader"] = benchmark.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
@@ -102,7 +107,8 @@ def _header(report: dict[str, Any]) -> str:
     entries = ", ".join(f"{weight:g} for {name}" for name, weight in weights.items())
     versions = ", ".join(f"{name} {where[name]}" for name in ("hf_equissl", "torch", "transformers"))
     return (
-        f"{report['recipe']}: batch {settings['batch_size']}, {settings['images']} images, lambda: {entries}\n"
+        f"{report['recipe']} (lambda: {entries}) against {report['base']}\n"
+        f"batch {settings['batch_size']}, {settings['images']} images\n"
         f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']}); "
         f"threads: {where['threads']}\n"
         f"{versions}, commit {where['commit'] or 'unknown'}"
@@ -110,7 +116,7 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
-    from hf_equissl.benchmark import AIM, BASE, EQUIVARIANCE_BACKWARD, FULL, PAPER_OVERHEAD, PARTS
+    from hf_equissl.benchmark import BASE, EQUIVARIANCE_BACKWARD, FULL, PARTS
 
     base, full = timing["sides"][BASE], timing["sides"][FULL]
     rows = [("step, median", "wall"), ("step, fastest", "wall_min"), ("step, processor time", "cpu")]
@@ -137,7 +143,15 @@ def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
         f"  by processor time {100 * timing['cpu_overhead']:+.2f} %; sum of its parts "
         f"{100 * timing['parts_overhead']:+.2f} %, by processor time {100 * timing['parts_cpu_overhead']:+.2f} %"
     )
-    yield f"  the paper's (ViT-S/16, VICReg): {100 * PAPER_OVERHEAD:+.1f} %; aim: at most {100 * AIM:+.2f} %"
+
+
+def _paper_line(method: str) -> str:
+    from hf_equissl.benchmark import PAPER_OVERHEADS
+
+    if method not in PAPER_OVERHEADS:
+        return f"  the paper states no overhead for {method}"
+    encoder, share = PAPER_OVERHEADS[method]
+    return f"  the paper's ({encoder}, {method}, GPUs): {100 * share:+.1f} %; aim: at most half, {50 * share:+.2f} %"
 
 
 def _loader_line(loader: dict[str, Any]) -> str:
@@ -160,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
+    add("--base", metavar="NAME|PATH", help="a recipe to compare with; default: the same with lambda = 0")
     add("--batch_size", type=int, default=32, metavar="N", help="images per step; default: 32")
     add("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="bf16: autocast; default: both")
     add("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind, in turns; default: 5")

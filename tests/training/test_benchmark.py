@@ -21,6 +21,7 @@ from hf_equissl.benchmark import (
     SIDES,
     TEACHER,
     UPDATE,
+    both_recipes,
     build_sides,
     peak_memory,
     plain_crops,
@@ -64,7 +65,7 @@ def test_report(path: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.C
     words += ["--batch_size", "4", "--repeats", "2", "--loader_images", "8", "--device", "cpu"]
     assert benchmark.main(words) == 0
     printed = capsys.readouterr().out
-    for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most +7.35 %", "loader / plain", "threads: 1"):
+    for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most half, +7.35 %", "loader / plain", "threads: 1"):
         assert text in printed
 
     text = (tmp_path / "out" / "benchmark.json").read_text()
@@ -94,7 +95,7 @@ def check_timing(timing: dict[str, Any], repeats: int) -> None:
 
 
 def test_the_steps_differ_in_the_reconstruction_alone(path: Path) -> None:
-    sides = build_sides(Recipe.load(path), 4, torch.device("cpu"), synthetic_images(3, 32))
+    sides = build_sides(both_recipes(Recipe.load(path)), 4, torch.device("cpu"), synthetic_images(3, 32))
     base, full = sides[BASE], sides[FULL]
     assert len(base.model.equivariance) == 0
     assert len(full.model.equivariance) == 1
@@ -115,7 +116,7 @@ def test_a_step_with_a_teacher(tmp_path: Path) -> None:
     """Its pass and its update belong to the step: on masked crops and local ones, as the Trainer has them."""
     file = tmp_path / "ibot.yaml"
     file.write_text(IBOT)
-    sides = build_sides(Recipe.load(file), 4, torch.device("cpu"), synthetic_images(3, 32))
+    sides = build_sides(both_recipes(Recipe.load(file)), 4, torch.device("cpu"), synthetic_images(3, 32))
     for side in sides.values():
         assert {"masks", "mask_indices", "local_crops"} <= side.batch.keys()
         assert {group["lr_multiplier"] for group in side.optimizer.param_groups} == {1.0, 0.9, 0.9**2, 0.9**3}
@@ -130,9 +131,20 @@ def test_a_step_with_a_teacher(tmp_path: Path) -> None:
     assert sides[FULL].equivariance_alone("fp32")["parts"][EQUIVARIANCE_BACKWARD] > 0
 
 
+def test_another_recipe_as_the_base(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plain method, without stem and without g."""
+    plain = tmp_path / "plain.yaml"
+    values = "model: {feature_size: null, equivariant_size: null}\nobjectives: {equivariance: []}\n"
+    plain.write_text(f"extends: {path}\n{values}views: {{transformation: null}}\n")
+    words = ["--recipe", str(path), "--base", str(plain), "--batch_size", "2", "--repeats", "1", "--dtype", "fp32"]
+    assert benchmark.main([*words, "--output_dir", str(tmp_path)]) == 0
+    assert "against plain" in capsys.readouterr().out
+    assert json.loads((tmp_path / "benchmark.json").read_text())["base"] == "plain"
+
+
 def test_the_plain_loop_cuts_the_same_crops(path: Path, photo_folder: Path) -> None:
     recipe = Recipe.load(path, {"data.source": str(photo_folder)})
-    sides = build_sides(recipe, 2, torch.device("cpu"), synthetic_images(2, 32))
+    sides = build_sides(both_recipes(recipe), 2, torch.device("cpu"), synthetic_images(2, 32))
     dataset = ImageViewDataset(recipe.build_source(), sides[FULL].pipeline, seed=3)
     keys, plain = plain_crops(dataset, 4)
     assert keys == [(0, index) for index in range(4)]
@@ -169,8 +181,8 @@ def test_peak_memory_on_cpu(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     recipe = Recipe.load(path)
-    sides = build_sides(recipe, 64, torch.device("cpu"), synthetic_images(2, 32))
-    memory = peak_memory(recipe, sides, "fp32")
+    sides = build_sides(both_recipes(recipe), 64, torch.device("cpu"), synthetic_images(2, 32))
+    memory = peak_memory(both_recipes(recipe), sides, "fp32")
     if isinstance(memory, str):
         pytest.skip(memory)
     assert memory[FULL] > memory[BASE] > 0
