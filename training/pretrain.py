@@ -38,6 +38,7 @@ every value of a recipe can be set on the command line, as --section.key VALUE (
   --objectives.*   --objectives.equivariance.0.weight 0.5, --objectives.equivariance '[]'
   --views.*        --views.transformation.name translation, --views.pipeline.crop_scale '[0.35, 1]'
   --data.*         source, split, column, streaming, max_bad_share ...: --data.column photo
+  --monitor.*      kNN and effective rank during training: --monitor.every_steps 500 --monitor.test_images 1000
   --training.*     every field of EquiSSLTrainingArguments: --training.max_steps 1000 --training.bf16 true
 """
 

@@ -353,6 +353,8 @@ def _check_arguments(
         raise ValueError(f"`centering` is {centering!r}, expected 'centering' or 'sinkhorn'.")
     if student_temperature <= 0:
         raise ValueError(f"`student_temperature` is {student_temperature}, expected a value above 0.")
+    if num_prototypes < 2:
+        raise ValueError(f"`num_prototypes` is {num_prototypes}, expected at least 2 to choose from.")
     if not 0 <= equivariant_logits < num_prototypes:
         raise ValueError(
             f"`equivariant_logits` is {equivariant_logits}, expected 0 (stem split) or fewer than the "

@@ -202,14 +202,18 @@ class ViewPipeline:
             lines.append("  g: none")
         else:
             family = type(self.transformation)
-            options = [key for key in signature(family).parameters if hasattr(self.transformation, key)]
-            settings = ", ".join(f"{key}={getattr(self.transformation, key)}" for key in options)
+            family_options = {key: self._option(key) for key in signature(family).parameters}
+            settings = ", ".join(f"{key}={value}" for key, value in family_options.items() if value is not None)
             lines.append(f"  g on view {len(self.spec.views)}: {family.__name__}({settings})")
         if self.needs.fractions:
             lines.append("  intermediate images at " + ", ".join(f"{value:.3g}" for value in self.needs.fractions))
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.image_mean, self.image_std))
         lines.append(f"  normalised with mean ({mean}), std ({std})")
         return "\n".join(lines)
+
+    def _option(self, key: str) -> Any:
+        """An argument that g was built with. SE(2)'s ``path`` is kept as ``path_type``, beside the method."""
+        return getattr(self.transformation, f"{key}_type", getattr(self.transformation, key, None))
 
     def _transform(self, views: list[Tensor], draws: Tensor) -> Views:
         """g on the last view, and normalisation of everything."""

@@ -429,6 +429,7 @@ def test_describe_and_pickle() -> None:
     ):
         assert part in text
     assert "g: none" in make("center").describe()
+    assert "path=linear" in make(g="se2").describe()
     batch = make_batch(pipeline)
     expected = pipeline(batch).global_crops
     assert torch.equal(pickle.loads(pickle.dumps(pipeline))(batch).global_crops, expected)
