@@ -64,9 +64,25 @@ class ScheduleCallback(TrainerCallback):
         for index, group in enumerate(optimizer.param_groups):
             if group.get("decayed") and "weight_decay" in self.values:
                 group["weight_decay"] = self.values["weight_decay"]
-            if group.get("last_layer"):
+            if group.get("last_layer") and args.freeze_last_layer_by == "learning_rate":
                 held = last_layer_is_held(args, progress)
                 group["lr"] = 0.0 if held else lr_scheduler.get_last_lr()[index]
+
+    def on_pre_optimizer_step(  # type: ignore[override]
+        self,
+        args: EquiSSLTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        """Drop the gradients of a last layer that is held, after they were clipped, as DINO and iBOT do."""
+        if args.freeze_last_layer_by != "gradient" or not last_layer_is_held(args, self._progress(args, state)):
+            return
+        for group in optimizer.param_groups:
+            if group.get("last_layer"):
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def on_optimizer_step(  # type: ignore[override]
         self,

@@ -124,7 +124,7 @@ def _plan_lines(run: Run) -> list[str]:
     expected = run.recipe.num_processes
     if expected and expected != plan.processes:
         lines.append(f"note           written for {expected} processes: --num_processes {expected} plans with them")
-    elif plan.processes > 1:
+    elif expected and plan.processes > 1:
         lines.append("note           planned for the recipe's processes: --num_processes 1 plans for one")
     return lines
 
@@ -142,9 +142,11 @@ def _schedule_lines(run: Run, objective: Objective) -> list[str]:
             *((row.name, *(f"{value[index]:.6g}" for index in known)) for row, value in zip(rows, values, strict=True)),
         ]
     )
-    if run.args.freeze_last_layer_epochs > 0 and (epoch := run.args.epoch_steps or run.plan.steps_per_epoch):
-        steps = run.args.freeze_last_layer_epochs * epoch
-        lines.append(f"the last layer is held for {run.args.freeze_last_layer_epochs:g} epochs = {steps:g} steps")
+    epoch, held = run.args.epoch_steps or run.plan.steps_per_epoch, run.args.freeze_last_layer_epochs
+    if epoch is None and objective.needs.teacher:
+        lines.append("what is stated in epochs follows from their length: --data, or --training.epoch_steps")
+    elif epoch is not None and held > 0:
+        lines.append(f"the last layer is held for {held:g} epoch{'s' * (held != 1)} = {held * epoch:g} steps")
     return lines
 
 

@@ -147,6 +147,7 @@ def prepare(
         raise RecipeError(
             f"model.hidden_act: there is no {name!r}.{hint} Valid: {', '.join(sorted(ACT2FN))}."
         ) from error
+    _check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
     checkpoint = None
     if output_dir is not None:
@@ -157,6 +158,8 @@ def prepare(
         processes = args.world_size if launched else recipe.num_processes or 1
     if dry and not recipe.data.get("source"):
         plan = schedule(args, processes, recipe.expected_images)
+        if args.epoch_steps or plan.steps_per_epoch:
+            _check_schedules(args, model, plan)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
@@ -246,13 +249,17 @@ def _check_length(args: EquiSSLTrainingArguments) -> None:
 
 
 def _check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
-    """Refuse what the Trainer would: schedules in epochs of unknown length, a last layer to hold that is not there."""
+    """Refuse what the Trainer would: schedules in epochs of unknown length."""
     progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
     try:
         model.begin_step(progress)
         last_layer_is_held(args, progress)
     except ValueError as error:
         raise RecipeError(f"training: {error}") from error
+
+
+def _check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
+    """Refuse to hold a last layer that is not there."""
     if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
         raise RecipeError(
             f"training.freeze_last_layer_epochs: {args.freeze_last_layer_epochs:g}, and this model has no prototypes "

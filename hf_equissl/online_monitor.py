@@ -324,7 +324,7 @@ class OnlineMonitor(TrainerCallback):
     def _remember(self, record: dict[str, Any], folder: Path) -> None:
         """Add one record, warn if it shows a collapse, and write the files."""
         self.records = [known for known in self.records if known["step"] < record["step"]]
-        record["collapsing"] = self._collapses(record[_RANK])
+        record["collapsing"] = self._collapses(record)
         if record["collapsing"] and not (self.records and self.records[-1]["collapsing"]):
             logger.warning("%s", self._warning(record))
         self.records.append(record)
@@ -333,16 +333,19 @@ class OnlineMonitor(TrainerCallback):
         if find_spec("matplotlib") is not None:
             _plot(self.records, folder / PLOT_FILE)
 
-    def _collapses(self, value: float) -> bool:
-        """Whether an effective rank is far below what it was before."""
+    def _collapses(self, record: dict[str, Any]) -> bool:
+        """Whether an effective rank is far below what it was before, or low whenever it was looked at in training."""
+        value, trained = record[_RANK], record["step"] > 0
         best = max((item[_RANK] for item in self.records if math.isfinite(item[_RANK])), default=0.0)
-        return value < max(COLLAPSED_RANK, COLLAPSED_SHARE * best) and value < best / 2
+        fell = value < best / 2 or (trained and best < COLLAPSED_RANK)
+        return fell and value < max(COLLAPSED_RANK, COLLAPSED_SHARE * best)
 
     def _warning(self, record: dict[str, Any]) -> str:
-        best = max(self.records, key=lambda item: item[_RANK])
+        best = max(self.records, key=lambda item: item[_RANK], default=None)
+        before = f", and was {best[_RANK]:.1f} at step {best['step']}" if best else ""
         return (
             f"Step {record['step']}: the representations are collapsing. The effective rank of the {record['encoder']} "
-            f"is {record[_RANK]:.1f}, and was {best[_RANK]:.1f} at step {best['step']}. Usual remedies: a lower "
+            f"is {record[_RANK]:.1f}{before}. Usual remedies: a lower "
             "learning rate or a longer warm-up; stronger terms against collapse (variance and covariance weights; "
             "centering, a lower teacher temperature, a higher teacher momentum); a larger batch."
         )

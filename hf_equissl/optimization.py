@@ -144,7 +144,8 @@ def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: flo
             gradients (DTensor) count as a whole.
         max_norm: Largest norm of each part.
         rule: What a part is. "parameter": each tensor (iBOT, which has query, key and value in one). "module": encoder,
-            invariance objective, stem, and each equivariance objective (DINOv2, which knows the first two).
+            invariance objective (a head for patches apart), stem, and each equivariance objective (DINOv2, which knows
+            encoder and heads).
 
     Returns:
         Norm of all gradients together before clipping, scalar fp32.
@@ -179,6 +180,8 @@ def module_of(name: str) -> str:
     words = _WRAPPERS.sub("", name).split(".")
     if words[:2] == ["student", "stem"] or words[0] == "equivariance":
         return ".".join(words[:2])
+    if words[0] == "invariance" and words[2:3] in (["patch_mlp"], ["patch_prototypes"]):
+        return "invariance.patches"  # DINOv2's second head
     return words[0]
 
 

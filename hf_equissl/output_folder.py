@@ -33,6 +33,8 @@ _IDENTITY_TRAINING = (
     "epoch_steps",
     "layer_decay",
     "patch_embedding_lr_multiplier",
+    "freeze_last_layer_epochs",
+    "freeze_last_layer_by",
     "teacher_momentum",
     "teacher_momentum_end",
 )

@@ -141,6 +141,8 @@ class Recipe:
                 raise RecipeError(f"{origin}: the section {section!r} is missing.")
         hints = get_type_hints(cls)
         top = {key: coerce(raw[key], hints[key], key) for key in ("name", "description", "num_processes") if key in raw}
+        if (processes := top.get("num_processes")) is not None and processes < 1:
+            raise RecipeError(f"num_processes: expected 1 or more, got {processes}.")
         recipe = cls(
             **{"name": "recipe", **top},
             model=_check_model(as_mapping(raw["model"], "model")),
@@ -221,10 +223,11 @@ class Recipe:
                 patch_size=encoder.patch_size,
                 **self.views.pipeline,
             )
-        if pipeline.local is not None and pipeline.local.size % encoder.patch_size:
+        local = pipeline.local
+        if local is not None and (local.size % encoder.patch_size or local.size > size):
             raise RecipeError(
-                f"views.pipeline.local.size: {pipeline.local.size} px are no whole number of patches. Choose a "
-                f"multiple of model.patch_size, {encoder.patch_size}."
+                f"views.pipeline.local.size: expected a multiple of model.patch_size, {encoder.patch_size}, and no "
+                f"more than model.image_size, {size}, got {local.size}."
             )
         return pipeline
 

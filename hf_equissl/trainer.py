@@ -94,6 +94,12 @@ class EquiSSLTrainer(Trainer):
                 f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs}, and this model has no prototypes to "
                 "hold. Set it to 0."
             )
+        held = args.freeze_last_layer_epochs > 0
+        if self.is_deepspeed_enabled and held and args.freeze_last_layer_by == "gradient":
+            raise ValueError(
+                "freeze_last_layer_by is 'gradient', and DeepSpeed keeps gradients to itself. Set it to learning_rate, "
+                "or use DDP or FSDP."
+            )
         if self.is_deepspeed_enabled and args.grad_clipping != "global":
             raise ValueError(
                 f"grad_clipping is {args.grad_clipping!r}, and DeepSpeed clips by the global norm only. Set it to "

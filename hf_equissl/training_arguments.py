@@ -14,6 +14,7 @@ from transformers.utils import is_torch_tf32_available, logging
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
 GRADIENT_CLIPPINGS = ("global", "parameter", "module")
+LAST_LAYER_HOLDS = ("learning_rate", "gradient")
 
 
 @dataclass
@@ -36,8 +37,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
             pass over the data; DINOv2 has 1250, whatever the data.
         layer_decay: Learning rate of a block, relative to the block above it (``optimization.parameter_group``).
         patch_embedding_lr_multiplier: Times the patch embedding's learning rate, beside ``layer_decay``.
-        freeze_last_layer_epochs: The prototypes' learning rate is 0 for so many epochs, as in DINOv2. (iBOT and DINO
-            drop the gradient instead: there the optimizer's moments start only afterwards.)
+        freeze_last_layer_epochs: The prototypes stay as they are for so many epochs.
+        freeze_last_layer_by: "learning_rate", which is 0 meanwhile (DINOv2), or "gradient", which is dropped (DINO,
+            iBOT): there the optimizer's moments start only afterwards. DeepSpeed needs the first.
         grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
             "module", encoder, heads, stem and decoders apart (DINOv2).
 
@@ -76,6 +78,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Times the learning rate of the patch embedding."}
     )
     freeze_last_layer_epochs: float = field(default=0.0, metadata={"help": "Epochs for which prototypes are held."})
+    freeze_last_layer_by: str = field(
+        default="learning_rate", metadata={"help": "How prototypes are held: learning_rate or gradient."}
+    )
     grad_clipping: str = field(
         default="global", metadata={"help": "What max_grad_norm bounds: global, parameter or module."}
     )
@@ -120,6 +125,15 @@ class EquiSSLTrainingArguments(TrainingArguments):
         if self.grad_clipping not in GRADIENT_CLIPPINGS:
             raise ValueError(
                 f"grad_clipping must be one of {', '.join(GRADIENT_CLIPPINGS)}, got {self.grad_clipping!r}."
+            )
+        if self.freeze_last_layer_by not in LAST_LAYER_HOLDS:
+            raise ValueError(
+                f"freeze_last_layer_by must be one of {', '.join(LAST_LAYER_HOLDS)}, got {self.freeze_last_layer_by!r}."
+            )
+        if self.grad_clipping != "global" and not self.max_grad_norm:
+            raise ValueError(
+                f"grad_clipping is {self.grad_clipping!r}, and max_grad_norm 0 clips nothing. Set max_grad_norm, "
+                "e.g. to 3."
             )
         if self.learning_rate_reference_batch < 1:
             raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")

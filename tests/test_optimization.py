@@ -120,6 +120,9 @@ def test_separate_heads_hold_both_prototypes(tmp_path: Path) -> None:
 def test_names_within_wrappers() -> None:
     """Activation checkpointing and compilation put words into names."""
     assert module_of("_orig_mod.student.stem.weight") == "student.stem"
+    assert module_of("invariance.head.mlp.0.weight") == module_of("invariance.head.prototypes.gain") == "invariance"
+    assert module_of("invariance.head.patch_mlp.0.weight") == "invariance.patches"
+    assert module_of("invariance.head.patch_prototypes.direction") == "invariance.patches"
     assert module_of("equivariance.1.decoder._checkpoint_wrapped_module.projection.weight") == "equivariance.1"
 
 
@@ -130,6 +133,7 @@ def test_names_within_wrappers() -> None:
         ({"layer_decay": 1.1}, "at most 1"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum must be between 0 and 1, got 1\.5"),
         ({"epoch_steps": 0}, "epoch_steps must be >= 1, got 0"),
+        ({"freeze_last_layer_by": "rate"}, "learning_rate, gradient, got 'rate'"),
         ({"grad_clipping": "tensor"}, "global, parameter, module, got 'tensor'"),
         ({"weight_decay_end": -0.1}, "weight_decay_end must be >= 0"),
         ({"freeze_last_layer_epochs": -1}, "freeze_last_layer_epochs must be >= 0"),

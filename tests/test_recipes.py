@@ -158,10 +158,15 @@ training: {max_steps: 2, epoch_steps: 2, use_cpu: true}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"views.pipeline.name": "vicreg"}, "views.pipeline: An objective asks for local crops"),
+        ({"views.pipeline.name": "vicreg"}, "views.pipeline.name: ibot, dinov2, dinov2_nominal"),
         ({"views.pipeline.local": None}, "views.pipeline: An objective asks for local crops"),
         ({"views.pipeline.masks": None}, "views.pipeline: An objective asks for masks"),
-        ({"views.pipeline.local": {"size": 20}}, "views.pipeline.local.size: 20 px are no whole number of patches"),
+        (
+            {"views.pipeline.local": {"size": 20}},
+            "a multiple of model.patch_size, 8, and no more than model.image_size, 32, got 20",
+        ),
+        ({"views.pipeline.local": {"size": 40}}, "model.image_size, 32, got 40"),
+        ({"num_processes": -4}, "num_processes: expected 1 or more, got -4"),
         ({"views.pipeline.masks": {"ratios": [0.1, 0.2]}}, "unknown key 'ratios'. Did you mean 'ratio'"),
         ({"views.pipeline.masks": {"kind": "half"}}, "masks.kind='half'"),
         ({"model.use_mask_token": False}, "model.use_mask_token: true"),
@@ -181,6 +186,7 @@ training: {max_steps: 2, epoch_steps: 2, use_cpu: true}
         ({"objectives.invariance.num_prototype": 3}, "Did you mean 'num_prototypes'"),
         ({"objectives.invariance.teacher_temperature": 0}, "Teacher temperatures must be above 0"),
         ({"training.grad_clipping": "modul"}, "grad_clipping must be one of global, parameter, module"),
+        ({"training.grad_clipping": "module"}, "max_grad_norm 0 clips nothing"),
         ({"training.teacher_momentum": 1.5}, "teacher_momentum must be between 0 and 1"),
         ({"data.num_images": 0}, "data.num_images: expected 1 or more"),
     ],

@@ -90,8 +90,12 @@ def test_the_teacher_follows_after_the_optimizer_step_only(photo_folder: Path, t
         assert not torch.equal(after, before)
 
 
-def test_prototypes_wait_and_then_learn(photo_folder: Path, tmp_path: Path) -> None:
-    """Two epochs of two steps: held in the first, trained in the second; the rest of the head is trained in both."""
+@pytest.mark.parametrize(("by", "moments"), [("learning_rate", 4), ("gradient", 2)])
+def test_prototypes_wait_and_then_learn(photo_folder: Path, tmp_path: Path, by: str, moments: int) -> None:
+    """Two epochs of two steps: held in the first, trained in the second; the rest of the head is trained in both.
+
+    With a learning rate of 0 the optimizer counts all four steps, without a gradient the last two alone.
+    """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Watch(TrainerCallback):
@@ -99,15 +103,17 @@ def test_prototypes_wait_and_then_learn(photo_folder: Path, tmp_path: Path) -> N
             head = model.invariance.head
             seen.append((head.prototypes.direction.detach().clone(), head.mlp[0].weight.detach().clone()))
 
-    trainer = make_trainer(
-        photo_folder, tmp_path, base="dinov2", max_steps=4, save_strategy="no", warmup_steps=0, **TEACHER
-    )
+    options = {"max_steps": 4, "save_strategy": "no", "warmup_steps": 0, "freeze_last_layer_by": by, **TEACHER}
+    trainer = make_trainer(photo_folder, tmp_path, base="dinov2", **options)
     start = trainer.model.invariance.head.prototypes.direction.detach().clone()
     trainer.add_callback(Watch())
     trainer.train()
     prototypes = [start, *(prototype for prototype, _ in seen)]
     changed = [not torch.equal(before, after) for before, after in itertools.pairwise(prototypes)]
     assert changed == [False, False, True, True]
+    states = trainer.optimizer.state
+    assert int(states[trainer.model.invariance.head.prototypes.direction]["step"]) == moments
+    assert int(states[trainer.model.invariance.head.mlp[0].weight]["step"]) == 4
     assert all(not torch.equal(before[1], after[1]) for before, after in itertools.pairwise(seen))
 
 

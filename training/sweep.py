@@ -143,7 +143,8 @@ def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argpars
         folder = Path(options.output_dir or "") / member.name
         _, *words = _command(member, overrides, folder)
         if options.output_dir is None:
-            del words[words.index("--output_dir") :][:2]
+            at = words.index("--output_dir")
+            del words[at : at + 2]
         _say(f"[{number}/{len(members)}] {member.name}")
         codes.append(pretrain.main([*words, "--dry_run"]))
     return max(codes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_sum, world_size
+from ..distributed import all_reduce_sum
 from ..needs import Needs
 from ..schedules import linear_ramp
 from .base import Features, LossOutput, Objective
@@ -94,7 +94,7 @@ class TeacherRows(NamedTuple):
 
     cls: Tensor
     patches: Tensor | None
-    means: list[Tensor]
+    means: list[Tensor | None]
 
 
 class SelfDistillationObjective(Objective):
@@ -109,7 +109,8 @@ class SelfDistillationObjective(Objective):
         patch_temperature: Of the teacher's patch targets; ``None`` has no patch loss and no masks.
         cls_weight: Factor of the CLS loss.
         patch_weight: Factor of the patch loss.
-        center_momentum: Of the centers, buffers that are updated after the loss, in training mode.
+        center_momentum: Of the centers, buffers that are updated after the loss, in training mode: with gradient
+            accumulation after each micro-batch, since the authors have none.
         centering: "centering" or "sinkhorn" (3 iterations, no centers).
         local_crops: Whether the student sees local crops, too.
         equivariant_logits: Last prototypes that the loss leaves to equivariance objectives (logit split).
@@ -248,9 +249,10 @@ class SelfDistillationObjective(Objective):
         """What the teacher's head makes of CLS and masked patches; centers average what the loss uses."""
         crops = teacher.tokens.shape[:2]
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), _tokens_at(teacher, masked))
-        means = [cls.mean(dim=0)]
+        means: list[Tensor | None] = [cls.mean(dim=0)]
         if patches is not None:
-            means.append(patches.sum(dim=0) / max(1, len(patches)))
+            # Without masked patches there is no mean, and this process has no say in the center.
+            means.append(patches.mean(dim=0) if len(patches) else None)
         return TeacherRows(cls.unflatten(0, crops), patches, means)
 
     @torch.no_grad()
@@ -272,14 +274,21 @@ class SelfDistillationObjective(Objective):
         return sinkhorn_knopp(rows @ weight.T, temperature).__getitem__
 
     @torch.no_grad()
-    def _update_centers(self, means: list[Tensor], weights: list[Tensor]) -> None:
+    def _update_centers(self, means: list[Tensor | None], weights: list[Tensor]) -> None:
         """c <- m c + (1 - m) mean of logits. Prototypes are linear: processes exchange mean rows, d numbers each."""
         if self.centering != "centering" or not self.training:
             return
-        rows = all_reduce_sum(torch.stack(means)) / world_size()
+        width = weights[0].shape[1]
+        rows = weights[0].new_zeros(len(means), width + 1)  # and how many processes have one
+        for row, mean in zip(rows, means, strict=True):
+            if mean is not None:
+                row[:width], row[width] = mean, 1.0
+        rows = all_reduce_sum(rows)
         centers = [self.cls_center] if len(means) == 1 else [self.cls_center, self.patch_center]
         for center, row, weight in zip(centers, rows, weights[: len(means)], strict=True):
-            center.lerp_(weight @ row, 1 - self.center_momentum)
+            count = row[width]
+            moved = center.lerp(weight @ (row[:width] / count.clamp(min=1)), 1 - self.center_momentum)
+            center.copy_(torch.where(count > 0, moved, center))
 
 
 def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -20,10 +20,11 @@ class MaskSpec:
     """Masks of rectangular blocks, as in BEiT, iBOT and DINOv2. The defaults are iBOT's.
 
     A mask with the target t = ratio x patches is filled block by block: an area uniform between ``min_patches`` and
-    what is left of t (in either order), height / width log-uniform, a place uniform on the grid. A block counts if it
-    is shorter than the grid on both sides and adds at least one patch and no more than are left; after ten blocks in a
-    row that do not count, or at the target, the mask is done. So masks may fall short of t and never exceed it; and as
-    blocks lie within the grid, its middle is masked more often than its corners (0.54 and 0.03 of iBOT's masks).
+    what is left of t, or ``max_share`` (in either order), height / width log-uniform, a place uniform on the grid. A
+    block counts if it is shorter than the grid on both sides and adds at least one patch and no more than are left;
+    after ten blocks in a row that do not count, or at the target, the mask is done. So masks may fall short of t and
+    never exceed it; and as blocks lie within the grid, its middle is masked more often than its corners (0.54 and
+    0.03 of iBOT's masks).
 
     Attributes:
         kind: "per_view" (iBOT, https://arxiv.org/abs/2111.07832): each view of each image draws on its own whether it
@@ -35,6 +36,7 @@ class MaskSpec:
         min_patches: Smallest area that a block is drawn with, 4 in DINOv2; ``None``: ``(side // 3) ** 2`` on a grid of
             ``side`` x ``side`` patches, which is iBOT's 16 of 14 x 14, and 4 of 8 x 8, and 1 of 4 x 4. A number above
             that is lowered to it: on small grids blocks would be as large as whole masks.
+        max_share: Largest share of the patches that one block may add, 0.5 in DINOv2; ``None``: what is left of t.
         aspect: Smallest height / width of a block; the largest is its inverse.
     """
 
@@ -42,6 +44,7 @@ class MaskSpec:
     probability: float = 0.5
     ratio: tuple[float, float] = (0.1, 0.5)
     min_patches: int | None = None
+    max_share: float | None = None
     aspect: float = 0.3
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class MaskSpec:
         check_number("masks.probability", self.probability, high=1)
         object.__setattr__(self, "ratio", check_range("masks.ratio", self.ratio, low=1e-6, high=1))
         check_number("masks.aspect", self.aspect, low=1e-3, high=1)
+        if self.max_share is not None:
+            check_number("masks.max_share", self.max_share, low=1e-6, high=1)
         least = self.min_patches
         if least is not None and (not isinstance(least, int) or isinstance(least, bool) or least < 1):
             raise ValueError(f"masks.min_patches is {least!r}, expected a positive integer or None.")
@@ -113,10 +118,11 @@ def _fill(mask: np.ndarray, target: float, spec: MaskSpec, rng: np.random.Genera
     """Set blocks of ``mask`` (side, side) to true until ``target`` patches are set or no block fits."""
     side, left = len(mask), target
     smallest, log_aspect = spec.smallest_area(side), math.log(spec.aspect)
+    largest = math.inf if spec.max_share is None else spec.max_share * side**2
     # Less than one patch left: no block could count.
-    while left >= 1:
+    while (limit := min(left, largest)) >= 1:
         for for_area, for_aspect, for_top, for_left in rng.random((MAX_ATTEMPTS, 4)).tolist():
-            area = smallest + (left - smallest) * for_area
+            area = smallest + (limit - smallest) * for_area
             aspect = math.exp(log_aspect * (1 - 2 * for_aspect))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= side or width >= side:
@@ -124,7 +130,7 @@ def _fill(mask: np.ndarray, target: float, spec: MaskSpec, rng: np.random.Genera
             first_row, first_column = int(for_top * (side - height + 1)), int(for_left * (side - width + 1))
             block = mask[first_row : first_row + height, first_column : first_column + width]
             added = block.size - np.count_nonzero(block)
-            if 0 < added <= left:
+            if 0 < added <= limit:
                 block[...] = True
                 left -= added
                 break

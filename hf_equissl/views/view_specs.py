@@ -107,8 +107,9 @@ class ViewSpec:
             raise ValueError(f"blur_kernel_size is {size!r}, expected an odd positive integer or None.")
 
     def kernel_size(self, view_size: int) -> int:
-        """Length of the blur kernel for views of ``view_size`` pixels."""
-        return self.blur_kernel_size or max(3, 2 * round((view_size - 10) / 20) + 1)
+        """Length of the blur kernel for views of ``view_size`` pixels; views mirrored once on each side bound it."""
+        length = self.blur_kernel_size or max(3, 2 * round((view_size - 10) / 20) + 1)
+        return min(length, 2 * view_size - 1)
 
     def describe(self) -> str:
         """One line for people."""
@@ -206,6 +207,9 @@ def _multi_crop(
 ) -> PipelineSpec:
     """Two global views, of which the second is sometimes solarized, and local crops; ``blur`` p of the three kinds."""
     first, second, local = (ViewSpec(blur_probability=p, blur_kernel_size=blur_kernel_size) for p in blur)
+    if blur_kernel_size is None:
+        # DINO and iBOT blur with PIL, which cuts nothing off.
+        local = dataclasses.replace(local, blur_kernel_size=_WHOLE_BLUR)
     return PipelineSpec(
         views=(
             dataclasses.replace(first, crop_scale=global_scale),
@@ -216,8 +220,10 @@ def _multi_crop(
     )
 
 
-# 4 patches is the smallest area of a block in DINOv2's code.
-_DINOV2_MASKS = MaskSpec(kind="stratified", min_patches=4)
+# 4 patches is the smallest area of a block in DINOv2's code, half of the grid the largest.
+_DINOV2_MASKS = MaskSpec(kind="stratified", min_patches=4, max_share=0.5)
+# Three standard deviations of the largest blur, 2 px, on both sides.
+_WHOLE_BLUR = 13
 
 _VICREG = ViewSpec()
 _UNCHANGED = ViewSpec(

@@ -87,6 +87,16 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "error: 1 of 2 runs failed: steps-1" in err
 
 
+def test_a_dry_run_without_a_folder_writes_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    at = words.index("--output_dir")
+    assert sweep.main([*words[:at], *words[at + 2 :], "--dry_run", "--only", "steps-1"]) == 0
+    assert not list(empty.iterdir())
+
+
 def test_list_and_dry_run(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([*words, "--list"]) == 0
     listed = capfd.readouterr().out

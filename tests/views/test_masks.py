@@ -299,6 +299,19 @@ def test_collator_pickles() -> None:
 # ---- configuration ----
 
 
+def test_a_block_has_an_upper_bound() -> None:
+    """Masks of half the grid: from blocks of any size, or of at most three patches, which leave ragged edges."""
+    edges = {}
+    for share in (None, 3 / N):
+        spec = MaskSpec(probability=1, ratio=(0.5, 0.5), min_patches=1, max_share=share)
+        masks = draw_masks(spec, range(50), views=1, side=SIDE).reshape(-1, SIDE, SIDE)
+        assert masks.mean() > 0.4
+        edges[share] = (masks[:, 1:] != masks[:, :-1]).sum() + (masks[:, :, 1:] != masks[:, :, :-1]).sum()
+    assert edges[3 / N] > 2 * edges[None]
+    assert DINOV2.max_share == 0.5
+    assert IBOT.max_share is None
+
+
 def test_overrides() -> None:
     changed = make(masks={"ratio": [0.2, 0.3], "probability": 1}).masks
     assert (changed.ratio, changed.probability, changed.kind) == ((0.2, 0.3), 1, "per_view")
@@ -329,6 +342,7 @@ def test_describe() -> None:
         ({"min_patches": 0}, r"masks\.min_patches is 0"),
         ({"min_patches": True}, r"masks\.min_patches is True"),
         ({"aspect": 0}, r"masks\.aspect"),
+        ({"max_share": 2}, r"masks\.max_share"),
         (0.5, r"masks is 0\.5.*probability"),
         (None, r"views\.pipeline\.masks: \{kind"),
     ],

@@ -152,7 +152,7 @@ def test_counts_and_sizes(name: str) -> None:
     if views.masks is not None:
         assert views.masks.shape == (2, 2, 196)
     kernels = {spec.kernel_size(224) for spec in pipeline.spec.views} | {pipeline.spec.local.view.kernel_size(96)}
-    assert kernels == ({9} if name.startswith("dinov2") else {23, 9})
+    assert kernels == ({9} if name.startswith("dinov2") else {23, 13})
     thresholds = {spec.solarize_threshold for spec in pipeline.spec.views}
     assert thresholds == {128 / 255}
 
