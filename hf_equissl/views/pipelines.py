@@ -352,13 +352,13 @@ def _check_needs(needs: Needs, transformation: TransformationFamily | None, spec
         "local crops": ("local: {count: 8, size: 96}", needs.local_crops and spec.local is None),
         "masks": ("masks: {kind: per_view, probability: 0.5, ratio: [0.1, 0.5]}", needs.masks and spec.masks is None),
     }
-    asked = {what: example for what, (example, is_lacking) in lacking.items() if is_lacking}
-    if asked:
+    absent = {what: example for what, (example, is_lacking) in lacking.items() if is_lacking}
+    if absent:
         having = [key for key, preset in PIPELINES.items() if preset.local and (preset.masks or not needs.masks)]
         raise ValueError(
-            f"An objective asks for {' and '.join(asked)}, but the view pipeline {name!r} makes none. Choose one that "
+            f"An objective asks for {' and '.join(absent)}, but the view pipeline {name!r} makes none. Choose one that "
             f"does (views.pipeline.name: {', '.join(having)}), or add, for example, views.pipeline."
-            f"{' and views.pipeline.'.join(asked.values())}."
+            f"{' and views.pipeline.'.join(absent.values())}."
         )
     for missing in needs.extra:
         raise ValueError(f"An objective asks for {missing!r}, which the view pipeline {name!r} does not make.")
