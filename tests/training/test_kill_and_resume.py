@@ -24,6 +24,7 @@ SMALL += ["--training.save_steps", "4", "--training.logging_steps", "2", "--trai
 IBOT = ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--training.bf16", "false"]
 IBOT += ["--objectives.invariance.teacher_temperature_warmup_epochs", "4", "--training.freeze_last_layer_epochs", "3"]
 IBOT += ["--training.epoch_steps", "2", "--training.grad_clipping", "parameter", "--training.max_grad_norm", "3"]
+IBOT += ["--objectives.invariance.teacher_temperature", "0.07"]
 IBOT += ["--objectives.invariance.num_prototypes", "64", "--objectives.invariance.head_hidden_size", "32"]
 
 

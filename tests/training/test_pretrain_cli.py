@@ -123,7 +123,7 @@ def test_another_run_does_not_continue_or_overwrite(
     [
         ("cifar10_vicreg", ["vicreg: heads", "128 per device x 1 processes"]),
         ("cifar10_vicreg_rot", ["vicreg: heads", "reconstruction: decoders", "intermediate_images"]),
-        ("cifar10_ibot_rot", ["ibot: heads", "teacher: encoder", "block masks", "held for 1 epochs = 100 steps"]),
+        ("cifar10_ibot_rot", ["ibot: heads", "teacher: encoder", "block masks", "held for 1 epoch = 100 steps"]),
         ("cifar10_dinov2", ["dinov2: heads", "teacher: heads", "dinov2/loss_koleo"]),
         (
             "vits16_vicreg_rot",
