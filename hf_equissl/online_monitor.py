@@ -11,13 +11,13 @@ monitor:
 ```
 
 It looks at the encoder that would be exported, the teacher where there is one, on the same images each time: by default
-a fixed random part of the training data (of a stream: its first images), resized and cropped as by the probes. Without
-labels there is no accuracy. Results go to the Trainer's log (``monitor/knn_top1``, ``monitor/effective_rank``,
-``monitor/feature_std``) and into the output folder: ``monitor.jsonl`` and, where matplotlib is installed,
-``monitor.png``. A run with the monitor has bit for bit the weights of a run without.
+a fixed random part of the training data (of a stream: its first images), resized and cropped as by the probes. Results
+go to the Trainer's log (``monitor/knn_top1``, ``monitor/effective_rank``, ``monitor/feature_std``) and into the output
+folder: ``monitor.jsonl`` and, where matplotlib is installed, ``monitor.png``. A run with the monitor has bit for bit
+the weights of a run without.
 
-The cost: images are decoded once and kept as uint8 (6,000 of 224 x 224 pixels: 0.9 GB); a measurement is one pass of
-the encoder over them. Several processes share both.
+Images are decoded once and kept as uint8 (6,000 of 224 x 224 pixels: 0.9 GB); a measurement is one pass of the encoder
+over them. Several processes share both. Without labels there is no accuracy.
 
 An effective rank that has fallen below 2, or below a tenth of the best so far, gives a warning. Do not read more into
 the first hundreds of steps: untrained encoders can rank high, and sound runs may lose most of that before they gain.

@@ -120,9 +120,8 @@ class IBOTObjective(SelfDistillationObjective):
 
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
         """All patches pass the MLP, because the center averages them; the masked ones are picked after it."""
-        if self.centering == "sinkhorn":
+        if masked is None or self.centering == "sinkhorn":
             return super()._teacher_rows(teacher, masked)
-        assert masked is not None
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), teacher.patches.flatten(0, 2))
         rows = patches.index_select(0, masked.patches)
         return TeacherRows(cls.unflatten(0, teacher.tokens.shape[:2]), rows, [cls.mean(dim=0), patches.mean(dim=0)])

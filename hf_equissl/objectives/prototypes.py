@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,7 @@ def _mlp(widths: list[int]) -> nn.Sequential:
 
 def _bottleneck(mlp: nn.Sequential, features: Features, tokens: Tensor) -> Tensor:
     first, *others = mlp
-    assert isinstance(first, nn.Linear)
-    x = linear_of_invariant(first, features, tokens)
+    x = linear_of_invariant(cast(nn.Linear, first), features, tokens)
     for layer in others:
         x = layer(x)
     # In fp16 an epsilon of 1e-12 would be 0.

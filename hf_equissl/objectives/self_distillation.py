@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,9 +266,7 @@ class SelfDistillationObjective(Objective):
     @torch.no_grad()
     def _patch_targets(self, taught: TeacherRows, weight: Tensor) -> Callable[[slice], Tensor]:
         """Slice of the masked patches -> their targets (m, K)."""
-        rows, temperature = taught.patches, self.patch_temperature
-        assert rows is not None
-        assert temperature is not None
+        rows, temperature = cast(Tensor, taught.patches), cast(float, self.patch_temperature)
         if self.centering == "centering":
             return lambda part: centered_softmax(rows[part] @ weight.T, self.patch_center, temperature)
         return sinkhorn_knopp(rows @ weight.T, temperature).__getitem__
