@@ -13,8 +13,7 @@ monitor:
 It looks at the encoder that would be exported, the teacher where there is one, on the same images each time: by default
 a fixed random part of the training data (of a stream: its first images), resized and cropped as by the probes. Results
 go to the Trainer's log (``monitor/knn_top1``, ``monitor/effective_rank``, ``monitor/feature_std``) and into the output
-folder: ``monitor.jsonl`` and, where matplotlib is installed, ``monitor.png``. A run with the monitor has bit for bit
-the weights of a run without.
+folder: ``monitor.jsonl`` and, where matplotlib is installed, ``monitor.png``. It changes no bit of the run's weights.
 
 Images are decoded once and kept as uint8 (6,000 of 224 x 224 pixels: 0.9 GB); a measurement is one pass of the encoder
 over them. Several processes share both. Without labels there is no accuracy.

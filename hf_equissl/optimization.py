@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from .pretraining import EquiSSLForPreTraining
 from .distributed import local_shard
 from .training_arguments import EquiSSLTrainingArguments
+
+if TYPE_CHECKING:
+    from .pretraining import EquiSSLForPreTraining
 
 _BLOCK = re.compile(r"student\.encoder\.layer\.(\d+)\.")
 _PROJECTIONS = re.compile(r"\.[qkv]_proj\.")
