@@ -1,6 +1,6 @@
 """EquiSSL: self-supervised vision encoders that keep where and how things are, not only what they are.
 
-Importing this package makes ``AutoConfig`` and ``AutoModel`` of transformers know EquiSSL encoders. Names are resolved
+Importing this package makes transformers' Auto classes and pipelines know EquiSSL encoders. Names are resolved
 when they are first used, so the import itself stays cheap.
 """
 
@@ -14,7 +14,9 @@ from .auto_classes import register_auto_classes
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "EquiSSLBackbone": "modeling",
     "EquiSSLConfig": "modeling",
+    "EquiSSLForImageClassification": "modeling",
     "EquiSSLModel": "modeling",
     "EquiSSLForPreTraining": "pretraining",
     "EquiSSLPreTrainingConfig": "pretraining",
@@ -36,7 +38,9 @@ __all__ = [
     "INVARIANCE_OBJECTIVES",
     "PIPELINES",
     "TRANSFORMATIONS",
+    "EquiSSLBackbone",
     "EquiSSLConfig",
+    "EquiSSLForImageClassification",
     "EquiSSLForPreTraining",
     "EquiSSLModel",
     "EquiSSLPreTrainingConfig",
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
     from .data import load_images
     from .evaluation import EVALUATORS
     from .hub import save_encoder
-    from .modeling import EquiSSLConfig, EquiSSLModel
+    from .modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
     from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
     from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
     from .recipes import Recipe

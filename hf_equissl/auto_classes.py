@@ -2,6 +2,9 @@
 
 ``AutoConfig.register(...)`` at import would load transformers' modeling code, about three seconds that a script which
 only wants a metric or a recipe should not pay. So registration waits for the module that defines the Auto classes.
+
+Image processors are not registered: ``AutoImageProcessor`` finds transformers' own class by the name in
+``preprocessor_config.json``, and in transformers 5.23 a registered one breaks ``ProcessorMixin`` for custom processors.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 CONFIG_FILE = "transformers.models.auto.configuration_auto"
-# Our files need modeling_layers, which itself imports modeling_auto half-way: the model is registered when none of them
-# is in the middle of being imported.
+# Our files need modeling_layers, which itself imports modeling_auto half-way: the models are registered when none of
+# them is in the middle of being imported.
 MODEL_FILES = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_layers",
@@ -33,12 +36,14 @@ def _register_config() -> None:
     AutoConfig.register(EquiSSLConfig.model_type, EquiSSLConfig, exist_ok=True)
 
 
-def _register_model() -> None:
-    from transformers import AutoModel
+def _register_models() -> None:
+    from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
-    from .modeling import EquiSSLConfig, EquiSSLModel
+    from .modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
 
     AutoModel.register(EquiSSLConfig, EquiSSLModel, exist_ok=True)
+    AutoModelForImageClassification.register(EquiSSLConfig, EquiSSLForImageClassification, exist_ok=True)
+    AutoBackbone.register(EquiSSLConfig, EquiSSLBackbone, exist_ok=True)
 
 
 class _NotifyingLoader(Loader):
@@ -84,7 +89,7 @@ class _RegisteringFinder(MetaPathFinder):
         if fullname == CONFIG_FILE:
             _register_config()
         elif not self.loading.intersection(MODEL_FILES) and MODEL_FILES[0] in sys.modules:
-            _register_model()
+            _register_models()
 
 
 def register_auto_classes() -> None:

@@ -15,12 +15,20 @@ if TYPE_CHECKING:
         build_decoder,
     )
     from .layers_equissl import EquiSSLLayer, EquiSSLStem
-    from .modeling_equissl import EquiSSLModel, EquiSSLModelOutput, EquiSSLPreTrainedModel
+    from .modeling_equissl import (
+        EquiSSLBackbone,
+        EquiSSLForImageClassification,
+        EquiSSLModel,
+        EquiSSLModelOutput,
+        EquiSSLPreTrainedModel,
+    )
 
 _FILES = {
+    "EquiSSLBackbone": "modeling_equissl",
     "EquiSSLConfig": "configuration_equissl",
     "EquiSSLConvDecoder": "decoders_equissl",
     "EquiSSLCrossAttentionDecoder": "decoders_equissl",
+    "EquiSSLForImageClassification": "modeling_equissl",
     "EquiSSLLayer": "layers_equissl",
     "EquiSSLModel": "modeling_equissl",
     "EquiSSLModelOutput": "modeling_equissl",
@@ -31,9 +39,11 @@ _FILES = {
 }
 
 __all__ = [
+    "EquiSSLBackbone",
     "EquiSSLConfig",
     "EquiSSLConvDecoder",
     "EquiSSLCrossAttentionDecoder",
+    "EquiSSLForImageClassification",
     "EquiSSLLayer",
     "EquiSSLModel",
     "EquiSSLModelOutput",

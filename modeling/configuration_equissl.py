@@ -1,6 +1,9 @@
 """Configuration of the EquiSSL encoder: what the network is, nothing of how it is trained."""
 
+import copy
 import difflib
+import os
+from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
@@ -9,7 +12,17 @@ from transformers.configuration_utils import PreTrainedConfig
 
 __all__ = ["EquiSSLConfig"]
 
+# What a saved configuration says of itself. It rises when files of a new form would be misread by older code.
+FORMAT_VERSION = 1
+# Which class in which file beside the weights serves which Auto class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_equissl.EquiSSLConfig",
+    "AutoModel": "modeling_equissl.EquiSSLModel",
+    "AutoModelForImageClassification": "modeling_equissl.EquiSSLForImageClassification",
+    "AutoBackbone": "modeling_equissl.EquiSSLBackbone",
+}
 DECODER_TYPES = ("conv", "cross_attention")
+POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")
 DROP_PATH_MODES = ("linear", "uniform")
 # hidden_size, num_hidden_layers, num_attention_heads
 PRESET_SIZES = {
@@ -39,7 +52,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
         image_size (`int` or `(height, width)`, defaults to 224): Size in pixels at which position embeddings are
             stored; other multiples of `patch_size` interpolate them.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; or a pair of equal sides, as VitPose reads it.
         num_channels (`int`, defaults to 3): Channels C of an image.
         qkv_bias (`bool`, defaults to `True`): Bias of the query, key and value projections.
         layerscale_value (`float`, *optional*): Initial LayerScale (DINOv2: 1e-5); `None` has none (iBOT, DINO).
@@ -63,13 +76,22 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_hidden_size (`int`, defaults to 256): Width of the cross-attention decoder.
         decoder_num_layers (`int`, defaults to 4): Its self-attention blocks after the cross-attention block.
         decoder_num_heads (`int`, defaults to 8): Its attention heads.
+        pooling (`str`, defaults to `"cls_patches"`): What [`EquiSSLForImageClassification`] classifies: `"cls"`,
+            `"patches"` (their mean), `"cls_patches"` (both, 2 D), or `"invariant"` or `"equivariant"` (that slice of
+            the stem's output for both, 2 d_inv or 2 d_equi).
+        apply_layernorm (`bool`, defaults to `True`): Whether an [`EquiSSLBackbone`] norms its feature maps.
+        reshape_hidden_states (`bool`, defaults to `True`): Its feature maps are (B, D, rows, columns); `False` gives
+            (B, N, D), the patches in row-major order, as VitPose reads them.
+        equissl_version (`int`, defaults to 1): Form of the file; absent in a file, 1.
 
     Raises:
-        ValueError: For values or combinations that make no network, at construction.
+        ValueError: For values or combinations that make no network, at construction; for a configuration that a newer
+            version of this code has written.
     """
 
     model_type = "equissl"
 
+    equissl_version: int = FORMAT_VERSION
     hidden_size: int = 384
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
@@ -79,7 +101,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     image_size: int | list[int] | tuple[int, int] = 224
-    patch_size: int = 16
+    patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
     layerscale_value: float | int | None = None
@@ -97,6 +119,9 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_hidden_size: int = 256
     decoder_num_layers: int = 4
     decoder_num_heads: int = 8
+    pooling: str = "cls_patches"
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -141,6 +166,41 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         return cls(**{**dict(fields), **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, with the version looked at first: in a newer file other fields may mean other things."""
+        check_version(config_dict.get("equissl_version", FORMAT_VERSION))
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with an `auto_map` of the classes whose code lies in the folder.
+
+        Saving a model copies the code there before it saves the configuration, so one folder serves every Auto class;
+        a configuration alone points at no file that is missing. A derived configuration keeps the entries of its own
+        classes: ours would not accept it.
+        """
+        folder, saved = Path(save_directory), copy.copy(self)
+        saved.auto_map = {
+            auto_class: reference
+            for entries in (AUTO_MAP if type(self) is EquiSSLConfig else {}, getattr(self, "auto_map", {}))
+            for auto_class, reference in entries.items()
+            if (folder / f"{reference.partition('.')[0]}.py").is_file()
+        }
+        super(EquiSSLConfig, saved).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def encoder_only(self, keep_stem: bool = False) -> Self:
+        """A copy without decoder and, unless asked for, without stem: for models that do not read their output."""
+        config = copy.deepcopy(self)
+        config.decoder_type = None
+        if not keep_stem:
+            config.feature_size = config.equivariant_size = None
+        return config
+
+    @property
+    def patch_side(self) -> int:
+        """Side of a patch in pixels, whichever way `patch_size` gives it."""
+        return self.patch_size if isinstance(self.patch_size, int) else self.patch_size[0]
+
     @property
     def invariant_size(self) -> int | None:
         """d_inv = feature_size - equivariant_size, or `None` without a stem."""
@@ -149,15 +209,22 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.feature_size - self.equivariant_size
 
     @property
+    def pooled_size(self) -> int:
+        """Dimensions that `pooling` gives per image; 0 where it reads a stem that is not there."""
+        part_sizes = {"invariant": self.invariant_size or 0, "equivariant": self.equivariant_size or 0}
+        count = 2 if self.pooling in ("cls_patches", *part_sizes) else 1
+        return count * part_sizes.get(self.pooling, self.hidden_size)
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return height // self.patch_size, width // self.patch_size
+        return height // self.patch_side, width // self.patch_side
 
     @property
     def num_decoder_upsamplings(self) -> int:
         """Doublings of the patch grid in the convolutional decoders: log2 of the patch size, rounded up."""
-        return (self.patch_size - 1).bit_length()
+        return (self.patch_side - 1).bit_length()
 
     @property
     def num_decoded_images(self) -> int:
@@ -168,18 +235,26 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def check(self) -> None:
         """Raise `ValueError` if the fields make no network; models call it again, as fields may be assigned later."""
+        check_version(self.equissl_version)
+        self.validate_patch_size()
         self.validate_positive()
         self.validate_encoder()
         self.validate_image_size()
         self.validate_stem()
         self.validate_decoder()
+        self.validate_pooling()
+
+    def validate_patch_size(self) -> None:
+        """One side, or two equal ones."""
+        if not isinstance(self.patch_size, int) and (len(self.patch_size) != 2 or len(set(self.patch_size)) != 1):
+            raise ValueError(f"patch_size={self.patch_size}: expected an int or two equal sides: patches are square.")
 
     def validate_positive(self) -> None:
         """Sizes and counts."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "num_channels")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_side", "num_channels")
         for name in (*names, "initializer_range", "layer_norm_eps"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a value above 0.")
+                raise ValueError(f"{name.replace('side', 'size')}={getattr(self, name)}: expected a value above 0.")
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens={self.num_register_tokens}: expected 0 (none) or more.")
         for name in ("drop_path_rate", "attention_probs_dropout_prob"):
@@ -206,10 +281,10 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         sides = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(sides) not in (1, 2) or (len(sides) == 1 and not isinstance(self.image_size, int)):
             raise ValueError(f"image_size={self.image_size}: expected an int or (height, width).")
-        if any(side <= 0 or side % self.patch_size for side in sides):
+        if any(side <= 0 or side % self.patch_side for side in sides):
             raise ValueError(
-                f"image_size={self.image_size} is not a positive multiple of patch_size={self.patch_size}: choose e.g. "
-                f"image_size={max(1, round(sides[0] / self.patch_size)) * self.patch_size}."
+                f"image_size={self.image_size} is not a positive multiple of patch_size={self.patch_side}: choose e.g. "
+                f"image_size={max(1, round(sides[0] / self.patch_side)) * self.patch_side}."
             )
 
     def validate_stem(self) -> None:
@@ -228,6 +303,11 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"equivariant_size={self.equivariant_size}: expected 1 to {self.feature_size - 1} (feature_size - 1), "
                 "so that both the invariant and the equivariant part have dimensions."
             )
+
+    def validate_pooling(self) -> None:
+        """A known name. That there is a stem to slice, the classifier checks: other models do not pool."""
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}.")
 
     def validate_decoder(self) -> None:
         """The chosen decoder's own needs; fields of the other kind are not looked at."""
@@ -253,7 +333,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"decoder_widths={widths}: expected channel counts above 0.")
         if len(widths) < max(1, self.num_decoder_upsamplings):
             raise ValueError(
-                f"decoder_widths={widths} gives {len(widths)} convolutions, but patch_size={self.patch_size} needs "
+                f"decoder_widths={widths} gives {len(widths)} convolutions, but patch_size={self.patch_side} needs "
                 f"{self.num_decoder_upsamplings} doublings of the patch grid, one per convolution: add widths."
             )
 
@@ -269,6 +349,16 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.decoder_num_layers < 0:
             raise ValueError(f"decoder_num_layers={self.decoder_num_layers}: expected 0 or more.")
+
+
+def check_version(version: Any) -> None:
+    """Raise `ValueError` for the form of a file that this code does not know."""
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"This checkpoint was written by a newer hf_equissl (equissl_version={version!r}; this one reads up to "
+            f"{FORMAT_VERSION}). Upgrade it (pip install --upgrade hf-equissl), or uninstall it and load the code "
+            "beside the weights with trust_remote_code=True."
+        )
 
 
 EquiSSLConfig.register_for_auto_class()

@@ -68,7 +68,7 @@ class EquiSSLConvDecoder(nn.Module):
 
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size = config.patch_side
         self.upsampled_patch_size = 2**config.num_decoder_upsamplings
         self.num_images = config.num_intermediate_images + int(config.decoder_reconstructs_final)
         self.equivariant_size = _equivariant_size(config)
@@ -181,13 +181,13 @@ class EquiSSLCrossAttentionDecoder(nn.Module):
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__()
         size = config.decoder_hidden_size
-        self.patch_size, self.num_channels, self.num_images = config.patch_size, config.num_channels, 1
+        self.patch_size, self.num_channels, self.num_images = config.patch_side, config.num_channels, 1
         self.equivariant_size = _equivariant_size(config)
         self.projection = nn.Linear(self.equivariant_size, size)
         self.cross_layer = EquiSSLDecoderLayer(config, is_cross_attention=True)
         self.layers = nn.ModuleList(EquiSSLDecoderLayer(config) for _ in range(config.decoder_num_layers))
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.to_pixels = nn.Linear(size, config.num_channels * config.patch_size**2)
+        self.to_pixels = nn.Linear(size, config.num_channels * config.patch_side**2)
 
     def forward(self, equivariant_1: Tensor, equivariant_2: Tensor, grid: tuple[int, int]) -> Tensor:
         """Reconstruct the second view.

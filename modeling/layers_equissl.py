@@ -1,4 +1,4 @@
-"""Blocks of the EquiSSL encoder: DINOv2's, with the parameter names of transformers' `Dinov2Model`."""
+"""Embeddings and blocks of the EquiSSL encoder: DINOv2's, with the parameter names of transformers' `Dinov2Model`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,121 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_equissl import EquiSSLConfig
 
-__all__ = ["EquiSSLAttention", "EquiSSLDropPath", "EquiSSLLayer", "EquiSSLLayerScale", "EquiSSLMLP", "EquiSSLStem"]
+__all__ = [
+    "EquiSSLAttention",
+    "EquiSSLDropPath",
+    "EquiSSLEmbeddings",
+    "EquiSSLLayer",
+    "EquiSSLLayerScale",
+    "EquiSSLMLP",
+    "EquiSSLStem",
+]
+
+
+class EquiSSLPatchEmbeddings(nn.Module):
+    """Image -> one embedding per patch."""
+
+    def __init__(self, config: EquiSSLConfig) -> None:
+        super().__init__()
+        self.patch_size, self.num_channels = config.patch_side, config.num_channels
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_side, stride=config.patch_side
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D)."""
+        self._check(pixel_values)
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def _check(self, pixel_values: Tensor) -> None:
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            came = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise ValueError(f"pixel_values: expected a tensor (B, C, H, W), got {came}. Add the batch dimension.")
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(
+                f"pixel_values has {channels} channels, expected num_channels={self.num_channels} in (B, C, H, W); "
+                f"got {tuple(pixel_values.shape)}."
+            )
+        if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixel_values is {height} x {width} pixels, expected multiples of patch_size={self.patch_size}. "
+                "Resize or crop the images."
+            )
+
+
+class EquiSSLEmbeddings(nn.Module):
+    """Patch embeddings with positions, CLS, registers, and mask token."""
+
+    def __init__(self, config: EquiSSLConfig) -> None:
+        super().__init__()
+        rows, columns = config.grid_size
+        self.grid_size = (rows, columns)
+        self.is_cls_late = config.cls_insertion_layer > 0
+        # The released DINOv2 models resize positions with antialiasing if and only if they have registers.
+        self.antialias = config.num_register_tokens > 0
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_mask_token else None
+        has_registers = config.num_register_tokens > 0
+        registers = torch.zeros(1, config.num_register_tokens, config.hidden_size)
+        self.register_tokens = nn.Parameter(registers) if has_registers else None
+        self.patch_embeddings = EquiSSLPatchEmbeddings(config)
+        num_positions = rows * columns + (0 if self.is_cls_late else 1)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+
+    def interpolate_patch_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings (1, N, D) for a grid of patches, bicubic in fp32 unless it is the stored one."""
+        positions = self.position_embeddings if self.is_cls_late else self.position_embeddings[:, 1:]
+        if grid == self.grid_size and not torch.jit.is_tracing():
+            return positions
+        positions = positions.unflatten(1, self.grid_size).permute(0, 3, 1, 2)
+        # Half precision would shift the embeddings.
+        resized = nn.functional.interpolate(
+            positions.float(), size=grid, mode="bicubic", align_corners=False, antialias=self.antialias
+        )
+        return resized.to(positions.dtype).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def resize_positions(self, grid: tuple[int, int]) -> None:
+        """Store the positions of another grid of patches, interpolated once."""
+        kept = self.position_embeddings[:, : 0 if self.is_cls_late else 1]
+        resized = torch.cat((kept, self.interpolate_patch_positions(grid)), dim=1)
+        self.position_embeddings = nn.Parameter(resized, requires_grad=self.position_embeddings.requires_grad)
+        self.grid_size = grid
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) -> tokens (B, 1 + R + N, D) and `None`; for a late CLS (B, N, D) and the prefix (B, 1 + R, D).
+
+        Masked patches take the mask token before positions are added.
+        """
+        patches = self.patch_embeddings(pixel_values)
+        cls_token: Tensor = self.cls_token
+        if bool_masked_pos is not None:
+            patches = self._mask(patches, bool_masked_pos)
+        elif self.mask_token is not None and self.training:
+            # A trainable parameter without gradient breaks resuming under FSDP2 and needs DDP's slow search for unused
+            # ones. On the one CLS row the zero term is free; a `where` over all patches would not be.
+            cls_token = cls_token + 0.0 * self.mask_token
+        rows, columns = (side // self.patch_embeddings.patch_size for side in pixel_values.shape[2:])
+        patches = patches + self.interpolate_patch_positions((rows, columns))
+        if not self.is_cls_late:
+            cls_token = cls_token + self.position_embeddings[:, :1]
+        prefix = cls_token if self.register_tokens is None else torch.cat((cls_token, self.register_tokens), dim=1)
+        prefix = prefix.expand(len(patches), -1, -1)
+        if self.is_cls_late:
+            # Copied: it is used after this module has returned, when FSDP may have freed the parameters.
+            return patches, prefix.to(patches.dtype).clone()
+        return torch.cat((prefix, patches), dim=1), None
+
+    def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos was given, but this encoder has no mask token: set use_mask_token=True.")
+        if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos: expected a torch.bool tensor (B, N) = {tuple(patches.shape[:2])}, one entry per "
+                f"patch in row-major order, got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
+            )
+        return torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)
 
 
 def eager_attention_forward(

@@ -1,21 +1,33 @@
-"""EquiSSL encoder: a ViT in the current transformers way, with a stem whose output is split, and a decoder."""
+"""EquiSSL encoder (a ViT with a stem whose output is split, and a decoder), its image classifier and its backbone."""
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_equissl import EquiSSLConfig
 from .decoders_equissl import build_decoder
-from .layers_equissl import EquiSSLAttention, EquiSSLLayer, EquiSSLLayerScale, EquiSSLStem
+from .layers_equissl import EquiSSLAttention, EquiSSLEmbeddings, EquiSSLLayer, EquiSSLLayerScale, EquiSSLStem
 
-__all__ = ["EquiSSLModel", "EquiSSLModelOutput", "EquiSSLPreTrainedModel"]
+__all__ = [
+    "EquiSSLBackbone",
+    "EquiSSLForImageClassification",
+    "EquiSSLModel",
+    "EquiSSLModelOutput",
+    "EquiSSLPreTrainedModel",
+]
+
+# Parts of a published encoder that a model without them leaves in the file.
+UNREAD_PARTS = r"^(equissl\.)?(stem|decoder)\."
+CLASSIFIER = r"^classifier\."
 
 
 @dataclass
@@ -38,104 +50,6 @@ class EquiSSLModelOutput(ModelOutput):
     equivariant_features: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-
-class EquiSSLPatchEmbeddings(nn.Module):
-    """Image -> one embedding per patch."""
-
-    def __init__(self, config: EquiSSLConfig) -> None:
-        super().__init__()
-        self.patch_size, self.num_channels = config.patch_size, config.num_channels
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, D)."""
-        self._check(pixel_values)
-        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-
-    def _check(self, pixel_values: Tensor) -> None:
-        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
-            came = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise ValueError(f"pixel_values: expected a tensor (B, C, H, W), got {came}. Add the batch dimension.")
-        _, channels, height, width = pixel_values.shape
-        if channels != self.num_channels:
-            raise ValueError(
-                f"pixel_values has {channels} channels, expected num_channels={self.num_channels} in (B, C, H, W); "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"pixel_values is {height} x {width} pixels, expected multiples of patch_size={self.patch_size}. "
-                "Resize or crop the images."
-            )
-
-
-class EquiSSLEmbeddings(nn.Module):
-    """Patch embeddings with positions, CLS, registers, and mask token."""
-
-    def __init__(self, config: EquiSSLConfig) -> None:
-        super().__init__()
-        rows, columns = config.grid_size
-        self.grid_size = (rows, columns)
-        self.is_cls_late = config.cls_insertion_layer > 0
-        # The released DINOv2 models resize positions with antialiasing if and only if they have registers.
-        self.antialias = config.num_register_tokens > 0
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size)) if config.use_mask_token else None
-        has_registers = config.num_register_tokens > 0
-        registers = torch.zeros(1, config.num_register_tokens, config.hidden_size)
-        self.register_tokens = nn.Parameter(registers) if has_registers else None
-        self.patch_embeddings = EquiSSLPatchEmbeddings(config)
-        num_positions = rows * columns + (0 if self.is_cls_late else 1)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
-
-    def interpolate_patch_positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, N, D) for a grid of patches, bicubic in fp32 unless it is the stored one."""
-        positions = self.position_embeddings if self.is_cls_late else self.position_embeddings[:, 1:]
-        if grid == self.grid_size and not torch.jit.is_tracing():
-            return positions
-        positions = positions.unflatten(1, self.grid_size).permute(0, 3, 1, 2)
-        # Half precision would shift the embeddings.
-        resized = nn.functional.interpolate(
-            positions.float(), size=grid, mode="bicubic", align_corners=False, antialias=self.antialias
-        )
-        return resized.to(positions.dtype).flatten(2).transpose(1, 2)
-
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, H, W) -> tokens (B, 1 + R + N, D) and `None`; for a late CLS (B, N, D) and the prefix (B, 1 + R, D).
-
-        Masked patches take the mask token before positions are added.
-        """
-        patches = self.patch_embeddings(pixel_values)
-        cls_token: Tensor = self.cls_token
-        if bool_masked_pos is not None:
-            patches = self._mask(patches, bool_masked_pos)
-        elif self.mask_token is not None and self.training:
-            # A trainable parameter without gradient breaks resuming under FSDP2 and needs DDP's slow search for unused
-            # ones. On the one CLS row the zero term is free; a `where` over all patches would not be.
-            cls_token = cls_token + 0.0 * self.mask_token
-        rows, columns = (side // self.patch_embeddings.patch_size for side in pixel_values.shape[2:])
-        patches = patches + self.interpolate_patch_positions((rows, columns))
-        if not self.is_cls_late:
-            cls_token = cls_token + self.position_embeddings[:, :1]
-        prefix = cls_token if self.register_tokens is None else torch.cat((cls_token, self.register_tokens), dim=1)
-        prefix = prefix.expand(len(patches), -1, -1)
-        if self.is_cls_late:
-            # Copied: it is used after this module has returned, when FSDP may have freed the parameters.
-            return patches, prefix.to(patches.dtype).clone()
-        return torch.cat((prefix, patches), dim=1), None
-
-    def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
-        if self.mask_token is None:
-            raise ValueError("bool_masked_pos was given, but this encoder has no mask token: set use_mask_token=True.")
-        if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != patches.shape[:2]:
-            raise ValueError(
-                f"bool_masked_pos: expected a torch.bool tensor (B, N) = {tuple(patches.shape[:2])}, one entry per "
-                f"patch in row-major order, got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
-            )
-        return torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)
 
 
 class EquiSSLPreTrainedModel(PreTrainedModel):
@@ -174,6 +88,20 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.register_tokens, std=std)
         elif isinstance(module, EquiSSLLayerScale):
             init.constant_(module.lambda1, module.initial_value)
+
+    def resize_positions(self, image_size: int | tuple[int, int]) -> None:
+        """Store the position embeddings at another `image_size`, in pixels: those that such images get already.
+
+        Where a model around the encoder reads `config.image_size` (VitPose), or to spare the interpolation.
+
+        Raises:
+            ValueError: If `image_size` is not a positive multiple of the patch size; the model is as before.
+        """
+        config = copy.deepcopy(self.config)
+        config.image_size = image_size
+        config.validate_image_size()
+        self.config.image_size = image_size
+        cast(EquiSSLEmbeddings, self.base_model.embeddings).resize_positions(config.grid_size)
 
 
 class EquiSSLEncoder(EquiSSLPreTrainedModel):
@@ -221,6 +149,8 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         ValueError: If `config` makes no network.
     """
 
+    _keys_to_ignore_on_load_unexpected = [CLASSIFIER]
+
     def __init__(self, config: EquiSSLConfig) -> None:
         config.check()  # fields may have been assigned since construction, e.g. by from_pretrained(..., patch_size=8)
         super().__init__(config)
@@ -263,7 +193,9 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
             ValueError: If an input has the wrong shape or dtype.
         """
         tokens, prefix = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)
-        encoded = self.encoder(tokens, prefix, None if output_patches else self.num_prefix_tokens, **kwargs)
+        num_queries = None if output_patches else self.num_prefix_tokens
+        # can_return_tuple has taken the caller's wish; what happens inside is an object.
+        encoded = self.encoder(tokens, prefix, num_queries, return_dict=True, **kwargs)
         last_hidden_state = self.layernorm(encoded.last_hidden_state)
         invariant, equivariant = self._features(last_hidden_state) if output_features else (None, None)
         return EquiSSLModelOutput(
@@ -312,7 +244,152 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         tokens = self(views, output_features=False, return_dict=True).last_hidden_state
         features = self.stem(tokens[:, self.num_prefix_tokens :], part="equivariant")
         height, width = views.shape[-2:]
-        return self.decoder(*features.chunk(2), (height // self.config.patch_size, width // self.config.patch_size))
+        return self.decoder(*features.chunk(2), (height // self.config.patch_side, width // self.config.patch_side))
+
+
+class EquiSSLForImageClassification(EquiSSLPreTrainedModel):
+    """An encoder with a linear classifier on its pooled tokens; `config.pooling` says which.
+
+    Holds no decoder, and a stem only if the pooling reads it: its `config` says so, and a checkpoint of it loads as an
+    [`EquiSSLModel`] of that shape. Loaded from an encoder, the classifier alone is new.
+
+    Args:
+        config: The architecture, with `num_labels` or `id2label`, and `pooling`.
+
+    Raises:
+        ValueError: If `config` makes no network, or has no stem for `pooling="invariant"` or `"equivariant"`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [UNREAD_PARTS]
+
+    def __init__(self, config: EquiSSLConfig) -> None:
+        config.check()
+        reads_stem = config.pooling in ("invariant", "equivariant")
+        if reads_stem and config.feature_size is None:
+            raise ValueError(
+                f"pooling={config.pooling!r} reads the stem, and this encoder has none (feature_size=None): choose "
+                "pooling='cls', 'patches' or 'cls_patches', or an encoder that was trained with a stem."
+            )
+        config = config.encoder_only(keep_stem=reads_stem)
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.equissl = EquiSSLModel(config)
+        self.classifier = nn.Linear(config.pooled_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised as the encoder's image processor does.
+            labels: (B,) class indices, (B, num_labels) floats for several labels, or (B,) floats for a regression;
+                `config.problem_type`, or else dtype and `num_labels`, tell which.
+            **kwargs: As in [`EquiSSLModel`]. With `pooling="cls"` the last block gives CLS and registers alone, and so
+                do the last of its hidden states and attentions.
+
+        Returns:
+            `logits` (B, num_labels), `loss` if labels are given, `hidden_states` and `attentions` if asked for.
+
+        Raises:
+            ValueError: If an input has the wrong shape or dtype.
+        """
+        outputs = self.equissl(
+            pixel_values, output_features=False, output_patches=self.config.pooling != "cls", return_dict=True, **kwargs
+        )
+        logits = self.classifier(self._pool(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """(B, 1 + R + N, D) -> (B, classifier.in_features)."""
+        pooling, cls = self.config.pooling, tokens[:, 0]
+        if pooling == "cls":
+            return cls
+        patches = tokens[:, self.equissl.num_prefix_tokens :].mean(dim=1)
+        if pooling == "patches":
+            return patches
+        if pooling == "cls_patches":
+            return torch.cat((cls, patches), dim=-1)
+        # The stem is affine: it maps the mean of the patches to the mean of their features.
+        return cast(EquiSSLStem, self.equissl.stem)(torch.stack((cls, patches), dim=1), part=pooling).flatten(1)
+
+
+class EquiSSLBackbone(BackboneMixin, EquiSSLPreTrainedModel):
+    """Feature maps of chosen blocks, for transformers' segmentation, detection and pose models.
+
+    Load it with its class: `EquiSSLBackbone.from_pretrained(folder_or_id, out_indices=[3, 6, 9, 12])`. (transformers
+    5.23's `AutoBackbone.from_pretrained` asks the Hub first: it fails for a folder, and offline.) Stage 0 is "stem",
+    the embeddings; stage i is "stage{i}", the output of block i.
+
+    A model around it is made from its configuration and starts with random weights; pretrained ones are put in:
+
+    ```python
+    backbone = EquiSSLBackbone.from_pretrained("user/encoder", out_indices=[3, 6, 9, 12])
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone.config, num_labels=11))
+    model.backbone.load_state_dict(backbone.state_dict())
+    ```
+
+    `model.save_pretrained` then holds all of it, and `from_pretrained` rebuilds it (after `import hf_equissl`). DETRs
+    call the attribute `model.model.backbone.model`, Mask2Former `model.model.pixel_level_module.encoder`. VitPose reads
+    its pictures' size from the configuration: load with `patch_size=(16, 16)` and `reshape_hidden_states=False`, then
+    call `backbone.resize_positions((256, 192))`. RT-DETR wants maps that halve from stage to stage, which a plain ViT
+    does not have.
+
+    Args:
+        config: The architecture, `out_features` or `out_indices`, `apply_layernorm` and `reshape_hidden_states`.
+
+    Raises:
+        ValueError: If `config` makes no network or names a stage that does not exist.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [UNREAD_PARTS, CLASSIFIER]
+
+    def __init__(self, config: EquiSSLConfig) -> None:
+        config.check()
+        config = config.encoder_only()
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.embeddings = EquiSSLEmbeddings(config)
+        self.encoder = EquiSSLEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        """Feature maps of images.
+
+        Args:
+            pixel_values: (B, C, H, W); H and W are multiples of the patch size.
+            **kwargs: As in [`EquiSSLModel`].
+
+        Returns:
+            `feature_maps`, one per stage of `out_features`: (B, D, H / patch, W / patch), or (B, N, D) without
+            `reshape_hidden_states`; patches only, no CLS, no registers. `hidden_states` and `attentions` if asked for.
+
+        Raises:
+            ValueError: If `pixel_values` has the wrong shape.
+        """
+        tokens, prefix = self.embeddings(pixel_values)
+        encoded = self.encoder(tokens, prefix, return_dict=True, **kwargs)
+        rows, columns = (side // self.config.patch_side for side in pixel_values.shape[2:])
+        stages = zip(self.stage_names, encoded.hidden_states, strict=True)
+        wanted = [state for name, state in stages if name in self.out_features]
+        maps: Any = tuple(self._feature_map(state, (rows, columns)) for state in wanted)
+        return BackboneOutput(feature_maps=maps, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
+
+    def _feature_map(self, hidden_state: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, ... + N, D) -> (B, D, rows, columns) or (B, N, D)."""
+        # From the back: with a late CLS the first stages have no tokens before the patches.
+        patches = hidden_state[:, -grid[0] * grid[1] :]
+        if self.config.apply_layernorm:
+            patches = self.layernorm(patches)
+        return patches.mT.unflatten(-1, grid).contiguous() if self.config.reshape_hidden_states else patches
 
 
 EquiSSLModel.register_for_auto_class("AutoModel")
+EquiSSLForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+EquiSSLBackbone.register_for_auto_class("AutoBackbone")

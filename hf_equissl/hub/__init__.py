@@ -1,5 +1,51 @@
-"""What leaves this machine: encoders as folders that ``AutoModel`` loads."""
+"""What leaves this machine: encoders as folders that ``AutoModel`` loads, and whole repositories with their card.
 
-from .export import save_encoder
+Names are resolved when they are first used: the Trainer imports this package, and a repository is built from its runs.
+"""
 
-__all__ = ["save_encoder"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "PARTS": "repository",
+    "PublishError": "publishable",
+    "build_repository": "repository",
+    "check_publishable": "publishable",
+    "convert_encoder": "convert",
+    "push_repository": "push",
+    "save_encoder": "export",
+    "save_native": "native",
+    "to_native": "native",
+}
+
+__all__ = [
+    "PARTS",
+    "PublishError",
+    "build_repository",
+    "check_publishable",
+    "convert_encoder",
+    "push_repository",
+    "save_encoder",
+    "save_native",
+    "to_native",
+]
+
+if TYPE_CHECKING:
+    from .convert import convert_encoder
+    from .export import save_encoder
+    from .native import save_native, to_native
+    from .publishable import PublishError, check_publishable
+    from .push import push_repository
+    from .repository import PARTS, build_repository
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_equissl.evaluation import FrozenEncoder
 from hf_equissl.evaluation.images import base_image
-from hf_equissl.hub import save_encoder
+from hf_equissl.hub import save_encoder, save_native
 from hf_equissl.hub.export import image_processor
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
@@ -65,14 +66,28 @@ def test_the_folder_loads_with_auto_classes(tmp_path: Path) -> None:
     assert torch.allclose(frozen.encode(base_image(image, 16)[None], ("cls",))["cls"], tokens[:, 0], atol=1e-4)
 
 
-def test_an_existing_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_an_older_encoder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     folder = save_encoder(tiny(), tmp_path / "encoder", MEAN, STD)
-    (folder / "left_over.txt").write_text("of an older export")
+    left_over = folder / "model-00001-of-00002.safetensors"
+    left_over.touch()
+    (folder / ".DS_Store").touch()
     save_encoder(other := tiny(seed=1), folder, MEAN, STD)
-    assert not (folder / "left_over.txt").exists()
+    assert not left_over.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
     loaded = AutoModel.from_pretrained(folder).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("save", [save_encoder, save_native])
+def test_what_is_not_ours_is_not_deleted(save: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save(tiny(), tmp_path / "encoder", MEAN, STD)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"encoder holds notes\.txt, which is no part of a saved encoder"):
+        save(tiny(seed=1), folder, MEAN, STD)
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="is a file"):
+        save(tiny(), folder / "notes.txt", MEAN, STD)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
 def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +110,17 @@ def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"crops squares, but .* \(16, 8\)"):
         save_encoder(tiny((16, 8)), tmp_path / "encoder", MEAN, STD)
     assert not list(tmp_path.iterdir())
+
+
+def test_code_that_was_not_saved_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a class that a script defines: transformers copies nothing, and says nothing."""
+    save = EquiSSLModel.save_pretrained
+
+    def without_layers(self: EquiSSLModel, folder: Path) -> None:
+        save(self, folder)
+        (folder / "layers_equissl.py").unlink()
+
+    monkeypatch.setattr(EquiSSLModel, "save_pretrained", without_layers)
+    with pytest.raises(ValueError, match=r"layers_equissl\.py, which was not saved beside it"):
+        save_encoder(tiny(), tmp_path / "encoder", MEAN, STD)
+    assert not (tmp_path / "encoder").exists()

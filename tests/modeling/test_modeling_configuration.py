@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel, build_decoder
 
@@ -44,11 +47,46 @@ STEM = {"feature_size": 24, "equivariant_size": 8}
             "multiple of 4",
         ),
         ({"decoder_type": "cross_attention", "decoder_num_layers": -1, **STEM}, "decoder_num_layers=-1"),
+        ({"patch_size": [16, 8]}, "two equal sides"),
+        ({"patch_size": [16]}, "two equal sides"),
+        ({"pooling": "mean"}, "pooling='mean': expected one of cls, patches, cls_patches, invariant, equivariant"),
     ],
 )
 def test_impossible_combinations_raise_at_construction(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EquiSSLConfig(**fields)
+
+
+def test_a_newer_file_is_refused_before_its_fields_are_read(tmp_path) -> None:
+    EquiSSLConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("equissl_version") == 1
+    file.write_text(json.dumps(fields))
+    assert EquiSSLConfig.from_pretrained(tmp_path).equissl_version == 1  # absent: the first form
+    file.write_text(json.dumps({**fields, "equissl_version": 2, "hidden_size": "as wide as it takes"}))
+    message = r"newer hf_equissl \(equissl_version=2; .* up to 1\)\. Upgrade it .* trust_remote_code=True"
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        EquiSSLConfig(equissl_version=2)
+    file.write_text(json.dumps({**fields, "equissl_version": "1.5"}))
+    with pytest.raises(ValueError, match="newer hf_equissl"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_pair_of_patch_sides_makes_the_same_network() -> None:
+    torch.manual_seed(0)
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64, **STEM}
+    for decoder in ("conv", "cross_attention"):
+        models = [
+            EquiSSLModel(EquiSSLConfig(**fields, patch_size=p, decoder_type=decoder)).eval() for p in (16, [16] * 2)
+        ]
+        models[1].load_state_dict(models[0].state_dict())
+        views = torch.randn(2, 1, 3, 64, 64)
+        torch.testing.assert_close(models[1].reconstruct(*views), models[0].reconstruct(*views))
+    assert [model.config.patch_side for model in models] == [16, 16]
+    assert models[1].config.patch_size == [16, 16]
 
 
 def test_fields_are_typed() -> None:

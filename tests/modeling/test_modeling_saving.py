@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModel
 
-from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
 
 VARIANTS = {
     "plain": {},
@@ -31,7 +35,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 folder = sys.argv[1]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -41,9 +45,45 @@ inputs = torch.load(f"{folder}/inputs.pt")
 with torch.no_grad():
     output = model(inputs["images"], bool_masked_pos=inputs["mask"])
     images = model.reconstruct(inputs["images"], inputs["images"].flip(-1))
-torch.save({"features": output.equivariant_features, "images": images}, f"{folder}/outputs.pt")
 model.save_pretrained(f"{folder}/again")
+
+# The same folder of an encoder serves the other classes.
+classifier = AutoModelForImageClassification.from_pretrained(
+    folder, num_labels=10, pooling="invariant", trust_remote_code=True
+)
+assert type(classifier).__name__ == "EquiSSLForImageClassification"
+assert classifier(inputs["images"]).logits.shape == (2, 10)
+assert torch.equal(classifier.equissl.stem.weight, model.stem.weight)
+classifier.save_pretrained(f"{folder}/classifier")
+again = AutoModelForImageClassification.from_pretrained(f"{folder}/classifier", trust_remote_code=True)
+assert torch.equal(again(inputs["images"]).logits, classifier(inputs["images"]).logits)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True, out_indices=[1, 3])
+backbone = AutoBackbone.from_config(config, trust_remote_code=True).eval()
+print(backbone.load_state_dict(model.state_dict(), strict=False))
+maps = backbone(inputs["images"]).feature_maps
+assert "hf_equissl" not in sys.modules
+torch.save({"features": output.equivariant_features, "images": images, "maps": maps}, f"{folder}/outputs.pt")
 """
+DERIVED = """
+from .modeling_equissl import EquiSSLModel
+
+
+class DoubledModel(EquiSSLModel):
+    def forward(self, pixel_values, **kwargs):
+        output = super().forward(pixel_values, **kwargs)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+"""
+AUTO_MAP = {
+    "AutoConfig": "configuration_equissl.EquiSSLConfig",
+    "AutoModel": "modeling_equissl.EquiSSLModel",
+    "AutoModelForImageClassification": "modeling_equissl.EquiSSLForImageClassification",
+    "AutoBackbone": "modeling_equissl.EquiSSLBackbone",
+}
+
+
+def auto_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "config.json").read_text())["auto_map"]
 
 
 def assert_equal_weights(first: nn.Module, second: nn.Module) -> None:
@@ -119,5 +159,55 @@ def test_loads_as_remote_code_without_the_package(tmp_path: Path, tiny_config, r
         images = model.reconstruct(inputs["images"], inputs["images"].flip(-1))
     torch.testing.assert_close(outputs["features"], expected, rtol=0, atol=0)
     torch.testing.assert_close(outputs["images"], images, rtol=0, atol=0)
-    assert files <= {path.name for path in (folder / "again").iterdir()}  # saved again, the code goes along
+    torch.testing.assert_close(
+        outputs["maps"], EquiSSLBackbone.from_pretrained(folder, out_indices=[1, 3])(inputs["images"]).feature_maps
+    )
+    for name in ("again", "classifier"):
+        assert files <= {path.name for path in (folder / name).iterdir()}  # saved again, the code goes along
+        assert auto_map(folder / name) == AUTO_MAP
     assert EquiSSLConfig.from_pretrained(folder / "again").decoder_type == "conv"
+
+
+@pytest.mark.parametrize("kind", [EquiSSLModel, EquiSSLForImageClassification, EquiSSLBackbone])
+def test_every_model_carries_one_map_of_all_classes(tmp_path: Path, tiny_config, kind) -> None:
+    model = kind(tiny_config())
+    model.save_pretrained(tmp_path / "model")
+    assert auto_map(tmp_path / "model") == AUTO_MAP
+    for reference in AUTO_MAP.values():
+        file, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / "model" / f"{file}.py").read_text()
+    # The configuration alone points at its own file, whatever has been saved or loaded before.
+    for number, config in enumerate((model.config, EquiSSLConfig.from_pretrained(tmp_path / "model"))):
+        config.save_pretrained(tmp_path / f"config{number}")
+        assert auto_map(tmp_path / f"config{number}") == {"AutoConfig": AUTO_MAP["AutoConfig"]}
+        assert {path.name for path in (tmp_path / f"config{number}").iterdir()} == {
+            "config.json", "configuration_equissl.py"
+        }  # fmt: skip
+    kind(EquiSSLConfig.from_pretrained(tmp_path / "config0")).save_pretrained(tmp_path / "again")
+    assert auto_map(tmp_path / "again") == AUTO_MAP
+
+
+def test_code_of_derived_classes_travels(tmp_path: Path, tiny_config, monkeypatch) -> None:
+    # As a user writes it: our flat files copied beside a file of theirs.
+    package = tmp_path / "their_package"
+    EquiSSLModel(tiny_config()).save_pretrained(package)
+    (package / "__init__.py").write_text("")
+    (package / "modeling_doubled.py").write_text(DERIVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("their_package.modeling_doubled").DoubledModel.from_pretrained(package).eval()
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(package)
+    assert auto_map(tmp_path / "saved") == {**AUTO_MAP, "AutoModel": "modeling_doubled.DoubledModel"}
+    code = (
+        "import sys, torch; from transformers import AutoModel; "
+        f"model = AutoModel.from_pretrained({str(tmp_path / 'saved')!r}, trust_remote_code=True).eval(); "
+        f"torch.save(model(torch.ones(1, 3, 64, 64)).last_hidden_state, {str(tmp_path / 'output.pt')!r}); "
+        "print(type(model).__name__, 'hf_equissl' in sys.modules)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["DoubledModel", "False"], run.stderr
+    plain = AutoModel.from_pretrained(tmp_path / "saved").eval()  # installed here, the local class is used
+    assert type(plain) is EquiSSLModel
+    expected = 2 * plain(torch.ones(1, 3, 64, 64)).last_hidden_state
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected)

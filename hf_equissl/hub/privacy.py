@@ -1,0 +1,72 @@
+"""What may be published of a run's own words: no path of the machine it ran on, no token."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..redaction import SECRET_NAME, without_secrets, without_tokens
+
+# A path from the root, from a home folder, from a folder above, or of another drive. "https://" is none.
+_START = r"(?:file:/+|~[\w.-]*/|/|\.\./|[A-Za-z]:[\\/])"
+_WHOLE = re.compile(rf"^{_START}")
+_INSIDE = re.compile(rf"(?<![\w.:/~\\-]){_START}[^\s'\"`,;()\[\]{{}}|<>]*[\w*?-]")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+_FILES = (".parquet", ".arrow", ".tar")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether ``name`` has the form ``owner/name`` of a repository on the Hub."""
+    return name is not None and bool(_HUB_ID.match(name)) and not name.endswith(_FILES)
+
+
+def public_source(source: str) -> str:
+    """A data set or model as others know it: a Hub id as it is, the last component of a path."""
+    # "data/photos" has the form of a Hub id; where it lies here, it is a folder.
+    return last_component(source) if is_hub_id(source) and Path(source).exists() else public_text(source)
+
+
+def last_component(path: str) -> str:
+    """The name of a file or folder without the way to it."""
+    kind = PureWindowsPath if re.match(r"^[A-Za-z]:[\\/]", path) else PurePosixPath
+    return kind(path.rstrip("/\\")).name or "data"
+
+
+def public_text(text: str) -> str:
+    """``text`` with every local path reduced to its last component, and without tokens."""
+    if _WHOLE.match(text) and "\n" not in text and ": " not in text:  # all of it is one path, perhaps with spaces
+        name, split, rest = text.partition(" (")  # sources are called "path (split)"
+        return without_tokens(last_component(name) + split + rest)
+    return without_tokens(_INSIDE.sub(lambda match: last_component(match[0]), text))
+
+
+def public_values(value: Any) -> Any:
+    """Plain data with ``public_text`` applied to every string, without entries that are called a token or secret."""
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, Mapping):
+        return {key: public_values(item) for key, item in value.items() if not SECRET_NAME.search(str(key))}
+    return [public_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def public_command(command: str, names: Mapping[str, str] | None = None) -> str:
+    """A command line that others can read: paths by their last component, ``names`` replaced, no tokens.
+
+    Args:
+        command: As one would type it.
+        names: Word of the command -> what stands for it, e.g. the encoder's folder -> its name on the Hub.
+    """
+    names = names or {}
+    words = []
+    for word in without_secrets(shlex.split(command)):
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        words.append(word if option and not equals else f"{option}{equals}{names.get(value) or _public_word(value)}")
+    return shlex.join(words)
+
+
+def _public_word(word: str) -> str:
+    script = re.search(r"(?:^|/)(training/\w+\.py)$", word)  # where our scripts lie in a checkout
+    return script[1] if script else public_text(word)

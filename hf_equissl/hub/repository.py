@@ -1,0 +1,277 @@
+"""From a run's folder to the folder that is published."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import ENCODER_FOLDER
+from ..evaluation.encoders import FrozenEncoder
+from ..evaluation.results import ResultRecord, load_records, merge_records, save_records
+from ..files import move_into_place, write_text
+from ..loading import explain_load_errors
+from ..modeling import EquiSSLModel
+from ..pretraining import EquiSSLForPreTraining
+from ..strict import dump_yaml
+from .card import CardFacts, public_recipe, render_card
+from .card_figures import draw_figures
+from .export import save_encoder
+from .native import save_native
+from .privacy import is_hub_id, last_component, public_command, public_source, public_values
+from .run_folder import RECIPE_FILE, RunFolder
+from .snippets import run_snippets, snippets
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("encoder", "native", "pretraining", "figures", "card")
+CARD_FILE, RESULTS_FILE = "README.md", "results.json"
+Results = Sequence[ResultRecord | str | Path]
+
+
+def build_repository(
+    run_dir: str | Path,
+    directory: str | Path,
+    *,
+    repo_id: str,
+    parts: Sequence[str] = PARTS,
+    results: Results = (),
+    license: str = "apache-2.0",
+    description: str | None = None,
+    dataset: str | None = None,
+) -> Path:
+    """Build the published form of a run: encoder, native export, pretraining state, figures, card.
+
+    Everything is made beside ``directory`` and moved there when it is whole; the card's code is executed against the
+    new files first. Local paths and tokens are left out everywhere.
+
+    Args:
+        run_dir: What ``training/pretrain.py`` or an ``EquiSSLTrainer`` left. The newest complete checkpoint counts.
+        directory: Where the repository is built: a new or an empty folder.
+        repo_id: Its name on the Hub, "owner/name", as the card's code uses it.
+        parts: Which of ``PARTS``; files go to the root, or to the sub-folder of the part's name.
+        results: Records of this encoder, or ``results.json`` files, or folders that hold one.
+        license: Identifier of the licence of code and weights, as the Hub lists them.
+        description: The user's own words for the head of the card.
+        dataset: Hub id of the training data, where the run knows it by another name.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        ValueError: ``run_dir`` is no run or has no complete checkpoint; unknown parts; a ``repo_id`` that is none;
+            ``directory`` holds files; results of another encoder.
+        LoadError: the checkpoint's weights are damaged.
+        SnippetError: code of the card does not run.
+    """
+    directory = Path(directory)
+    _check_request(repo_id, parts, license, dataset)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ValueError(f"{directory} holds files already, perhaps a card that you have edited. Name a new folder.")
+    run = RunFolder.read(run_dir)
+    source = _load(run)
+    names = _DataNames(run, dataset)
+    records = _public_records(read_results(results), source, repo_id, names)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".building-") as workplace:
+        staging = Path(workplace, directory.name)
+        staging.mkdir()
+        built, reason = _write_weights(source, run, names, staging, parts)
+        figures = draw_figures(run, records, staging / "figures") if "figures" in parts else []
+        built += ["figures"] if figures else []
+        if records:
+            save_records(records, staging / RESULTS_FILE)
+        if "card" in parts:
+            config = source.encoder.config
+            run_snippets(snippets(str(staging.resolve()), config, built))
+            facts = CardFacts(
+                repo_id=repo_id,
+                license=license,
+                run=run,
+                encoder=config,
+                encoder_steps=source.steps,
+                num_parameters=source.num_parameters,
+                parts=built,
+                records=records,
+                figures=figures,
+                snippets=snippets(repo_id, config, built),
+                dataset=names.training,
+                native_reason=reason,
+                description=description,
+            )
+            write_text(staging / CARD_FILE, str(render_card(facts)))
+        move_into_place(staging, directory)
+    return directory
+
+
+def read_results(results: Results) -> list[ResultRecord]:
+    """Records from records, ``results.json`` files, and folders that hold one; equal measurements are merged.
+
+    Raises:
+        ValueError: a path holds no such file.
+    """
+    found: list[ResultRecord] = []
+    for item in results:
+        if isinstance(item, ResultRecord):
+            found.append(item)
+            continue
+        path = Path(item) / RESULTS_FILE if Path(item).is_dir() else Path(item)
+        if not path.is_file():
+            raise ValueError(f"There are no results at {item}: expected {RESULTS_FILE} as training/probe.py writes it.")
+        found += load_records(path)
+    return merge_records(found)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The weights that are published: where they come from, the whole state, the encoder with its input settings."""
+
+    name: str
+    state: EquiSSLForPreTraining
+    encoder: EquiSSLModel
+    steps: int
+    image_mean: list[float]
+    image_std: list[float]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the encoder, without its decoder."""
+        return sum(p.numel() for name, p in self.encoder.named_parameters() if not name.startswith("decoder."))
+
+    def digest(self) -> str:
+        """As a result record of this encoder carries it."""
+        return FrozenEncoder(self.encoder, image_mean=self.image_mean, image_std=self.image_std).digest()
+
+
+class _DataNames:
+    """Names of data sets for readers: the Hub id where there is one, otherwise the last component of a path."""
+
+    def __init__(self, run: RunFolder, dataset: str | None) -> None:
+        self.given = dataset
+        self.known = None if run.data is None else self._short(run.data)
+        self.training = dataset or (None if run.data is None else self(run.data))
+
+    def __call__(self, source: str) -> str:
+        """The public name of ``source``; the user's ``dataset`` where it is called like the training data."""
+        return self.given if self.given and self._short(source) == self.known else public_source(source)
+
+    @staticmethod
+    def _short(source: str) -> str:
+        return last_component(source).lower()
+
+
+def _check_request(repo_id: str, parts: Sequence[str], license: str, dataset: str | None) -> None:
+    for name, value in (("repo_id", repo_id), ("dataset", dataset or repo_id)):
+        if not is_hub_id(value):
+            raise ValueError(f"{name} is {value!r}, expected a name on the Hub of the form owner/name.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license is {license!r}, expected an identifier as the Hub lists them, e.g. apache-2.0.")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts or isinstance(parts, str):
+        raise ValueError(f"parts is {parts!r}: choose among {', '.join(PARTS)}.")
+
+
+def _load(run: RunFolder) -> _Source:
+    """The state of the newest checkpoint and its encoder; of a finished run without its last checkpoint, its export."""
+    with explain_load_errors(run.checkpoint, "checkpoint"):
+        state = EquiSSLForPreTraining.from_pretrained(run.checkpoint, dtype=torch.float32)
+    mean, std = run.normalisation()
+    name, encoder, steps = str(run.checkpoint), state.export_encoder(), run.steps
+    folder = run.path / ENCODER_FOLDER
+    if (folder / "config.json").is_file():
+        with explain_load_errors(folder):
+            exported = EquiSSLModel.from_pretrained(folder).eval()
+        if not _equal(exported, encoder):
+            if run.record is not None and run.record.finished and run.record.steps > run.steps:
+                name, encoder, steps = str(folder), exported, run.record.steps
+            else:
+                logger.warning(
+                    "%s is not the encoder of %s: the run went on since. The checkpoint's is taken.",
+                    folder,
+                    run.checkpoint.name,
+                )
+    return _Source(name, state, encoder, steps, mean, std)
+
+
+def _equal(left: EquiSSLModel, right: EquiSSLModel) -> bool:
+    first, second = left.state_dict(), right.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def _public_records(
+    records: Sequence[ResultRecord], source: _Source, repo_id: str, names: _DataNames
+) -> list[ResultRecord]:
+    """Records of this encoder under its new name; those of others are left out.
+
+    Raises:
+        ValueError: all of them are of other encoders.
+    """
+    if not records:
+        return []
+    digest = source.digest()
+    ours = [record for record in records if record.encoder_digest == digest]
+    others = {record.encoder: record.encoder_digest for record in records if record.encoder_digest != digest}
+    if not ours:
+        measured = ", ".join(f"{encoder} (digest {other})" for encoder, other in others.items())
+        raise ValueError(
+            f"Results of another encoder: they were measured on {measured}, and {repo_id} is built from {source.name} "
+            f"(digest {digest}). Measure that one with training/probe.py --encoder, or leave these results out."
+        )
+    if others:
+        logger.warning("Left out of the card: results of other encoders, %s.", ", ".join(others))
+    found = []
+    for record in ours:
+        data = names(record.dataset)
+        command = record.command and public_command(record.command, {record.encoder: repo_id, record.dataset: data})
+        found.append(
+            replace(
+                record,
+                encoder=repo_id,
+                dataset=data,
+                command=command,
+                protocol=public_values(record.protocol),
+                details=public_values(record.details),
+            )
+        )
+    return merge_records(found)
+
+
+def _write_weights(
+    source: _Source, run: RunFolder, names: _DataNames, folder: Path, parts: Sequence[str]
+) -> tuple[list[str], str | None]:
+    """Write the parts with weights; returns those written, and why there is no native export if it was asked for."""
+    settings = (source.image_mean, source.image_std)
+    built: list[str] = []
+    reason = None
+    if "encoder" in parts:
+        save_encoder(source.encoder, folder, *settings)
+        built.append("encoder")
+    if "native" in parts:
+        try:
+            save_native(source.encoder, folder / "native", *settings)
+            built.append("native")
+        except ValueError as error:
+            reason = str(error)
+            logger.info("No native export: %s", reason)
+    if "pretraining" in parts:
+        source.state.save_pretrained(folder / "pretraining")
+        if run.recipe is not None:
+            write_text(folder / "pretraining" / RECIPE_FILE, dump_yaml(_recipe_to_go_on(run, names.training)))
+        built.append("pretraining")
+    return built, reason
+
+
+def _recipe_to_go_on(run: RunFolder, dataset: str | None) -> dict[str, Any]:
+    """The recipe for who starts from the published state, on images of their own and with a repository of their own."""
+    recipe = public_recipe(run, dataset)
+    recipe.pop("monitor", None)  # of images that others may lack
+    for section, theirs in (("model", ("init_",)), ("training", ("push_to_hub", "hub_"))):
+        if section in recipe:
+            recipe[section] = {key: value for key, value in recipe[section].items() if not key.startswith(theirs)}
+    return recipe

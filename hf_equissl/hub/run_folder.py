@@ -1,0 +1,195 @@
+"""A run's folder, read once: what was trained, how far, and by which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, newest_checkpoint
+from ..evaluation.encoders import read_image_settings
+from ..pretraining import EquiSSLPreTrainingConfig
+from ..run_record import RECORD_FILE, RunRecord
+from ..strict import load_yaml
+from ..training_arguments import EquiSSLTrainingArguments
+from .privacy import last_component
+
+RECIPE_FILE = "recipe.yaml"
+# Arguments that say where and how a run reports, not what it computes.
+_NOT_SETTINGS = (
+    "output_dir",
+    "run_name",
+    "report_to",
+    "logging_",
+    "log_",
+    "save_",
+    "hub_",
+    "push_",
+    "disable_tqdm",
+    "accelerator_config",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run left.
+
+    Attributes:
+        path: The folder.
+        checkpoint: The newest complete checkpoint.
+        config: Of its ``EquiSSLForPreTraining``.
+        steps: Optimizer steps of that checkpoint.
+        planned_steps: At which step the run ends.
+        epoch: Passes over the images as the Trainer counts them.
+        history: ``log_history`` of the Trainer.
+        arguments: Training arguments that differ from their defaults.
+        recipe: As stored by ``training/pretrain.py``; ``None`` for a run from Python.
+        record: ``run.json``; ``None`` in runs of older versions.
+    """
+
+    path: Path
+    checkpoint: Path
+    config: EquiSSLPreTrainingConfig
+    steps: int
+    planned_steps: int
+    epoch: float | None
+    history: tuple[Mapping[str, Any], ...]
+    arguments: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None
+    record: RunRecord | None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a run's folder.
+
+        Raises:
+            ValueError: it is no folder, holds no complete checkpoint, or a file in it is damaged.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(
+                f"{path} is not a folder. Give the folder of a run: what --output_dir of training/pretrain.py named."
+            )
+        found = newest_checkpoint(path)
+        if found is None:
+            raise ValueError(_no_checkpoint(path))
+        checkpoint = Path(found)
+        state = _json(checkpoint / "trainer_state.json")
+        config = _json(checkpoint / "config.json")
+        if config.get("model_type") != EquiSSLPreTrainingConfig.model_type:
+            raise ValueError(
+                f"{checkpoint} holds a model of type {config.get('model_type')!r}, expected "
+                f"{EquiSSLPreTrainingConfig.model_type!r}. Give the folder of a pretraining run."
+            )
+        recipe, record = path / RECIPE_FILE, path / RECORD_FILE
+        arguments = checkpoint / ARGUMENTS_FILE
+        return cls(
+            path=path,
+            checkpoint=checkpoint,
+            config=EquiSSLPreTrainingConfig.from_dict(config),
+            steps=int(state["global_step"]),
+            planned_steps=int(state.get("max_steps") or state["global_step"]),
+            epoch=state.get("epoch"),
+            history=tuple(state.get("log_history", ())),
+            arguments=_changed(_json(arguments)) if arguments.is_file() else {},
+            recipe=load_yaml(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.is_file() else None,
+            record=RunRecord.load(path) if record.is_file() else None,
+        )
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, otherwise the folder's."""
+        return str((self.recipe or {}).get("name") or self.path.resolve().name)
+
+    @property
+    def data(self) -> str | None:
+        """What the user named as training data, without the split."""
+        source = self.section("data").get("source")
+        return source or (self.record.data.rpartition(" (")[0] or self.record.data if self.record else None)
+
+    def passes(self, steps: int) -> float | None:
+        """How often each training image was seen after ``steps``; ``None`` where that is not known."""
+        if self.record is None:
+            return self.epoch
+        if self.record.num_images is None:  # a stream: the Trainer's epochs count something else
+            return None
+        return steps * self.record.global_batch / self.record.num_images
+
+    @property
+    def base_model(self) -> str | None:
+        """What the run started from: a Hub id, or the name of a run, folder or file; ``None`` for random weights."""
+        model = self.section("model")
+        source = model.get("init_from")
+        # Of what is from the Hub a run keeps the commit; "runs/rot" alone may have been a folder.
+        if source is None or model.get("init_revision"):
+            return source
+        run, _, name = source.rstrip("/").rpartition("/")
+        of_run = bool(run) and (name == ENCODER_FOLDER or name.startswith("checkpoint-"))
+        return last_component(run if of_run else source)
+
+    @property
+    def transformation(self) -> str | None:
+        """Name of the transformation family that the recipe's views are made with."""
+        return (self.section("views").get("transformation") or {}).get("name")
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of the recipe; empty where there is none."""
+        return (self.recipe or {}).get(name) or {}
+
+    def objectives(self) -> dict[str, Any]:
+        """The objectives that were trained, as a recipe says it: those of weight 0 are not built."""
+        active = [entry for entry in self.config.equivariance if entry.get("weight", 1.0) > 0]
+        return {"invariance": self.config.invariance, "equivariance": active}
+
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the views' pixels.
+
+        Raises:
+            ValueError: nothing in the folder says them.
+        """
+        if self.record is not None:
+            return list(self.record.image_mean), list(self.record.image_std)
+        if self.recipe is not None:
+            views = self.section("views")
+            return (
+                list(views.get("image_mean") or IMAGENET_DEFAULT_MEAN),
+                list(views.get("image_std") or IMAGENET_DEFAULT_STD),
+            )
+        settings = read_image_settings(self.path / ENCODER_FOLDER) if (self.path / ENCODER_FOLDER).is_dir() else {}
+        if not settings:
+            raise ValueError(
+                f"{self.path} holds neither run.json nor {RECIPE_FILE} nor an encoder with its image processor: the "
+                "normalisation of the images is not known. Continue the run for a step, which writes run.json."
+            )
+        return settings["image_mean"], settings["image_std"]
+
+
+def _no_checkpoint(path: Path) -> str:
+    if (path / "config.json").is_file():
+        run = path.resolve().parent
+        hint = f" Did you mean the run's folder, {run}?" if newest_checkpoint(run) else ""
+        return f"{path} holds a model, not a run.{hint}"
+    return (
+        f"{path} holds no complete checkpoint (a folder checkpoint-N with trainer_state.json). Give the folder of a "
+        "run that has saved one: training.save_strategy must not be 'no'."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Publish from a run whose checkpoint is whole.") from error
+
+
+def _changed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that differ from their defaults, without those that change no number."""
+    defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
+    known = {key: value for key, value in arguments.items() if key in defaults and not key.startswith(_NOT_SETTINGS)}
+    # What the arguments fill in themselves (None, empty, switched off) was nobody's choice.
+    chosen = {key: value for key, value in known.items() if value not in (None, [], {}) and value != defaults[key]}
+    return {key: value for key, value in chosen.items() if value is not False or defaults[key] is not None}

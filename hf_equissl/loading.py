@@ -1,0 +1,397 @@
+"""What went wrong while something was loaded from a folder or from the Hub, said in one place and in plain words.
+
+huggingface_hub, transformers, safetensors and torch each raise errors of their own, wrap each other's, and cannot know
+what was meant: ``explain_load_errors`` looks at the whole chain and at the files, and raises one ``LoadError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_CONFIG, _ADAPTER, _INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"
+# What transformers says of a config that none of its classes, or of those registered with it, is made for.
+_UNKNOWN_KIND = (
+    "does not recognize this architecture",
+    "Unrecognized configuration class",
+    "Should have a `model_type` key",
+)
+# What may have been meant, best first: a run's export, a published repository's parts, what training left.
+_FOLDERS = ("encoder", "native", "pretraining", "checkpoint-*")
+
+
+class LoadError(ValueError):
+    """Something cannot be loaded from a folder or from the Hub; the message says why and what to do."""
+
+
+def read_config(
+    source: str | Path, *, what: str = "model", trust_remote_code: bool = False, **hub_options: Any
+) -> PreTrainedConfig:
+    """Read the config beside some weights with ``AutoConfig``, weights untouched.
+
+    Args:
+        source: Folder with ``config.json``, or Hub id.
+        what: What should be there, for the message.
+        trust_remote_code: Whether code stored beside the config may run.
+        **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token``, ... as in ``AutoConfig.from_pretrained``.
+
+    Raises:
+        LoadError: if there is no config, or one that nobody here knows, or a damaged one.
+    """
+    from transformers import AutoConfig
+
+    with explain_load_errors(source, what, **hub_options):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub_options)
+
+
+@contextmanager
+def explain_load_errors(
+    source: str | Path, what: str = "encoder", *, config_name: str = "config.json", **hub_options: Any
+) -> Iterator[None]:
+    """Turn errors of the loading libraries inside the block into one ``LoadError``.
+
+    What is no failure of loading (memory that runs out, a bug, an interruption) passes as it is.
+
+    Args:
+        source: Folder or Hub id that is being loaded.
+        what: What should be there, for the message.
+        config_name: The file that every such thing has, e.g. "adapter_config.json" of a PEFT adapter.
+        **hub_options: The options of the call inside the block; ``revision``, ``subfolder``, ``cache_dir``, ``token``
+            are read to say more, the rest is ignored.
+
+    Raises:
+        LoadError: in one paragraph, with the original error as its cause.
+    """
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        message = _explain(error, _Place(str(source), what, config_name, **_known(hub_options)))
+        if message is None:
+            raise
+        raise LoadError(message) from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where something should be."""
+
+    source: str
+    what: str
+    config_name: str = _CONFIG
+    revision: str | None = None
+    subfolder: str = ""
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{name} {value!r}" for name in ("revision", "subfolder") if (value := getattr(self, name))]
+        return repr(self.source) + (f" ({', '.join(parts)})" if parts else "")
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.source).exists()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder on this machine: the local one, or that of the cached revision if its config is there."""
+        if self.is_local:
+            return Path(self.source, self.subfolder)
+        found = self._cached(self.config_name)
+        return Path(found).parent if isinstance(found, str) else None
+
+    @property
+    def known_to_lack_a_config(self) -> bool:
+        """Whether the Hub was asked for the config and has none (as opposed to: could not be asked)."""
+        return not self.is_local and self._cached(self.config_name) is not None and self.folder is None
+
+    @property
+    def has_token(self) -> bool:
+        from huggingface_hub import get_token
+
+        return self.token is not False and (isinstance(self.token, str) or get_token() is not None)
+
+    def _cached(self, name: str) -> Any:
+        """Path of a cached file, a marker if the repository is known to lack it, None if nothing is known."""
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        name = f"{self.subfolder}/{name}" if self.subfolder else name
+        try:
+            return try_to_load_from_cache(self.source, name, cache_dir=self.cache_dir, revision=self.revision)
+        except HFValidationError:
+            return None
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "subfolder", "cache_dir", "token")  # token=False says something, None and "" do not
+    return {name: options[name] for name in names if options.get(name) not in (None, "")}
+
+
+def _explain(error: Exception, place: _Place) -> str | None:
+    """The message for an error, None where the error speaks for itself."""
+    chain = _chain(error)
+    from huggingface_hub.errors import StrictDataclassError
+
+    for rule in (_source_problem, _hub_problem, _config_problem, _weights_problem):
+        if message := rule(chain, place):
+            return message
+    # A config that its own class refuses, and whatever else was said well; a full disk or no memory is not ours.
+    if isinstance(error, (OSError, ValueError, StrictDataclassError)) and getattr(error, "errno", None) is None:
+        return f"No {place.what} can be loaded from {place}: {_first_line(error)}"
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, what it was raised from, what that was raised from, ..."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return chain
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
+
+
+def _source_problem(chain: list[BaseException], place: _Place) -> str | None:
+    """A folder that does not exist, or that is no model's folder."""
+    from huggingface_hub.errors import HFValidationError
+
+    path, wanted = Path(place.source), place.config_name
+    invalid = any(isinstance(link, (HFValidationError, json.JSONDecodeError, UnicodeDecodeError)) for link in chain)
+    nothing = f"No {place.what} at {place}:"
+    expected = f"Expected a folder with {wanted} and the weights, or a Hub id such as 'name/model'."
+    if not place.source.strip() or not path.exists():
+        if not invalid and not _looks_like_a_path(place.source):
+            return None
+        return f"{nothing} there is no such folder.{_nearest_sibling(path)} {expected}"
+    if path.is_file():
+        return f"{nothing} that is a file. Give the folder that it lies in, with {wanted}." if invalid else None
+    folder = path / place.subfolder
+    if (folder / wanted).is_file():
+        return None
+    if not folder.is_dir():
+        return f"{nothing} no such subfolder. With a model in them: {_listed(_model_folders(path), path)}."
+    if (folder / _ADAPTER).is_file():
+        return (
+            f"{nothing} the folder holds a PEFT adapter, not a model. Load the model that it was made for, then "
+            "peft.PeftModel.from_pretrained(model, folder)."
+        )
+    if inside := _model_folders(folder):
+        return f"{nothing} the folder has no {wanted}. Did you mean {_listed(inside)}?"
+    content = _listed(sorted(folder.iterdir()), folder)
+    return f"{nothing} the folder has no {wanted} (what it has: {content}). {expected}"
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith((".", "~", os.sep)) or source.count("/") > 1
+
+
+def _nearest_sibling(path: Path) -> str:
+    """A hint at the folder whose name is closest to the first part of a path that does not exist."""
+    missing = path
+    while not missing.parent.exists() and missing.parent != missing:
+        missing = missing.parent
+    if not missing.parent.is_dir():
+        return ""
+    names = [found.name for found in missing.parent.iterdir() if found.is_dir()]
+    near = difflib.get_close_matches(missing.name, names, n=1)
+    return f" Did you mean {str(missing.with_name(near[0]) / path.relative_to(missing))!r}?" if near else ""
+
+
+def _model_folders(folder: Path) -> list[Path]:
+    """Folders below ``folder`` that hold a model, the likeliest first."""
+    found = [path for pattern in _FOLDERS for path in sorted(folder.glob(pattern))]
+    found += sorted(path for path in folder.glob("*/") if path not in found)
+    return [path for path in found if (path / _CONFIG).is_file()]
+
+
+def _listed(paths: list[Path], base: Path | None = None) -> str:
+    names = [repr(str(path.relative_to(base) if base else path)) for path in paths]
+    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
+
+
+def _hub_problem(chain: list[BaseException], place: _Place) -> str | None:
+    """A repository that is absent, out of bounds or out of reach, or lacks the revision or the files."""
+    from huggingface_hub import constants, errors
+
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if place.is_local:
+        return None
+    nothing = f"No {place.what} at {place}:"
+    statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    if raised(errors.GatedRepoError):
+        ask = "your token's account was not granted access" if place.has_token else "no token is set"
+        return (
+            f"{nothing} the repository is gated and {ask}. Ask for access on {constants.ENDPOINT}/{place.source}, then "
+            "log in with `hf auth login` or set HF_TOKEN."
+        )
+    if raised(errors.DisabledRepoError):
+        return f"{nothing} the Hub has disabled this repository."
+    if raised(errors.RevisionNotFoundError):
+        return (
+            f"{nothing} the repository has no revision {place.revision!r}. Give a branch, a tag or a full commit hash "
+            f"of {constants.ENDPOINT}/{place.source}/commits/main, or leave the revision out."
+        )
+    if raised(errors.RepositoryNotFoundError) or (404 in statuses and not raised(errors.RemoteEntryNotFoundError)):
+        rights = "your token may not read it" if place.has_token else "no token is set"
+        folder = "" if "/" in place.source else f" There is no folder {place.source!r} here either."
+        return (
+            f"{nothing} {constants.ENDPOINT} has no such repository, or it is private and {rights}. Check the spelling "
+            f"('name/model'); for a private one log in with `hf auth login` or set HF_TOKEN.{folder}"
+        )
+    if statuses & {401, 403}:
+        token = "the token was refused" if 401 in statuses else "the token does not allow it"
+        return (
+            f"{nothing} {constants.ENDPOINT} answers {' and '.join(str(s) for s in statuses & {401, 403})}: {token}. "
+            "Log in again with `hf auth login`, or set HF_TOKEN to a token that may read this repository."
+        )
+    if raised(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reach = (
+            "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        ) + f" ({_first_line(chain[-1])})" * (not constants.HF_HUB_OFFLINE)
+        return (
+            f"{nothing} it is not in the cache ({place.cache_dir or constants.HF_HUB_CACHE}), nor a folder here, and "
+            f"{reach}. Load it once with network access, with the same revision and subfolder, or give a folder."
+        )
+    broken = next((link for link in chain if _is_of_the_network(link)), None)
+    if broken is not None:
+        return (
+            f"{nothing} the connection to {constants.ENDPOINT} broke off ({_first_line(broken)}). Load again: what is "
+            "complete is kept, the rest is fetched."
+        )
+    if place.known_to_lack_a_config:
+        where = f"no {place.subfolder}/{_CONFIG}" if place.subfolder else f"no {_CONFIG}"
+        return (
+            f"{nothing} the repository has {where}. See {constants.ENDPOINT}/{place.source}/tree/"
+            f"{place.revision or 'main'} for its subfolders, and give the one that holds the model."
+        )
+    return None
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether it is a ``TransportError`` of the HTTP library, whichever huggingface_hub is built on (httpx, httpx2)."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def _config_problem(chain: list[BaseException], place: _Place) -> str | None:
+    """A config that is damaged or that nobody here knows."""
+    folder, name, text = place.folder, place.config_name, "\n".join(str(link) for link in chain)
+    if folder is None or not (folder / name).is_file():
+        return None
+    here = f"No {place.what} can be loaded from {place}:"
+    try:
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{here} {name} is not JSON ({_first_line(error)}): it is cut short or damaged.{_again(place)}"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if "contains custom code which must be executed" in text:
+        native = " Its subfolder 'native' needs none of that." if (folder / "native" / _CONFIG).is_file() else ""
+        return (
+            f"{here} its model_type {kind!r} comes with code of its own. Read that code, then pass "
+            f"trust_remote_code=True (--trust_remote_code).{native}"
+        )
+    if not any(phrase in text for phrase in _UNKNOWN_KIND):
+        return None
+    if kind is None:
+        return f"{here} its {name} has no model_type, so it is not a model that transformers can build."
+    if kind == "equissl_pretraining":
+        return (
+            f"{here} this is a whole pretraining state. Give the run's folder 'encoder' (of a repository: its root), "
+            "or load the state with EquiSSLForPreTraining.from_pretrained."
+        )
+    return (
+        f"{here} its {name} has model_type {kind!r}, a type that transformers cannot build as this here. Give another "
+        "model, or upgrade what this one needs: pip install -U transformers hf-equissl."
+    )
+
+
+def _weights_problem(chain: list[BaseException], place: _Place) -> str | None:
+    """Weights that are missing, damaged, or of another network than the config says."""
+    from safetensors import SafetensorError
+
+    folder, text = place.folder, "\n".join(str(link) for link in chain)
+    weights = f"The weights at {place} cannot be read:"
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+        return (
+            f"{weights} their shapes are not those of the model that {place.config_name} describes, so the two do not "
+            "belong together. Copy or export both again."
+        )
+    damaged = any(isinstance(link, (SafetensorError, pickle.UnpicklingError, EOFError)) for link in chain)
+    damaged = damaged or "PytorchStreamReader" in text or "Invalid magic number" in text
+    absent = any(isinstance(link, (FileNotFoundError, json.JSONDecodeError)) for link in chain)
+    absent = absent or "Error no file named" in text or "does not appear to have" in text
+    found = _damaged_file(folder, place.config_name) if folder is not None and (damaged or absent) else None
+    if found is None and any(isinstance(link, pickle.UnpicklingError) for link in chain):
+        found = "the file is damaged, or a pickle of more than tensors, which is never opened. Ask for safetensors."
+    elif found is None and damaged:
+        found = f"the file is damaged or of another kind ({_first_line(chain[0])})."
+    return found and f"{weights} {found}{_again(place)}"
+
+
+def _damaged_file(folder: Path, config_name: str) -> str | None:
+    """What is wrong with the first weight file of a folder (or with that file) that is missing or does not open."""
+    if folder.is_file():
+        return _damage(folder)
+    present = sorted(folder.glob("*.safetensors"))
+    if (folder / _INDEX).is_file():
+        try:
+            listed = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{_INDEX} is damaged ({_first_line(error)})."
+        if missing := sorted(listed - {path.name for path in present}):
+            return f"{_INDEX} lists {len(listed)} files, of which {missing[0]} is missing."
+    elif not present and not list(folder.glob("*.bin")):
+        return f"{config_name.replace('config.json', 'model.safetensors')} is missing beside {config_name}."
+    return next((damage for path in present if (damage := _damage(path))), None)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with one file of weights, None if it opens or if only torch can tell."""
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        return f"{path.name} is empty."
+    if start == _LFS_POINTER:
+        return f"{path.name} is a Git LFS pointer, a text that stands for the weights. Run `git lfs pull` there."
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="numpy"):
+            return None
+    except SafetensorError as error:
+        return f"{path.name} ({path.stat().st_size} bytes) is cut short or damaged ({_first_line(error)})."
+
+
+def _again(place: _Place) -> str:
+    """How to come by a whole file."""
+    from huggingface_hub import constants
+
+    if place.is_local:
+        return " Copy or download it again, or export it again."
+    if constants.HF_HUB_OFFLINE:
+        return " HF_HUB_OFFLINE=1 is set: load it once with network access, which completes the cache."
+    return (
+        " Download it again with force_download=True; if that does not help, what was published is damaged: tell its "
+        "author."
+    )

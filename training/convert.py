@@ -1,0 +1,85 @@
+"""Turn a public encoder into an EquiSSL encoder, or into a stock transformers model: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+DESCRIPTION = """\
+Convert an encoder that exists: weights stay the same, and so do outputs. Reads stock transformers encoders (dinov2,
+dinov2_with_registers, vit, vit_mae, vit_msn; heads are left out), EquiSSL encoders, and the .pth files of iBOT, DINO
+and DINOv2. Writes model, code and image processor; what is left out is said."""
+
+EXAMPLES = """\
+examples:
+  # a stock encoder, to be trained further: training/pretrain.py --init_from converted ...
+  python training/convert.py facebook/dinov2-small --output_dir converted
+  # an iBOT checkpoint as a stock model that loads without this package
+  python training/convert.py checkpoint.pth --weights_of teacher --native --output_dir ibot-vits16
+  # an EquiSSL encoder as a stock model
+  python training/convert.py runs/rot/encoder --native --output_dir runs/rot/native
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 for what can be mended."""
+    options = vars(_parser().parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_equissl.hub.convert import convert_to_folder
+
+    disable_progress_bar()
+    folder = options.pop("output_dir")
+    try:
+        encoder = convert_to_folder(options.pop("source"), folder, **options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    config = encoder.config
+    print(
+        f"{folder}: ViT of width {config.hidden_size}, {config.num_hidden_layers} blocks, patch {config.patch_side}, "
+        f"{config.num_register_tokens} registers."
+    )
+    needs = "" if options["native"] else " after `import hf_equissl`"
+    print(f"Load it with AutoModel.from_pretrained({folder!r}){needs}.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, Hub id, or .pth file")
+    add("--output_dir", required=True, metavar="DIR", help="a new folder")
+    add("--native", action="store_true", help="write a stock dinov2 or dinov2_with_registers model")
+    add(
+        "--weights_of",
+        choices=["teacher", "student"],
+        default="teacher",
+        help="network of a .pth file; default: teacher",
+    )
+    add("--num_attention_heads", type=int, metavar="N", help="of a .pth file's ViT; default: width / 64")
+    add("--image_size", type=int, metavar="PIXELS", help="side of the images; default: the source's")
+    add("--image_mean", type=float, nargs="+", metavar="X", help="per channel; default: the source's")
+    add("--image_std", type=float, nargs="+", metavar="X", help="per channel; default: the source's")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--subfolder", default="", metavar="NAME", help="folder within the repository")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Publish a run on the Hub, or look at what would be published: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+# As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
+PARTS = ("encoder", "native", "pretraining", "figures", "card")
+_BUILDING = ("parts", "results", "license", "description", "dataset", "output_dir")
+
+DESCRIPTION = """\
+Publish a run on the Hub: the encoder with its code, image processor and card, the same encoder as a stock transformers
+model (native/), the whole training state (pretraining/) and figures. One commit, or none: after an interruption run the
+same command again, and only what had not arrived is sent. Log in first: `hf auth login`, or set HF_TOKEN.
+
+Refused: weights that are not finite, an encoder without its image processor, a card with placeholders, pickles, tokens.
+"""
+
+EXAMPLES = """\
+examples:
+  # what would be published? prints the files and the card, sends nothing
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --dry_run
+  # publish, for your own eyes first, with what training/probe.py measured
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --private --results results
+  # build the folder, look at it, edit the card, publish it
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --output_dir published
+  python training/push_to_hub.py published --repo_id me/vits16-rot
+  # encoder and card alone, on a branch
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --parts encoder card --revision smaller
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for what can be mended, 130 if interrupted."""
+    options = build_parser().parse_args(argv)
+    try:
+        _run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted: nothing is half-published. Run the same command again to go on.", file=sys.stderr, flush=True
+        )
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from hf_equissl.hub.push import account, describe, push_repository
+
+    source = Path(options.run_dir)
+    ready = _is_repository(source)
+    if ready and (given := [name for name in _BUILDING if getattr(options, name) not in (None, [])]):
+        raise ValueError(f"{source} is a repository that was built already: --{given[0]} belongs to building one.")
+    if options.output_dir is None and not options.dry_run:
+        print(f"logged in as {account(options.repo_id)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="push-") as folder:
+        target = Path(folder, "repository") if options.output_dir is None else Path(options.output_dir)
+        built = source if ready else _build(options, target)
+        if options.dry_run:
+            print(describe(built))
+            print(f"\nThis would be published as {options.repo_id}. Nothing was sent.")
+        elif options.output_dir is not None:
+            print(f"The repository lies in {built}. Publish it with this command: give it as RUN_DIR.")
+        else:
+            words = {} if options.commit_message is None else {"commit_message": options.commit_message}
+            private = True if options.private else None
+            commit = push_repository(built, options.repo_id, private=private, revision=options.revision, **words)
+            print(f"published: {commit.commit_url}")
+
+
+def _is_repository(source: Path) -> bool:
+    """A card beside a model, and no checkpoints: not a run."""
+    from hf_equissl.checkpoints import newest_checkpoint
+
+    models = (source, source / "native", source / "pretraining")
+    holds_model = any((folder / "config.json").is_file() for folder in models)
+    return (source / "README.md").is_file() and holds_model and newest_checkpoint(source) is None
+
+
+def _build(options: argparse.Namespace, target: Path) -> Path:
+    from hf_equissl.hub.repository import build_repository
+
+    return build_repository(
+        options.run_dir,
+        target,
+        repo_id=options.repo_id,
+        parts=options.parts or PARTS,
+        results=options.results or (),
+        license=options.license or "apache-2.0",
+        description=options.description,
+        dataset=options.dataset,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options with their help."""
+    parser = argparse.ArgumentParser(
+        prog="push_to_hub.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run_dir", metavar="RUN_DIR", help="a run's folder (--output_dir of pretrain.py), or a repository built before")
+    add("--repo_id", required=True, metavar="NAME/MODEL", help="repository on the Hub; created if it does not exist")
+    add("--private", action="store_true", help="create it as private; an existing public one is refused")
+    add("--revision", metavar="BRANCH", help="branch, created if it does not exist; default: main")
+    add("--commit_message", metavar="TEXT", help="default: Upload encoder")
+    add("--dry_run", action="store_true", help="print the files with their sizes and the card, send nothing")
+    build = parser.add_argument_group("what the repository holds")
+    build.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    build.add_argument(
+        "--results",
+        nargs="+",
+        metavar="PATH",
+        help="results.json of training/probe.py, or folders with one: measured on this encoder, shown in the card",
+    )
+    build.add_argument(
+        "--license", metavar="ID", help="of code and weights, as the Hub lists them; default: apache-2.0"
+    )
+    build.add_argument("--description", metavar="TEXT", help="your own words for the head of the card")
+    build.add_argument("--dataset", metavar="ID", help="Hub id of the training data, if the run read it from a folder")
+    build.add_argument(
+        "--output_dir", metavar="DIR", help="build the repository there, in a new folder, and send nothing"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
