@@ -17,7 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["all_reduce_sum", "gather", "is_main_process", "local_shard", "rank", "reduce_mean", "world_size"]
+__all__ = [
+    "all_reduce_sum",
+    "gather",
+    "is_main_process",
+    "leave",
+    "local_shard",
+    "on_any_process",
+    "rank",
+    "reduce_mean",
+    "world_size",
+]
 
 
 def _initialized() -> bool:
@@ -37,6 +47,16 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Whether this process is the one that logs and writes, rank 0."""
     return rank() == 0
+
+
+def leave() -> None:
+    """Close the process group, if there is one: the last thing that a finished process does.
+
+    Left to the interpreter's end, the threads of gloo are now and then still alive when it takes them down, and the
+    process aborts after all its work is done.
+    """
+    if _initialized():
+        dist.destroy_process_group()
 
 
 def local_shard(tensor: Tensor) -> Tensor:

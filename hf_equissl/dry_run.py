@@ -65,7 +65,7 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
         "Batch, learning rate, steps": _plan_lines(run),
         "Schedules": _schedule_lines(run, model.invariance),
         "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
-        "Encoder": _encoder_lines(run),
+        "Encoder": [*_encoder_lines(run), *run.notes],
         "Optimizer": _table(optimizer_rows(parameter_rules(model, run.args)), left=4),
         "Parameters and compute": _cost_lines(cost),
         "Time (estimate)": _time_lines(run, cost, speed or Speed()),

@@ -44,6 +44,7 @@ def plot_losses(
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     panels: Mapping[str, str],
     path: str | os.PathLike[str] | None = None,
+    columns: int | None = None,
 ) -> Figure:
     """Curves of logged numbers over training steps, one panel per number and one line per run.
 
@@ -51,6 +52,7 @@ def plot_losses(
         histories: Name of the run -> its ``log_history``, as in ``trainer_state.json``.
         panels: Key in the history, e.g. "loss_ssl" -> title of its panel. A run without the key has no line there.
         path: Where to save the figure; its suffix gives the format.
+        columns: Panels side by side; default: all of them.
 
     Returns:
         The figure.
@@ -59,12 +61,18 @@ def plot_losses(
         ImportError: Without matplotlib.
         ValueError: If no run has logged one of the keys.
     """
-    figure = _new_figure((4.6 * len(panels), 3.4))
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    columns = min(columns or len(panels), len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _new_figure((4.6 * columns, 3.4 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (key, title) in zip(grid, panels.items(), strict=False):
         for number, (run, history) in enumerate(histories.items()):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1.6, label=run)
+                marker = "o" if len(points) == 1 else None  # one point makes no line
+                axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1.6, label=run, marker=marker)
         if not axes.lines:
             raise ValueError(f"No run has logged {key!r}. Logged are: {', '.join(_keys(histories))}.")
         axes.set_title(title, fontsize="medium")

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,16 +21,18 @@ from torch.utils.data import IterableDataset
 from transformers import set_seed
 from transformers.activations import ACT2FN
 
+from .checkpoints import ENCODER_FOLDER
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .hub import save_encoder
+from .hub.publishable import PublishError
+from .initialisation import InitialWeights
 from .online_monitor import OnlineMonitor
 from .optimization import is_last_layer
 from .output_folder import (
-    ENCODER_FOLDER,
     check_disk_space,
     check_output_folder,
     disk_need,
-    find_checkpoint,
+    find_start,
     trained_steps,
 )
 from .planning import Cost, checkpoint_bytes, measure, without_weights
@@ -71,6 +73,8 @@ class Run:
         checkpoint: Where training goes on, or ``None``.
         unreadable: Names of those first images that do not decode.
         monitor: The online monitor, if the recipe asks for it.
+        initial: What the run starts from, if not from random weights; dropped once it is used.
+        notes: Lines that say so.
     """
 
     recipe: Recipe
@@ -83,6 +87,8 @@ class Run:
     checkpoint: str | None
     unreadable: tuple[str, ...] = ()
     monitor: OnlineMonitor | None = None
+    initial: InitialWeights | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -114,7 +120,7 @@ class Run:
 def prepare(
     recipe: Recipe, output_dir: str | Path | None, resume: str = "auto", processes: int | None = None, dry: bool = False
 ) -> Run:
-    """Build and check everything but the weights.
+    """Build and check everything but the weights; those that the run starts from are read.
 
     Args:
         recipe: Names the data set in ``data.source``.
@@ -133,6 +139,7 @@ def prepare(
         raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
     args = recipe.build_training_arguments(output_dir or "output")
     _check_length(args)
+    recipe, checkpoint, initial = find_start(recipe, output_dir, resume)
     config = recipe.build_pretraining_config()
     try:
         _, model = without_weights(config)
@@ -149,9 +156,8 @@ def prepare(
         ) from error
     _check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
-    checkpoint = None
+    notes = () if initial is None else tuple(initial.describe(model, recipe))
     if output_dir is not None:
-        checkpoint = find_checkpoint(recipe, output_dir, resume)
         check_output_folder(output_dir)
     if processes is None:
         launched = not dry or "WORLD_SIZE" in os.environ
@@ -160,7 +166,7 @@ def prepare(
         plan = schedule(args, processes, recipe.expected_images)
         if args.epoch_steps or plan.steps_per_epoch:
             _check_schedules(args, model, plan)
-        return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint)
+        return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     check_steps(args, num_images, processes)
@@ -175,14 +181,14 @@ def prepare(
         check_disk_space(output_dir, disk_need(args, plan, checkpoint_bytes(config)))
     first, unreadable = first_views(unshuffled, pipeline)
     monitor = recipe.build_monitor(dataset.source)
-    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor)
+    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
         run.cost()
     return run
 
 
 def pretrain(run: Run) -> Path:
-    """Train, and export the encoder. A finished run is only exported: the Trainer would take one step more.
+    """Train, export the encoder, publish it if asked. A finished run does not train: that would be one step more.
 
     Returns:
         The encoder's folder, which ``AutoModel.from_pretrained`` loads.
@@ -194,18 +200,10 @@ def pretrain(run: Run) -> Path:
         return _export_checkpoint(run, run.checkpoint, output)
     set_seed(run.args.seed)
     model = EquiSSLForPreTraining(run.config)
-    try:
-        trainer = EquiSSLTrainer(
-            model=model,
-            args=run.args,
-            pipeline=run.pipeline,
-            train_dataset=run.dataset,
-            skipped_images=SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images),
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
-            raise
-        raise RecipeError(f"training: {error}") from error
+    if run.initial is not None:
+        run.initial.load(model)
+        run.initial = None
+    trainer = _build_trainer(run, model)
     if run.monitor is not None:
         run.monitor.log = trainer.log
         trainer.add_callback(run.monitor)
@@ -218,22 +216,53 @@ def pretrain(run: Run) -> Path:
         encoder = model.export_encoder(state_dict=state)
         save_encoder(encoder, folder, run.pipeline.image_mean, run.pipeline.image_std)
     trainer.accelerator.wait_for_everyone()
+    if run.args.push_to_hub:
+        _publish(trainer, folder)
     return folder
 
 
+def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
+    """Publish a finished run.
+
+    Raises:
+        PublishError: it cannot be built or uploaded.
+    """
+    try:
+        trainer.push_to_hub()
+    except (ValueError, OSError) as error:
+        raise PublishError(
+            f"The run is finished, its encoder lies in {folder}, and it is not published. {error}"
+        ) from error
+
+
+def _build_trainer(run: Run, model: EquiSSLForPreTraining) -> EquiSSLTrainer:
+    """The run's Trainer, which refuses what it cannot do; with ``push_to_hub`` also a Hub that it cannot write to."""
+    dataset = cast(ViewDataset, run.dataset)
+    skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
+    try:
+        return EquiSSLTrainer(model, run.args, run.pipeline, train_dataset=dataset, skipped_images=skipped)
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
+            raise
+        raise RecipeError(f"training: {error}") from error
+
+
 def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
-    """Export the encoder of a checkpoint as ``pretrain`` does after the last step."""
+    """Export and publish the encoder of a checkpoint as ``pretrain`` does after the last step."""
     folder = output / ENCODER_FOLDER
-    if is_main_process():
+    if is_main_process() or run.args.push_to_hub:
         try:
             model = EquiSSLForPreTraining.from_pretrained(checkpoint)
         except OSError as error:
             raise RecipeError(
                 f"{checkpoint}: the run is finished, but its weights cannot be read for the export ({error})."
             ) from error
+    if is_main_process():
         run.recipe.save(output)
         save_encoder(model.export_encoder(), folder, run.pipeline.image_mean, run.pipeline.image_std)
     PartialState().wait_for_everyone()
+    if run.args.push_to_hub:
+        _publish(_build_trainer(run, model), folder)
     return folder
 
 

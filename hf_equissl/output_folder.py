@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, whether it has room, and whose checkpoints it holds."""
+"""The folder of a run: whether it can be written, whether it has room, and where the run goes on or starts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import ENCODER_FOLDER, newest_checkpoint
+from .hub.export import check_replaceable
+from .initialisation import InitialWeights, load_initial_weights, settle
 from .overrides import as_mapping
+from .recipes import Recipe
 from .strict import RecipeError, load_yaml
-from .trainer import newest_checkpoint
 from .training_arguments import EquiSSLTrainingArguments
 
 if TYPE_CHECKING:
-    from .recipes import Recipe
     from .run_plan import Schedule
 
-ENCODER_FOLDER = "encoder"
 GIB = 1024**3
 # What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
@@ -46,16 +47,17 @@ def trained_steps(checkpoint: str) -> int:
 
 
 def check_output_folder(folder: str | Path) -> None:
-    """Create ``folder`` and make sure that it can be written.
+    """Create ``folder`` and make sure that it can be written, and the encoder in it at the end.
 
     Raises:
-        RecipeError: it is a file, or cannot be created or written.
+        RecipeError: it is a file, or cannot be created or written, or files of others lie where the encoder goes.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        check_replaceable(folder / ENCODER_FOLDER)
     except (FileExistsError, NotADirectoryError) as error:
         file = next(path for path in (folder, *folder.parents) if path.is_file())
         raise RecipeError(f"--output_dir {folder}: {file} is a file. Name a folder.") from error
@@ -63,6 +65,8 @@ def check_output_folder(folder: str | Path) -> None:
         raise RecipeError(
             f"--output_dir {folder}: cannot be written ({error.strerror}). Name another folder."
         ) from error
+    except ValueError as error:
+        raise RecipeError(f"--output_dir {folder}: {error}") from error
 
 
 def check_disk_space(folder: str | Path, needed_bytes: int) -> None:
@@ -94,7 +98,52 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
     if not (stored.is_file() and encoder.is_file()):
         return False
+    recipe = _settle_as_stored(recipe, Path(folder)) or recipe
     return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == recipe.to_dict()
+
+
+def find_start(
+    recipe: Recipe, output_dir: str | Path | None, resume: str
+) -> tuple[Recipe, str | None, InitialWeights | None]:
+    """Where a run goes on or starts. A run that goes on needs nothing of the encoder that it once started from.
+
+    Returns:
+        The recipe, settled if it starts from an encoder; the checkpoint to go on from, or ``None``; the weights to
+        start from, or ``None`` with a checkpoint or for random weights.
+
+    Raises:
+        RecipeError: as ``find_checkpoint``, ``load_initial_weights`` and ``settle``.
+    """
+    settled = recipe if recipe.model.get("init_from") is None else None
+    checkpoint = None
+    if output_dir is not None:
+        settled = settled or _settle_as_stored(recipe, Path(resume).parent if _is_folder(resume) else Path(output_dir))
+        checkpoint = find_checkpoint(settled or recipe, output_dir, resume)
+    if recipe.model.get("init_from") is None or (settled is not None and checkpoint is not None):
+        return settled or recipe, checkpoint, None
+    initial = load_initial_weights(recipe)
+    settled = settle(recipe, initial.encoder.config, initial.normalisation, initial.revision)
+    if output_dir is not None:
+        find_checkpoint(settled, output_dir, resume)  # the encoder may not be what it was for the run that lies there
+    return settled, checkpoint, None if checkpoint else initial
+
+
+def _settle_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
+    """``recipe`` as ``settle`` made it for the run in ``folder``; ``None`` if that started from something else."""
+    if recipe.model.get("init_from") is None or not (folder / "recipe.yaml").is_file():
+        return None
+    before = Recipe.load(folder / "recipe.yaml")
+    asked, used = recipe.model, before.model
+    revision = used.get("init_revision")
+    same = all(asked.get(key) == used.get(key) for key in ("init_from", "init_subfolder"))
+    if not same or asked.get("init_revision") not in (None, revision):
+        return None
+    normalisation = before.views.image_mean, before.views.image_std
+    return settle(recipe, before.build_encoder_config(), normalisation, revision)
+
+
+def _is_folder(resume: str) -> bool:
+    return resume not in ("auto", "never")
 
 
 def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str) -> str | None:

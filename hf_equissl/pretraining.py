@@ -244,7 +244,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
             output_patches=output_patches,
             output_hidden_states=bool(layers),
         )
-        shape, patch = crops.shape[:2], encoder.config.patch_size
+        shape, patch = crops.shape[:2], encoder.config.patch_side
         return Features(
             tokens=output.last_hidden_state.unflatten(0, shape),
             num_prefix_tokens=encoder.num_prefix_tokens,

@@ -18,6 +18,9 @@ training: {max_steps: 1000}                                                     
 monitor: {every_steps: 500}                # optional: kNN accuracy and effective rank during training, MonitorSettings
 ```
 
+``model: {init_from: facebook/dinov2-small}`` starts from an encoder that exists, with ``init_revision`` and
+``init_subfolder`` beside it. Its architecture takes the place of the fields that say what to train from scratch.
+
 Mappings merge key by key, lists are replaced. A mapping whose ``name`` changes is replaced too: the settings of one
 transformation mean nothing to another.
 """
@@ -27,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -61,15 +64,14 @@ if TYPE_CHECKING:
     from .views.base import TransformationFamily
     from .views.pipelines import ViewPipeline
 
+INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
 # What the section `data` says beside the arguments of `load_images`.
 _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
-_NO_UPLOADS = "Every checkpoint would be uploaded, with the objectives' heads. Upload the finished encoder instead."
+# What the section `model` says beside the fields of the encoder's config: the last is the run's, not stored with it.
+_MODEL_KEYS = {**dict.fromkeys(INIT_KEYS, str | None), "preset": str, "attn_implementation": str}
+_HUB_STRATEGIES = ("end", "every_save")
 _NOT_IN_RECIPES = {
-    **{
-        item.name: _NO_UPLOADS
-        for item in fields(EquiSSLTrainingArguments)
-        if item.name == "push_to_hub" or item.name.startswith("hub_")
-    },
+    "hub_always_push": "A save during a running upload is left to the next one.",
     "output_dir": "Give the folder with --output_dir.",
     "resume_from_checkpoint": "Use --resume.",
     "hub_token": "A recipe is stored with each run and must hold no secret. Log in with `hf auth login`.",
@@ -113,6 +115,7 @@ class Recipe:
     monitor: dict[str, Any] = field(default_factory=dict)
     description: str = ""
     num_processes: int | None = None
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # dotted keys that were set over the file
 
     @classmethod
     def load(
@@ -130,7 +133,12 @@ class Recipe:
         """
         raw = read_recipe(Path(path), [Path(folder) for folder in search])
         raw.setdefault("name", Path(path).stem)
-        return cls.from_dict(apply_overrides(raw, overrides or {}), origin=str(path))
+        overrides = overrides or {}
+        model = raw.get("model")
+        if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
+            raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder
+        recipe = cls.from_dict(apply_overrides(raw, overrides), origin=str(path))
+        return replace(recipe, given=frozenset(overrides))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
@@ -152,7 +160,8 @@ class Recipe:
             training=_check_training(as_mapping(raw.get("training"), "training")),
             monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
         )
-        recipe.build_pretraining_config()  # values that do not go together fail here, not minutes later
+        if "init_from" not in recipe.model:  # else the encoder decides whether values go together
+            recipe.build_pretraining_config()  # those that do not fail here, not minutes later
         recipe.build_transformation()
         return recipe
 
@@ -184,8 +193,8 @@ class Recipe:
         return path
 
     def build_encoder_config(self) -> EquiSSLConfig:
-        """The encoder's configuration."""
-        values = dict(self.model)
+        """The encoder's configuration; with ``init_from`` only of a recipe that ``initialisation.settle`` returned."""
+        values = {key: value for key, value in self.model.items() if key not in INIT_KEYS}
         preset = values.pop("preset", None)
         with _explained("model"):
             return EquiSSLConfig.from_preset(preset, **values) if preset else EquiSSLConfig(**values)
@@ -220,13 +229,13 @@ class Recipe:
                 needs=needs,
                 image_mean=self.views.image_mean,
                 image_std=self.views.image_std,
-                patch_size=encoder.patch_size,
+                patch_size=encoder.patch_side,
                 **self.views.pipeline,
             )
         local = pipeline.local
-        if local is not None and (local.size % encoder.patch_size or local.size > size):
+        if local is not None and (local.size % encoder.patch_side or local.size > size):
             raise RecipeError(
-                f"views.pipeline.local.size: expected a multiple of model.patch_size, {encoder.patch_size}, and no "
+                f"views.pipeline.local.size: expected a multiple of model.patch_size, {encoder.patch_side}, and no "
                 f"more than model.image_size, {size}, got {local.size}."
             )
         return pipeline
@@ -264,11 +273,21 @@ class Recipe:
 
 
 def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
-    of_objectives = ("decoder_", "num_intermediate_images", "_")  # they own their decoders
-    hints = {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(of_objectives)}
-    hints |= {"preset": str, "attn_implementation": str}  # the second is the run's, not stored with the encoder
+    hints = encoder_fields() | _MODEL_KEYS
     check_keys(raw, hints, "model")
-    return {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
+    model = {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
+    model = {key: value for key, value in model.items() if key not in INIT_KEYS or value not in (None, "")}
+    if (alone := model.keys() & set(INIT_KEYS)) and "init_from" not in model:
+        raise RecipeError(f"model.{min(alone)}: there is no model.init_from (--init_from) that it would belong to.")
+    return model
+
+
+def encoder_fields() -> dict[str, Any]:
+    """Fields of an encoder's config that a recipe may set -> their types: neither decoders, which are the objectives'
+    own, nor what classifiers and backbones read.
+    """
+    others = ("decoder_", "num_intermediate_images", "pooling", "apply_layernorm", "reshape_", "equissl_version", "_")
+    return {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(others)}
 
 
 def _check_entry(
@@ -344,6 +363,8 @@ def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"training: {key!r} does not belong into a recipe. {_NOT_IN_RECIPES[key]}")
     valid = [item.name for item in fields(EquiSSLTrainingArguments) if item.init and item.name not in _NOT_IN_RECIPES]
     check_keys(raw, valid, "training")
+    if (strategy := raw.get("hub_strategy", "end")) not in _HUB_STRATEGIES:
+        raise RecipeError(f"training.hub_strategy: expected one of {', '.join(_HUB_STRATEGIES)}, got {strategy!r}.")
     if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
         raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
     return {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}

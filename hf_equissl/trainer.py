@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,26 +10,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from .callbacks import EquiSSLProgressCallback, ScheduleCallback
+from .checkpoints import ARGUMENTS_FILE, WholeCheckpoints, checkpoint_step
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
-from .files import move_into_place
-from .loss_history import LossHistory, check_weights
+from .loss_history import LossHistory
 from .optimization import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
 from .pretraining import EquiSSLForPreTraining
+from .run_record import RunRecordCallback, new_record
 from .schedules import TrainingProgress, last_layer_is_held
 from .training_arguments import EquiSSLTrainingArguments
 from .views.collator import ViewCollator
 from .views.pipelines import ViewPipeline
 
 logger = logging.get_logger(__name__)
-STAGING_FOLDER = ".saving"
-ARGUMENTS_FILE = "training_args.json"
 
 
-class EquiSSLTrainer(Trainer):
+class EquiSSLTrainer(WholeCheckpoints, Trainer):
     """``transformers.Trainer`` for ``EquiSSLForPreTraining``. What differs from the parent:
 
     - the collated batch (uint8 crops and random draws) becomes ``Views`` on the training device (``pipeline``);
@@ -41,7 +39,9 @@ class EquiSSLTrainer(Trainer):
       learning rates;
     - temperatures, weight decay and the teacher follow their schedules (``ScheduleCallback``);
     - gradients are clipped together, per tensor or per module (``grad_clipping``);
-    - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete or does not exist.
+    - a folder ``checkpoint-N`` is complete or does not exist (``WholeCheckpoints``);
+    - ``run.json`` beside the checkpoints says what the run was (``RunRecord``);
+    - ``push_to_hub`` publishes what ``hf_equissl.hub.build_repository`` makes of the run, in one commit.
 
     Args:
         pipeline: Turns a collated batch into ``Views``.
@@ -52,9 +52,13 @@ class EquiSSLTrainer(Trainer):
             act on this model, optimizer or launcher.
         NonFiniteLossError: from ``train``, naming the step, the part, and the last good checkpoint.
         TooManyBadImages: from ``train``.
+        PublishError: with ``push_to_hub``, from the constructor: the repository cannot be created.
     """
 
     args: EquiSSLTrainingArguments
+    # The parent sets both to None and says no more of their types.
+    hub_model_id: Any
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -73,11 +77,15 @@ class EquiSSLTrainer(Trainer):
         self.pipeline = pipeline
         self.skipped_images = skipped_images or SkippedImages()
         self.history = LossHistory()
-        self._saving = False
         # Drop path draws from the global generator, which the parent seeds alike on every process.
         torch.manual_seed(args.seed + args.process_index)
         self.schedules = ScheduleCallback()
         self.add_callback(self.schedules)
+        self.add_callback(RunRecordCallback(new_record(args, pipeline, train_dataset.source)))
+        if args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE:
+            from .publishing import PublishCallback
+
+            self.add_callback(PublishCallback(self._start_push))  # after run.json is written
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(EquiSSLProgressCallback())
@@ -154,9 +162,6 @@ class EquiSSLTrainer(Trainer):
         step, every = self.state.global_step + 1, self.state.logging_steps
         return (bool(every) and step % every == 0) or (step == 1 and self.args.logging_first_step)
 
-    def _last_checkpoint(self) -> str | None:
-        return newest_checkpoint(str(self.args.output_dir))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss parts' mean since the last log to the parent's entry."""
         if "loss" in logs:
@@ -205,30 +210,6 @@ class EquiSSLTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_FOLDER) if self._saving else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.history.check(self._last_checkpoint)
-        check_weights(model, self.state.global_step, self._last_checkpoint)
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(run_dir / STAGING_FOLDER, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            move_into_place(run_dir / STAGING_FOLDER / name, run_dir / name)
-            shutil.rmtree(run_dir / STAGING_FOLDER, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, config and arguments as JSON: the parent would pickle the arguments."""
         folder = Path(output_dir or str(self.args.output_dir))
@@ -237,9 +218,70 @@ class EquiSSLTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
 
+    # ---- the Hub ----
 
-def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step below ``output_dir``, or ``None``."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    complete = [path for path in folders if (path / "trainer_state.json").is_file()]
-    return str(max(complete, key=lambda path: int(path.name[11:]))) if complete else None
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository ``hub_model_id``, on the main process; by default it is called like the output folder.
+
+        Raises:
+            PublishError: it cannot be created, with the reason.
+        """
+        if not self.is_world_process_zero():
+            return
+        from .hub.push import create_repository
+        from .publishing import Publisher
+
+        args = self.args
+        token = args.hub_token if token is None else token
+        private = args.hub_private_repo if private is None else private
+        name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+        self.hub_model_id = create_repository(name, private=private, token=token)
+        self.push_in_progress = None
+        self._publisher = Publisher(str(args.output_dir), self.hub_model_id, token, args.hub_revision, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the run as it stands: its newest checkpoint, or one that is written now. Call it on every process.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Wait for the end of the upload.
+            token, revision, private: In place of ``hub_token``, ``hub_revision`` and ``hub_private_repo``.
+            **kwargs: Options of ``hf_equissl.hub.build_repository``: ``results``, ``license``, ``parts``, ...
+
+        Returns:
+            On the main process the commit, or its future if not ``blocking``; ``None`` on the others, which wait.
+
+        Raises:
+            ValueError: the repository cannot be built; as ``PublishError``: it cannot be uploaded.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        newest = self._last_checkpoint()
+        if self.state.global_step and (newest is None or checkpoint_step(newest) != self.state.global_step):
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        try:
+            if not self.is_world_process_zero():
+                return None
+            self._finish_current_push()
+            if self.hub_model_id is None or (token, private) != (None, None):
+                self.init_hf_repo(token=token, private=private)
+            self._publisher.revision = revision or self.args.hub_revision
+            future = self._start_push(commit_message or "End of training", **kwargs)
+            return future.result() if blocking else future
+        finally:
+            self.accelerator.wait_for_everyone()
+
+    def _start_push(self, commit_message: str, **options: Any) -> Any:
+        future = self._publisher.start(commit_message, **options)
+        self.push_in_progress = PushInProgress([future])  # type: ignore[arg-type]  # the end of training waits for it
+        return future
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the parent's moment is before a checkpoint is in its place. ``PublishCallback`` has a later one."""

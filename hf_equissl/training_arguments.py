@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_tf32_available, logging
 
 logger = logging.get_logger(__name__)
@@ -43,11 +44,15 @@ class EquiSSLTrainingArguments(TrainingArguments):
         grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
             "module", encoder, heads, stem and decoders apart (DINOv2).
 
+    With ``push_to_hub`` the run is published as ``hf_equissl.hub.build_repository`` lays it out: by
+    ``trainer.push_to_hub()`` after training (``hub_strategy`` "end"), with "every_save" also after each checkpoint.
+
     Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
-    incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns kept,
-    CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``, no broadcast of buffers (centers
-    and statistics are made from all processes' batches). With ``bf16`` or ``fp16``, what stays in fp32 (prototypes)
-    is multiplied in TF32 on GPUs that have it, unless ``tf32`` says otherwise.
+    incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns
+    kept, ``hub_strategy`` "end", CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``,
+    no broadcast of buffers (centers and statistics are made from all processes' batches). With ``bf16`` or
+    ``fp16``, what stays in fp32 (prototypes) is multiplied in TF32 on GPUs that have it, unless ``tf32`` says
+    otherwise.
 
     Raises:
         ValueError: for an unknown scaling rule, a number out of its range, or a setting that pretraining cannot have.
@@ -92,6 +97,7 @@ class EquiSSLTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a bad loss must be seen."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the pipeline reads them all."})
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to publish: end or every_save."})
     label_names: list[str] | None = field(default_factory=list, metadata={"help": "Pretraining has none."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "They are the same by construction."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
@@ -153,6 +159,14 @@ class EquiSSLTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.save_steps <= 0:
             raise ValueError(f"save_steps must be > 0, got {self.save_steps}. To save nothing: save_strategy no.")
+        strategy = HubStrategy(self.hub_strategy)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is {strategy.value!r}, which would upload pickled optimizer states. Use end or "
+                "every_save: `pretraining/` in the repository holds what others need to go on."
+            )
+        if self.hub_always_push:
+            raise ValueError("hub_always_push must stay false: uploads would queue up. The next save publishes.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
         if self.logging_nan_inf_filter:

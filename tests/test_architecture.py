@@ -19,6 +19,8 @@ ARROWS = {
     "needs": set(),
     "strict": set(),
     "files": set(),
+    "versions": set(),
+    "run_record": {"data", "files", "redaction", "training_arguments", "versions", "views"},
     "distributed": set(),
     "monitors": set(),
     "schedules": {"training_arguments"},
@@ -32,18 +34,75 @@ ARROWS = {
     "callbacks": {"pretraining", "schedules", "training_arguments"},
     "trainer": {
         "callbacks",
+        "checkpoints",
         "data",
         "files",
+        "hub",
         "loss_history",
         "optimization",
         "pretraining",
+        "publishing",
+        "run_record",
         "schedules",
         "training_arguments",
         "views",
     },
-    "evaluation": {"modeling", "views", "data", "files", "strict", "distributed", "timing", "monitors"},
+    "evaluation": {
+        "data",
+        "distributed",
+        "files",
+        "loading",
+        "modeling",
+        "monitors",
+        "redaction",
+        "strict",
+        "timing",
+        "versions",
+        "views",
+    },
     "sweep": {"overrides", "strict"},
-    "hub": {"modeling", "files", "evaluation"},
+    "figures": set(),
+    "loading": set(),
+    "checkpoints": {"files", "loss_history"},
+    "redaction": set(),
+    "hub": {
+        "checkpoints",
+        "evaluation",
+        "figures",
+        "files",
+        "loading",
+        "modeling",
+        "objectives",
+        "pretraining",
+        "redaction",
+        "run_record",
+        "strict",
+        "training_arguments",
+        "versions",
+    },
+    "publishing": {"hub"},
+    "finetuning": {
+        "checkpoints",
+        "data",
+        "evaluation",
+        "figures",
+        "files",
+        "hub",
+        "loading",
+        "loss_history",
+        "modeling",
+        "needs",
+        "optimization",
+        "output_folder",
+        "redaction",
+        "run_plan",
+        "run_record",
+        "strict",
+        "training_arguments",
+        "versions",
+        "views",
+    },
+    "initialisation": {"hub", "loading", "modeling", "pretraining", "recipes", "strict"},
 }
 
 
@@ -120,7 +179,9 @@ def test_public_names_exist() -> None:
     expected = {
         "EVALUATORS",
         "EQUIVARIANCE_OBJECTIVES",
+        "EquiSSLBackbone",
         "EquiSSLConfig",
+        "EquiSSLForImageClassification",
         "EquiSSLForPreTraining",
         "EquiSSLModel",
         "EquiSSLPreTrainingConfig",
@@ -154,9 +215,16 @@ def test_public_names_exist() -> None:
 )
 def test_auto_classes_know_us_whatever_is_imported_first(first: str) -> None:
     code = (
-        f"{first}; from transformers import AutoConfig, AutoModel; "
+        f"{first}; from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification; "
         "config = AutoConfig.for_model('equissl', hidden_size=32, num_hidden_layers=1, num_attention_heads=2); "
-        "print(type(config).__module__, type(AutoModel.from_config(config)).__module__)"
+        "models = [auto.from_config(config) for auto in (AutoModel, AutoModelForImageClassification, AutoBackbone)]; "
+        "print(*(f'{type(thing).__module__}.{type(thing).__name__}' for thing in (config, *models)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["hf_equissl.modeling.configuration_equissl", "hf_equissl.modeling.modeling_equissl"]
+    room = "hf_equissl.modeling"
+    assert out.split() == [
+        f"{room}.configuration_equissl.EquiSSLConfig",
+        f"{room}.modeling_equissl.EquiSSLModel",
+        f"{room}.modeling_equissl.EquiSSLForImageClassification",
+        f"{room}.modeling_equissl.EquiSSLBackbone",
+    ]

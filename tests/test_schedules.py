@@ -32,6 +32,8 @@ class SizeOfImageNet:
     """A source that is counted and never read."""
 
     streaming = False
+    name = "imagenet (train)"
+    num_rows = IMAGENET_IMAGES
 
     def __len__(self) -> int:
         return IMAGENET_IMAGES

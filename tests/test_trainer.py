@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
+from hf_equissl.checkpoints import newest_checkpoint
 from hf_equissl.data import ImageViewDataset, SkippedImages, TooManyBadImages, load_images
 from hf_equissl.loss_history import NonFiniteLossError
 from hf_equissl.modeling import EquiSSLConfig
 from hf_equissl.pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from hf_equissl.trainer import EquiSSLTrainer, newest_checkpoint
+from hf_equissl.trainer import EquiSSLTrainer
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 from hf_equissl.views import build_transformation
 from hf_equissl.views.pipelines import build_pipeline

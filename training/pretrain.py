@@ -25,6 +25,9 @@ examples:
       --training.per_device_train_batch_size 64
   # and the largest recipe as it was written, without its data set: 64 GPUs
   python training/pretrain.py --recipe vitl16_dinov2_se2 --dry_run
+  # go on from an encoder that exists, with the reconstruction added: a Hub id, a folder, or a .pth file of its authors
+  python training/pretrain.py --recipe vits16_ibot_se2 --init_from facebook/dinov2-small --data ./photos \\
+      --output_dir runs/dinov2_se2 --views.pipeline.local.size 98
   # as in the paper: 16 GPUs on 2 machines
   accelerate launch --num_machines 2 --num_processes 16 training/pretrain.py \\
       --recipe vits16_vicreg_rot --data ILSVRC/imagenet-1k --output_dir runs/rot
@@ -34,7 +37,8 @@ examples:
 
 OVERRIDES = """\
 every value of a recipe can be set on the command line, as --section.key VALUE (VALUE is read as YAML):
-  --model.*        preset, and the fields of EquiSSLConfig: --model.image_size 96
+  --model.*        preset, and the fields of EquiSSLConfig: --model.image_size 96; beside --init_from also
+                   --model.init_revision, --model.init_subfolder: see hf_equissl/initialisation.py
   --objectives.*   --objectives.equivariance.0.weight 0.5, --objectives.equivariance '[]'
   --views.*        --views.transformation.name translation, --views.pipeline.crop_scale '[0.35, 1]'
   --data.*         source, split, column, streaming, max_bad_share ...: --data.column photo
@@ -72,6 +76,12 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
         if "data.source" in overrides:
             raise RecipeError("--data and --data.source say the same: give one of them.")
         overrides["data.source"] = options.data
+    if options.init_from is not None:
+        if "model.init_from" in overrides:
+            raise RecipeError("--init_from and --model.init_from say the same: give one of them.")
+        if not options.init_from:
+            raise RecipeError("--init_from is empty. Name an encoder: a Hub id, a folder or a .pth file.")
+        overrides["model.init_from"] = options.init_from
     path = _find_recipe(options.recipe)
     apply_overrides(read_recipe(path, [RECIPES]), overrides)
     if options.num_processes is not None and not options.dry_run:
@@ -86,6 +96,7 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
 
 def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from hf_equissl.data import ImageDecodeError, TooManyBadImages
+    from hf_equissl.hub.publishable import PublishError
     from hf_equissl.loss_history import NonFiniteLossError
     from hf_equissl.recipes import Recipe
 
@@ -95,17 +106,19 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> 
             _dry_run(recipe, options)
         else:
             _train(recipe, options)
-    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
+    except (ImageDecodeError, NonFiniteLossError, PublishError, TooManyBadImages) as error:
         return _stop(error, code=1)
     return 0
 
 
 def _train(recipe: Any, options: argparse.Namespace) -> None:
+    from hf_equissl.distributed import leave
     from hf_equissl.launch import prepare, pretrain
 
     run = prepare(recipe, options.output_dir, options.resume)
     _say(_summary(run))
     folder = pretrain(run)
+    leave()
     load = f"AutoModel.from_pretrained({str(folder)!r})"
     _say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
 
@@ -138,6 +151,7 @@ def _summary(run: Any) -> str:
         lines.append(f"{run.checkpoint} is the last step of this run: nothing to train, the encoder is exported")
     else:
         lines.append(f"resuming from {run.checkpoint}" if run.checkpoint else f"starting in {run.args.output_dir}")
+    lines += run.notes
     return "\n".join(lines)
 
 
@@ -156,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         metavar="SOURCE",
         help="image folder, parquet or tar files, save_to_disk folder, Hub id (data.source)",
+    )
+    add(
+        "--init_from",
+        metavar="ENCODER",
+        help="start from this encoder, a Hub id, a folder or a .pth file, instead of random weights (model.init_from)",
     )
     add("--output_dir", metavar="DIR", help="checkpoints, recipe.yaml and the finished encoder/ go here")
     add(

@@ -203,8 +203,8 @@ def write_results(lanes: Sequence[EncoderLane], output: Path) -> str:
 
 def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
     """Loss curves of all runs."""
+    from hf_equissl.checkpoints import newest_checkpoint
     from hf_equissl.figures import plot_losses
-    from hf_equissl.trainer import newest_checkpoint
 
     histories = {}
     for lane in lanes:

@@ -12,12 +12,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from hub.loopback_hub import LoopbackHub
+from huggingface_hub import HfApi
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from hf_equissl.hub.publishable import PublishError
 from hf_equissl.recipes import Recipe
+from hf_equissl.trainer import EquiSSLTrainer
 from hf_equissl.training import pretrain
 
+pytest_plugins = ["hub.fixtures"]
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "training" / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -118,6 +123,51 @@ def test_another_run_does_not_continue_or_overwrite(
         assert f"holds a run with {key} = {old}, and" in fails(capsys, *words, f"--{key}", new)
 
 
+def test_publishing(
+    images: Path,
+    recipe: Path,
+    tmp_path: Path,
+    hub_here: LoopbackHub,
+    api: HfApi,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "run"
+    words = ["--recipe", recipe, "--data", images, "--output_dir", output, "--training.push_to_hub", "true"]
+    words += ["--training.hub_model_id", "tiny", "--training.hub_strategy", "end", "--training.max_steps", "1"]
+    with monkeypatch.context() as context:
+        context.setenv("HF_TOKEN", hub_here.read_token)
+        assert "has no right to write there" in fails(capsys, *words)
+    assert not list(output.glob("checkpoint-*"))
+    with monkeypatch.context() as context:
+        context.setattr(EquiSSLTrainer, "_start_push", refuse)
+        assert pretrain.main([str(word) for word in words]) == 1
+    assert "The run is finished" in capsys.readouterr().err.splitlines()[-1]
+    assert (output / "encoder" / "model.safetensors").is_file()
+    assert pretrain.main([str(word) for word in words]) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    files = api.list_repo_files("maker/tiny")
+    assert {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "pretraining/recipe.yaml",
+    } <= set(files)
+    published = api.hf_hub_download("maker/tiny", "model.safetensors")
+    assert Path(published).read_bytes() == (output / "encoder" / "model.safetensors").read_bytes()
+    start = ["--init_from", "maker/tiny", "--model.init_subfolder", "pretraining"]
+    assert pretrain.main(["--recipe", str(recipe), *start, "--dry_run"]) == 0
+    report = capsys.readouterr().out
+    assert "starting from maker/tiny (subfolder pretraining, revision " in report
+    for line in ("vicreg          taken", "reconstruction  taken", "std [0.229, 0.224, 0.225]: the encoder's"):
+        assert line in report
+
+
+def refuse(self: EquiSSLTrainer, *args: object, **kwargs: object) -> None:
+    raise PublishError("The Hub has trouble of its own (status 503).")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -200,7 +250,15 @@ def test_help_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         pretrain.main(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for word in ("--dry_run", "examples:", "accelerate launch", "--training.", "vits16_vicreg_rot"):
+    for word in (
+        "--dry_run",
+        "--init_from ENCODER",
+        "examples:",
+        "accelerate launch",
+        "--training.",
+        "vits16_vicreg_rot",
+        "--init_from facebook/dinov2-small --data ./photos \\\n",
+    ):
         assert word in shown
 
 
@@ -227,6 +285,9 @@ def test_output_folder(
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file" in fails(capsys, *run, tmp_path / "file")
     assert f"{tmp_path / 'file'} is a file" in fails(capsys, *run, tmp_path / "file" / "below")
+    (tmp_path / "mine" / "encoder").mkdir(parents=True)
+    (tmp_path / "mine" / "encoder" / "notes.txt").touch()
+    assert "encoder holds notes.txt, which is no part of a saved encoder" in fails(capsys, *run, tmp_path / "mine")
     assert "cannot be written" in fails(capsys, *run, "/proc/hf_equissl")  # no process may write there, root neither
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
@@ -290,7 +351,10 @@ def test_a_step_that_cannot_work_is_refused_before_training(
         ("--training.dataloader_num_workers -1", "training: dataloader_num_workers must be >= 0"),
         ("--training.remove_unused_columns true", "training: remove_unused_columns must stay false"),
         ("--training.logging_nan_inf_filter true", "training: logging_nan_inf_filter must stay false"),
-        ("--training.push_to_hub true", "'push_to_hub' does not belong into a recipe"),
+        ("--training.hub_token secret", "'hub_token' does not belong into a recipe"),
+        ("--init_from nowhere/there --model.init_from x", "--init_from and --model.init_from say the same"),
+        ("--init_from=", "--init_from is empty"),
+        ("--init_from ./nowhere", "model.init_from (--init_from): No encoder at './nowhere'"),
         ("--training.report_to nowhere", "training: "),
         ("--model.hidden_act gelo", "model.hidden_act: there is no 'gelo'. Did you mean 'gelu'"),
         ("--data.shuffle_buffer -1", "data.shuffle_buffer: expected 0"),
