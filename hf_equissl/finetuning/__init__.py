@@ -1,0 +1,48 @@
+"""Fine-tuning for image classification: all weights, a linear head, or LoRA / DoRA adapters, on any encoder.
+
+``fine_tune(settings)`` trains, ``load_finetuned`` loads what it left (a model, or an adapter onto its base), and
+``merge_adapter`` writes an adapter and its base as one plain model. Who uses PEFT directly calls
+``register_lora_targets()`` once: ``LoraConfig()`` then needs no target modules for EquiSSL, DINOv2 and ViT encoders.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .settings import METHODS, FineTuningSettings, Method
+from .targets import LORA_TARGETS, register_lora_targets
+
+_EXPORTS = {
+    "FineTuningRun": "run",
+    "fine_tune": "run",
+    "load_finetuned": "adapters",
+    "merge_adapter": "publish",
+    "prepare": "run",
+    "train": "run",
+}
+
+__all__ = [
+    "LORA_TARGETS",
+    "METHODS",
+    "FineTuningRun",
+    "FineTuningSettings",
+    "Method",
+    "fine_tune",
+    "load_finetuned",
+    "merge_adapter",
+    "prepare",
+    "register_lora_targets",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from .adapters import load_finetuned
+    from .publish import merge_adapter
+    from .run import FineTuningRun, fine_tune, prepare, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

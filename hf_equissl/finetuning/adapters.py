@@ -1,0 +1,268 @@
+"""Adapters: made on a classifier, saved alone with what they belong to, loaded onto their base, merged into it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_equissl.files import write_text
+from hf_equissl.hub.privacy import public_source
+from hf_equissl.loading import LoadError, explain_load_errors, read_config
+
+from .classifier import (
+    architecture_of,
+    encoder_digest,
+    head_names,
+    load_classifier,
+    load_trained_classifier,
+    pooling_of,
+)
+from .settings import FineTuningSettings
+from .targets import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DESCRIPTION_FILE = "finetuning.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a fine-tuned model or adapter is, beside its weights.
+
+    Attributes:
+        method: Key of ``METHODS``.
+        base: Encoder that it started from: folder or Hub id, as it was given.
+        revision: Commit of the base on the Hub, where it came from there.
+        subfolder: Of the base in its repository.
+        digest: SHA-256 of the base encoder's weights.
+        architecture: Type and sizes of the base encoder.
+        pooling: What the head reads.
+        classes: Names, in the order of the labels.
+        image_size: Side of the images in pixels.
+    """
+
+    method: str
+    base: str
+    revision: str | None
+    subfolder: str
+    digest: str
+    architecture: dict[str, Any]
+    pooling: str
+    classes: list[str]
+    image_size: int
+
+    def save(self, folder: Path) -> None:
+        """Write ``finetuning.json`` into ``folder``; only an adapter needs the way to its base on this machine."""
+        public = {} if (folder / "adapter_config.json").is_file() else {"base": public_source(self.base)}
+        content = {"format": FORMAT_VERSION, **asdict(self), **public}
+        write_text(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}).") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
+            raise ValueError(f"{path} is not a description of a fine-tuned model of format {FORMAT_VERSION}.")
+        if (names := {item.name for item in fields(cls)}) != content.keys():
+            raise ValueError(f"{path} has other entries than expected: {sorted(names ^ content.keys())}.")
+        return cls(**content)
+
+
+def describe(
+    model: PreTrainedModel, settings: FineTuningSettings, commit: str | None, classes: list[str], image_size: int
+) -> Description:
+    """The description of a classifier that was just loaded, at ``commit`` of the Hub, and is not trained yet."""
+    return Description(
+        method=settings.method,
+        base=settings.base,
+        revision=commit,
+        subfolder=settings.subfolder,
+        digest=encoder_digest(model),
+        architecture=architecture_of(model.config),
+        pooling=pooling_of(model.config),
+        classes=classes,
+        image_size=image_size,
+    )
+
+
+class PeftMissingError(ImportError):
+    """Adapters were asked for, and PEFT is not installed."""
+
+
+def check_peft() -> None:
+    """Raise ``PeftMissingError`` with a remedy where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise PeftMissingError("Adapters (lora, dora) need PEFT: pip install 'hf-equissl[peft]'.")
+
+
+def add_adapters(model: PreTrainedModel, settings: FineTuningSettings) -> PeftModel:
+    """Freeze a classifier and put LoRA or DoRA adapters into its blocks; the head is trained and saved with them.
+
+    Raises:
+        PeftMissingError: without PEFT.
+        ValueError: no default for this model type and no ``target_modules``, or they match nothing.
+    """
+    check_peft()
+    from peft import LoraConfig, get_peft_model
+
+    model_type = model.config.model_type
+    if settings.target_modules is None and model_type not in LORA_TARGETS:
+        raise ValueError(
+            f"There are no default target modules for {model_type} models. Name the layers with --target_modules, a "
+            "regular expression for their full names; or use --method full or linear."
+        )
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.method == "dora",
+        target_modules=settings.target_modules or LORA_TARGETS[model_type],
+        modules_to_save=head_names(model),
+        base_model_name_or_path=settings.base,
+    )
+    try:
+        with _without_deprecation():
+            adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"--target_modules {config.target_modules}: {error}") from error
+    return adapted
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    """No word of a name that PEFT still uses and transformers has renamed: nobody here can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def load_finetuned(
+    source: str | Path,
+    base: str | Path | None = None,
+    *,
+    merge: bool = False,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    **hub_options: Any,
+) -> PreTrainedModel | PeftModel:
+    """Load what fine-tuning left: a whole classifier, or an adapter onto its base encoder.
+
+    Args:
+        source: Folder or Hub id of a fine-tuned model or adapter.
+        base: Folder or Hub id of an adapter's base encoder; ``None``: the one that it was trained on.
+        merge: Add an adapter into the encoder's weights and return the plain classifier.
+        subfolder: Of ``source`` in its repository.
+        trust_remote_code: Whether code stored beside the encoder may run.
+        **hub_options: ``revision`` (of ``source``), ``cache_dir``, ``token``.
+
+    Returns:
+        In evaluation mode, with class names in ``config.id2label``.
+
+    Raises:
+        ValueError: nothing of the kind there, an encoder without a trained head, the base of an adapter is not found,
+            or ``base`` is another encoder.
+        PeftMissingError: an adapter, and PEFT is not installed.
+    """
+    source = str(source)
+    place = {**hub_options, **({"subfolder": subfolder} if subfolder else {})}
+    with explain_load_errors(source, "fine-tuned model", **hub_options):
+        adapter = is_adapter(source, subfolder=subfolder, **hub_options)
+    if not adapter:
+        if base is not None:
+            raise ValueError(f"{source} is a whole model, not an adapter: leave base out.")
+        return load_trained_classifier(source, trust_remote_code=trust_remote_code, **place).eval()
+    check_peft()
+    description = read_description(source, subfolder=subfolder, **hub_options)
+    classifier = _load_base(source, description, base, trust_remote_code, hub_options)
+    from peft import PeftModel
+
+    with explain_load_errors(source, "adapter", config_name="adapter_config.json", **place), _without_deprecation():
+        adapted: Any = PeftModel.from_pretrained(classifier, source, **place)
+    return (adapted.merge_and_unload() if merge else adapted).eval()
+
+
+def is_adapter(source: str, *, subfolder: str = "", **hub_options: Any) -> bool:
+    """Whether a folder or repository holds an adapter."""
+    return find_adapter_config_file(source, subfolder=subfolder, **hub_options) is not None
+
+
+def read_description(source: str, *, subfolder: str = "", **hub_options: Any) -> Description:
+    """The description beside an adapter or a fine-tuned model.
+
+    Raises:
+        LoadError: there is none.
+    """
+    path = cached_file(
+        source,
+        DESCRIPTION_FILE,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_options,
+    )
+    if path is None:
+        raise LoadError(
+            f"{source} holds no {DESCRIPTION_FILE}, which says what the adapter belongs to: it was not made by "
+            "hf_equissl's fine-tuning. Load it with peft.PeftModel.from_pretrained(base, adapter)."
+        )
+    return Description.load(path)
+
+
+def _load_base(
+    source: str,
+    description: Description,
+    base: str | Path | None,
+    trust_remote_code: bool,
+    hub_options: dict[str, Any],
+) -> PreTrainedModel:
+    """The classifier that an adapter was trained on, checked to be that one."""
+    place: dict[str, Any] = {}
+    if base is None:
+        place = {"revision": description.revision, "subfolder": description.subfolder}
+    options = {name: value for name, value in hub_options.items() if name != "revision"}
+    options |= {name: value for name, value in place.items() if value}
+    name = str(base if base is not None else description.base)
+    try:
+        config = read_config(name, what="base encoder", trust_remote_code=trust_remote_code, **options)
+    except LoadError as error:
+        raise LoadError(
+            f"The base of the adapter {source} cannot be loaded. {error} Say where it is: "
+            "load_finetuned(adapter, base=<folder or Hub id>)."
+        ) from error
+    wanted = description.architecture
+    if (found := architecture_of(config)) != wanted:
+        pairs = ((key, value, wanted.get(key)) for key, value in found.items())
+        different = [f"{key} {ours} instead of {theirs}" for key, ours, theirs in pairs if ours != theirs]
+        raise ValueError(
+            f"The adapter {source} was trained on {description.base}; {name} is another encoder: "
+            f"{', '.join(different)}. Give the base that it was trained on."
+        )
+    pooling = description.pooling if hasattr(config, "pooling") else None
+    model = load_classifier(name, description.classes, pooling=pooling, trust_remote_code=trust_remote_code, **options)
+    if (digest := encoder_digest(model)) != description.digest:
+        raise ValueError(
+            f"The adapter {source} was trained on {description.base} (weights {description.digest[:12]}); {name} has "
+            f"the same shapes and other weights ({digest[:12]}). On those it means nothing: give the base that it was "
+            "trained on."
+        )
+    return model

@@ -1,0 +1,197 @@
+"""An encoder with a new classification head, and which of its weights are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from hf_equissl.hub.weights import without_load_report
+from hf_equissl.loading import explain_load_errors, read_config
+
+# What the heads of stock classes read, for records; ours say it in their config.
+_STOCK_POOLING = {"dinov2": "cls_patches", "dinov2_with_registers": "cls_patches", "vit": "cls", "ijepa": "patches"}
+# Parts of an encoder that no classifier reads.
+_UNREAD = ("decoder.", "pooler.")
+# Weights whose absence from a checkpoint does no harm: no logit depends on them, or the head is to be new.
+_UNUSED = ("mask_token", "pooler")
+_NEW = ("classifier", *_UNUSED)
+_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+
+
+def load_classifier(
+    source: str,
+    classes: Sequence[str],
+    *,
+    pooling: str | None = None,
+    drop_path: float = 0.0,
+    trust_remote_code: bool = False,
+    **hub_options: Any,
+) -> PreTrainedModel:
+    """An encoder from a folder or the Hub with a head for ``classes``, in float32.
+
+    Args:
+        source: Folder or Hub id: an EquiSSL encoder, or one that ``AutoModelForImageClassification`` knows.
+        classes: Names, in the order of the labels.
+        pooling: What the head of an EquiSSL encoder reads; ``None``: its config's.
+        drop_path: Stochastic depth.
+        trust_remote_code: Whether code stored beside the weights may run.
+        **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token``.
+
+    Raises:
+        ValueError: no encoder there, no classification class for it, a pooling or stochastic depth that it does not
+            have, or weights that are missing.
+    """
+    options = {"trust_remote_code": trust_remote_code, **hub_options}
+    config = read_config(source, what="encoder", **options)
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    if pooling is not None:
+        if not hasattr(config, "pooling"):
+            raise ValueError(
+                f"--pooling {pooling}: {source} is a {config.model_type} model, whose classification class has a fixed "
+                f"head (it reads {_STOCK_POOLING.get(config.model_type, 'what its class says')}). Leave --pooling out."
+            )
+        config.pooling = pooling
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = drop_path
+    elif drop_path:
+        raise ValueError(
+            f"--drop_path {drop_path}: {source} is a {config.model_type} model, which has no stochastic depth. Leave "
+            "--drop_path out."
+        )
+    if not _has_classifier(config):
+        raise ValueError(
+            f"{source} is a {config.model_type} model, for which transformers has no image classification class. "
+            "Convert it into an EquiSSL encoder (hf_equissl.hub.convert_encoder), or give another encoder."
+        )
+    with explain_load_errors(source, "encoder", **hub_options), without_load_report():
+        model, report = AutoModelForImageClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    check_report(source, model, report, new=_NEW)
+    return model
+
+
+def load_trained_classifier(source: str, *, trust_remote_code: bool = False, **hub_options: Any) -> PreTrainedModel:
+    """A whole classifier from a folder or the Hub.
+
+    Raises:
+        ValueError: none there, or an encoder without a trained head.
+    """
+    with explain_load_errors(source, "fine-tuned model", **hub_options), without_load_report():
+        model, report = AutoModelForImageClassification.from_pretrained(
+            source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub_options
+        )
+    check_report(source, model, report, new=_UNUSED)
+    return model
+
+
+def commit_of(source: str, **hub_options: Any) -> str | None:
+    """The commit that a repository stands at, so that all of a run reads the same; ``None`` for a folder.
+
+    Raises:
+        LoadError: there is no such repository, or no config in it.
+    """
+    if os.path.isdir(source):
+        return None
+    with explain_load_errors(source, "encoder", **hub_options):
+        return extract_commit_hash(cached_file(source, "config.json", **hub_options), None)
+
+
+def _has_classifier(config: Any) -> bool:
+    return type(config) in AutoModelForImageClassification._model_mapping or "AutoModelForImageClassification" in (
+        getattr(config, "auto_map", None) or {}
+    )
+
+
+def check_report(source: str, model: PreTrainedModel, report: dict[str, Any], new: Sequence[str]) -> None:
+    """Raise ``ValueError`` for weights that are missing or of another shape, unless named with a part of ``new``."""
+    mismatched = [item[0] if isinstance(item, tuple) else item for item in report["mismatched_keys"]]
+    bad = sorted(key for key in {*report["missing_keys"], *mismatched} if not any(part in key for part in new))
+    if bad:
+        head = all("classifier" in key for key in bad)
+        hint = "it is an encoder that was not fine-tuned" if head else "this is not a checkpoint of that encoder"
+        raise ValueError(
+            f"{len(bad)} weights of {type(model).__name__} are missing from {source!r} or have another shape, e.g. "
+            f"{bad[:3]}: {hint}."
+        )
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Names of the modules beside the encoder that have weights: the classification head."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def num_blocks(model: PreTrainedModel) -> int:
+    """Blocks of the encoder; 0 where its config does not count them in a row."""
+    return getattr(model.config, "num_hidden_layers", 0)
+
+
+def pooling_of(config: Any) -> str:
+    """What the head reads, for records."""
+    return getattr(config, "pooling", None) or _STOCK_POOLING.get(config.model_type, "pooled")
+
+
+def architecture_of(config: Any) -> dict[str, Any]:
+    """What decides whether weights of one encoder fit another."""
+    return {name: getattr(config, name, None) for name in _ARCHITECTURE}
+
+
+@torch.no_grad()
+def encoder_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the names, shapes and values of the encoder's weights, without what a classifier never reads."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.base_model.state_dict().items()):
+        if not name.startswith(_UNREAD):
+            data = tensor.detach().to("cpu", torch.float32).contiguous()
+            sha.update(f"{name}{tuple(data.shape)}".encode())
+            sha.update(data.view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def freeze_encoder(model: PreTrainedModel) -> None:
+    """Train the head alone."""
+    model.base_model.requires_grad_(False)
+
+
+def freeze_unused(model: nn.Module, image_size: int, num_channels: int = 3) -> None:
+    """Take weights out of training that the logits do not depend on: mask tokens, stems and poolers nobody reads.
+
+    Found by one backward pass of a blank image. Such weights would only decay, and DDP would wait for their gradients.
+
+    Raises:
+        ValueError: from the model, when it cannot read images of this size.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    logits: Tensor = model(pixel_values=torch.zeros(1, num_channels, image_size, image_size, device=device)).logits
+    logits.logsumexp(1).sum().backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of weights; the untrained copy of the head that PEFT keeps is not counted."""
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if ".original_module." not in name]
+    sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in parameters]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

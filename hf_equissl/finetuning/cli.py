@@ -1,0 +1,233 @@
+"""The command line of ``training/finetune.py``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hf_equissl.redaction import without_secrets
+
+from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
+
+_DESCRIPTION = """\
+Fine-tune an encoder for image classification: all weights, a linear head, or LoRA / DoRA adapters. Encoders are EquiSSL
+ones and everything that AutoModelForImageClassification loads (DINOv2, ViT, ...). Everything that can be wrong is
+checked before the first step; a run that was stopped goes on where it was when the command is given again."""
+
+_EXAMPLES = """\
+examples:
+  # LoRA adapters on CIFAR-10; the adapter alone is saved in runs/lora/adapter
+  python training/finetune.py --encoder runs/equissl/encoder --data uoft-cs/cifar10 --method lora --output_dir runs/lora
+
+  # all weights of a public encoder on your own class folders (train/<class>/*.jpg, test/<class>/*.jpg), bf16, two GPUs
+  accelerate launch --num_processes 2 training/finetune.py --encoder facebook/dinov2-small --data ./flowers \\
+      --method full --epochs 30 --bf16 --num_workers 8 --output_dir runs/full
+
+  # publish: the adapter, or one plain model that needs no PEFT
+  python training/finetune.py --encoder me/my-encoder --data uoft-cs/cifar10 --output_dir runs/lora \\
+      --merge --push_to_hub --repo_id me/my-encoder-cifar10 --private
+
+  # one table over finished runs and the linear probe of training/probe.py
+  python training/finetune.py --compare runs/linear runs/lora runs/full results
+"""
+# Other rooms speak of a recipe's keys; here the same things are flags.
+_FLAGS = {"data.column": "--image_column", "data.source": "--data", "data.max_bad_share": "--max_bad_share"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options with their help."""
+    methods = "\n".join(
+        f"  {name:<8}{method.description}; learning rate {method.base_learning_rate:g} x sqrt(batch/256), weight decay "
+        f"{method.weight_decay:g}, label smoothing {method.label_smoothing:g}"
+        + (f", layer decay {method.layer_decay:g}" if method.layer_decay < 1 else "")
+        for name, method in METHODS.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        usage="finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD --output_dir DIR [options]",
+        description=_DESCRIPTION,
+        epilog=f"methods:\n{methods}\n\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--encoder", metavar="PATH_OR_ID", help="folder or Hub id of the encoder")
+    add("--data", metavar="SOURCE", help="Hub id, folder with one sub-folder per class, parquet, ...; with labels")
+    add("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (below); default: lora")
+    add("--output_dir", metavar="DIR", help="checkpoints, results and the finished model/ or adapter/ go here")
+    add("--resume", metavar="auto|never|PATH", help="auto (default): go on from the newest checkpoint in DIR, if any")
+    add("--compare", nargs="+", metavar="DIR", help="train nothing: one table over the results in these folders")
+    _add_encoder_options(parser.add_argument_group("encoder").add_argument)
+    _add_data_options(parser.add_argument_group("data").add_argument)
+    _add_training_options(parser.add_argument_group("training").add_argument)
+    add = parser.add_argument_group("adapters").add_argument
+    add("--lora_rank", type=int, metavar="N", help="rank of the matrices; default: 8")
+    add("--lora_alpha", type=int, metavar="N", help="adapters count alpha / rank; default: 16")
+    add("--lora_dropout", type=float, metavar="P", help="default: 0")
+    add("--target_modules", metavar="REGEX", help="full names of layers; default: all linear maps of all blocks")
+    add("--merge", action="store_true", help="also write merged/: a plain model that needs no PEFT")
+    add = parser.add_argument_group("publishing").add_argument
+    add("--push_to_hub", action="store_true", help="publish the adapter, the merged model with --merge, or the model")
+    add("--repo_id", metavar="OWNER/NAME", help="where")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--base_id", metavar="OWNER/NAME", help="Hub id under which the encoder is published, if it was given by path")
+    return parser
+
+
+def _add_encoder_options(add: Any) -> None:
+    add("--pooling", metavar="NAME", help=f"what the head reads: {', '.join(POOLINGS)}; default: of its config")
+    add("--image_size", type=int, metavar="PIXELS", help="default: of the image processor beside the encoder")
+    add("--drop_path", type=float, metavar="P", help="stochastic depth in training; default: 0")
+    add("--revision", metavar="NAME", help="of an encoder from the Hub")
+    add("--subfolder", metavar="NAME", help="of its repository, e.g. native")
+    add("--trust_remote_code", action="store_true", help="let code beside the weights run")
+
+
+def _add_data_options(add: Any) -> None:
+    add("--train_split", metavar="NAME", help="default: train")
+    add("--test_split", metavar="NAME", help="default: test, validation or val; without one, a tenth is held out")
+    add("--train_images", type=int, metavar="N", help="fixed random subset; default: all")
+    add("--test_images", type=int, metavar="N", help="likewise")
+    add("--image_column", metavar="NAME", help="default: found by its type")
+    add("--label_column", metavar="NAME", help="default: found by its type")
+    add("--config_name", metavar="NAME", help="configuration of a Hub data set")
+    add("--max_bad_share", type=float, metavar="SHARE", help="of images that may fail to decode; default: 0.01")
+    add("--num_workers", type=int, metavar="N", help="processes that decode; default: 0")
+    add(
+        "--crop_scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="area of crops; default: 0.08 1, small 0.35 1",
+    )
+    add("--no_flip", dest="flip", action="store_false", help="do not mirror training images")
+
+
+def _add_training_options(add: Any) -> None:
+    add("--epochs", type=float, metavar="N", help="default: 10")
+    add("--batch_size", type=int, metavar="N", help="per process; default: 128")
+    add("--accumulation", type=int, metavar="N", help="micro-batches per step; default: 1")
+    add(
+        "--learning_rate",
+        type=float,
+        metavar="X",
+        help="default: the method's (below); a small encoder may want 3 times that",
+    )
+    add("--weight_decay", type=float, metavar="X", help="default: the method's")
+    add(
+        "--layer_decay",
+        type=float,
+        metavar="X",
+        help="learning rate of a block relative to the next; default: method's",
+    )
+    add("--label_smoothing", type=float, metavar="X", help="default: the method's")
+    add("--warmup", type=float, metavar="SHARE", help="of the steps; default: 0.05")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--bf16", action="store_true", help="train under bfloat16 autocast")
+    add("--eval_steps", type=int, metavar="N", help="measure every N steps; default: after each epoch")
+    add("--save_steps", type=int, metavar="N", help="checkpoint every N steps; default: after each epoch")
+    add("--keep", choices=KEEPS, help="weights that are saved and quoted; default: last")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 130 if interrupted.
+    """
+    options = vars(build_parser().parse_args(argv))
+    command = shlex.join(["python", "training/finetune.py", *without_secrets(sys.argv[1:] if argv is None else argv)])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return _run(options, command)
+    except (ValueError, OSError, ImportError) as error:
+        return _stop(error, code=2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        return 130
+
+
+def _run(options: dict[str, Any], command: str) -> int:
+    from .report import compare
+
+    if "compare" in options:
+        _say(compare(options["compare"]))
+        return 0
+    resume = options.pop("resume", "auto")
+    publish = {name: options.pop(name, None) for name in ("merge", "push_to_hub", "repo_id", "private")}
+    for name in ("encoder", "data", "output_dir"):
+        if not options.get(name):
+            raise ValueError(f"--{name} is missing; --help shows an example.")
+    settings = FineTuningSettings(**options)
+    _check_publishing(settings, publish)
+
+    from hf_equissl.data import ImageDecodeError, TooManyBadImages
+    from hf_equissl.distributed import leave
+    from hf_equissl.loss_history import NonFiniteLossError
+
+    from .publish import publish as publish_run
+    from .report import comparison_table
+    from .run import prepare, train
+
+    run = prepare(settings, resume)
+    _say(run.summary())
+    try:
+        records = train(run, command)
+    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
+        return _stop(error, code=1)
+    leave()
+    if _is_main():
+        _say(comparison_table(records))
+        try:
+            _say(publish_run(run, **publish))
+        except (ValueError, OSError) as error:
+            return _stop(error, code=1)
+    return 0
+
+
+def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> None:
+    from hf_equissl.hub.privacy import is_hub_id
+
+    if settings.base_id is not None and not is_hub_id(settings.base_id):
+        raise ValueError(f"--base_id {settings.base_id}: expected a Hub id, OWNER/NAME.")
+    if publish["merge"] and not settings.is_adapter:
+        raise ValueError(f"--merge: --method {settings.method} leaves a plain model already; leave it out.")
+    if not publish["push_to_hub"]:
+        for name in ("repo_id", "private"):
+            if publish[name]:
+                raise ValueError(f"--{name} belongs to --push_to_hub.")
+        return
+    if not publish["repo_id"]:
+        raise ValueError("--push_to_hub: say where with --repo_id OWNER/NAME.")
+    is_public = is_hub_id(settings.base) and not os.path.exists(settings.base)
+    if settings.is_adapter and not publish["merge"] and not is_public:
+        raise ValueError(
+            f"--push_to_hub: others cannot load an adapter whose base is the folder {settings.encoder}. Publish the "
+            "encoder and say where with --base_id OWNER/NAME, or publish one plain model with --merge."
+        )
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_main() and text:
+        print(text, flush=True)
+
+
+def _stop(error: Exception, code: int) -> int:
+    # What can be mended is said once per machine, what stops a run by the process that saw it.
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+        message = str(error)
+        for key, flag in _FLAGS.items():
+            message = message.replace(key, flag)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,113 @@
+"""What happens with a finished run: merged, published, and how to load it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+from transformers.utils import cached_file
+
+from hf_equissl.evaluation.results import ResultRecord, load_records, save_records
+from hf_equissl.files import move_into_place
+from hf_equissl.hub.export import check_replaceable
+from hf_equissl.loading import explain_load_errors
+
+from .adapters import DESCRIPTION_FILE, is_adapter, load_finetuned, read_description
+from .card import CARD, write_card
+from .report import RESULTS
+from .run import FineTuningRun
+
+
+def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path | None = None, **options: Any) -> Path:
+    """Write an adapter and its base as one plain model, with processor and card.
+
+    ``AutoModelForImageClassification`` and ``pipeline("image-classification")`` load it without PEFT. An older merged
+    model in the folder is replaced as a whole.
+
+    Args:
+        adapter: Folder or Hub id.
+        directory: Where to write.
+        base: As in ``load_finetuned``.
+        **options: Further ones of ``load_finetuned``.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        ValueError: ``adapter`` is none; ``directory`` holds other files; and as ``load_finetuned``.
+    """
+    adapter, directory = str(adapter), Path(directory)
+    check_replaceable(directory, also=(CARD, RESULTS, DESCRIPTION_FILE))
+    place = {name: value for name, value in options.items() if name != "trust_remote_code"}
+    if not is_adapter(adapter, **place):
+        raise ValueError(f"{adapter} holds no adapter (adapter_config.json): there is nothing to merge.")
+    description, records = read_description(adapter, **place), _results_beside(adapter, place)
+    with explain_load_errors(adapter, "image processor", config_name="preprocessor_config.json", **place):
+        processor = AutoImageProcessor.from_pretrained(adapter, **place)
+    model: Any = load_finetuned(adapter, base, merge=True, **options)
+    staging = directory.with_name(f".saving-{directory.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    description.save(staging)
+    save_records(records, staging / RESULTS)
+    write_card(staging, description, records, name=directory.name)
+    move_into_place(staging, directory)
+    return directory
+
+
+def _results_beside(source: str, place: dict[str, Any]) -> list[ResultRecord]:
+    """The records beside an adapter; none where there are none."""
+    path = cached_file(
+        source,
+        RESULTS,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **place,
+    )
+    return [] if path is None else load_records(path)
+
+
+def publish(
+    run: FineTuningRun,
+    *,
+    merge: bool | None = None,
+    push_to_hub: bool | None = None,
+    repo_id: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Merge and push a finished run as asked.
+
+    Args:
+        run: Trained.
+        merge: Write ``merged/`` beside the adapter.
+        push_to_hub: Publish the merged model if there is one, else the adapter or model.
+        repo_id: Where.
+        private: Make a new repository private.
+
+    Returns:
+        For people: what lies where, and how to load it.
+    """
+    folder = run.folder
+    lines = []
+    if merge:
+        settings = run.settings
+        # What the description names may not lie there yet; else it knows the commit and the sub-folder.
+        base = None if settings.base_id is None else Path(settings.encoder) / settings.subfolder
+        folder = merge_adapter(
+            run.folder, Path(settings.output_dir) / "merged", base, trust_remote_code=settings.trust_remote_code
+        )
+        lines.append(f"The merged model lies in {folder}.")
+    if push_to_hub and repo_id is not None:
+        from hf_equissl.hub.push import push_repository
+
+        write_card(folder, run.description, load_records(folder / RESULTS), name=repo_id)
+        info = push_repository(folder, repo_id, private=private)
+        lines.append(f"Published: {info.repo_url}")
+    what = "adapter" if run.settings.is_adapter else "model"
+    load = f"hf_equissl.finetuning.load_finetuned({str(run.folder)!r})"
+    lines.append(f"The {what} lies in {run.folder}. Load it with {load}.")
+    return "\n".join(lines)

@@ -1,0 +1,320 @@
+"""One fine-tuning run: everything that can be wrong is found before the first step, then train, judge, save."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, set_seed
+
+from hf_equissl.checkpoints import newest_checkpoint
+from hf_equissl.data import ImageViewDataset, SkippedImages
+from hf_equissl.evaluation.encoders import FrozenEncoder
+from hf_equissl.evaluation.results import ResultRecord, save_records
+from hf_equissl.files import move_into_place, write_text
+from hf_equissl.hub.export import image_processor
+from hf_equissl.hub.privacy import public_source
+from hf_equissl.needs import Needs
+from hf_equissl.output_folder import check_output_folder, trained_steps
+from hf_equissl.run_plan import schedule
+from hf_equissl.run_record import RunRecordCallback, new_record
+from hf_equissl.training_arguments import EquiSSLTrainingArguments
+from hf_equissl.views.pipelines import ViewPipeline
+from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
+
+from .adapters import Description, add_adapters, check_peft, describe
+from .card import public_records, write_card
+from .classifier import commit_of, count_parameters, freeze_encoder, freeze_unused, load_classifier, num_blocks
+from .labelled_images import EvaluationImages, LabelledImages, load_labelled_images
+from .report import RESULTS, make_records, plot_curves, write_table
+from .settings import METHODS, FineTuningSettings
+from .trainer import FineTuningTrainer, parameter_groups
+
+SETTINGS_FILE = "finetune.json"
+# Up to this side random crops keep more of the image: of 8 % of a 32-pixel picture nobody could tell the class.
+SMALL_IMAGES = 64
+
+
+@dataclass
+class FineTuningRun:
+    """A checked run, ready to train.
+
+    Attributes:
+        settings: With the learning rate filled in.
+        args: Arguments of the Trainer.
+        model: The classifier, or a PEFT model around it.
+        classifier: The classifier itself.
+        description: What the result will be.
+        images: Both splits.
+        pipeline: One training view.
+        encoder_digest: Of the encoder with its input settings, as the probes name it in their records.
+        checkpoint: Where training goes on, or ``None``.
+        finished: The folder of the result, if the run is over already.
+    """
+
+    settings: FineTuningSettings
+    args: EquiSSLTrainingArguments
+    model: Any
+    classifier: PreTrainedModel
+    description: Description
+    images: LabelledImages
+    pipeline: ViewPipeline
+    encoder_digest: str
+    checkpoint: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished model or adapter goes."""
+        return Path(self.settings.output_dir) / ("adapter" if self.settings.is_adapter else "model")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is that of the last step."""
+        return self.checkpoint is not None and trained_steps(self.checkpoint) >= self.steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return schedule(self.args, self.args.world_size, len(self.images.train)).steps or 0
+
+    def summary(self) -> str:
+        """What will happen, for people."""
+        settings, args = self.settings, self.args
+        trained, total = count_parameters(self.model)
+        batch = f"{settings.batch_size} x {args.world_size} x {settings.accumulation}"
+        return "\n".join(
+            [
+                f"{settings.method}: {METHODS[settings.method].description}; {trained:,} of {total:,} weights are "
+                f"trained ({trained / total:.2%}); the head reads {self.description.pooling}",
+                f"{len(self.images.train)} training images, {len(self.images.test)} test images "
+                f"({self.images.test_split}), {len(self.images.classes)} classes, {self.description.image_size} pixels",
+                f"batch {batch} = {args.global_batch_size}, learning rate {settings.learning_rate:.4g}, "
+                f"{settings.epochs:g} epochs = {self.steps} steps",
+                f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {settings.output_dir}",
+            ]
+        )
+
+
+def fine_tune(settings: FineTuningSettings, resume: str = "auto", command: str | None = None) -> list[ResultRecord]:
+    """``prepare`` and ``train``: from settings to a saved model and its measured accuracy."""
+    return train(prepare(settings, resume), command)
+
+
+def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun:
+    """Load and check everything.
+
+    Args:
+        settings: What to do.
+        resume: "auto" (the newest complete checkpoint in the output folder, if any), "never", or a checkpoint.
+
+    Raises:
+        ValueError: names what is wrong and what to do; nothing has been trained or written then.
+        PeftMissingError: adapters without PEFT.
+    """
+    if settings.is_adapter:
+        check_peft()
+    args = training_arguments(settings)
+    args.learning_rate = settings.learning_rate_on(args.world_size)
+    settings = replace(settings, learning_rate=args.learning_rate)
+    checkpoint = find_checkpoint(settings, resume)
+    check_output_folder(settings.output_dir)
+    commit = commit_of(settings.encoder, **settings.hub_options)
+    options = {**settings.hub_options, "trust_remote_code": settings.trust_remote_code}
+    if commit is not None:
+        options["revision"] = commit
+    frozen = FrozenEncoder(settings.encoder, image_size=settings.image_size, device="cpu", **options)
+    images = load_labelled_images(settings)
+    step = settings.batch_size * args.world_size * settings.accumulation
+    if len(images.train) < step:
+        raise ValueError(
+            f"--batch_size {settings.batch_size} x {args.world_size} processes x accumulation {settings.accumulation} "
+            f"= {step} is more than the {len(images.train)} training images. Choose a smaller batch."
+        )
+    set_seed(settings.seed)
+    classifier = load_classifier(
+        settings.encoder, images.classes, pooling=settings.pooling, drop_path=settings.drop_path, **options
+    )
+    description = describe(classifier, settings, commit, list(images.classes), frozen.image_size)
+    model: Any = classifier
+    if settings.is_adapter:
+        model = add_adapters(classifier, settings)
+    elif settings.method == "linear":
+        freeze_encoder(classifier)
+    freeze_unused(model, frozen.image_size)
+    parameter_groups(model, args, num_blocks(classifier))  # refuses a layer decay that cannot be
+    pipeline = view_pipeline(settings, frozen.image_size, frozen.image_mean, frozen.image_std)
+    return FineTuningRun(settings, args, model, classifier, description, images, pipeline, frozen.digest(), checkpoint)
+
+
+def train(run: FineTuningRun, command: str | None = None) -> list[ResultRecord]:
+    """Train what is left to train, judge the result, save it.
+
+    The output folder then holds ``model/`` or ``adapter/`` (weights, image processor, card, results), ``results.json``,
+    ``results.md``, ``run.json`` and, with matplotlib, ``curves.png``.
+
+    Args:
+        run: From ``prepare``.
+        command: The command line, for the records.
+
+    Raises:
+        NonFiniteLossError, TooManyBadImages: the run stopped.
+    """
+    settings = run.settings
+    output = Path(settings.output_dir)
+    trainer = build_trainer(run)
+    if run.finished and run.checkpoint is not None:
+        trainer.load_weights(run.checkpoint)
+        trainer.state = trainer.state.load_from_json(str(Path(run.checkpoint) / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    metrics = _final_metrics(trainer, settings)
+    records: list[ResultRecord] = []
+    if trainer.is_world_process_zero():
+        save_model(run)
+        records = make_records(run, trainer.state.log_history, metrics, command)
+        save_records(records, output / RESULTS)
+        public = public_records(records, public_source(run.description.base))
+        save_records(public, run.folder / RESULTS)
+        write_card(run.folder, run.description, public)
+        write_table(records, output)
+        plot_curves(trainer.state.log_history, settings.method, output)
+    trainer.accelerator.wait_for_everyone()
+    return records
+
+
+def _final_metrics(trainer: FineTuningTrainer, settings: FineTuningSettings) -> dict[str, float]:
+    """Accuracy of the weights that are kept; measured again only if the last evaluation was of others."""
+    state = trainer.state
+    step = state.global_step
+    if settings.keep == "best" and (best := trainer.best_checkpoint) and (chosen := trained_steps(best)) != step:
+        trainer.load_weights(best)
+        step = chosen
+    measured = (entry for entry in reversed(state.log_history) if entry["step"] == step and "eval_top1" in entry)
+    return next(measured, None) or trainer.evaluate()
+
+
+def build_trainer(run: FineTuningRun) -> FineTuningTrainer:
+    """The Trainer of a run, whose settings are then noted in its folder: checkpoints may follow."""
+    settings = run.settings
+    dataset = ImageViewDataset(run.images.train, run.pipeline, settings.seed)
+    trainer = FineTuningTrainer(
+        run.model,
+        run.args,
+        run.pipeline,
+        dataset,
+        EvaluationImages(run.images.test, run.description.image_size),
+        skipped_images=SkippedImages(settings.max_bad_share, num_images=len(run.images.train)),
+        keep_best=settings.keep == "best",
+        num_blocks=num_blocks(run.classifier),
+        frozen=run.classifier.base_model if settings.method == "linear" else None,
+    )
+    if trainer.is_world_process_zero():
+        text = json.dumps(settings.to_dict(), indent=2) + "\n"
+        write_text(Path(settings.output_dir) / SETTINGS_FILE, text)
+    trainer.add_callback(RunRecordCallback(new_record(run.args, run.pipeline, run.images.train)))
+    return trainer
+
+
+def save_model(run: FineTuningRun) -> Path:
+    """The finished model or adapter with its image processor and description; an older one is replaced as a whole."""
+    staging = run.folder.with_name(f".saving-{run.folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    options = {"save_embedding_layers": False} if run.settings.is_adapter else {}
+    run.model.save_pretrained(staging, **options)
+    processor = image_processor(run.description.image_size, run.pipeline.image_mean, run.pipeline.image_std)
+    processor.save_pretrained(staging)
+    run.description.save(staging)
+    move_into_place(staging, run.folder)
+    return run.folder
+
+
+def view_pipeline(
+    settings: FineTuningSettings, image_size: int, image_mean: list[float], image_std: list[float]
+) -> ViewPipeline:
+    """One view: random resized crop, flip, normalisation."""
+    scale = settings.crop_scale or ((0.35, 1.0) if image_size <= SMALL_IMAGES else (0.08, 1.0))
+    view = ViewSpec(
+        crop_scale=scale,
+        flip_probability=0.5 if settings.flip else 0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+    )
+    return ViewPipeline(
+        PipelineSpec(views=(view,)),
+        image_size=image_size,
+        transformation=None,
+        needs=Needs(),
+        image_mean=image_mean,
+        image_std=image_std,
+        name="fine-tuning",
+    )
+
+
+def training_arguments(settings: FineTuningSettings) -> EquiSSLTrainingArguments:
+    """The Trainer's arguments; evaluation and checkpoints after every epoch unless in steps."""
+    return EquiSSLTrainingArguments(
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        weight_decay=settings.weight_decay or 0.0,
+        layer_decay=settings.layer_decay or 1.0,
+        label_smoothing_factor=settings.label_smoothing or 0.0,
+        warmup_steps=settings.warmup,
+        max_grad_norm=1.0,
+        eval_strategy="steps" if settings.eval_steps else "epoch",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps" if settings.save_steps else "epoch",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=1,
+        label_names=["labels"],
+        dataloader_num_workers=settings.num_workers,
+        dataloader_persistent_workers=settings.num_workers > 0,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        report_to="none",
+    )
+
+
+def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        ValueError: the folder holds another run, or ``resume`` names no complete checkpoint.
+    """
+    output = Path(settings.output_dir)
+    found = newest_checkpoint(output)
+    if (output / SETTINGS_FILE).is_file():
+        if found or (output / RESULTS).is_file():  # a folder without results is anybody's
+            _check_same_run(settings, output)
+    elif found or (output / "run.json").is_file() or (output / RESULTS).is_file():
+        raise ValueError(f"--output_dir {output}: holds another run (no {SETTINGS_FILE}). Name a new folder.")
+    if resume == "auto":
+        return found
+    if resume == "never":
+        if found:
+            raise ValueError(f"--resume never: {output} holds {Path(found).name} already. Name a new --output_dir.")
+        return None
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume {resume}: no complete checkpoint. Use auto, never or a folder checkpoint-N.")
+    _check_same_run(settings, Path(resume).parent)
+    return resume
+
+
+def _check_same_run(settings: FineTuningSettings, folder: Path) -> None:
+    path = folder / SETTINGS_FILE
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Name a new --output_dir.") from error
+    if differences := settings.differences(stored):
+        name, theirs, ours = differences[0]
+        raise ValueError(
+            f"{folder} holds a run with --{name} {theirs}, and this one says {ours}. Name a new --output_dir, or go on "
+            "with the same settings."
+        )

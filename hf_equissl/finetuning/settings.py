@@ -1,0 +1,219 @@
+"""What a fine-tuning run is asked to do: every option, its default, and the checks that need nothing loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hf_equissl.strict import nearest
+
+# As in modeling.configuration_equissl, without the seconds that its import takes before --help.
+POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")
+KEEPS = ("last", "best")
+# The base learning rates hold at this global batch and grow with its square root, as suits Adam.
+REFERENCE_BATCH = 256
+# Of these the trained weights are independent: a run may be continued with other values.
+_NOT_IDENTITY = (
+    "output_dir",
+    "num_workers",
+    "eval_steps",
+    "save_steps",
+    "max_bad_share",
+    "trust_remote_code",
+    "base_id",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune, with the settings that follow from it.
+
+    Attributes:
+        description: For people.
+        base_learning_rate: At a global batch of 256.
+        weight_decay: Of matrices; biases, norms and embeddings of one dimension have none.
+        layer_decay: Learning rate of a block relative to the block above it.
+        label_smoothing: Share of the target that is spread over all classes.
+        adapter: Whether the encoder's own weights stay, beside small matrices that are trained and saved alone.
+    """
+
+    description: str
+    base_learning_rate: float
+    weight_decay: float
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.1
+    adapter: bool = False
+
+
+METHODS: dict[str, Method] = {
+    # As the released commands of MAE for ViT-B (facebookresearch/mae, FINETUNE.md), and 1e-3 at a batch of 1024, which
+    # suits joint-embedding encoders too. The 4e-3 of its paper's table 9 (https://arxiv.org/abs/2111.06377) is made for
+    # 100 epochs. A small encoder that was trained for minutes gains from three times as much.
+    "full": Method("every weight", base_learning_rate=5e-4, weight_decay=0.05, layer_decay=0.75),
+    # A convex problem: a large step costs time, not accuracy.
+    "linear": Method("a linear head, the encoder frozen", 1e-2, weight_decay=0.0, label_smoothing=0.0),
+    # PEFT's guide to image classification has 5e-3 at a batch of 512 for ViT-B, with adapters that count once
+    # (alpha / rank = 1) on queries and values alone; these count twice and sit on every linear map.
+    "lora": Method("LoRA adapters and a linear head", 2e-3, weight_decay=0.01, adapter=True),
+    "dora": Method("DoRA adapters and a linear head", 2e-3, weight_decay=0.01, adapter=True),
+}
+
+
+@dataclass(frozen=True)
+class FineTuningSettings:
+    """Everything that a fine-tuning run is told.
+
+    Attributes:
+        encoder: Folder or Hub id of the encoder.
+        data: Whatever ``hf_equissl.data.load_images`` reads, with labels.
+        output_dir: Where checkpoints, results and the finished model go.
+        method: Key of ``METHODS``.
+        revision, subfolder, trust_remote_code: Of the encoder.
+        base_id: Hub id under which it is published, where ``encoder`` is a folder: what is saved refers to that.
+        pooling: What the head of an EquiSSL encoder reads, one of ``POOLINGS``; ``None``: its config's.
+        image_size: Side of the images in pixels; ``None``: of the image processor beside the encoder.
+        drop_path: Stochastic depth in training.
+        train_split, test_split: Names; no ``test_split``: test, validation or val, else a tenth is held out.
+        train_images, test_images: Use fixed random subsets of this size; ``None``: all.
+        image_column, label_column, config_name: Of the data set, where they do not follow.
+        max_bad_share: Share of images that may fail to decode.
+        num_workers: Processes that decode.
+        epochs: Passes over the training images.
+        batch_size: Images per step and process.
+        accumulation: Micro-batches per optimizer step.
+        learning_rate: ``None``: the method's, growing with the root of the global batch.
+        weight_decay, layer_decay, label_smoothing: ``None``: the method's.
+        warmup: Share of the steps in which the learning rate rises; it falls along a cosine afterwards.
+        crop_scale: Area of the training crops as shares of the image; ``None``: 0.08 to 1, and 0.35 to 1 for images of
+            up to 64 pixels, of which little is left otherwise.
+        flip: Mirror half of the training images.
+        lora_rank, lora_alpha, lora_dropout: Adapters add (alpha / rank) B A to a weight.
+        target_modules: Regular expression for names of layers with adapters; ``None``: ``LORA_TARGETS``.
+        seed: Of weights, order and views.
+        bf16: Train and evaluate under bfloat16 autocast.
+        eval_steps, save_steps: Every so many steps; ``None``: after each epoch.
+        keep: "last": the weights of the last step; "best": those with the best accuracy among all evaluations, which
+            are made on the test images, so that the accuracy is then too good by that choice.
+    """
+
+    encoder: str
+    data: str
+    output_dir: str
+    method: str = "lora"
+    revision: str | None = None
+    subfolder: str = ""
+    trust_remote_code: bool = False
+    base_id: str | None = None
+    pooling: str | None = None
+    image_size: int | None = None
+    drop_path: float = 0.0
+    train_split: str = "train"
+    test_split: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    config_name: str | None = None
+    max_bad_share: float = 0.01
+    num_workers: int = 0
+    epochs: float = 10.0
+    batch_size: int = 128
+    accumulation: int = 1
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    label_smoothing: float | None = None
+    warmup: float = 0.05
+    crop_scale: tuple[float, float] | None = None
+    flip: bool = True
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str | None = None
+    seed: int = 0
+    bf16: bool = False
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    keep: str = "last"
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from the method, and refuse values that nothing can mean."""
+        for name, choices in (("method", METHODS), ("keep", KEEPS)):
+            _check_choice(name, getattr(self, name), tuple(choices))
+        if self.pooling is not None:
+            _check_choice("pooling", self.pooling, POOLINGS)
+        for name in ("weight_decay", "layer_decay", "label_smoothing"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(METHODS[self.method], name))
+        for name in ("train_images", "test_images", "image_size", "eval_steps", "save_steps", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {value}.")
+        for name in ("accumulation", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {getattr(self, name)}.")
+        for name in ("epochs", "lora_alpha", "learning_rate", "layer_decay"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"--{name}: expected more than 0, got {value}.")
+        for name in ("max_bad_share", "warmup", "lora_dropout", "label_smoothing", "drop_path"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "max_bad_share" and self.max_bad_share == 1):
+                raise ValueError(f"--{name}: expected a share from 0 to below 1, got {getattr(self, name)}.")
+        if (self.layer_decay or 0) > 1 or (self.weight_decay or 0) < 0 or self.num_workers < 0:
+            raise ValueError(
+                f"--layer_decay {self.layer_decay}, --weight_decay {self.weight_decay}, --num_workers "
+                f"{self.num_workers}: expected at most 1, at least 0, at least 0."
+            )
+        if self.eval_steps and self.save_steps and self.keep == "best" and self.eval_steps % self.save_steps:
+            raise ValueError(
+                f"--keep best needs a checkpoint at every evaluation: --eval_steps {self.eval_steps} is not a multiple "
+                f"of --save_steps {self.save_steps}."
+            )
+        if self.keep == "best" and (self.eval_steps is None) != (self.save_steps is None):
+            raise ValueError(
+                "--keep best needs checkpoints at evaluations: give --eval_steps and --save_steps or none."
+            )
+        if self.crop_scale is not None:
+            low, high = self.crop_scale
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"--crop_scale: expected two shares, 0 < LOW <= HIGH <= 1, got {low:g} {high:g}.")
+            object.__setattr__(self, "crop_scale", (float(low), float(high)))
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Where in its repository the encoder lies, for ``from_pretrained``."""
+        given = {"revision": self.revision, "subfolder": self.subfolder}
+        return {name: value for name, value in given.items() if value}
+
+    @property
+    def base(self) -> str:
+        """What a saved model names as its origin."""
+        return self.base_id or self.encoder
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the encoder's own weights stay."""
+        return METHODS[self.method].adapter
+
+    def learning_rate_on(self, processes: int) -> float:
+        """The learning rate that was given, or else the one that the global batch asks for."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        batch = self.batch_size * self.accumulation * processes
+        return METHODS[self.method].base_learning_rate * (batch / REFERENCE_BATCH) ** 0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        plain = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def differences(self, other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(name, theirs, ours) of every setting that decides what the weights become and is not the same."""
+        mine = self.to_dict()
+        names = [item.name for item in fields(self) if item.name not in _NOT_IDENTITY]
+        return [(name, other.get(name), mine[name]) for name in names if other.get(name) != mine[name]]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        guess = nearest(value, choices)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise ValueError(f"--{name} {value}: there is no such {name}.{hint} Choose among {', '.join(choices)}.")

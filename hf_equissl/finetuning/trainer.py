@@ -1,0 +1,247 @@
+"""transformers' Trainer, told about views, layer-wise learning rates, and checkpoints that can be resumed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from hf_equissl.checkpoints import ARGUMENTS_FILE, WholeCheckpoints
+from hf_equissl.data import ImageViewDataset, SkippedImages, TooManyBadImages
+from hf_equissl.evaluation.metric_modules import TopKAccuracyMetric
+from hf_equissl.loss_history import LossHistory
+from hf_equissl.training_arguments import EquiSSLTrainingArguments
+from hf_equissl.views.collator import ViewCollator
+from hf_equissl.views.pipelines import ViewPipeline
+
+from .labelled_images import NO_LABEL, EvaluationImages
+
+TOP_K = 5
+_BLOCK = re.compile(r"\.layers?\.(\d+)\.")
+
+
+class FineTuningTrainer(WholeCheckpoints, Trainer):
+    """``transformers.Trainer`` for image classification. What differs from the parent:
+
+    - training samples are addressed as (epoch, index) and become views on the device, as in pretraining; evaluation
+      reads the probes' base images, normalised alike;
+    - cross-entropy, smoothed in training only;
+    - weight decay spares what has one dimension; ``layer_decay`` makes lower blocks learn slower;
+    - a frozen encoder stays in evaluation mode;
+    - a checkpoint is complete or absent, and what is not finite stops the run before it is saved
+      (``WholeCheckpoints``);
+    - a checkpoint holds the names that the weights have in memory: the parent reads it with a plain
+      ``load_state_dict``, which finds nothing under the names that DINOv2's and ViT's files otherwise have.
+
+    Args:
+        model: A classifier, or a PEFT model around one.
+        args: Arguments; ``layer_decay`` and ``label_smoothing_factor`` are read here.
+        pipeline: One view.
+        train_dataset: Cropped views with labels.
+        eval_dataset: Base images with labels.
+        skipped_images: Counts training images that do not decode.
+        num_blocks: Blocks of the encoder.
+        keep_best: Never delete the checkpoint with the best accuracy.
+        frozen: The encoder, if none of its weights is trained.
+
+    Raises:
+        NonFiniteLossError, TooManyBadImages: from ``train``.
+    """
+
+    args: EquiSSLTrainingArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: EquiSSLTrainingArguments,
+        pipeline: ViewPipeline,
+        train_dataset: ImageViewDataset,
+        eval_dataset: EvaluationImages,
+        *,
+        skipped_images: SkippedImages,
+        num_blocks: int,
+        keep_best: bool = False,
+        frozen: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=ViewCollator(pipeline),
+            compute_metrics=self._metrics,
+            preprocess_logits_for_metrics=ranked_classes,
+            **kwargs,
+        )
+        self.pipeline, self.skipped_images = pipeline, skipped_images
+        self.num_blocks, self.keep_best, self.frozen = num_blocks, keep_best, frozen
+        self.loss_is_scaled_for_ga = False
+        self.history = LossHistory()
+        # Dropout draws from the global generator, which the parent seeds alike on every process.
+        torch.manual_seed(args.seed + args.process_index)
+
+    # ---- data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return dataset.sampler()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Base images in order."""
+        loader = DataLoader(
+            self.eval_dataset if eval_dataset is None else eval_dataset,  # type: ignore[arg-type]
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if "pixel_values" in inputs:  # prediction_step and compute_loss both come here
+            return inputs
+        skipped = inputs.pop("skipped", None)
+        if skipped is not None:
+            self.skipped_images.update(skipped, seen=len(inputs["index"]))
+        batch = super()._prepare_inputs(inputs)
+        with torch.no_grad():
+            if "pixels" in batch:
+                return {"pixel_values": self._normalised(batch["pixels"]), "labels": batch["labels"]}
+            return {"pixel_values": self.pipeline(batch).global_crops[0], "labels": batch["labels"]}
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> what the encoder reads."""
+        mean, std = (
+            torch.tensor(value, device=pixels.device).view(3, 1, 1)
+            for value in (self.pipeline.image_mean, self.pipeline.image_std)
+        )
+        return (pixels.float() / 255 - mean) / std
+
+    # ---- loss and metrics ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy in fp32, smoothed in training."""
+        training = model.training
+        if self.frozen is not None:
+            self.frozen.eval()
+        logits = model(pixel_values=inputs["pixel_values"]).logits.float()
+        smoothing = self.args.label_smoothing_factor if training else 0.0
+        loss = F.cross_entropy(logits, inputs["labels"], ignore_index=NO_LABEL, label_smoothing=smoothing)
+        if training:
+            self.history.add(self.state.global_step + 1, loss, {})
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Top-1 and top-5 of the images that decode."""
+        ranked, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        known = labels != NO_LABEL
+        bad, allowed = int((~known).sum()), self.skipped_images.max_share
+        if bad > allowed * len(labels):
+            raise TooManyBadImages(
+                f"{bad} of {len(labels)} test images did not decode; {allowed:.1%} are allowed. Repair or remove the "
+                "files that are named above, or raise --max_bad_share."
+            )
+        # In memory: metric files of several processes would have one name.
+        metric = TopKAccuracyMetric(keep_in_memory=True)
+        return metric.compute(predictions=ranked[known].tolist(), references=labels[known].tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Look at the losses since the last log before the parent reports their mean."""
+        if "loss" in logs:
+            self.history.drain(self._last_checkpoint)
+        super().log(logs, start_time)
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's optimizer with the groups of ``parameter_groups``."""
+        if self.optimizer is None:
+            module: Any = self.model if model is None else model
+            kind, given = self.get_optimizer_cls_and_kwargs(self.args, module)
+            groups = parameter_groups(module, self.args, self.num_blocks)
+            self.optimizer_cls_and_kwargs = kind, {**given, "params": groups}
+        return super().create_optimizer(model)
+
+    # ---- checkpoints ----
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The first checkpoint among those with the best accuracy so far, if the best are kept."""
+        # Not the parent's bookkeeping, which remembers paths: checkpoints move into place, and a run may be moved.
+        measured = [entry for entry in self.state.log_history if "eval_top1" in entry]
+        if not self.keep_best or not measured:
+            return None
+        step = max(measured, key=lambda entry: entry["eval_top1"])["step"]
+        return os.path.join(str(self.args.output_dir), f"checkpoint-{step}")
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Take the weights of a checkpoint, not its optimizer."""
+        self._load_from_checkpoint(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights under the names that they have in memory, config, and arguments as JSON."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_plain = isinstance(model, PreTrainedModel)
+        options = {"save_original_format": False} if is_plain else {"save_embedding_layers": False}  # PEFT's
+        model.save_pretrained(folder, state_dict=state_dict, **options)
+        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+
+
+def ranked_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, classes) -> the most probable classes (B, k), k = 5 where there are more, else 1."""
+    return logits.topk(TOP_K if logits.shape[1] > TOP_K else 1, dim=1).indices
+
+
+def parameter_groups(model: nn.Module, args: EquiSSLTrainingArguments, num_blocks: int) -> list[dict[str, Any]]:
+    """Optimizer groups of the weights that are trained, by ``learning_rate``, ``weight_decay`` and ``layer_decay``.
+
+    With layer decay d, block i of n has the learning rate times d^(n - i), the embeddings d^(n + 1), and everything
+    else (final norm, stem, head) 1, as in BEiT and MAE. Weight decay spares biases and what has one dimension.
+
+    Raises:
+        ValueError: layer decay, and the model's blocks are not ``num_blocks`` in a row.
+    """
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        power = 0
+        if block := _BLOCK.search(name):
+            power = num_blocks - int(block[1])
+            if power < 1 and args.layer_decay < 1:
+                raise ValueError(
+                    f"--layer_decay {args.layer_decay:g}: the blocks of {type(model).__name__} do not follow one "
+                    f"another as in a ViT ({name}, {num_blocks} blocks). Give --layer_decay 1 and a smaller "
+                    "--learning_rate."
+                )
+        elif ".embeddings." in name:
+            power = num_blocks + 1
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decayed = sum(side > 1 for side in shape) > 1 and not name.endswith(".bias")
+        members.setdefault((args.layer_decay**power, decayed), []).append(parameter)
+    return [
+        {"params": parameters, "lr": args.learning_rate * scale, "weight_decay": args.weight_decay if decayed else 0.0}
+        for (scale, decayed), parameters in sorted(members.items(), key=lambda item: (-item[0][0], not item[0][1]))
+    ]

@@ -1,0 +1,157 @@
+"""What is wrong with data, encoders or settings is said before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ConvNextConfig, ConvNextModel
+
+from hf_equissl.data import TooManyBadImages
+from hf_equissl.finetuning import FineTuningSettings, prepare, train
+from hf_equissl.finetuning.labelled_images import load_labelled_images
+from hf_equissl.finetuning.run import build_trainer
+
+from .conftest import save
+
+
+def loaded(data: Path | str, **changes: Any) -> Any:
+    return load_labelled_images(FineTuningSettings(encoder="none", data=str(data), output_dir="none", **changes))
+
+
+def table(folder: Path, split: str, labels: list[int | None]) -> None:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in labels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+        folder / f"{split}.parquet"
+    )
+
+
+def test_splits_and_subsets(flags: str, tmp_path: Path) -> None:
+    images = loaded(flags)
+    assert (len(images.train), len(images.test), images.test_split) == (24, 12, "test")
+    assert images.classes == ("blue", "green", "red")
+    small = loaded(flags, train_images=10, test_images=5)
+    assert (len(small.train), len(small.test)) == (10, 5)
+    assert small.train.dataset[:]["image"] == loaded(flags, train_images=10).train.dataset[:]["image"]
+
+    held = loaded(Path(flags) / "train")
+    assert (len(held.train), len(held.test)) == (22, 2)
+    assert held.test_split == "train (held-out)"
+    assert not set(held.train.dataset["image"]) & set(held.test.dataset["image"])
+    with pytest.raises(ValueError, match="nothing would be left to train on"):
+        loaded(Path(flags) / "train", test_images=24)
+
+
+def test_integer_labels_count_from_zero(tmp_path: Path) -> None:
+    table(tmp_path, "train", [0, 1, 2, 1])
+    table(tmp_path, "test", [2, 0])
+    assert loaded(tmp_path).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("train_labels", "test_labels", "message"),
+    [
+        ([0, 1], [0, 2], "there is a label 2"),
+        ([0, -1], [0, 1], "1 of 2 images in .* are unlabelled"),
+        ([0, 1], [None, 1], "1 of 2 images in .*test.* are unlabelled"),
+        ([0, 0], [0, 0], "has 1 class; a classifier needs two"),
+    ],
+)
+def test_labels_that_mean_nothing(tmp_path: Path, train_labels: Any, test_labels: Any, message: str) -> None:
+    table(tmp_path, "train", train_labels)
+    table(tmp_path, "test", test_labels)
+    with pytest.raises(ValueError, match=message):
+        loaded(tmp_path)
+
+
+def test_classes_that_differ_between_splits(flags: str, tmp_path: Path) -> None:
+    data = shutil.copytree(flags, tmp_path / "data")
+    (data / "test" / "red").rename(data / "test" / "rouge")
+    with pytest.raises(ValueError, match=r"different classes \(3 and 3\): red only in .*train.*; rouge only in .*test"):
+        loaded(data)
+    orders = {"train": ["a", "b"], "test": ["b", "a"]}
+    splits = {}
+    for split, names in orders.items():
+        features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [str(data / "train" / "red" / "0.png")] * 2, "label": [0, 1]}
+        splits[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="the same names in another order"):
+        loaded(tmp_path / "saved")
+
+
+def test_a_flat_folder_has_no_labels(photo_folder: Path) -> None:
+    with pytest.raises(ValueError, match="has no labels, which fine-tuning needs"):
+        loaded(photo_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lara"}, "--method lara: there is no such method. Did you mean 'lora'"),
+        ({"pooling": "cls_patch"}, "--pooling cls_patch: .* Did you mean 'cls_patches'"),
+        ({"keep": "first"}, "--keep first"),
+        ({"epochs": 0}, "--epochs: expected more than 0"),
+        ({"batch_size": 0}, "--batch_size: expected 1 or more"),
+        ({"lora_rank": 0}, "--lora_rank: expected 1 or more"),
+        ({"label_smoothing": 1.0}, "--label_smoothing: expected a share"),
+        ({"layer_decay": 1.5}, "--layer_decay"),
+        ({"crop_scale": (0.5, 0.2)}, "--crop_scale: expected two shares"),
+        ({"keep": "best", "save_steps": 4, "eval_steps": 2}, "--eval_steps 2 is not a multiple of --save_steps 4"),
+        ({"keep": "best", "save_steps": 4}, "give --eval_steps and --save_steps or none"),
+    ],
+)
+def test_settings_that_mean_nothing(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FineTuningSettings(encoder="e", data="d", output_dir="o", **changes)
+
+
+def test_encoders_and_batches_that_do_not_fit(settings: Any, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"encoder": str(tmp_path)}, "encoder"),
+        ({"encoder": "vit", "pooling": "patches"}, "has a fixed head"),
+        ({"encoder": "vit", "drop_path": 0.1}, "--drop_path 0.1: .* is a vit model, which has no stochastic depth"),
+        ({"image_size": 36}, "not a multiple of the 8-pixel patches"),
+        ({"encoder": "vit", "image_size": 48}, "doesn't match model"),
+        ({"batch_size": 25}, "= 25 is more than the 24 training images"),
+        ({"batch_size": 8, "accumulation": 4}, "= 32 is more than the 24 training images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(settings(**changes))
+    assert not list(Path(settings().output_dir).glob("*"))
+
+
+def test_layer_decay_needs_blocks_in_a_row(settings: Any, tmp_path: Path) -> None:
+    """Stages that each count from 0 would give the deepest blocks more than the whole learning rate."""
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 3], image_size=32)
+    encoder = save(ConvNextModel(config), tmp_path / "convnext")
+    with pytest.raises(ValueError, match=r"--layer_decay 0.75: the blocks of ConvNext.* --layer_decay 1"):
+        prepare(settings(encoder, method="full"))
+    run = prepare(settings(encoder, method="full", layer_decay=1.0))
+    assert {group["lr"] for group in build_trainer(run).create_optimizer().param_groups} == {3e-3}
+
+
+def test_images_that_do_not_decode(settings: Any, flags: str, tmp_path: Path, caplog: Any) -> None:
+    data = shutil.copytree(flags, tmp_path / "data")
+    (data / "test" / "red" / "0.png").write_bytes(b"no image")
+    changed = {**settings(method="linear", epochs=1).to_dict(), "data": str(data), "crop_scale": None}
+    with pytest.raises(TooManyBadImages, match="1 of 12 test images did not decode"):
+        train(prepare(FineTuningSettings(**changed)))
+    trainer = build_trainer(prepare(FineTuningSettings(**{**changed, "max_bad_share": 0.2})))
+    caplog.clear()
+    metrics = trainer.evaluate()
+    assert "0.png" in caplog.text
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    predicted = trainer.model.eval()(batch["pixel_values"]).logits.argmax(1).tolist()
+    files = sorted((data / "test").rglob("*.png"))
+    truth = [("blue", "green", "red").index(file.parent.name) for file in files]
+    kept = [number for number, file in enumerate(files) if file.read_bytes() != b"no image"]
+    assert metrics["eval_top1"] == pytest.approx(np.mean([predicted[n] == truth[n] for n in kept]))

@@ -1,0 +1,17 @@
+"""Fine-tune an encoder for image classification: all weights, a linear head, or LoRA / DoRA adapters.
+
+python training/finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD --output_dir DIR   (--help shows more)
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+from hf_equissl.finetuning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
