@@ -8,10 +8,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_equissl.redaction import without_secrets
 from hf_equissl.timing import choose_device
 from hf_equissl.views import TRANSFORMATIONS, build_transformation
 
@@ -22,7 +24,7 @@ from .encoders import FEATURES, FrozenEncoder
 from .images import EvaluationData
 from .protocols import PROTOCOLS, protocol_for
 from .report import plain_table
-from .results import ResultRecord, merge_records
+from .results import ResultRecord, load_records, merge_records
 from .runner import RESULTS, check_output_dir, run_evaluators, write_report
 from .transformation_regression import DEFAULT_FAMILIES
 
@@ -258,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # As it was typed: paths stay relative where they were, and no working directory is recorded.
-    command = shlex.join(["python", "training/probe.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "training/probe.py", *without_secrets(sys.argv[1:] if argv is None else argv)])
     try:
         records = run(arguments, command)
     except (ValueError, OSError) as error:
@@ -267,5 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             message = message.replace(key, flag)
         parser.exit(2, f"probe.py: error: {message}\n")
     print(plain_table(records))
-    written = write_report(records, arguments.output_dir)
+    # Of all that the folder holds by now, earlier commands' included.
+    everything = load_records(Path(arguments.output_dir) / RESULTS)
+    written = write_report(everything, arguments.output_dir)
     print(f"\nWritten to {arguments.output_dir}: {', '.join([RESULTS, *(path.name for path in written)])}")

@@ -77,7 +77,7 @@ def load_evaluation_data(
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     train = load_images(source, split=train_split, **source_options)
-    test = _load_test(source, train_split, test_split, source_options)
+    test = load_test_split(source, train_split, test_split, source_options)
     options = {
         "num_workers": num_workers,
         "cache_bytes": cache_bytes,
@@ -110,10 +110,20 @@ def load_evaluation_data(
     )
 
 
-def _load_test(
+def load_test_split(
     source: str, train_split: str, test_split: str | None, options: dict[str, Any]
 ) -> tuple[ImageSource, str] | None:
-    """The test split and its name, or ``None`` where there is none."""
+    """The test split and its name, or ``None`` where there is none.
+
+    Args:
+        source: As in ``load_evaluation_data``.
+        train_split: Not this one.
+        test_split: A name, or ``None`` for the first of ``TEST_SPLITS`` that exists.
+        options: Further arguments of ``load_images``.
+
+    Raises:
+        ValueError: ``test_split`` does not exist, or the source cannot be read.
+    """
     if test_split is not None:
         return load_images(source, split=test_split, **options), test_split
     for split in TEST_SPLITS:
@@ -122,7 +132,7 @@ def _load_test(
                 return load_images(source, split=split, **options), split
             except UnknownSplitError as error:
                 logger.debug("No %s split: %s", split, error)
-    logger.info("%s has no test split: a tenth of %s is held out.", source, train_split)
+    logger.info("%s has no test split: a part of %s is held out.", source, train_split)
     return None
 
 

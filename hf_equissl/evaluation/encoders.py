@@ -6,25 +6,23 @@ import hashlib
 import inspect
 import json
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..loading import LoadError, explain_load_errors, read_config
 
 logger = logging.getLogger(__name__)
 
 # Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, the last two that of a slice.
 FEATURES = ("cls", "patches", "backbone", "invariant", "equivariant")
-# Where a pretraining run puts its encoder, below its output folder.
-_ENCODER_FOLDER = "encoder"
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
 _UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,47 +41,38 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
         **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token`` as in ``AutoModel.from_pretrained``.
 
     Raises:
-        ValueError: if there is no encoder there, if it does not read images, or if weights are missing: features of
-            half-initialised networks would be reported as if they meant something.
+        LoadError: if there is no encoder there, if it cannot be read, if it does not read images, or if weights are
+            missing: features of half-initialised networks would be reported as if they meant something.
     """
     options = {"trust_remote_code": trust_remote_code, **hub_options}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        exported = Path(source) / _ENCODER_FOLDER
-        if (exported / "config.json").exists():
-            raise ValueError(f"No encoder at {str(source)!r}. Did you mean {str(exported)!r}?") from error
-        raise ValueError(
-            f"No encoder at {str(source)!r}: expected a folder with config.json and model.safetensors, or a Hub id "
-            f"that AutoModel loads. {str(error).splitlines()[0]}"
-        ) from error
+    config = read_config(source, what="encoder", **options)
     keywords = {}
     if type(config) in AutoModel._model_mapping:
         model_class: Any = AutoModel._model_mapping[type(config)]
+        _check_reads_images(model_class, source)
         if "add_pooling_layer" in inspect.signature(model_class).parameters:
             keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
-    try:
+    with explain_load_errors(source, **options):
         model, report = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
         )
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"The weights at {str(source)!r} cannot be read ({reason}): the file is missing, cut short or of another "
-            "encoder. Copy or download it again, or export the encoder again."
-        ) from error
+    _check_reads_images(type(model), source)
     missing = sorted(key for key in report["missing_keys"] if not any(name in key for name in _UNUSED_WEIGHTS))
     if missing:
-        raise ValueError(
+        raise LoadError(
             f"{len(missing)} weights of {type(model).__name__} are missing from {str(source)!r}, e.g. {missing[:3]}: "
             "this is not a checkpoint of that encoder. Give the folder that holds the exported encoder."
         )
-    if getattr(model, "main_input_name", "pixel_values") != "pixel_values":
-        raise ValueError(
-            f"{type(model).__name__} at {str(source)!r} reads {model.main_input_name!r}, not images. "
+    return model
+
+
+def _check_reads_images(model_class: type[nn.Module], source: str | Path) -> None:
+    name = getattr(model_class, "main_input_name", "pixel_values")
+    if name != "pixel_values":
+        raise LoadError(
+            f"{model_class.__name__} at {str(source)!r} reads {name!r}, not images. "
             "Give a vision encoder (of a two-tower model, its vision tower)."
         )
-    return model
 
 
 def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any]:
@@ -93,12 +82,18 @@ def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any
         ``image_size`` (pixels, may be absent), ``image_mean``, ``image_std`` (three floats each).
 
     Raises:
-        ValueError: if the processor makes images that are not square.
+        ValueError: if the processor makes images that are not square, or is there and cannot be read: with another
+            mean and std every number would be wrong.
     """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source), **hub_options)
-    except OSError:
-        return {}
+    except OSError as error:
+        if not isinstance(error.__context__, ValueError):  # JSON or UTF-8 that is damaged
+            return {}
+        raise LoadError(
+            f"The image processor of {str(source)!r} cannot be read: preprocessor_config.json is cut short or damaged. "
+            "Copy or download it again, or export the encoder again."
+        ) from error
     normalise = settings.get("do_normalize", True)
     found: dict[str, Any] = {
         "image_mean": list(settings.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalise else [0.0] * 3,

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import evaluate
+import torch
 
 from . import metrics
 
@@ -50,3 +51,29 @@ class Top1AccuracyMetric(evaluate.Metric):
             "top1": metrics.top1_accuracy(predictions, references),
             "mean_per_class": metrics.mean_per_class_accuracy(predictions, references),
         }
+
+
+class TopKAccuracyMetric(evaluate.Metric):
+    """``{"top1", "topk", "mean_per_class"}`` of each sample's k most probable classes, the first one first.
+
+    The key of the second is the number: ``top5`` for five classes per sample; with one it is left out. Ranked classes
+    instead of logits: k numbers per sample, however many classes there are.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        classes = datasets.List(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description="Share of samples whose class is the most probable one, and among the k most probable ones.",
+            citation="",
+            inputs_description="predictions: k class ids per sample, most probable first; references: one class id.",
+            features=datasets.Features({"predictions": classes, "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
+        ranked, labels = torch.as_tensor(predictions), torch.as_tensor(references)
+        first = ranked[:, 0]
+        result = {"top1": metrics.top1_accuracy(first, labels)}
+        if (k := ranked.shape[1]) > 1:
+            result[f"top{k}"] = (ranked == labels[:, None]).any(1).double().mean().item()
+        result["mean_per_class"] = metrics.mean_per_class_accuracy(first, labels)
+        return result

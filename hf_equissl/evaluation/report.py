@@ -12,15 +12,9 @@ from .results import ResultRecord, merge_records
 _TRANSFORMATIONS = "transformation_regression"
 
 
-def _column(record: ResultRecord) -> str:
-    if record.evaluator == _TRANSFORMATIONS:
-        return f"{record.task} {record.metric}"
-    return f"{record.evaluator} {record.metric}"
-
-
 def _cell(record: ResultRecord) -> str:
     percent = record.metric.startswith("top")
-    scale, digits = (100, 2) if percent else (1, 4)
+    scale, digits = (100, 2) if percent else (1, 2) if record.metric == "effective_rank" else (1, 4)
     text = f"{record.value * scale:.{digits}f}"
     return text if record.std is None else f"{text} +- {record.std * scale:.{digits}f}"
 
@@ -47,10 +41,10 @@ def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[st
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for record in merged:
         row = cells.setdefault((record.encoder, record.features), {})
-        column = _column(record) + _settings(record)
+        column = record.name + _settings(record)
         number = 2
         while column in row:
-            column, number = f"{_column(record)}{_settings(record)} ({number})", number + 1
+            column, number = f"{record.name}{_settings(record)} ({number})", number + 1
         if column not in columns:
             columns.append(column)
         row[column] = _cell(record)
@@ -79,7 +73,7 @@ def markdown_table(records: Sequence[ResultRecord]) -> str:
 
 def _note(record: ResultRecord) -> str:
     settings = ", ".join(f"{key} {_words(value)}" for key, value in record.protocol.items() if value is not None)
-    return f"- {_column(record)}: {record.dataset} ({record.split}), {len(record.seeds)} seed(s); {settings}."
+    return f"- {record.name}: {record.dataset} ({record.split}), {len(record.seeds)} seed(s); {settings}."
 
 
 def _words(value: Any) -> str:

@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hf_equissl.files import write_text
+from hf_equissl.versions import library_versions
 
 FORMAT_VERSION = 1
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a number may depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("hf-equissl", "torch", "transformers", "datasets", "numpy", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+# What records of hf_equissl.finetuning name as their evaluator.
+FINE_TUNING = "finetune"
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,15 @@ class ResultRecord:
         for name, entries in self.details.items():
             if len(entries) != len(self.seeds):
                 raise ValueError(f"details[{name!r}] has {len(entries)} entries for {len(self.seeds)} seeds.")
+
+    @property
+    def name(self) -> str:
+        """What was measured: "rotation r2", "linear top1", "finetune lora top1", "effective_rank"."""
+        if self.task == "representation":
+            return self.metric
+        if self.task != "classification":
+            return f"{self.task} {self.metric}"
+        return " ".join(filter(None, (self.evaluator, self.protocol.get("method"), self.metric)))
 
     @property
     def value(self) -> float:

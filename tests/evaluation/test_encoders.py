@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_equissl.evaluation import FrozenEncoder
 from hf_equissl.evaluation.images import base_image
+from hf_equissl.loading import LoadError
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 TINY = {
@@ -155,7 +156,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No encoder at"):
         FrozenEncoder(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
-    with pytest.raises(ValueError, match="No encoder at"):
+    with pytest.raises(ValueError, match=r"No encoder .*'no_such_type'"):
         FrozenEncoder(tmp_path)
     with pytest.raises(ValueError, match="image_size"):
         FrozenEncoder(nn.Flatten())
@@ -177,16 +178,26 @@ def test_weights_that_are_cut_short_are_named(tmp_path: Path) -> None:
     tiny("dinov2").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"weights at .* cannot be read .*cut short"):
+    with pytest.raises(ValueError, match=r"weights at .* cannot be read: .*cut short"):
         FrozenEncoder(tmp_path)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"weights at .* cannot be read .*missing"):
+    with pytest.raises(ValueError, match=r"weights at .* cannot be read: .*missing"):
         FrozenEncoder(tmp_path)
 
 
 def test_the_folder_of_a_run_points_at_its_encoder(tmp_path: Path) -> None:
     tiny("dinov2").save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"Did you mean '.*/encoder'\?"):
+        FrozenEncoder(tmp_path)
+
+
+def test_a_damaged_image_processor_is_not_taken_for_an_absent_one(tmp_path: Path) -> None:
+    tiny("dinov2").save_pretrained(tmp_path)
+    assert FrozenEncoder(tmp_path).image_mean == [0.485, 0.456, 0.406]
+    BitImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.write_text(settings.read_text()[:40])
+    with pytest.raises(LoadError, match=r"preprocessor_config\.json is cut short or damaged"):
         FrozenEncoder(tmp_path)
 
 

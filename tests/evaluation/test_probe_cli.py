@@ -85,6 +85,10 @@ def test_command_line_end_to_end_and_resume(folder: Path, tmp_path: Path) -> Non
     assert all(record.values[0] == kept[record.key].values[0] for record in later if record.key in kept)
     assert sum(record.key in kept for record in later) == len(kept)
 
+    # The table holds what the folder holds, not what the last command asked for.
+    cli.main(arguments(folder, tmp_path, "--evaluators", "knn"))
+    assert "rotation r2" in (tmp_path / "results.md").read_text()
+
 
 def test_overwrite_and_changed_weights_compute_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

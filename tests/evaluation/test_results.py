@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,17 +87,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_tables_and_logs() -> None:
     accuracy = {"evaluator": "knn", "task": "classification", "metric": "top1", "features": "cls", "details": {}}
+    rank = {"evaluator": "effective_rank", "task": "representation", "metric": "effective_rank", "details": {}}
     records = [
         record(),
         record(metric="r2_scalar", primary=False, details={}),
         record(task="crop", values=(0.2, 0.2), details={}),
         replace(record(), encoder="runs/b", encoder_digest="9"),
         record(**accuracy, values=(0.456,), seeds=(0,), protocol={"k": 20}),
+        record(**rank, values=(12.3456,), seeds=(0,)),
     ]
     plain, markdown = plain_table(records), markdown_table(records)
     for text in (plain, markdown):
         assert "0.6000 +- 0.1414" in text
         assert "45.60" in text
+        assert re.search(r"\b12\.35\b", text)
+        assert "effective_rank effective_rank" not in text
         assert "runs/b" in text
         assert "rotation r2 [zeros]" in text
         assert "r2_scalar" not in text  # one parameter: the same number
@@ -104,7 +109,7 @@ def test_tables_and_logs() -> None:
     assert "family RotationFamily(fill=zeros)" in markdown
     two = {"details": {"r2_tx": [0.1, 0.2], "r2_ty": [0.3, 0.4]}, "task": "translation"}
     assert "r2_scalar" in plain_table([record(**two), record(**{**two, "details": {}}, metric="r2_scalar")])
-    logs = as_logs(records[:3] + records[4:])
+    logs = as_logs(records[:3] + records[4:5])
     assert logs["eval_r2_rotation_backbone"] == pytest.approx(0.6)
     assert logs["eval_knn_top1_cls"] == pytest.approx(0.456)
     assert logs["eval_r2"] == pytest.approx(0.4)
