@@ -84,6 +84,7 @@ ARROWS = {
     "finetuning": {
         "checkpoints",
         "data",
+        "distributed",
         "evaluation",
         "figures",
         "files",
