@@ -179,12 +179,28 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
     )
 
 
+def check_random_weights(recipe: Recipe) -> None:
+    """Refuse an encoder to start from: its architecture would replace the recipe's, and weights change no time.
+
+    Raises:
+        RecipeError: the recipe names one.
+    """
+    if (encoder := recipe.model.get("init_from")) is not None:
+        raise RecipeError(
+            f"model.init_from: {encoder!r} is not loaded here. What a step costs follows from the architecture: leave "
+            "it out, and set that, e.g. --model.patch_size 14."
+        )
+
+
 def both_recipes(recipe: Recipe, base: Recipe | None = None) -> dict[str, Recipe]:
     """The two recipes to compare by side: ``recipe``, and ``base`` or else the same with lambda = 0.
 
     Raises:
-        RecipeError: the recipe has no equivariance objective with a weight above 0.
+        RecipeError: the recipe has no equivariance objective with a weight above 0, or one starts from an encoder.
     """
+    for one in (recipe, base):
+        if one is not None:
+            check_random_weights(one)
     if not any(entry.get("weight", 1.0) > 0 for entry in recipe.objectives.equivariance):
         raise RecipeError(
             f"{recipe.name} has no equivariance objective with a weight above 0, so there is nothing to compare. "

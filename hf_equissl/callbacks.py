@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import has_length
 
 from .schedules import TrainingProgress, last_layer_is_held, teacher_momentum, weight_decay
+from .throughput import NOTABLE_WAIT
 from .training_arguments import EquiSSLTrainingArguments
 
 if TYPE_CHECKING:
@@ -119,12 +120,12 @@ class EquiSSLProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss parts and the throughput behind the bar."""
+        """Show the loss parts and the throughput behind the bar, and the wait for data where it is worth a word."""
         if self.training_bar is None or not logs or "loss" not in logs:
             return
         shown = {key: f"{logs[key]:.3g}" for key in logs if key == "loss" or key.startswith("loss_")}
-        bar = self.training_bar.format_dict
-        if bar["elapsed"]:
-            done = bar["n"] - bar["initial"]
-            shown["img/s"] = f"{done * args.global_batch_size / bar['elapsed']:.1f}"
+        if "images_per_second" in logs:
+            shown["img/s"] = f"{logs['images_per_second']:.1f}"
+            if logs["data_wait"] > NOTABLE_WAIT:
+                shown["waits for data"] = f"{logs['data_wait']:.0%}"
         self.training_bar.set_postfix(shown)

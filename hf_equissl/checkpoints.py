@@ -1,33 +1,135 @@
-"""Where a run's checkpoints lie, which of them are complete, and how a Trainer writes them so."""
+"""Where a run's checkpoints lie, which of them are complete, and how a Trainer writes them so.
+
+A checkpoint is written into a staging folder, by all processes; then the main process writes ``checkpoint.json``, which
+lists every file with its size, and renames the folder. What has no such list, or not what it lists, is not complete.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
-from transformers.trainer_utils import rotate_checkpoints
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.utils import logging
 
-from .files import move_into_place
+from .distributed import first_message, is_main_process
+from .engines import Engine, running_engine
+from .files import move_into_place, readable_size, sync_to_disk
 from .loss_history import LossHistory, check_weights
+from .sharded_files import read_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
+logger = logging.get_logger(__name__)
 ARGUMENTS_FILE = "training_args.json"
+MANIFEST = "checkpoint.json"
 STAGING_FOLDER = ".saving"
+MODEL_SHARDS = "model_shards"  # what FSDP2 writes with SHARDED_STATE_DICT, in place of model.safetensors
 ENCODER_FOLDER = "encoder"  # where a finished run puts its encoder
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the same on every process. Says why, and what can be resumed."""
+
+
+class IncompleteCheckpointError(ValueError):
+    """A folder is not a complete checkpoint; the message names what is missing."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``checkpoint.json`` says.
+
+    Attributes:
+        engine: What wrapped the model.
+        world_size: Number of processes.
+        global_batch: Images per optimizer step: per device x processes x accumulation.
+        step: Optimizer steps that were taken.
+        format: "full" (every tensor whole, by name), "sharded" (by name, any number of processes reads it),
+            "deepspeed" (the stage's own files), or "weights" (``save_only_model``).
+        files: Path in the folder -> bytes.
+    """
+
+    engine: Engine
+    world_size: int
+    global_batch: int
+    step: int
+    format: str
+    files: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read the manifest of a complete checkpoint.
+
+        Raises:
+            IncompleteCheckpointError: it is not complete, or no checkpoint.
+        """
+        folder = Path(folder)
+        try:
+            plain = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = cls(**{**plain, "engine": Engine(plain["engine"])})
+        except FileNotFoundError as error:
+            raise IncompleteCheckpointError(
+                f"{folder} has no {MANIFEST}, which is written last: it is half-written, or not written by this version"
+            ) from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise IncompleteCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from error
+        for name, size in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise IncompleteCheckpointError(f"{path} is missing")
+            if path.stat().st_size != size:
+                raise IncompleteCheckpointError(f"{path} has {path.stat().st_size} bytes, and {size} were written")
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write ``checkpoint.json``, with every file that lies in ``folder`` now."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        staging = folder / f".{MANIFEST}"
+        staging.write_text(text, encoding="utf-8")
+        sync_to_disk(staging)
+        staging.rename(folder / MANIFEST)
 
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step below ``output_dir``, or ``None``."""
+    """The complete checkpoint with the highest step below ``output_dir``, or ``None``.
+
+    Warns of each that is newer and not complete.
+    """
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            Manifest.read(folder)
+        except IncompleteCheckpointError as error:
+            if is_main_process():
+                logger.warning_once(f"{folder.name} is not complete and is passed over: {error}.")
+        else:
+            return str(folder)
+    return None
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders ``checkpoint-N`` below ``output_dir`` by their steps, complete or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    complete = [path for path in folders if (path / "trainer_state.json").is_file()]
-    return str(max(complete, key=checkpoint_step)) if complete else None
+    return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(folder: str | Path) -> int:
@@ -35,24 +137,57 @@ def checkpoint_step(folder: str | Path) -> int:
     return int(Path(folder).name[11:])
 
 
+def read_checkpoint_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint of any engine, whole, on the CPU of this process alone.
+
+    Raises:
+        OSError: the weights are missing or damaged.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / MODEL_SHARDS).is_dir():
+            return read_whole(folder / MODEL_SHARDS)
+        return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+    except (SafetensorError, CheckpointException, UnpicklingError, ValueError, KeyError, RuntimeError) as error:
+        raise OSError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint with whole weights: one, or several of a large model."""
+    if not (folder / _INDEX).is_file():
+        return [folder / _WEIGHTS]
+    names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
 class WholeCheckpoints(_Trainer):
     """Stands before ``transformers.Trainer`` among a Trainer's parents. What differs from the latter:
 
-    - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete or does not exist;
+    - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete, or not written here;
     - losses and weights are looked at before: what is not finite stops the run and is not saved;
-    - which checkpoint is never deleted says ``best_checkpoint``.
+    - what cannot be written stops all processes together, and leaves the earlier checkpoints as they are;
+    - which checkpoint is never deleted says ``best_checkpoint``; what is not complete is neither counted nor deleted.
 
     Raises:
         NonFiniteLossError: when it saves.
+        CheckpointError: when it saves.
     """
 
     history: LossHistory
     _saving = False
+    _write_error: Exception | None = None
 
     @property
     def best_checkpoint(self) -> str | None:
         """The checkpoint that stays whatever comes after it; none unless a subclass names one."""
         return None
+
+    @property
+    def checkpoint_format(self) -> str:
+        """``Manifest.format`` of what is saved."""
+        if self.args.save_only_model:
+            return "weights"
+        return "deepspeed" if self.is_deepspeed_enabled else "full"
 
     def _last_checkpoint(self) -> str | None:
         return newest_checkpoint(str(self.args.output_dir))
@@ -61,22 +196,143 @@ class WholeCheckpoints(_Trainer):
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, STAGING_FOLDER) if self._saving else run_dir
 
+    def _save_more(self, folder: Path) -> None:
+        """Write what else belongs to a checkpoint into ``folder``. Called on every process, before the manifest."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The parent's. ``True`` goes on from the newest complete checkpoint.
+
+        Raises:
+            ValueError: there is none, or the one that is named is not complete.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to go on from.")
+        if resume_from_checkpoint:
+            Manifest.read(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- writing ----
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """While a checkpoint is saved, keep an error of writing until all processes are there to hear of it."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._saving:
+                raise
+            self._write_error = self._write_error or error
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.history.check(self._last_checkpoint)
         check_weights(model, self.state.global_step, self._last_checkpoint)
         run_dir = Path(self._get_output_dir(trial))
         staging, name = run_dir / STAGING_FOLDER, f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self._write_error = None
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            self._on_main(lambda: self._begin(staging / name))
+            self._stop_together(staging)
+            try:
+                super()._save_checkpoint(model, trial)
+                self._save_more(staging / name)
+                if self.args.local_process_index == 0:
+                    sync_to_disk(staging / name)
+            except (OSError, SafetensorError) as error:
+                self._write_error = self._write_error or error
+            self._stop_together(staging)
+            self._on_main(lambda: self._finish(staging / name, run_dir / name))
+            self._stop_together(staging)
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+
+    def _on_main(self, write: Callable[[], None]) -> None:
         if self.args.should_save:
-            move_into_place(staging / name, run_dir / name)
+            with self.writing():
+                write()
+
+    def _begin(self, folder: Path) -> None:
+        """Empty the staging folder, and do not begin what cannot end."""
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        last = self._last_checkpoint()
+        before = Manifest.read(last) if last else None
+        # Of the first one nobody knows better than the check before training.
+        needed = before.size if before is not None and before.format == self.checkpoint_format else 0
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(f"it needs about {readable_size(needed)}, {readable_size(needed - free)} more than there are")
+
+    def _finish(self, folder: Path, target: Path) -> None:
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        Manifest(
+            engine=running_engine(self.accelerator, self.model_wrapped),
+            world_size=self.args.world_size,
+            global_batch=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+            step=self.state.global_step,
+            format=self.checkpoint_format,
+            files=dict(sorted(files.items())),
+        ).write(folder)
+        _set_incomplete_aside(target)
+        move_into_place(folder, target)
+        self._delete_old(target.parent)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+    def _delete_old(self, run_dir: Path) -> None:
+        """Delete the oldest complete checkpoints beyond ``save_total_limit``, each in one step."""
+        limit = self.args.save_total_limit
+        complete = [folder for folder in list_checkpoints(run_dir) if (folder / MANIFEST).is_file()]
+        best = Path(self.best_checkpoint).name if self.best_checkpoint else None
+        spare = [folder for folder in complete[:-1] if folder.name != best]
+        for folder in spare[: max(0, len(complete) - limit) if limit and limit > 0 else 0]:
+            folder.rename(run_dir / STAGING_FOLDER / folder.name)
+
+    def _stop_together(self, staging: Path) -> None:
+        """Wait for all processes; if one could not write, raise its error on all of them, and tidy up."""
+        message = first_message(None if self._write_error is None else _reason(self._write_error, staging.parent))
+        if message is None:
+            return
+        error, self._write_error = self._write_error, None
+        if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.best_checkpoint)
-        self.accelerator.wait_for_everyone()
+        self._saving = False
+        last = self._last_checkpoint()
+        keep = f"The last complete checkpoint is {last}." if last else "There is no earlier checkpoint."
+        raise CheckpointError(
+            f"The checkpoint of step {self.state.global_step} cannot be written in {staging.parent}: {message}. {keep} "
+            "Make room (or mend what else is wrong) and start the same command again: it goes on from there."
+        ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self.writing():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self.writing():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self.writing():
+            super()._save_rng_state(output_dir)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """In words, with the room that there is; of torch's own, which has a stack behind it, the first line."""
+    said = error.strerror if isinstance(error, OSError) else None
+    said = said or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"{said} ({readable_size(shutil.disk_usage(folder).free)} are free)"
+
+
+def _set_incomplete_aside(folder: Path) -> None:
+    """Keep what lies where a checkpoint goes and is not complete: nobody knows whose it is."""
+    try:
+        if folder.exists():
+            Manifest.read(folder)
+    except IncompleteCheckpointError as error:
+        number = 1
+        while (aside := folder.with_name(f"incomplete-{folder.name}-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        logger.warning(f"{folder.name} was not complete ({error}). It is kept as {aside.name}.")

@@ -10,22 +10,30 @@ back only the local share, without the sum, would make the term W times too weak
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "SharedFlag",
     "all_reduce_sum",
+    "first_message",
     "gather",
+    "gather_objects",
+    "is_gathered",
     "is_main_process",
     "leave",
     "local_shard",
+    "lost_a_process",
     "on_any_process",
     "rank",
     "reduce_mean",
+    "speaks_for_all",
     "world_size",
 ]
 
@@ -64,6 +72,11 @@ def local_shard(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return getattr(tensor, "ds_tensor", tensor)
+
+
+def is_gathered(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds a whole copy of ``parameter`` beside its shard at the moment."""
+    return getattr(getattr(parameter, "ds_status", None), "name", None) == "AVAILABLE"
 
 
 def gather(x: Tensor) -> Tensor:
@@ -118,6 +131,86 @@ def on_any_process(flag: Tensor) -> bool:
     value = flag.detach().float()
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+def first_message(message: str | None) -> str | None:
+    """The message of the lowest rank that has one, on all processes; ``None`` if none has. All have to call it."""
+    return next((text for text in gather_objects(message) if text is not None), None)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each process gave, by rank, on all of them. For small things: they are pickled. All have to call it."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether ``error`` is what torch.distributed says when another process has ended or cannot be reached."""
+    text = str(error)
+    spoken_by_backend = isinstance(error, dist.DistError) or "/gloo/" in text or "ProcessGroup" in text
+    return isinstance(error, RuntimeError) and world_size() > 1 and spoken_by_backend
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the first that asked, and says for all what stopped them.
+
+    True, too, where nobody can be asked: with one process, or without the one that keeps the rendezvous store.
+    """
+    if world_size() == 1:
+        return True
+    own = str(rank())
+    try:
+        store = _get_default_store()
+        return bool(store.compare_set("hf_equissl/speaker", "", own).decode() == own)
+    except RuntimeError:
+        return True
+
+
+class SharedFlag:
+    """A flag that any process may raise, and that all of them see raised at the same step.
+
+    The flags of a step are exchanged between hosts, over gloo, while the next one computes: no device is waited for,
+    and hosts wait only for the others to have come one step less far. All processes have to make the same calls.
+
+    Args:
+        timeout: Seconds after which a process that does not answer is an error.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        several = world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def in_step(self, raised: bool) -> bool:
+        """Once per step: whether a process had raised it in the step before; with one process, whether it has."""
+        if self._group is None:
+            return raised
+        earlier = self._wait()
+        self._send(raised)
+        return earlier
+
+    def now(self, raised: bool) -> bool:
+        """Whether a process has raised it by now. Waits for the other hosts."""
+        if self._group is None:
+            return raised
+        earlier = self._wait()
+        self._send(raised)
+        return self._wait() or earlier
+
+    def _send(self, raised: bool) -> None:
+        value = torch.tensor([float(raised)])
+        self._pending = dist.all_reduce(value, group=self._group, async_op=True), value
+
+    def _wait(self) -> bool:
+        if self._pending is None:
+            return False
+        work, value = self._pending
+        self._pending = None
+        work.wait()
+        return bool(value)
 
 
 class _Gather(torch.autograd.Function):

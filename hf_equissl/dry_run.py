@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,10 +13,10 @@ from .launch import Run
 from .objectives import Objective
 from .optimization import parameter_rules
 from .optimizer_table import optimizer_rows
-from .output_folder import GIB
 from .planning import Cost, batch_of, without_weights
+from .planning.cluster import Cluster, Planner, Speed, is_fused, launched_engine
+from .planning.report import memory_lines, parameter_rows, table, traffic_lines
 from .run_plan import milestones
-from .strict import RecipeError
 from .views.base import Views
 from .views.pipelines import ViewPipeline
 
@@ -26,34 +25,6 @@ PICTURE_ROWS = 6
 SMALLEST_CELL = 96  # pixels; smaller views are enlarged by whole factors so that people see something
 HEADING = 14
 GAP = 2
-A100_TFLOPS = 312.0
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a device is assumed to do.
-
-    Attributes:
-        utilisation: Share of the peak that a model's own operations reach (model-FLOPs utilisation), in (0, 1].
-        device_tflops: Peak of one device, in 10^12 operations per second; the default is an A100's in bf16.
-
-    Raises:
-        RecipeError: for a number out of its range.
-    """
-
-    utilisation: float = 0.4
-    device_tflops: float = A100_TFLOPS
-
-    def __post_init__(self) -> None:
-        if not 0 < self.utilisation <= 1:
-            raise RecipeError(f"--utilisation {self.utilisation:g}: expected a share above 0, at most 1.")
-        if not 0 < self.device_tflops < float("inf"):
-            raise RecipeError(f"--device_tflops {self.device_tflops:g}: expected a number above 0.")
-
-    def describe(self) -> str:
-        """In words."""
-        device = " (A100, bf16)" if self.device_tflops == A100_TFLOPS else ""
-        return f"at {100 * self.utilisation:g} % of {self.device_tflops:g} TFLOP/s per device{device}"
 
 
 def dry_run_report(run: Run, speed: Speed | None = None) -> str:
@@ -66,10 +37,10 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
         "Schedules": _schedule_lines(run, model.invariance),
         "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
         "Encoder": [*_encoder_lines(run), *run.notes],
-        "Optimizer": _table(optimizer_rows(parameter_rules(model, run.args)), left=4),
+        "Optimizer": table(optimizer_rows(parameter_rules(model, run.args)), left=4),
         "Parameters and compute": _cost_lines(cost),
         "Time (estimate)": _time_lines(run, cost, speed or Speed()),
-        "Memory of one device (estimate)": _memory_lines(run, cost),
+        **_engine_sections(run, cost, speed or Speed()),
         "Logged loss parts": [", ".join(cost.logs)],
         "Data": _data_lines(run),
     }
@@ -136,7 +107,7 @@ def _schedule_lines(run: Run, objective: Objective) -> list[str]:
         return ["follow from the number of steps, which is not known"]
     values = [tuple(vars(row).values())[1:] for row in rows]
     known = [index for index in range(len(titles)) if any(value[index] is not None for value in values)]
-    lines = _table(
+    lines = table(
         [
             ("", *(titles[index] for index in known)),
             *((row.name, *(f"{value[index]:.6g}" for index in known)) for row, value in zip(rows, values, strict=True)),
@@ -185,13 +156,8 @@ def _encoder_lines(run: Run) -> list[str]:
 
 
 def _cost_lines(cost: Cost) -> list[str]:
-    rows = [("", "parameters", "trained", "GFLOP/image", "share")]
-    for part in cost.parts:
-        share = f"{part.flops / cost.flops:.1%}" if cost.flops else ""
-        rows.append((part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.flops / 1e9:.3f}", share))
-    rows.append(("together", f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.flops / 1e9:.3f}", ""))
     teacher = "; of the teacher the forward pass" if any(part.kind == "teacher" for part in cost.parts) else ""
-    return [*_table(rows), f"forward and backward over all crops{teacher}"]
+    return [*table(parameter_rows(cost)), f"forward and backward over all crops{teacher}"]
 
 
 def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
@@ -210,19 +176,21 @@ def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
     return lines
 
 
-def _memory_lines(run: Run, cost: Cost) -> list[str]:
-    memory = cost.memory(distributed=run.plan.processes > 1)
-    rows = [(name, _size(value)) for name, value in memory.items()]
-    rows.append(("together", _size(sum(memory.values()))))
+def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]:
+    """Memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
+    name = launched_engine(run.args, run.plan.processes)
+    cluster = Cluster(gpus=run.plan.processes, gpus_per_node=min(8, run.plan.processes))
+    planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))
+    plan = planner.plan(name, search=False)
     precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
-    lines = [*_table(rows), f"activations: what the backward pass keeps, {precision}, {run.plan.per_device} images"]
-    if cost.teacher_bytes:
-        lines.append(f"the teacher's encoder takes {_size(cost.teacher_bytes)} while it runs, before the student")
+    memory = memory_lines(plan, precision)
     if run.args.activation_checkpointing:
-        lines.append("activation checkpointing: one block's activations come on top while it is computed again")
-    if run.args.fsdp or run.args.deepspeed:
-        lines.append("sharding is not taken into account")
-    return lines
+        memory.append("activation checkpointing: blocks are computed again in the backward pass")
+    memory.append("other engines, and the largest batch that fits: training/plan.py")
+    sections = {"Memory of one device (estimate)": memory}
+    if run.plan.processes > 1:
+        sections["Sent by one device in a step (estimate)"] = traffic_lines(plan, cluster)
+    return sections
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -233,19 +201,3 @@ def _data_lines(run: Run) -> list[str]:
     if run.unreadable:
         lines.append(f"not readable and replaced: {', '.join(run.unreadable)}")
     return lines
-
-
-def _table(rows: Iterable[tuple[str, ...]], left: int = 0) -> list[str]:
-    """Aligned columns; column ``left`` is flush left, the others flush right."""
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            text.ljust(width) if column == left else text.rjust(width) for column, (text, width) in cells
-        ).rstrip()
-        for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
-    ]
-
-
-def _size(number: int) -> str:
-    return f"{number / GIB:.3f} GiB" if number >= GIB / 10 else f"{number / 1024**2:.2f} MiB"

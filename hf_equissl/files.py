@@ -14,6 +14,7 @@ def move_into_place(source: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     source.rename(target)
+    _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -23,3 +24,30 @@ def write_text(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(text)
     os.replace(staging, path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or all files and folders below a folder, would survive a loss of power."""
+    for entry in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
+        _sync(entry)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system can do it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def readable_size(count: float) -> str:
+    """Bytes for people, e.g. "61.2 MiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

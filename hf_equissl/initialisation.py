@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
 from .hub.convert import convert_encoder, read_normalisation
+from .hub.pretraining_state import load_pretraining_state
 from .hub.upstream import is_upstream_file
 from .loading import explain_load_errors
 from .modeling import EquiSSLConfig, EquiSSLModel
@@ -212,7 +213,7 @@ def _is_pretraining_state(source: str, options: dict[str, Any]) -> bool:
 
 def _read_pretraining_state(source: str, options: dict[str, Any]) -> InitialWeights:
     with explain_load_errors(source, "pretraining state", **options):
-        state = EquiSSLForPreTraining.from_pretrained(source, dtype=torch.float32, **options)
+        state = load_pretraining_state(source, dtype=torch.float32, **options)
     objectives = {name: objective for name, _, objective in _objectives(state)}
     recipe = _find_recipe(source, options)
     views = None if recipe is None else Recipe.load(recipe).views

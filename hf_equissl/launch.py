@@ -7,6 +7,7 @@ tensors. ``pretrain`` trains and exports.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,28 +19,26 @@ from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from PIL import Image
 from torch.utils.data import IterableDataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
 from .checkpoints import ENCODER_FOLDER
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
+from .faults import explained
 from .hub import save_encoder
+from .hub.pretraining_state import load_pretraining_state
 from .hub.publishable import PublishError
 from .initialisation import InitialWeights
 from .online_monitor import OnlineMonitor
-from .optimization import is_last_layer
-from .output_folder import (
-    check_disk_space,
-    check_output_folder,
-    disk_need,
-    find_start,
-    trained_steps,
-)
+from .output_folder import check_disk_space, check_output_folder, check_shared_folder, disk_need, trained_steps
 from .planning import Cost, checkpoint_bytes, measure, without_weights
+from .preemption import PreemptionCallback
 from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from .recipes import Recipe
+from .resuming import Launch, describe_resume, find_start
+from .run_checks import check_batches, check_last_layer, check_length, check_schedules, check_steps
 from .run_plan import Schedule, schedule
-from .schedules import TrainingProgress, last_layer_is_held
+from .signals import Signals, remove_marker
 from .strict import RecipeError, nearest
 from .trainer import EquiSSLTrainer
 from .training_arguments import EquiSSLTrainingArguments
@@ -105,14 +104,14 @@ class Run:
         count = round(drawn.sum() / TYPICAL_IMAGES * self.first.batch_size)
         return replace(self.first, mask_indices=torch.zeros(count, dtype=torch.int64))
 
-    def cost(self) -> Cost:
-        """Run one step on fake tensors.
+    def cost(self, batch: int | None = None) -> Cost:
+        """Run one step on fake tensors, of ``batch`` images per device in place of those of ``args``.
 
         Raises:
             RecipeError: what the model says of shapes that do not fit.
         """
         try:
-            return measure(self.config, self.typical, self.args)
+            return measure(self.config, self.typical, self.args, batch, self.plan.processes)
         except ValueError as error:
             raise RecipeError(f"The first step would fail: {error}") from error
 
@@ -137,9 +136,17 @@ def prepare(
         raise RecipeError("--output_dir is empty. Name a folder.")
     if processes is not None and processes < 1:
         raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
+    if output_dir is not None and not dry:
+        remove_marker(output_dir)
     args = recipe.build_training_arguments(output_dir or "output")
-    _check_length(args)
-    recipe, checkpoint, initial = find_start(recipe, output_dir, resume)
+    check_length(args)
+    if output_dir is not None and not dry:
+        check_shared_folder(output_dir)
+    if processes is None:
+        launched = not dry or "WORLD_SIZE" in os.environ
+        processes = args.world_size if launched else recipe.num_processes or 1
+    launch = Launch.of(args, processes, dry)
+    recipe, checkpoint, initial = find_start(recipe, output_dir, resume, launch)
     config = recipe.build_pretraining_config()
     try:
         _, model = without_weights(config)
@@ -154,24 +161,23 @@ def prepare(
         raise RecipeError(
             f"model.hidden_act: there is no {name!r}.{hint} Valid: {', '.join(sorted(ACT2FN))}."
         ) from error
-    _check_last_layer(args, model)
+    check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
-    notes = () if initial is None else tuple(initial.describe(model, recipe))
+    notes = describe_resume(checkpoint, launch) + (() if initial is None else tuple(initial.describe(model, recipe)))
     if output_dir is not None:
         check_output_folder(output_dir)
-    if processes is None:
-        launched = not dry or "WORLD_SIZE" in os.environ
-        processes = args.world_size if launched else recipe.num_processes or 1
     if dry and not recipe.data.get("source"):
         plan = schedule(args, processes, recipe.expected_images)
+        check_batches(args, model, plan)
         if args.epoch_steps or plan.steps_per_epoch:
-            _check_schedules(args, model, plan)
+            check_schedules(args, model, plan)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
-    _check_schedules(args, model, plan)
+    check_batches(args, model, plan)
+    check_schedules(args, model, plan)
     if checkpoint is not None and plan.steps is not None and (done := trained_steps(checkpoint)) > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
@@ -187,29 +193,37 @@ def prepare(
     return run
 
 
-def pretrain(run: Run) -> Path:
+def pretrain(run: Run, signals: Signals | None = None) -> Path:
     """Train, export the encoder, publish it if asked. A finished run does not train: that would be one step more.
+
+    Args:
+        run: As ``prepare`` made it.
+        signals: Entered already, where signals shall be caught before training, too.
 
     Returns:
         The encoder's folder, which ``AutoModel.from_pretrained`` loads.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 stopped the run. A checkpoint is written, the encoder is not.
+        RuntimeError: one of ``faults.STOPS``, whose message says what is left of the run.
     """
     output = Path(str(run.args.output_dir))
+    with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+        return _pretrain(run, caught, output)
+
+
+def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     if run.dataset is None:
         raise RecipeError("data.source: no data set is named. Give one with --data.")
     if run.checkpoint is not None and run.finished:
         return _export_checkpoint(run, run.checkpoint, output)
-    set_seed(run.args.seed)
-    model = EquiSSLForPreTraining(run.config)
-    if run.initial is not None:
-        run.initial.load(model)
-        run.initial = None
-    trainer = _build_trainer(run, model)
-    if run.monitor is not None:
-        run.monitor.log = trainer.log
-        trainer.add_callback(run.monitor)
+    preemption = PreemptionCallback(signals)
+    model, trainer = build_training(run, preemption)
     if is_main_process():
         run.recipe.save(output)
     trainer.train(resume_from_checkpoint=run.checkpoint)
+    if preemption.stopped:
+        preemption.stop(trainer.state, output)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     folder = output / ENCODER_FOLDER
     if is_main_process():
@@ -219,6 +233,24 @@ def pretrain(run: Run) -> Path:
     if run.args.push_to_hub:
         _publish(trainer, folder)
     return folder
+
+
+def build_training(run: Run, *callbacks: TrainerCallback) -> tuple[EquiSSLForPreTraining, EquiSSLTrainer]:
+    """The run's model, random or as it starts, and the Trainer that trains it, with ``callbacks``.
+
+    Raises:
+        RecipeError: the Trainer refuses what it cannot do.
+    """
+    set_seed(run.args.seed)
+    model = EquiSSLForPreTraining(run.config)
+    if run.initial is not None:
+        run.initial.load(model)
+        run.initial = None
+    trainer = _build_trainer(run, model, *callbacks)
+    if run.monitor is not None:
+        run.monitor.log = trainer.log
+        trainer.add_callback(run.monitor)
+    return model, trainer
 
 
 def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
@@ -235,12 +267,19 @@ def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
         ) from error
 
 
-def _build_trainer(run: Run, model: EquiSSLForPreTraining) -> EquiSSLTrainer:
+def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCallback) -> EquiSSLTrainer:
     """The run's Trainer, which refuses what it cannot do; with ``push_to_hub`` also a Hub that it cannot write to."""
     dataset = cast(ViewDataset, run.dataset)
     skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
     try:
-        return EquiSSLTrainer(model, run.args, run.pipeline, train_dataset=dataset, skipped_images=skipped)
+        return EquiSSLTrainer(
+            model,
+            run.args,
+            run.pipeline,
+            train_dataset=dataset,
+            skipped_images=skipped,
+            callbacks=list(callbacks),  # before those that publish
+        )
     except (ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
             raise
@@ -252,7 +291,7 @@ def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
     folder = output / ENCODER_FOLDER
     if is_main_process() or run.args.push_to_hub:
         try:
-            model = EquiSSLForPreTraining.from_pretrained(checkpoint)
+            model = load_pretraining_state(checkpoint)
         except OSError as error:
             raise RecipeError(
                 f"{checkpoint}: the run is finished, but its weights cannot be read for the export ({error})."
@@ -264,55 +303,6 @@ def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
     if run.args.push_to_hub:
         _publish(_build_trainer(run, model), folder)
     return folder
-
-
-def _check_length(args: EquiSSLTrainingArguments) -> None:
-    """Refuse a run of no steps, which the Trainer would end with a division by zero or export untrained."""
-    if args.max_steps == 0:
-        raise RecipeError("training.max_steps: expected 1 or more, or -1 to count epochs instead, got 0.")
-    if args.max_steps < 0 and args.num_train_epochs <= 0:
-        raise RecipeError(
-            f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
-            "--training.num_train_epochs N or --training.max_steps N."
-        )
-
-
-def _check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
-    """Refuse what the Trainer would: schedules in epochs of unknown length."""
-    progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
-    try:
-        model.begin_step(progress)
-        last_layer_is_held(args, progress)
-    except ValueError as error:
-        raise RecipeError(f"training: {error}") from error
-
-
-def _check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
-    """Refuse to hold a last layer that is not there."""
-    if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
-        raise RecipeError(
-            f"training.freeze_last_layer_epochs: {args.freeze_last_layer_epochs:g}, and this model has no prototypes "
-            "to hold. Set it to 0."
-        )
-
-
-def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:
-    """Refuse runs that have no step to take.
-
-    Raises:
-        RecipeError: a stream without ``max_steps``, or fewer images than one batch.
-    """
-    if num_images is None:
-        if args.max_steps <= 0:
-            raise RecipeError("training.max_steps: a stream has no length. Say how long: --training.max_steps N.")
-        return
-    batch = args.per_device_train_batch_size * processes
-    if num_images == 0 or (args.dataloader_drop_last and num_images < batch):
-        raise RecipeError(
-            f"data: {num_images} images are fewer than one batch of {args.per_device_train_batch_size} x "
-            f"{processes} = {batch}. Use more images, a smaller --training.per_device_train_batch_size"
-            f"{', or fewer processes (in a dry run: --num_processes 1)' if processes > 1 else ''}."
-        )
 
 
 def build_dataset(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributed import local_shard, on_any_process, reduce_mean
+from .distributed import gather_objects, local_shard, on_any_process, rank, reduce_mean, world_size
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became infinite or not a number. Says at which step, in which part, and what can be resumed."""
+    """A loss became infinite or not a number; the same on every process.
+
+    Says at which step, on which process, in which part, and what can be resumed.
+    """
 
 
 class LossHistory:
@@ -37,19 +41,20 @@ class LossHistory:
         bad_here = ~torch.stack([record["loss"] for record in self._records]).isfinite().all()
         if not on_any_process(bad_here):
             return
+        found = [bad for bad in gather_objects(self._first_bad()) if bad is not None]
+        first = min(bad["step"] for bad in found)
+        # Terms over the batch of all processes break on all of them; the others only where it began.
+        most = max(len(bad["parts"]) for bad in found if bad["step"] == first)
+        origin = [bad for bad in found if bad["step"] == first and len(bad["parts"]) == most]
+        raise NonFiniteLossError(_message(first, origin, last_checkpoint()))
+
+    def _first_bad(self) -> dict[str, Any] | None:
+        """The earliest loss of this process that is not finite: ``step``, ``rank`` and ``parts`` by name."""
         for step, record in zip(self._steps, self._records, strict=True):
             bad = {key: float(value) for key, value in record.items() if not math.isfinite(float(value))}
-            if "loss" in bad:
-                raise NonFiniteLossError(self._message(step, bad, last_checkpoint()))
-        raise NonFiniteLossError(
-            f"The loss is not finite on another process, between steps {self._steps[0]} and {self._steps[-1]}. "
-            f"{_remedy(last_checkpoint())}"
-        )
-
-    @staticmethod
-    def _message(step: int, bad: dict[str, float], checkpoint: str | None) -> str:
-        parts = ", ".join(f"{key} = {value}" for key, value in bad.items() if key != "loss") or "the sum only"
-        return f"The loss is not finite at step {step}: {parts}. {_remedy(checkpoint)}"
+            if bad.pop("loss", None) is not None:
+                return {"step": step, "rank": rank(), "parts": bad}
+        return None
 
     def drain(self, last_checkpoint: Callable[[], str | None]) -> dict[str, float]:
         """Check, then return the mean of every part over steps and ranks, and forget them."""
@@ -72,8 +77,17 @@ def check_weights(model: nn.Module, step: int, last_checkpoint: Callable[[], str
     local = {name: local_shard(parameter) for name, parameter in model.named_parameters()}
     if not on_any_process(~torch.stack([value.isfinite().all() for value in local.values()]).all()):
         return
-    bad = next((name for name, value in local.items() if not bool(value.isfinite().all())), "(on another process)")
+    here = next((name for name, value in local.items() if not bool(value.isfinite().all())), None)
+    bad = next(name for name in gather_objects(here) if name is not None)
     raise NonFiniteLossError(f"The weight {bad} is not finite after step {step}. {_remedy(last_checkpoint())}")
+
+
+def _message(step: int, bad: list[dict[str, Any]], checkpoint: str | None) -> str:
+    where = ""
+    if len(bad) < world_size():
+        where = f" on process {', '.join(str(entry['rank']) for entry in bad)} of {world_size()} (0 is the first)"
+    parts = ", ".join(f"{key} = {value}" for key, value in bad[0]["parts"].items()) or "the sum only"
+    return f"The loss is not finite at step {step}{where}: {parts}. {_remedy(checkpoint)}"
 
 
 def _remedy(checkpoint: str | None) -> str:

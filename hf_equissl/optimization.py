@@ -159,16 +159,26 @@ def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: flo
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters:
         if parameter.grad is not None:
-            parts.setdefault(tensor_of(name) if rule == "parameter" else module_of(name), []).append(parameter.grad)
+            parts.setdefault(part_of(name, rule), []).append(parameter.grad)
     if not parts:
         return torch.zeros(())
     gradients = [gradient for part in parts.values() for gradient in part]
     squares = _squared_norms(gradients)
     sums = torch.stack([part.sum() for part in squares.split([len(part) for part in parts.values()])])
-    coefficients = (max_norm / (sums.sqrt() + CLIP_EPSILON)).clamp(max=1.0)
+    coefficients = clipping_coefficients(sums, max_norm)
     for part, coefficient in zip(parts.values(), coefficients.unbind(), strict=True):
         torch._foreach_mul_([local_shard(gradient) for gradient in part], coefficient)
     return sums.sum().sqrt()
+
+
+def clipping_coefficients(squares: Tensor, max_norm: float) -> Tensor:
+    """What gradients are multiplied by, at most 1, for parts with these squared norms."""
+    return (max_norm / (squares.sqrt() + CLIP_EPSILON)).clamp(max=1.0)
+
+
+def part_of(name: str, rule: str) -> str:
+    """The part that a parameter is clipped with under ``rule``, "parameter" or "module"."""
+    return tensor_of(name) if rule == "parameter" else module_of(name)
 
 
 def tensor_of(name: str) -> str:
@@ -189,15 +199,17 @@ def module_of(name: str) -> str:
 def _squared_norms(gradients: list[Tensor]) -> Tensor:
     """Squared norm of each gradient, (n,), fp32; over all shards, in one exchange per kind of sharding."""
     norms = torch._foreach_norm([local_shard(gradient) for gradient in gradients], 2, dtype=torch.float32)
-    squares = torch.stack(norms).square()
-    sharded: dict[Any, list[int]] = {}
+    kinds: dict[Any, list[int]] = {}
     for index, gradient in enumerate(gradients):
-        if isinstance(gradient, DTensor):
-            sharded.setdefault((gradient.device_mesh, gradient.placements), []).append(index)
-    for (mesh, placements), indices in sharded.items():
-        whole = squares[indices]
-        for dimension, placement in enumerate(placements):
+        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        kinds.setdefault(kind, []).append(index)
+    squares = list(norms)
+    for kind, indices in kinds.items():
+        # Put together and taken apart one by one: an index would have to be copied to the device, and waited for.
+        whole = torch.stack([norms[index] for index in indices]).square()
+        for dimension, placement in enumerate(kind[1] if kind else ()):
             if placement.is_shard():
-                dist.all_reduce(whole, group=mesh.get_group(dimension))
-        squares[indices] = whole
-    return squares
+                dist.all_reduce(whole, group=kind[0].get_group(dimension))
+        for index, square in zip(indices, whole.unbind(), strict=True):
+            squares[index] = square
+    return torch.stack(squares)

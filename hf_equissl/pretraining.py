@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .distributed import gather, local_shard
+from .distributed import gather, is_gathered, local_shard
 from .modeling import EquiSSLConfig, EquiSSLModel
 from .monitors import effective_rank, feature_std
 from .needs import Needs
@@ -153,6 +153,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
                 "Set model.use_mask_token: true."
             )
 
+    def check_batch(self, images: int, processes: int) -> None:
+        """Raise ``ValueError`` if an objective cannot use batches of ``images`` on each of so many processes."""
+        for objective in self._objectives():
+            objective.check_batch(images, processes)
+
     def freeze_unused(self) -> None:
         """Freeze what no gradient trains. ``from_pretrained`` forgets this: the Trainer calls it again."""
         if not self.needs.masks and self.student.embeddings.mask_token is not None:
@@ -188,8 +193,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         leading: list[Tensor] = []
         following: list[Tensor] = []
         for leader, follower in self.ema_pairs():
-            pairs = zip(_tensors_of(leader), _tensors_of(follower), strict=True)
-            for source, target in pairs:
+            for source, target in _pairs_of(leader, follower):
                 if target.is_floating_point():
                     leading.append(source)
                     following.append(target)
@@ -310,5 +314,10 @@ class EquiSSLForPreTraining(PreTrainedModel):
         return encoder.eval()
 
 
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    return [local_shard(tensor) for tensor in (*module.parameters(), *module.buffers())]
+def _pairs_of(leader: nn.Module, follower: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters and buffers of both, as far as this process holds them."""
+    tensors = ((*module.parameters(), *module.buffers()) for module in (leader, follower))
+    for source, target in zip(*tensors, strict=True):
+        yield local_shard(source), local_shard(target)
+        if is_gathered(target):  # ZeRO-3 keeps small ones gathered beside their shards, and reads those
+            yield source.data, target.data

@@ -83,8 +83,9 @@ class PublishCallback(TrainerCallback):
         self._left = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish the checkpoint that was written."""
-        if not state.is_world_process_zero:
+        """Publish the checkpoint that was written, unless the run was asked to stop: an upload takes its time."""
+        stopped = control.should_training_stop and state.global_step < state.max_steps
+        if stopped or not state.is_world_process_zero:
             return
         self._left = self._running is not None and not self._running.done()
         if self._left:

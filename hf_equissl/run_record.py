@@ -49,6 +49,7 @@ class RunRecord:
         steps: Optimizer steps taken.
         seconds: Wall time of training, without what an interruption lost.
         finished: End of the last step, or ``None``: still running, or stopped on the way.
+        preempted: When a signal stopped it, or ``None``: it goes on, or ended in another way.
     """
 
     command: str
@@ -67,6 +68,7 @@ class RunRecord:
     steps: int = 0
     seconds: float = 0.0
     finished: str | None = None
+    preempted: str | None = None
 
     @property
     def global_batch(self) -> int:
@@ -161,8 +163,8 @@ class RunRecordCallback(TrainerCallback):
     def on_train_end(  # type: ignore[override]
         self, args: EquiSSLTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the end."""
-        self._write(args, state, finished=_now())
+        """Note the end, if it is one and not a stop on the way."""
+        self._write(args, state, finished=_now() if state.global_step >= state.max_steps else None)
 
     def _write(self, args: EquiSSLTrainingArguments, state: TrainerState, finished: str | None = None) -> None:
         if not state.is_world_process_zero:
@@ -193,6 +195,15 @@ def new_record(args: EquiSSLTrainingArguments, pipeline: ViewPipeline, source: I
         versions=library_versions(("accelerate",)),
         started=_now(),
     )
+
+
+def note_preemption(folder: str | Path) -> None:
+    """Say in ``run.json`` that a signal stopped the run now."""
+    try:
+        record = RunRecord.load(folder)
+    except (OSError, ValueError):
+        return  # stopped before it was written
+    replace(record, preempted=_now()).save(folder)
 
 
 def _now() -> str:

@@ -58,10 +58,16 @@ class Stopwatch:
         return {"wall": wall - first[1], "cpu": cpu - first[2], "parts": parts, "cpu_parts": cpu_parts}
 
 
-def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Results of each task, ``repeats`` times, in turns whose order alternates; a first round is thrown away."""
+def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int, rehearse: bool = True) -> dict[str, list[Any]]:
+    """Results of each task, ``repeats`` times, in turns whose order alternates.
+
+    Args:
+        tasks: By name.
+        repeats: Results of each.
+        rehearse: Throw a first round away. Without: for tasks that warm up by themselves.
+    """
     results: dict[str, list[Any]] = {name: [] for name in tasks}
-    for number in range(repeats + 1):
+    for number in range(0 if rehearse else 1, repeats + 1):
         for name in list(tasks) if number % 2 else reversed(tasks):
             outcome = tasks[name]()
             if number:

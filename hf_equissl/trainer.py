@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import HubStrategy
@@ -15,21 +17,27 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .callbacks import EquiSSLProgressCallback, ScheduleCallback
-from .checkpoints import ARGUMENTS_FILE, WholeCheckpoints, checkpoint_step
+from .checkpoints import ARGUMENTS_FILE, checkpoint_step
+from .compilation import compile_layers
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
+from .data_feed import DataFeed
+from .distributed import gather_objects
+from .engines import Engine, asked_engine, check_same, fp32_sharding, granted_engine, running_engine
 from .loss_history import LossHistory
 from .optimization import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
+from .portable_states import PortableStates
 from .pretraining import EquiSSLForPreTraining
 from .run_record import RunRecordCallback, new_record
 from .schedules import TrainingProgress, last_layer_is_held
 from .training_arguments import EquiSSLTrainingArguments
 from .views.collator import ViewCollator
 from .views.pipelines import ViewPipeline
+from .zero import adapt_config, clip_by_parts, restricted_loading
 
 logger = logging.get_logger(__name__)
 
 
-class EquiSSLTrainer(WholeCheckpoints, Trainer):
+class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     """``transformers.Trainer`` for ``EquiSSLForPreTraining``. What differs from the parent:
 
     - the collated batch (uint8 crops and random draws) becomes ``Views`` on the training device (``pipeline``);
@@ -39,7 +47,8 @@ class EquiSSLTrainer(WholeCheckpoints, Trainer):
       learning rates;
     - temperatures, weight decay and the teacher follow their schedules (``ScheduleCallback``);
     - gradients are clipped together, per tensor or per module (``grad_clipping``);
-    - a folder ``checkpoint-N`` is complete or does not exist (``WholeCheckpoints``);
+    - checkpoints are complete-marked, and go on under another engine or number of processes (``PortableStates``);
+    - a stream goes on where a checkpoint left it, and waiting for data shows in the log (``DataFeed``);
     - ``run.json`` beside the checkpoints says what the run was (``RunRecord``);
     - ``push_to_hub`` publishes what ``hf_equissl.hub.build_repository`` makes of the run, in one commit.
 
@@ -105,39 +114,49 @@ class EquiSSLTrainer(WholeCheckpoints, Trainer):
         held = args.freeze_last_layer_epochs > 0
         if self.is_deepspeed_enabled and held and args.freeze_last_layer_by == "gradient":
             raise ValueError(
-                "freeze_last_layer_by is 'gradient', and DeepSpeed keeps gradients to itself. Set it to learning_rate, "
-                "or use DDP or FSDP."
+                "freeze_last_layer_by is 'gradient', which DeepSpeed cannot: its optimizer has one state for many "
+                "parameters. Set it to learning_rate (--training.freeze_last_layer_by learning_rate), or use FSDP2 or "
+                "DDP."
             )
-        if self.is_deepspeed_enabled and args.grad_clipping != "global":
-            raise ValueError(
-                f"grad_clipping is {args.grad_clipping!r}, and DeepSpeed clips by the global norm only. Set it to "
-                "global, or use DDP or FSDP."
-            )
+
+    # ---- engine ----
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        given = super()._build_accelerator_args(**kwargs)
+        given["dynamo_plugin"] = TorchDynamoPlugin(backend="no")  # layers are compiled here, in their places
+        if asked_engine(self.args) is Engine.FSDP2:
+            given["fsdp_plugin"] = fp32_sharding(given.get("fsdp_plugin"))
+        return given
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's, if accelerate gives the engine that was asked for."""
+        super().create_accelerator_and_postprocess()
+        check_same(asked_engine(self.args), granted_engine(self.accelerator), self.accelerator.device.type)
+        if self.is_deepspeed_enabled:
+            adapt_config(self.accelerator, self.args)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with restricted_loading() if self.is_deepspeed_enabled else nullcontext():
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        running = running_engine(self.accelerator, self.model_wrapped)
+        check_same(asked_engine(self.args), running, self.accelerator.device.type)
+        if running.is_deepspeed and self.args.grad_clipping != "global":
+            clip_by_parts(self.accelerator, cast(nn.Module, self.model), self.args)
+        if self.args.torch_compile:
+            compile_layers(self.model_wrapped, self.args)
+        return prepared
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Accelerate puts autocast into the model's forward, but not under FSDP2."""
+        if asked_engine(self.args) is Engine.FSDP2:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     # ---- data ----
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        # The data set's own sampler: accelerate's set_epoch reaches the data set through every wrapper, but stops
-        # before the sampler when a resumed epoch is split over ranks.
-        return dataset.sampler() if isinstance(dataset, ImageViewDataset) else None
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""
-        if not isinstance(self.train_dataset, IterableDataset):
-            return super().get_train_dataloader()
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.skipped_images.update(inputs.pop("skipped"), seen=len(inputs["index"]))
+        alone = self.args.world_size == 1
+        self.skipped_images.update(inputs.pop("skipped"), seen=len(inputs["index"]), judge=alone)
         batch = super()._prepare_inputs(inputs)
         with torch.no_grad():
             return {"views": self.pipeline(batch)}
@@ -166,7 +185,9 @@ class EquiSSLTrainer(WholeCheckpoints, Trainer):
         """Add the loss parts' mean since the last log to the parent's entry."""
         if "loss" in logs:
             logs |= self.history.drain(self._last_checkpoint)
+            logs |= self.throughput.drain()
             logs |= self.schedules.values
+            self.skipped_images.exchange(gather_objects)
             logs["images_skipped"] = self.skipped_images.count
         super().log(logs, start_time)
 
@@ -198,7 +219,7 @@ class EquiSSLTrainer(WholeCheckpoints, Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip by the chosen rule; the norm of all gradients together before that."""
-        if self.args.grad_clipping == "global":
+        if self.args.grad_clipping == "global" or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         own = cast(nn.Module, self.model)
@@ -212,11 +233,14 @@ class EquiSSLTrainer(WholeCheckpoints, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, config and arguments as JSON: the parent would pickle the arguments."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
-        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+        with self.writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder, state_dict=state_dict)
+            (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
 
     # ---- the Hub ----
 

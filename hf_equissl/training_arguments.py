@@ -12,6 +12,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_tf32_available, logging
 
+from .engines import check_engine, load_models_whole
+
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
 GRADIENT_CLIPPINGS = ("global", "parameter", "module")
@@ -48,14 +50,15 @@ class EquiSSLTrainingArguments(TrainingArguments):
     ``trainer.push_to_hub()`` after training (``hub_strategy`` "end"), with "every_save" also after each checkpoint.
 
     Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
-    incomplete batches dropped, losses logged every 10 steps and never replaced when they are not finite, columns
-    kept, ``hub_strategy`` "end", CPU and gloo chosen where there is no accelerator, no ``find_unused_parameters``,
-    no broadcast of buffers (centers and statistics are made from all processes' batches). With ``bf16`` or
-    ``fp16``, what stays in fp32 (prototypes) is multiplied in TF32 on GPUs that have it, unless ``tf32`` says
-    otherwise.
+    incomplete batches dropped, workers kept between epochs, losses logged every 10 steps and never replaced when they
+    are not finite, columns kept, ``hub_strategy`` "end", CPU and gloo chosen where there is no accelerator, no
+    ``find_unused_parameters``, no broadcast of buffers (centers and statistics are made from all processes' batches).
+    With ``bf16`` or ``fp16``, what stays in fp32 (prototypes) is multiplied in TF32 on GPUs that have it, unless
+    ``tf32`` says otherwise.
 
     Raises:
-        ValueError: for an unknown scaling rule, a number out of its range, or a setting that pretraining cannot have.
+        ValueError: for an unknown scaling rule, a number out of its range, a setting that pretraining cannot have, or
+            a launch that contradicts the arguments (``engines.check_engine``).
     """
 
     base_learning_rate: float | None = field(
@@ -96,6 +99,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a bad loss must be seen."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Keep workers between epochs; none: where there are workers."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the pipeline reads them all."})
     hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to publish: end or every_save."})
     label_names: list[str] | None = field(default_factory=list, metadata={"help": "Pretraining has none."})
@@ -106,13 +112,18 @@ class EquiSSLTrainingArguments(TrainingArguments):
         self._validate()
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
+        check_engine(self)
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.ddp_backend = "gloo"
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.use_cpu:
             self.dataloader_pin_memory = False
         elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
             self.tf32 = True
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            load_models_whole()
         if self.n_gpu > 1:
             logger.warning("Only one of %d GPUs is used: start with `accelerate launch` to use all.", self.n_gpu)
             self._n_gpu = 1  # more would mean DataParallel, which cannot split views

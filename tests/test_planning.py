@@ -11,7 +11,8 @@ import torch
 from hf_equissl.launch import Run, prepare
 from hf_equissl.optimization import parameter_rules
 from hf_equissl.optimizer_table import fold_names, optimizer_rows
-from hf_equissl.planning import _LiveStorages, checkpoint_bytes, measure, without_weights
+from hf_equissl.planning import checkpoint_bytes, measure, without_weights
+from hf_equissl.planning.storages import StepMemory
 from hf_equissl.pretraining import EquiSSLForPreTraining
 from hf_equissl.recipes import Recipe
 from hf_equissl.run_plan import milestones, schedule
@@ -173,20 +174,34 @@ def test_a_teacher_costs_weights_and_forward_passes() -> None:
     # Not exact: products outside of layers, in part the teacher's, take their share of the backward pass.
     assert parts["encoder: blocks"].flops == pytest.approx(expected, rel=0.01)
 
-    memory = cost.memory(distributed=False)
-    kinds = ("student", "teacher", "heads")
-    assert sum(memory[f"{kind}: fp32 weights"] for kind in kinds) == 4 * cost.parameters
-    assert memory["teacher: fp32 weights"] == 4 * (
-        parts["teacher: encoder"].parameters + parts["teacher: heads"].parameters
-    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (memory["gradients"], memory["optimizer state (AdamW)"]) == (4 * trained, 8 * trained)
-    assert 0 < cost.teacher_bytes < cost.activation_bytes < cost.forward_bytes
-    assert plan().cost().teacher_bytes == 0
+    assert cost.trainable == trained
+    assert len(cost.trained_layers) == len(cost.frozen_layers) == BLOCKS
+    assert sum(cost.trained_layers) == parts["encoder: blocks"].parameters - 2 * WIDTH  # the final norm is of the root
+    phases = [moment.phase for moment in cost.moments]
+    assert phases[:2] == ["teacher", "forward"]
+    assert set(phases[2:]) == {"backward"}
+    teacher, forward = cost.moments[:2]
+    assert 0 < teacher.other < cost.activation_bytes < forward.other
+    assert "teacher" not in [moment.phase for moment in plan().cost().moments]
+
+
+def test_gradients_grow_while_activations_shrink() -> None:
+    cost = plan(bf16=True).cost()
+    forward, *backward = cost.moments
+    gradients = [moment.layer_gradients + moment.root_gradients for moment in backward]
+    assert gradients == sorted(gradients)
+    assert (gradients[0], gradients[-1]) == (0, 4 * cost.trainable)
+    assert backward[-1].layer_gradients == 4 * sum(cost.trained_layers)
+    # Copies in bf16 of everything that is multiplied, kept until backward has used them.
+    matrices = sum(p.numel() for p in EquiSSLForPreTraining(plan().config).parameters() if p.ndim > 1)
+    assert 0.8 * 2 * matrices < forward.casts < 1.1 * 2 * matrices
+    assert (backward[-1].casts, backward[-1].other) == (0, pytest.approx(0, abs=100))
+    assert all(moment.casts == 0 for moment in plan().cost().moments)
 
 
 def test_storages_count_while_they_live() -> None:
-    with _LiveStorages() as live:
+    with StepMemory() as live:
         first = torch.zeros(100)
         view = first.view(10, 10)
         del first
@@ -198,6 +213,21 @@ def test_storages_count_while_they_live() -> None:
         third = second + 1
         assert live.peak == 480
     assert third.sum() == 60
+    live.begin("")
+    assert [(moment.phase, moment.other) for moment in live.moments] == [("forward", 480)]
+
+
+def test_objectives_exchange_what_the_processes_see() -> None:
+    run = plan()
+    alone, one_of_four = (measure(run.config, run.typical, run.args, processes=n) for n in (1, 4))
+    assert alone.exchanged_bytes == 0
+    # Projections of two views are gathered, their gradients reduced to all (on CPUs), on a ring of four.
+    gathered = 4 * (4 * BATCH * 2 * 40)
+    # Batch normalisation of one hidden layer, two views: mean, variance and count.
+    statistics = 2 * 4 * (4 * (2 * 48 + 1))
+    assert one_of_four.exchanged_bytes == (gathered + statistics) * 3 // 4 * 3
+    assert one_of_four.activation_bytes > alone.activation_bytes
+    assert not torch.distributed.is_initialized()
 
 
 def test_masked_patches_are_those_of_many_batches() -> None:

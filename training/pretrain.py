@@ -47,21 +47,42 @@ every value of a recipe can be set on the command line, as --section.key VALUE (
 """
 
 
+EXIT_CODES = """\
+exit codes:
+  0    finished
+  1    stopped by an error; the message names the last complete checkpoint
+  2    something can be mended before training: nothing was trained
+  75   stopped by SIGTERM or SIGUSR1, at any step, with a checkpoint: the same command goes on as if nothing had been
+  130  stopped by Ctrl-C, without a checkpoint: the same command goes on from the last one
+A second signal, 5 s or more after the first, ends the run at once. Launchers answer with codes of their own, so code 75
+also leaves DIR/PREEMPTED, which is gone when the run goes on. With several processes `accelerate launch` and torchrun
+pass SIGTERM on and kill after 30 s (torchrun: --shutdown-timeout). Of SIGUSR1, and with one process of any signal, the
+launcher dies, which the run takes for SIGTERM. One process needs no launcher.
+For Slurm: training/slurm/pretrain.sbatch.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for what can be mended before training, 1 for a run that stopped."""
+    """Run the command; returns the exit code (``EXIT_CODES``)."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if options.list_recipes:
         _say(_recipe_lines())
         return 0
 
+    from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals
     from hf_equissl.strict import RecipeError
 
     try:
         path, overrides = _read_words(options, rest, [name for act in parser._actions for name in act.option_strings])
-        return _run(path, overrides, options)
+        with Signals(None if options.dry_run else options.output_dir) as signals:
+            return _run(path, overrides, options, signals)
     except RecipeError as error:
         return _stop(error, code=2)
+    except Preempted as stopped:
+        return _stop(stopped, code=EXIT_PREEMPTED)
+    except KeyboardInterrupt:
+        return _stop("The same command goes on from the last complete checkpoint.", code=130)
 
 
 def _read_words(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -94,10 +115,8 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
     return path, overrides
 
 
-def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    from hf_equissl.data import ImageDecodeError, TooManyBadImages
-    from hf_equissl.hub.publishable import PublishError
-    from hf_equissl.loss_history import NonFiniteLossError
+def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, signals: Any) -> int:
+    from hf_equissl.faults import STOPS
     from hf_equissl.recipes import Recipe
 
     recipe = Recipe.load(path, overrides, search=[RECIPES])
@@ -105,19 +124,21 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> 
         if options.dry_run:
             _dry_run(recipe, options)
         else:
-            _train(recipe, options)
-    except (ImageDecodeError, NonFiniteLossError, PublishError, TooManyBadImages) as error:
+            _train(recipe, options, signals)
+    except STOPS as error:
         return _stop(error, code=1)
     return 0
 
 
-def _train(recipe: Any, options: argparse.Namespace) -> None:
+def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
     from hf_equissl.distributed import leave
+    from hf_equissl.faults import explained, together
     from hf_equissl.launch import prepare, pretrain
 
-    run = prepare(recipe, options.output_dir, options.resume)
+    with explained(options.output_dir):
+        run = together(lambda: prepare(recipe, options.output_dir, options.resume))
     _say(_summary(run))
-    folder = pretrain(run)
+    folder = pretrain(run, signals)
     leave()
     load = f"AutoModel.from_pretrained({str(folder)!r})"
     _say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
@@ -160,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pretrain.py",
         usage="pretrain.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...]",
         description="Pretrain an encoder from a recipe. Everything that can be wrong is checked before the first step.",
-        epilog=f"{OVERRIDES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
+        epilog=f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -226,13 +247,33 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _stop(error: Exception, code: int) -> int:
-    # What can be mended before training is said once per machine (a file may be missing on one only); what stops a run
-    # by the process that saw it, which may be any.
-    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def _stop(reason: BaseException | str, code: int) -> int:
+    # All know of a stop that they agreed on, or that the terminal sent to all.
+    if os.environ.get("RANK", "0") == "0" if code in (75, 130) else _speaks():
+        word = {75: "preempted", 130: "interrupted"}.get(code, "error")
+        print(f"{word}: {reason}", file=sys.stderr, flush=True)
     return code
 
 
+def _speaks() -> bool:
+    """Whether this process is the one that says what stopped all; before they know each other, one per machine."""
+    if "torch" not in sys.modules:  # mistakes in words are answered without it
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    from hf_equissl.distributed import speaks_for_all, world_size
+
+    return speaks_for_all() if world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _end(code: int) -> None:
+    if "torch" in sys.modules:
+        from hf_equissl.faults import end
+
+        end(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from hf_equissl.signals import listen_to_launcher
+
+    listen_to_launcher()
+    _end(main())

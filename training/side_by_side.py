@@ -15,7 +15,7 @@ from typing import TypeVar
 
 LOG_TAIL = 15  # lines shown of a command that failed
 # One thread per command. Large buffers stay with the allocator: given back, every step would fault them in again.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -65,7 +65,7 @@ class Lane:
         self.log = self.run / f"{script.stem}.log"
         command = [sys.executable, str(script), *map(str, words)]
         with self.log.open("wb") as file:
-            environment = {**_ENVIRONMENT, **os.environ}
+            environment = {**ENVIRONMENT, **os.environ}
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             if self.cpus:
                 os.sched_setaffinity(self.process.pid, self.cpus)

@@ -22,6 +22,7 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"
 EPILOG = """\
 what stands behind -- goes to `accelerate launch`; every --section.key VALUE goes to all runs, after their own values.
 Run the same command again to go on: finished runs are skipped, an interrupted one resumes from its newest checkpoint.
+A run that SIGTERM or SIGUSR1 stops (pretrain.py --help) stops the sweep, with code 75.
 
 examples:
   python training/sweep.py --recipe vits16_ibot_sweep --list
@@ -32,7 +33,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 2 for what can be mended before the first run, 1 if a run failed."""
+    """Run the command; returns 0, 2 for what can be mended before the first run, 1 if a run failed, 75 if stopped."""
     from hf_equissl.strict import RecipeError
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.dry_run:
             return _dry_run(members, overrides, options)
-        recipes = _check(members, overrides, options)
+        if options.output_dir is None:
+            raise RecipeError("--output_dir is missing: each run gets a folder in it.")
+        recipes = _load(members, overrides)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -79,13 +82,11 @@ def _read(options: argparse.Namespace, rest: list[str], known_options: list[str]
     return members, overrides
 
 
-def _check(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _load(members: Sequence[Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The members' recipes: all are checked before the first one runs."""
     from hf_equissl.recipes import Recipe
     from hf_equissl.strict import RecipeError
 
-    if options.output_dir is None:
-        raise RecipeError("--output_dir is missing: each run gets a folder in it.")
     recipes = {}
     for member in members:
         try:
@@ -102,8 +103,9 @@ def _run_all(
     launch_options: list[str],
     options: argparse.Namespace,
 ) -> int:
-    """One run after another; a run that fails does not stop the next ones."""
-    from hf_equissl.output_folder import is_finished
+    """One run after another; a run that fails does not stop the next ones, one that was asked to stop does."""
+    from hf_equissl.resuming import is_finished
+    from hf_equissl.signals import EXIT_PREEMPTED, MARKER_FILE
 
     failed: list[str] = []
     for number, member in enumerate(members, start=1):
@@ -118,6 +120,9 @@ def _run_all(
             [*LAUNCHER, *launch_options, *_command(member, overrides, folder)], check=False
         ).returncode
         minutes = (time.monotonic() - start) / 60
+        if code == EXIT_PREEMPTED or (folder / MARKER_FILE).exists():  # the launcher's code is its own
+            _say(f"{head}: stopped by a signal after {minutes:.1f} min; the same command goes on from here")
+            return EXIT_PREEMPTED
         _say(f"{head}: {'done' if code == 0 else f'failed with code {code}'} after {minutes:.1f} min")
         if code != 0:
             failed.append(member.name)
@@ -136,18 +141,38 @@ def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
+    """A line for each run; of a single one all that pretrain.py says."""
+    from hf_equissl.dry_run import Speed
+    from hf_equissl.strict import RecipeError
     from hf_equissl.training import pretrain
 
-    codes = []
-    for number, member in enumerate(members, start=1):
-        folder = Path(options.output_dir or "") / member.name
-        _, *words = _command(member, overrides, folder)
+    if len(members) == 1:
+        _, *words = _command(members[0], overrides, Path(options.output_dir or "") / members[0].name)
         if options.output_dir is None:
             at = words.index("--output_dir")
             del words[at : at + 2]
-        _say(f"[{number}/{len(members)}] {member.name}")
-        codes.append(pretrain.main([*words, "--dry_run"]))
-    return max(codes)
+        _say(f"[1/1] {members[0].name}")
+        return pretrain.main([*words, "--dry_run"])
+    width = max(len(member.name) for member in members)
+    for name, recipe in _load(members, overrides).items():
+        try:
+            _say(f"{name:<{width}}  {_cost_line(recipe)}")
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {error}") from error
+    _say(f"{len(members)} runs, times {Speed().describe()}; --only NAME shows the whole plan of one")
+    return 0
+
+
+def _cost_line(recipe: Any) -> str:
+    from hf_equissl.dry_run import Speed
+    from hf_equissl.launch import prepare
+
+    run, speed = prepare(recipe, None, dry=True), Speed()
+    plan, cost = run.plan, run.cost()
+    size = f"{cost.parameters / 1e6:.4g} M parameters, {cost.flops / 1e9:.4g} GFLOP/image"
+    hours = plan.hours(cost.flops, speed.utilisation, speed.device_tflops)
+    length = "steps unknown" if hours is None else f"{plan.steps} steps, {hours:.3g} h on {plan.processes} devices"
+    return f"batch {plan.batch}, learning rate {plan.learning_rate:.4g}, {size}, {length}"
 
 
 def _listing(members: Sequence[Any]) -> str:
@@ -173,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", metavar="DIR", help="each run gets the folder DIR/NAME")
     add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
     add("--only", nargs="+", metavar="NAME", help="these runs alone")
-    add("--dry_run", action="store_true", help="plan and cost of each run; trains nothing")
+    add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")
     return parser
 
 

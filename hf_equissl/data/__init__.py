@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .dataset import EpochSampler, ImageViewDataset, SkippedImage, StreamingViewDataset
+from .dataset import EpochSampler, ImageViewDataset, SkippedImage
 from .decoding import decode_image
 from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages, UnknownSplitError
 from .health import SkippedImages
 from .sources import ImageInfo, ImageSource, load_images
+from .streaming import StreamingViewDataset
 
 __all__ = [
     "EpochSampler",

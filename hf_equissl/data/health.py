@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from .dataset import SkippedImage
 from .errors import TooManyBadImages
@@ -14,9 +15,9 @@ logger = logging.getLogger(__name__)
 class SkippedImages:
     """Counts the files that did not decode, in the training process, and stops the run when there are too many.
 
-    Each bad file is logged once. The share is that of distinct bad files among the images that this process has seen
-    (each image counted once). Few bad files early in a run say little, so nothing stops before ``min_bad`` of them,
-    except when all images were seen or none may be bad (``max_share=0``).
+    Each bad file is logged once. The share is that of distinct bad files among the images that were seen (each counted
+    once): by this process, with ``update`` alone, or by all that ``exchange``. Few bad files early in a run say little,
+    so nothing stops before ``min_bad`` of them, except when all images were seen or none may be bad (``max_share=0``).
 
     Args:
         max_share: Largest share that is put up with, in [0, 1]; 1 never stops.
@@ -34,6 +35,8 @@ class SkippedImages:
         self.max_share, self.min_bad, self.num_images = max_share, min_bad, num_images
         self.bad: dict[str, str] = {}
         self.seen = 0
+        self._untold: dict[str, str] = {}
+        self._seen_untold = 0
 
     @property
     def count(self) -> int:
@@ -45,24 +48,49 @@ class SkippedImages:
         """Distinct bad files among the images seen."""
         return self.count / max(1, self._distinct_seen())
 
-    def update(self, skipped: Iterable[SkippedImage], seen: int) -> None:
+    def update(self, skipped: Iterable[SkippedImage], seen: int, judge: bool = True) -> None:
         """Add one batch.
 
         Args:
             skipped: The batch's ``skipped``.
             seen: Images in the batch, B.
+            judge: Compare the share at once. One of several processes leaves that to ``exchange``: the others would
+                wait for one that stops alone.
 
         Raises:
             TooManyBadImages: The share is above ``max_share``.
         """
         skipped = list(skipped)
         self.seen += seen + len(skipped)
+        self._seen_untold += seen + len(skipped)
         for item in skipped:
             if item.name not in self.bad:
-                self.bad[item.name] = item.reason
+                self.bad[item.name] = self._untold[item.name] = item.reason
                 logger.warning("Skipped %s: %s", item.name, item.reason)
+        if judge and skipped:
+            self._judge()
+
+    def exchange(self, collect: Callable[[Any], list[Any]]) -> None:
+        """Add what all processes saw since the last exchange, and judge the share of all. All have to call it.
+
+        Args:
+            collect: A value -> the values of all processes (``distributed.gather_objects``).
+
+        Raises:
+            TooManyBadImages: on all of them alike.
+        """
+        own = self._untold, self._seen_untold
+        told = collect(own)
+        self._untold, self._seen_untold = {}, 0
+        self.seen += sum(seen for _, seen in told) - own[1]
+        for bad, _ in told:
+            self.bad |= bad
+        if self.bad:
+            self._judge()
+
+    def _judge(self) -> None:
         enough = self.count >= self.min_bad or self.max_share == 0.0 or self._distinct_seen() == self.num_images
-        if skipped and enough and self.share > self.max_share:
+        if enough and self.share > self.max_share:
             listed = "\n".join(f"  {name}: {reason}" for name, reason in list(self.bad.items())[:10])
             raise TooManyBadImages(
                 f"{self.count} of {self._distinct_seen()} images seen ({self.share:.1%}) did not decode; "

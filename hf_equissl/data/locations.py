@@ -20,16 +20,17 @@ from .errors import ImageSourceError, UnknownSplitError
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
 _SPLIT_FOLDERS["validation"] = "validation"
-# Shards of a streamed list of files: enough for the workers of one machine.
-_LIST_SHARDS = 64
+# Shards of a streamed list of files: enough for the workers of many machines, and for a good mixture.
+_LIST_SHARDS = 1024
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Rows, and the folder where relative paths in them start."""
+    """Rows, the folder where relative paths in them start, and the files that are the shards of a stream."""
 
     rows: Dataset | IterableDataset
     root: Path | None = None
+    files: tuple[str, ...] = ()
 
 
 def open_dataset(
@@ -58,7 +59,7 @@ def open_dataset(
     if path.is_dir():
         return _open_folder(source, path, options, hub)
     _check_hub_name(source)
-    return Opened(_build(source, source, options, name=hub["config_name"], revision=hub["revision"]))
+    return _build(source, source, options, name=hub["config_name"], revision=hub["revision"])
 
 
 def _open_files(source: str, files: str, options: Mapping[str, Any]) -> Opened:
@@ -69,7 +70,7 @@ def _open_files(source: str, files: str, options: Mapping[str, Any]) -> Opened:
             f"{', '.join(_BUILDERS)}, or a folder."
         )
     root = None if "://" in files else Path(files).parent
-    return Opened(_build(source, _BUILDERS[suffix], options, data_files=files), root)
+    return _build(source, _BUILDERS[suffix], options, root, data_files=files)
 
 
 def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
@@ -85,7 +86,7 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
     if kind == "images":
         return Opened(_open_images(source, files, options), path)
-    return Opened(_build(source, str(path), options, name=hub["config_name"]), path)
+    return _build(source, str(path), options, path, name=hub["config_name"])
 
 
 def _walk(root: Path) -> tuple[list[str], Counter[str]]:
@@ -160,7 +161,7 @@ def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset 
     return _stream(rows) if options["streaming"] else rows
 
 
-def _build(source: str, path: str, options: Mapping[str, Any], **arguments: Any) -> Dataset | IterableDataset:
+def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None = None, **arguments: Any) -> Opened:
     """Rows by one of the builders of ``datasets``."""
     split = options["split"]
     try:
@@ -180,9 +181,11 @@ def _build(source: str, path: str, options: Mapping[str, Any], **arguments: Any)
                 raise ImageSourceError(
                     f"{source}: split is {split!r}, but a stream has no length to slice. Use one of {', '.join(known)}."
                 )
-            return builder.as_streaming_dataset(split=split)
+            rows = builder.as_streaming_dataset(split=split)
+            names = tuple(str(name) for name in (files or {}).get(split, ()))
+            return Opened(rows, root, names if len(names) == rows.num_shards else ())
         builder.download_and_prepare(num_proc=options["num_proc"])
-        return builder.as_dataset(split=split)
+        return Opened(builder.as_dataset(split=split), root)
     except ImageSourceError:
         raise
     except Exception as error:

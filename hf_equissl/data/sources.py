@@ -42,6 +42,7 @@ class ImageSource:
         image_column, label_column: Names; no label column where there are no labels.
         num_classes: Of a ``ClassLabel`` column, else ``None``.
         root: Where relative paths in a column of paths start.
+        files: Of a stream of files, their names, in the order of its shards; empty where they are not known.
     """
 
     dataset: Rows
@@ -50,6 +51,7 @@ class ImageSource:
     label_column: str | None = None
     num_classes: int | None = None
     root: Path | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def streaming(self) -> bool:
@@ -210,6 +212,7 @@ def load_images(
         label_column=label_column,
         num_classes=classes.num_classes if isinstance(classes, datasets.ClassLabel) else None,
         root=opened.root,
+        files=opened.files,
     )
 
 

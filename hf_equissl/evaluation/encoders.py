@@ -21,8 +21,14 @@ from ..loading import LoadError, explain_load_errors, read_config
 
 logger = logging.getLogger(__name__)
 
-# Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, the last two that of a slice.
-FEATURES = ("cls", "patches", "backbone", "invariant", "equivariant")
+# Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, "invariant" and "equivariant"
+# that of a slice, of which the names that follow are the halves.
+FEATURES = (
+    *("cls", "patches", "backbone", "invariant", "equivariant"),
+    *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
+)
+# All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
+PATCH_TOKENS = "patch_tokens"
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
 _UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,6 +130,9 @@ class FrozenEncoder:
         patches: The mean of the patch tokens after the final norm, D.
         backbone: [cls ; patches], 2 D.
         invariant, equivariant: [CLS ; mean patch] of that slice of the linear stem (EquiSSL encoders), twice its width.
+        invariant_cls, invariant_patches, equivariant_cls, equivariant_patches: One half of these.
+
+    ``features`` and ``encode`` also give ``patch_tokens``, (B, N, D): the patch tokens after the final norm.
     """
 
     def __init__(
@@ -209,13 +218,14 @@ class FrozenEncoder:
         stem = callable(getattr(self.module, "stem", None)) and self._setting("equivariant_size")
         return FEATURES if stem else FEATURES[:3]
 
-    def check_features(self, names: Sequence[str]) -> None:
-        """Raise ``ValueError`` for names that this encoder does not have."""
-        unknown = [name for name in names if name not in self.feature_names]
+    def check_features(self, names: Sequence[str], *, tokens: bool = False) -> None:
+        """Raise ``ValueError`` for names that this encoder does not have; ``tokens`` allows ``patch_tokens``, too."""
+        known = (*self.feature_names, PATCH_TOKENS) if tokens else self.feature_names
+        unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise ValueError(
                 f"{self.name} ({type(self.module).__name__}) has no features {unknown}: choose among "
-                f"{', '.join(self.feature_names)}."
+                f"{', '.join(known)}."
             )
 
     @property
@@ -263,31 +273,36 @@ class FrozenEncoder:
             names: Which features; the encoder runs once for all of them.
 
         Returns:
-            name -> (B, .) float32, on the encoder's device.
+            name -> (B, .) float32, on the encoder's device; ``patch_tokens`` (B, N, D).
 
         Raises:
             ValueError: for features that the encoder does not have.
             NonFiniteFeaturesError: when features are not finite.
         """
-        self.check_features(names)
+        self.check_features(names, tokens=True)
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            cls, patches = self._cls_and_patches(pixel_values)
+            cls, patches, tokens = self._read(pixel_values)
             made = {"cls": cls, "patches": patches}
             if "backbone" in names:
                 made["backbone"] = torch.cat([cls, patches], 1)
+            if PATCH_TOKENS in names:
+                if tokens is None:
+                    raise ValueError(f"{self.name} gives one vector per image: it has no {PATCH_TOKENS}.")
+                made[PATCH_TOKENS] = tokens
             for part in ("invariant", "equivariant"):
-                if part in names:
+                if any(name.startswith(part) for name in names):
                     # The stem is linear: the stem of the mean patch is the mean of the patches' stems.
                     rows = self.module.stem(torch.stack([cls, patches], 1), part=part)  # type: ignore[operator]
                     made[part] = rows.flatten(1)
+                    made[f"{part}_cls"], made[f"{part}_patches"] = rows.unbind(1)
         chosen = {name: made[name].float() for name in names}
         if not all(bool(torch.isfinite(value).all()) for value in chosen.values()):
             raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: its training has diverged.")
         return chosen
 
-    def _cls_and_patches(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward pass -> CLS (B, D) and mean patch (B, D)."""
+    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
         options: dict[str, Any] = {}
         rows, columns = pixel_values.shape[-2:]
         if "interpolate_pos_encoding" in self._inputs and _square(self._setting("image_size")) not in (rows, columns):
@@ -304,10 +319,10 @@ class FrozenEncoder:
         output = self.module(pixel_values.to(weight.device, weight.dtype), **options)
         tokens = output if isinstance(output, Tensor) else output.last_hidden_state
         if tokens.ndim == 2:
-            return tokens, tokens
+            return tokens, tokens, None
         if tokens.ndim == 4:
             mean = tokens.mean((2, 3))
-            return mean, mean
+            return mean, mean, tokens.flatten(2).transpose(1, 2)
         prefix = getattr(self.module, "num_prefix_tokens", None)
         if prefix is None:
             prefix = tokens.shape[1] - num_patches if num_patches else 1
@@ -316,13 +331,13 @@ class FrozenEncoder:
         mean = tokens[:, prefix:].mean(1)
         if prefix == 0:
             logger.info("%s has no CLS token: its mean patch token stands in.", self.name)
-        return (tokens[:, 0] if prefix else mean), mean
+        return (tokens[:, 0] if prefix else mean), mean, tokens[:, prefix:]
 
     def encode(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Features of images as they are: (B, C, H, W), uint8 or floats in [0, 1], on any device, any B.
 
         Returns:
-            name -> (B, .) float32 on the CPU.
+            name -> (B, .) float32 on the CPU; ``patch_tokens`` (B, N, D).
         """
         mean = torch.tensor(self.image_mean, device=self.device)[:, None, None]
         std = torch.tensor(self.image_std, device=self.device)[:, None, None]

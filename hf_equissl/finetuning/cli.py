@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_equissl.redaction import without_secrets
+from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals, remove_marker
 
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
@@ -139,14 +140,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 130 if interrupted.
+        The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 75 if it was asked to by
+        SIGTERM or SIGUSR1, 130 if interrupted.
     """
     options = vars(build_parser().parse_args(argv))
     command = shlex.join(["python", "training/finetune.py", *without_secrets(sys.argv[1:] if argv is None else argv)])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return _run(options, command)
+        with Signals(options.get("output_dir")) as signals:
+            return _run(options, command, signals)
+    except Preempted as stopped:
+        if _is_main():
+            print(f"preempted: {stopped}", file=sys.stderr, flush=True)
+        return EXIT_PREEMPTED
     except (ValueError, OSError, ImportError) as error:
         return _stop(error, code=2)
     except KeyboardInterrupt:
@@ -154,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(options: dict[str, Any], command: str) -> int:
+def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     from .report import compare
 
     if "compare" in options:
@@ -168,19 +175,19 @@ def _run(options: dict[str, Any], command: str) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from hf_equissl.data import ImageDecodeError, TooManyBadImages
     from hf_equissl.distributed import leave
-    from hf_equissl.loss_history import NonFiniteLossError
+    from hf_equissl.faults import STOPS
 
     from .publish import publish as publish_run
     from .report import comparison_table
     from .run import prepare, train
 
+    remove_marker(settings.output_dir)
     run = prepare(settings, resume)
     _say(run.summary())
     try:
-        records = train(run, command)
-    except (ImageDecodeError, NonFiniteLossError, TooManyBadImages) as error:
+        records = train(run, command, signals)
+    except STOPS as error:
         return _stop(error, code=1)
     leave()
     if _is_main():
@@ -224,8 +231,10 @@ def _say(text: str) -> None:
 
 
 def _stop(error: Exception, code: int) -> int:
-    # What can be mended is said once per machine, what stops a run by the process that saw it.
-    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    # What can be mended is said once per machine, what stops a run by the first process that says it.
+    from hf_equissl.distributed import speaks_for_all
+
+    if speaks_for_all() if code == 1 else os.environ.get("LOCAL_RANK", "0") == "0":
         message = str(error)
         for key, flag in _FLAGS.items():
             message = message.replace(key, flag)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from hf_equissl.checkpoints import newest_checkpoint
+from hf_equissl.checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
 from hf_equissl.data import ImageViewDataset, SkippedImages
+from hf_equissl.engines import Engine, asked_engine
 from hf_equissl.evaluation.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import ResultRecord, save_records
+from hf_equissl.faults import explained
 from hf_equissl.files import move_into_place, write_text
 from hf_equissl.hub.export import image_processor
 from hf_equissl.hub.privacy import public_source
 from hf_equissl.needs import Needs
 from hf_equissl.output_folder import check_output_folder, trained_steps
+from hf_equissl.preemption import PreemptionCallback
 from hf_equissl.run_plan import schedule
 from hf_equissl.run_record import RunRecordCallback, new_record
+from hf_equissl.signals import Signals
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 from hf_equissl.views.pipelines import ViewPipeline
 from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
@@ -114,6 +119,11 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
         ValueError: names what is wrong and what to do; nothing has been trained or written then.
         PeftMissingError: adapters without PEFT.
     """
+    if (engine := asked_engine()) not in (Engine.SINGLE, Engine.DDP):
+        raise ValueError(
+            f"Fine-tuning runs on one process or under DDP, and this launch asks for {engine.value}. Start it with "
+            "training/accelerate_configs/ddp.yaml."
+        )
     if settings.is_adapter:
         check_peft()
     args = training_arguments(settings)
@@ -149,7 +159,7 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
     return FineTuningRun(settings, args, model, classifier, description, images, pipeline, frozen.digest(), checkpoint)
 
 
-def train(run: FineTuningRun, command: str | None = None) -> list[ResultRecord]:
+def train(run: FineTuningRun, command: str | None = None, signals: Signals | None = None) -> list[ResultRecord]:
     """Train what is left to train, judge the result, save it.
 
     The output folder then holds ``model/`` or ``adapter/`` (weights, image processor, card, results), ``results.json``,
@@ -158,18 +168,28 @@ def train(run: FineTuningRun, command: str | None = None) -> list[ResultRecord]:
     Args:
         run: From ``prepare``.
         command: The command line, for the records.
+        signals: Entered already, where signals shall be caught before training, too.
 
     Raises:
-        NonFiniteLossError, TooManyBadImages: the run stopped.
+        Preempted: SIGTERM or SIGUSR1 stopped the run, with a checkpoint.
+        RuntimeError: one of ``faults.STOPS``: the run stopped.
     """
+    output = Path(run.settings.output_dir)
+    with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+        return _train(run, command, caught, output)
+
+
+def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Path) -> list[ResultRecord]:
     settings = run.settings
-    output = Path(settings.output_dir)
-    trainer = build_trainer(run)
+    preemption = PreemptionCallback(signals)
+    trainer = build_trainer(run, preemption)
     if run.finished and run.checkpoint is not None:
         trainer.load_weights(run.checkpoint)
         trainer.state = trainer.state.load_from_json(str(Path(run.checkpoint) / "trainer_state.json"))
     else:
         trainer.train(resume_from_checkpoint=run.checkpoint)
+        if preemption.stopped:
+            preemption.stop(trainer.state, output)
     metrics = _final_metrics(trainer, settings)
     records: list[ResultRecord] = []
     if trainer.is_world_process_zero():
@@ -196,8 +216,8 @@ def _final_metrics(trainer: FineTuningTrainer, settings: FineTuningSettings) -> 
     return next(measured, None) or trainer.evaluate()
 
 
-def build_trainer(run: FineTuningRun) -> FineTuningTrainer:
-    """The Trainer of a run, whose settings are then noted in its folder: checkpoints may follow."""
+def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuningTrainer:
+    """The Trainer of a run, with ``callbacks``, whose settings are then noted in its folder: checkpoints may follow."""
     settings = run.settings
     dataset = ImageViewDataset(run.images.train, run.pipeline, settings.seed)
     trainer = FineTuningTrainer(
@@ -210,6 +230,7 @@ def build_trainer(run: FineTuningRun) -> FineTuningTrainer:
         keep_best=settings.keep == "best",
         num_blocks=num_blocks(run.classifier),
         frozen=run.classifier.base_model if settings.method == "linear" else None,
+        callbacks=list(callbacks),
     )
     if trainer.is_world_process_zero():
         text = json.dumps(settings.to_dict(), indent=2) + "\n"
@@ -300,8 +321,12 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
         if found:
             raise ValueError(f"--resume never: {output} holds {Path(found).name} already. Name a new --output_dir.")
         return None
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume {resume}: no complete checkpoint. Use auto, never or a folder checkpoint-N.")
+    try:
+        Manifest.read(resume)
+    except IncompleteCheckpointError as error:
+        raise ValueError(
+            f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
+        ) from error
     _check_same_run(settings, Path(resume).parent)
     return resume
 

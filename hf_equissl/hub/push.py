@@ -98,8 +98,10 @@ def push_repository(
     return commit
 
 
-def create_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Create the repository if it does not exist.
+def create_repository(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, repo_type: str = "model"
+) -> str:
+    """Create the repository, of a "model" or a "dataset", if it does not exist.
 
     Returns:
         Its full name: with the user's name in front where ``repo_id`` has none.
@@ -112,11 +114,12 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
         if token is None and get_token() is None:
             raise LocalTokenNotFoundError("no token")  # otherwise the Hub would say that there is no repository
         api = _client(token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo_id).private:
+        repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            where = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
             raise PublishError(
                 f"{repo_id} exists and is public, and you asked for a private one. Make it private in its settings "
-                f"({constants.ENDPOINT}/{repo_id}/settings), choose another name, or leave out `private`."
+                f"({where}/settings), choose another name, or leave out `private`."
             )
     return repo_id
 

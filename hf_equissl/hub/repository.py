@@ -24,6 +24,7 @@ from .card import CardFacts, public_recipe, render_card
 from .card_figures import draw_figures
 from .export import save_encoder
 from .native import save_native
+from .pretraining_state import load_pretraining_state
 from .privacy import is_hub_id, last_component, public_command, public_source, public_values
 from .run_folder import RECIPE_FILE, RunFolder
 from .snippets import run_snippets, snippets
@@ -180,7 +181,7 @@ def _check_request(repo_id: str, parts: Sequence[str], license: str, dataset: st
 def _load(run: RunFolder) -> _Source:
     """The state of the newest checkpoint and its encoder; of a finished run without its last checkpoint, its export."""
     with explain_load_errors(run.checkpoint, "checkpoint"):
-        state = EquiSSLForPreTraining.from_pretrained(run.checkpoint, dtype=torch.float32)
+        state = load_pretraining_state(run.checkpoint, dtype=torch.float32)
     mean, std = run.normalisation()
     name, encoder, steps = str(run.checkpoint), state.export_encoder(), run.steps
     folder = run.path / ENCODER_FOLDER

@@ -174,7 +174,7 @@ def _no_checkpoint(path: Path) -> str:
         hint = f" Did you mean the run's folder, {run}?" if newest_checkpoint(run) else ""
         return f"{path} holds a model, not a run.{hint}"
     return (
-        f"{path} holds no complete checkpoint (a folder checkpoint-N with trainer_state.json). Give the folder of a "
+        f"{path} holds no complete checkpoint (a folder checkpoint-N with checkpoint.json). Give the folder of a "
         "run that has saved one: training.save_strategy must not be 'no'."
     )
 

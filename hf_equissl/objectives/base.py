@@ -103,6 +103,17 @@ class Objective(nn.Module, ABC):
         """``Features.stem`` of a student with that ``stem``: itself, unless this objective splits another layer."""
         return stem
 
+    def check_batch(self, images: int, processes: int) -> None:
+        """Refuse a batch that is too small for this loss; asked before training.
+
+        Args:
+            images: Of one process in one forward pass, B.
+            processes: Number of processes, W.
+
+        Raises:
+            ValueError: Says how many images there are and how many are needed.
+        """
+
     def begin_step(self, progress: TrainingProgress) -> None:
         """Set what changes from step to step; called before the first micro-batch of each optimizer step."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from .base import Features
-from .koleo import koleo_loss
+from .koleo import check_neighbours, koleo_loss
 from .self_distillation import Centering, SelfDistillationObjective, TeacherTemperature
 
 if TYPE_CHECKING:
@@ -125,6 +125,11 @@ class DINOv2Objective(SelfDistillationObjective):
             raise ValueError(f"`koleo_weight` is {koleo_weight}, expected 0 (none) or more.")
         self.koleo_weight = koleo_weight
         self.gather_koleo = gather_koleo
+
+    def check_batch(self, images: int, processes: int) -> None:
+        """Refuse a single image for KoLeo: it has no neighbour."""
+        if self.koleo_weight:
+            check_neighbours(images * (processes if self.gather_koleo else 1))
 
     def _regularizers(self, student: Features) -> dict[str, Tensor]:
         if not self.koleo_weight:

@@ -123,7 +123,10 @@ def linear_of_invariant(linear: nn.Linear, features: Features, tokens: Tensor) -
         (M, h).
     """
     stem = features.stem
-    if not isinstance(stem, EquiSSLStem) or not stem.is_fold_cheaper(len(tokens), linear.out_features, "invariant"):
+    # Processes have to decide alike, and have masks of their own: ZeRO-2 sums gradients of different processes in the
+    # order in which backward passes make them, whatever their names.
+    count = len(tokens) if world_size() == 1 else features.tokens[..., 0].numel()
+    if not isinstance(stem, EquiSSLStem) or not stem.is_fold_cheaper(count, linear.out_features, "invariant"):
         return linear(features.invariant(tokens))
     weight, bias = stem.fold(linear.weight, "invariant")  # (h, D), (h,)
     return F.linear(tokens, weight, bias + linear.bias)

@@ -8,7 +8,16 @@ from torch.nn import functional as F
 
 from .. import distributed
 
-__all__ = ["koleo_loss"]
+__all__ = ["check_neighbours", "koleo_loss"]
+
+
+def check_neighbours(images: int) -> None:
+    """Raise ``ValueError`` if ``images``, among which neighbours are sought, are fewer than two."""
+    if images < 2:
+        raise ValueError(
+            f"KoLeo needs at least 2 images in a batch to find a neighbour, got {images}. Raise "
+            "`per_device_train_batch_size` (gradient accumulation does not help) or set koleo_weight: 0."
+        )
 
 
 def koleo_loss(representations: Tensor, gather: bool = False, eps: float = 1e-8) -> Tensor:
@@ -32,11 +41,7 @@ def koleo_loss(representations: Tensor, gather: bool = False, eps: float = 1e-8)
         ValueError: With a single image there is no neighbour.
     """
     images = representations.shape[1]
-    if images * (distributed.world_size() if gather else 1) < 2:
-        raise ValueError(
-            "KoLeo needs at least 2 images in a batch to find a neighbour, got 1. Raise `per_device_train_batch_size` "
-            "or set koleo_weight: 0."
-        )
+    check_neighbours(images * (distributed.world_size() if gather else 1))
     with torch.autocast(representations.device.type, enabled=False):  # eps is 0 in fp16
         x = F.normalize(representations.float(), dim=-1, eps=eps)
         others, offset = x, 0

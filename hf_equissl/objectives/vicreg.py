@@ -113,7 +113,11 @@ class VICRegObjective(Objective):
         crops, batch_size = student.tokens.shape[:2]
         if crops != 2:
             raise ValueError(f"VICReg compares exactly 2 global crops, got {crops}. Use a pipeline with two of them.")
-        images = batch_size * (world_size() if self.gather else 1)
+        self.check_batch(batch_size, world_size())
+
+    def check_batch(self, images: int, processes: int) -> None:
+        """Refuse a single image: it has no variance."""
+        images *= processes if self.gather else 1
         if images < 2:
             raise ValueError(
                 f"VICReg takes variances over the batch and needs at least 2 images, got {images}. Raise "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,14 @@ class ViewCollator:
             In addition ``masks`` bool (B, V, N) and ``mask_indices`` int64 (M,): the positions of the M masked patches
             in the masks as (V, B, N), flat, in ascending order.
         """
+        begin = time.perf_counter()
         batch = collate_views(samples)
         if self.masks is not None:
             seeds = [int(sample["mask_seed"]) for sample in samples]
             masks = draw_masks(self.masks, seeds, self.views, self.side)
             batch["masks"] = torch.from_numpy(masks)
             batch["mask_indices"] = torch.from_numpy(np.flatnonzero(masks.transpose(1, 0, 2)).astype(np.int64))
+        batch["seconds"] += time.perf_counter() - begin
         return batch
 
 
@@ -49,12 +52,14 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         samples: Each with ``global_crops`` uint8 (V, 3, S, S), ``crop_boxes`` (V, 4), ``draws`` (n,), ``index``; as the
-            case may be ``local_crops`` uint8 (L, 3, s, s), ``label``; ``skipped``, a list of records of bad files.
+            case may be ``local_crops`` uint8 (L, 3, s, s), ``label``, ``position``; ``skipped``, a list of records of
+            bad files; ``seconds``.
 
     Returns:
         ``global_crops`` uint8 (B, V, 3, S, S), ``crop_boxes`` (B, V, 4), ``draws`` (B, n), ``index`` int64 (B,), as the
-        case may be ``local_crops`` (B, L, 3, s, s) and ``labels`` int64 (B,); ``skipped``, one flat list. Crops lie
-        channels-last in memory, as in the samples; the copy to planes is left to the device.
+        case may be ``local_crops`` (B, L, 3, s, s) and ``labels`` int64 (B,); ``skipped``, one flat list;
+        ``seconds``, what the samples took together; of a stream, the ``position`` of the last. Crops lie channels-last
+        in memory, as in the samples; the copy to planes is left to the device.
     """
     batch: dict[str, Any] = {}
     for key in ("global_crops", "local_crops"):
@@ -66,5 +71,8 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch["index"] = torch.tensor([sample["index"] for sample in samples])
     if all("label" in sample for sample in samples):
         batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+    batch["seconds"] = sum(sample.get("seconds", 0.0) for sample in samples)
+    if "position" in samples[-1]:
+        batch["position"] = samples[-1]["position"]
     batch["skipped"] = [record for sample in samples for record in sample.get("skipped", ())]
     return batch

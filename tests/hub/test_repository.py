@@ -370,6 +370,7 @@ def test_what_is_no_run_or_no_place_is_refused(run: Path, repository: Path, tmp_
     refused("holds files already", target=run)
     assert (tmp_path / "thesis" / "chapter.tex").is_file()
     damaged = copy_of(run, tmp_path / "damaged")
-    (damaged / "checkpoint-4" / "model.safetensors").write_bytes(b"{}")
+    weights = damaged / "checkpoint-4" / "model.safetensors"  # of its size: a shorter one would be passed over
+    weights.write_bytes(b"{}".ljust(weights.stat().st_size))
     refused("model.safetensors|checkpoint-4", damaged)
     assert not (tmp_path / "out").exists()

@@ -169,6 +169,7 @@ def test_mistakes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ("--recipe", str(path))
     assert "nothing to compare" in message(*recipe, "--objectives.equivariance", "[]")
     assert "nothing to compare" in message(*recipe, "--objectives.equivariance.0.weight", "0")
+    assert "'dino' is not loaded here" in message(*recipe, "--model.init_from", "dino")
     assert "expected at least 1" in message(*recipe, "--repeats", "0")
     assert "Did you mean --batch_size" in message(*recipe, "--batch_siz", "4")
     assert "not a device" in message(*recipe, "--device", "abacus")

@@ -13,8 +13,8 @@ from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Mo
 
 from hf_equissl import launch
 from hf_equissl.evaluation.encoders import read_image_settings
-from hf_equissl.output_folder import is_finished
 from hf_equissl.recipes import Recipe
+from hf_equissl.resuming import is_finished
 from hf_equissl.trainer import EquiSSLTrainer
 from hf_equissl.training import pretrain
 

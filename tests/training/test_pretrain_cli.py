@@ -113,14 +113,15 @@ def test_another_run_does_not_continue_or_overwrite(
     for key, old, new in (
         ("training.seed", 42, 1),
         ("training.data_seed", 42, 1),
-        ("training.per_device_train_batch_size", 4, 2),
-        ("training.gradient_accumulation_steps", 1, 2),
         ("training.epoch_steps", None, 3),
         ("training.layer_decay", 1.0, 0.9),
         ("data.split", "'train'", "test"),
         ("objectives.equivariance.0.weight", 1.0, 2.0),
     ):
         assert f"holds a run with {key} = {old}, and" in fails(capsys, *words, f"--{key}", new)
+    said = fails(capsys, *words, "--training.per_device_train_batch_size", 2)
+    assert "holds a run with a global batch of 4 images" in said
+    assert "--training.per_device_train_batch_size 2 --training.gradient_accumulation_steps 2" in said
 
 
 def test_publishing(
@@ -195,7 +196,7 @@ def refuse(self: EquiSSLTrainer, *args: object, **kwargs: object) -> None:
                 "hours on 64 devices",
                 "stem 2048 = 1536 invariant + 512 equivariant",
                 "student.encoder.layer.23.{attention.{q_proj,k_proj,v_proj,o_proj}.weight,mlp.{fc1,fc2}.weight}",
-                "teacher: fp32 weights",
+                "teacher: encoder",
                 "optimizer state (AdamW)",
             ],
         ),

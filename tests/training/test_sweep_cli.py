@@ -107,6 +107,12 @@ def test_list_and_dry_run(words: list[str], tmp_path: Path, capfd: pytest.Captur
     assert "weight_decay: 0" in report
     assert "GFLOP/image" in report
     assert not list(tmp_path.glob("runs/*/checkpoint-*"))
+    assert sweep.main([*words, "--dry_run"]) == 0
+    first, second, end = capfd.readouterr().out.splitlines()
+    assert first.startswith("steps-1   batch 4, learning rate ")
+    assert ", 1 steps, " in first
+    assert f", {STEPS} steps, " in second
+    assert end.startswith("2 runs, times at 40 % of 312 TFLOP/s")
 
 
 @pytest.mark.parametrize(

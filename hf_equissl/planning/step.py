@@ -6,7 +6,6 @@ code that trains, and a large model at a large batch takes seconds on any machin
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -14,16 +13,16 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
-from .flop_counts import flop_counter, flops_by_module
-from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from .training_arguments import EquiSSLTrainingArguments
-from .views.base import Views
+from ..flop_counts import flop_counter, flops_by_module
+from ..pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..training_arguments import EquiSSLTrainingArguments
+from ..views.base import Views
+from .processes import Exchanged, as_one_of
+from .storages import KeptStorages, Moment, StepMemory
 
 # Where the batch dimension stands in each part of Views; parts that are absent here have it first.
 _BATCH_DIMENSION = {"global_crops": 1, "local_crops": 1, "masks": 1, "crop_boxes": 1, "photometric": 1}
@@ -57,23 +56,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one training step on one device.
+    """Cost of one training step on one device that holds everything: no engine, nothing sharded.
 
     Attributes:
+        batch: Images on the device.
         parts: Parameters and FLOPs by part; the FLOPs that belong to no module are in the part "loss".
+        trained_layers, frozen_layers: Parameters of each layer that engines wrap by itself, of student and teacher.
         buffers: Elements in buffers.
         activation_bytes: Distinct storages that the forward pass keeps for the backward pass.
-        forward_bytes: The most that is held at once during the forward pass, intermediate results included.
-        teacher_bytes: The most that is held at once while the teacher's encoder runs, before the student; 0 without.
+        moments: What is held beside weights, optimizer state and views, in the order of the step.
+        exchanged_bytes: What the objectives send to other processes, per process: gathered batches, centers.
         view_bytes: The views themselves, with reconstruction targets.
         logs: Names of the logged loss parts.
     """
 
+    batch: int
     parts: tuple[Part, ...]
+    trained_layers: tuple[int, ...]
+    frozen_layers: tuple[int, ...]
     buffers: int
     activation_bytes: int
-    forward_bytes: int
-    teacher_bytes: int
+    moments: tuple[Moment, ...]
+    exchanged_bytes: int
     view_bytes: int
     logs: tuple[str, ...]
 
@@ -91,20 +95,6 @@ class Cost:
     def flops(self) -> float:
         """Forward and backward for one image; of the teacher the forward pass."""
         return sum(part.flops for part in self.parts)
-
-    def memory(self, distributed: bool) -> dict[str, int]:
-        """Bytes on one device by part. Leaves out what the allocator, kernels and the device context take."""
-        weights = {kind: sum(part.parameters for part in self.parts if part.kind == kind) for kind in KINDS}
-        return {
-            **{f"{kind}: fp32 weights": FP32_BYTES * count for kind, count in weights.items() if count},
-            "buffers": FP32_BYTES * self.buffers,
-            "gradients": FP32_BYTES * self.trainable,
-            "optimizer state (AdamW)": ADAM_STATES * FP32_BYTES * self.trainable,
-            **({"gradient buckets (DDP)": FP32_BYTES * self.trainable} if distributed else {}),
-            "views and targets": self.view_bytes,
-            "activations": self.activation_bytes,
-            "passing, at the peak of the forward pass": max(0, self.forward_bytes - self.activation_bytes),
-        }
 
 
 def parts_of(config: EquiSSLPreTrainingConfig) -> dict[str, str]:
@@ -143,13 +133,21 @@ def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
     return FP32_BYTES * (weights + ADAM_STATES * trainable)
 
 
-def measure(config: EquiSSLPreTrainingConfig, views: Views, args: EquiSSLTrainingArguments) -> Cost:
+def measure(
+    config: EquiSSLPreTrainingConfig,
+    views: Views,
+    args: EquiSSLTrainingArguments,
+    batch: int | None = None,
+    processes: int = 1,
+) -> Cost:
     """Run one step on fake tensors and count.
 
     Args:
         config: What is trained.
-        views: Views of a few real images; only their shapes and types are used, at the batch size of ``args``.
+        views: Views of a few real images; only their shapes and types are used.
         args: Batch per device, precision and activation checkpointing.
+        batch: Images on the device, in place of that of ``args``.
+        processes: The objectives see the batches of so many.
     """
     mode, model = without_weights(config)
     if args.activation_checkpointing:
@@ -158,25 +156,35 @@ def measure(config: EquiSSLPreTrainingConfig, views: Views, args: EquiSSLTrainin
         every = kwargs.pop("every_n_layers", 1)
         kwargs.pop("offload", None)  # changes where activations lie, not how many
         model.activation_checkpointing_enable(kwargs or None, every_n_layers=every)
-    size = args.per_device_train_batch_size
-    forward, backward, live = flop_counter(), flop_counter(), _LiveStorages()
-    teacher_bytes: list[int] = []
+    size = batch or args.per_device_train_batch_size
+    blocks = EquiSSLForPreTraining._no_split_modules
+    layers = [module for module in model.modules() if type(module).__name__ in blocks]
+    wrapped = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    live = StepMemory(model.parameters(), lambda parameter: id(parameter) in wrapped)
+    live.watch_gradients(model)
     if model.teacher is not None:
-        model.teacher.register_forward_hook(lambda *_: teacher_bytes.append(live.peak))
-    with mode:
+        model.teacher.register_forward_pre_hook(lambda *_: live.begin("teacher"))
+        model.teacher.register_forward_hook(lambda *_: live.begin("forward"))
+    forward, backward, exchanged = flop_counter(), flop_counter(), Exchanged()
+    with as_one_of(processes), mode:
         fake = batch_of(views, size)
-        kept = _KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
-        with forward, live, kept, _autocast(args):
+        kept = KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
+        with forward, live, exchanged, kept, _autocast(args):
             output = model(views=fake)
-        with backward:
+        live.begin("backward")
+        with backward, live, exchanged:
             output.loss.backward()
+        live.begin("")
     flops = flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts(), _followers(model))
     return Cost(
+        batch=size,
         parts=_parts(model, config, {name: value / size for name, value in flops.items()}),
+        trained_layers=_sizes(layers, trained=True),
+        frozen_layers=_sizes(layers, trained=False),
         buffers=sum(buffer.numel() for buffer in model.buffers()),
         activation_bytes=kept.total,
-        forward_bytes=live.peak,
-        teacher_bytes=max(teacher_bytes, default=0),
+        moments=tuple(live.moments),
+        exchanged_bytes=exchanged.total,
         view_bytes=_storage_bytes(_tensors(views)) * size // views.batch_size,
         logs=tuple(output.logs),
     )
@@ -193,56 +201,10 @@ def batch_of(views: Views, size: int) -> Views:
     return _map_tensors(views, empty)
 
 
-class _KeptStorages(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of distinct storages that autograd keeps, without those of ``own``."""
-
-    def __init__(self, own: tuple[Tensor, ...]) -> None:
-        self._sizes: dict[int, int] = {}
-        self._own = {tensor.untyped_storage()._cdata for tensor in own}
-        super().__init__(self._keep, lambda tensor: tensor)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    @property
-    def total(self) -> int:
-        """Bytes."""
-        return sum(self._sizes.values())
-
-
-class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, from the first use to the last reference.
-
-    Attributes:
-        peak: The most at any time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given | self._seen:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._seen.add(id(storage))
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, id(storage), size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self._now -= size
+def _sizes(layers: list[nn.Module], trained: bool) -> tuple[int, ...]:
+    """Parameters of each layer that is trained, or frozen."""
+    kinds = [layer for layer in layers if next(layer.parameters()).requires_grad == trained]
+    return tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in kinds)
 
 
 def _followers(model: EquiSSLForPreTraining) -> list[str]:

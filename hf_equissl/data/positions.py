@@ -1,0 +1,122 @@
+"""Where the readers of a stream stand, kept in checkpoints so that a resumed run sees the rows that come next."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+_FILE = "data_position-{rank}.json"
+
+
+class StreamPosition(NamedTuple):
+    """Where one worker stood when it had made a sample.
+
+    Attributes:
+        worker: Which, of those of its rank.
+        epoch: Of its pass.
+        read: Rows of the pass that it had read.
+        given: Rows that had left its buffer, this sample's the last.
+        starts: Number of the first row of each of its pieces of shards that it had begun.
+    """
+
+    worker: int
+    epoch: int
+    read: int
+    given: int
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """What decides who reads which row when: positions hold for the same layout only.
+
+    Attributes:
+        ranks: Processes that share the stream.
+        workers: Of each; the process itself counts as one where it has none.
+        shards: Files, or parts of files.
+        shuffle_buffer: In rows.
+        seed: Of the order.
+    """
+
+    ranks: int
+    workers: int
+    shards: int
+    shuffle_buffer: int
+    seed: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.ranks} processes x {self.workers} workers, {self.shards} shards, shuffle_buffer "
+            f"{self.shuffle_buffer}, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class StreamStart:
+    """Where a stream begins.
+
+    Attributes:
+        epoch: Of workers without a position.
+        turn: The worker whose batch comes first.
+        positions: Worker -> where it stood.
+    """
+
+    epoch: int = 0
+    turn: int = 0
+    positions: tuple[StreamPosition, ...] = ()
+
+    def of(self, worker: int) -> StreamPosition | None:
+        """The position of a worker, if it has one."""
+        return next((position for position in self.positions if position.worker == worker), None)
+
+
+def write_positions(
+    folder: Path, rank: int, layout: StreamLayout, turn: int, positions: dict[int, StreamPosition]
+) -> None:
+    """Write one rank's file into a checkpoint."""
+    plain = {"layout": asdict(layout), "turn": turn}
+    plain["workers"] = [positions[worker]._asdict() for worker in sorted(positions)]
+    (folder / _FILE.format(rank=rank)).write_text(json.dumps(plain) + "\n", encoding="utf-8")
+
+
+def read_start(folder: Path, rank: int, layout: StreamLayout) -> StreamStart:
+    """Where ``rank`` goes on.
+
+    With another layout no row can be found again. Then all ranks begin the epoch after the latest one that any worker
+    had begun, with a warning: what was not seen of the epochs before is left out, and nothing is seen twice in one.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    files = sorted(folder.glob(_FILE.format(rank="*")))
+    if not files:
+        _warn(rank, f"{folder} does not say where its stream stood. It begins with epoch 1.")
+        return StreamStart(epoch=1)
+    try:
+        saved = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        own = saved.get(_FILE.format(rank=rank))
+        written = StreamLayout(**next(iter(saved.values()))["layout"])
+        if own is not None and written == layout:
+            positions = (StreamPosition(**each | {"starts": tuple(each["starts"])}) for each in own["workers"])
+            return StreamStart(turn=own["turn"], positions=tuple(positions))
+        epochs = [worker["epoch"] for ranks in saved.values() for worker in ranks["workers"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: {_FILE.format(rank='*')} cannot be read ({error}).") from error
+    epoch = 1 + max(epochs, default=0)
+    _warn(
+        rank,
+        f"{folder}: the stream was read by {written}; this run has {layout}. It goes on with epoch {epoch}, and images "
+        f"of epoch {epoch - 1} that were not seen yet are left out. To go on exactly where it stood, start "
+        f"{written.ranks} processes with --training.dataloader_num_workers {written.workers}, on the same data.",
+    )
+    return StreamStart(epoch=epoch)
+
+
+def _warn(rank: int, message: str) -> None:
+    if rank == 0:
+        logger.warning(message)

@@ -1,0 +1,189 @@
+"""The shards of a stream: who reads which rows in an epoch, and in which order they leave the buffer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import numpy as np
+
+from .errors import ImageSourceError
+from .sources import ImageSource
+
+# Fewer files than this for each rank, and parquet files are cut at their row groups.
+FILES_PER_RANK = 16
+# Rows that are fetched together: few, as a worker holds them encoded beside its buffer.
+_ROWS_AT_ONCE = 8
+_DRAWS_AT_ONCE = 1024
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows that are read one after the other: a file, or a part of one.
+
+    Attributes:
+        source: All files.
+        file, files: Number of the file, and of all.
+        part, parts: Number of the part, and of all in this file.
+    """
+
+    source: ImageSource
+    file: int
+    files: int
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """The file, where its name is known, and the part."""
+        paths = self.source.files
+        name = paths[self.file] if paths else f"{self.source.name}, shard {self.file + 1} of {self.files}"
+        return name if self.parts == 1 else f"{name}, row group {self.part}"
+
+    def rows(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        """Rows from number ``first`` on. Those before it are passed over: a file is read from its beginning.
+
+        Raises:
+            ImageSourceError: The shard cannot be read, naming it.
+        """
+        try:
+            _check_length(self.name)
+            stream = _open(self.source, self.file)
+            if self.parts > 1:
+                stream = stream.reshard().shard(self.parts, self.part)
+            if first:
+                stream = stream.skip(first)
+            # Not iter(stream): that would divide the rows among the workers of a DataLoader once more.
+            for batch in stream.iter(_ROWS_AT_ONCE):
+                yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+        except Exception as error:  # Readers of every format raise their own.
+            raise _unreadable(self.name, error) from error
+
+
+def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
+    """The shards of a stream: its files; the row groups of parquet files, if there are few files for so many ranks.
+
+    Raises:
+        ImageSourceError: A file whose row groups are asked for cannot be read, naming it.
+    """
+    files = source.dataset.num_shards
+    whole = [Shard(source, file, files) for file in range(files)]
+    if files >= FILES_PER_RANK * ranks:
+        return whole
+    shards = []
+    for shard in whole:
+        try:
+            parts = _open(source, shard.file).reshard().num_shards
+        except Exception as error:
+            raise _unreadable(shard.name, error) from error
+        shards += [Shard(source, shard.file, files, part, parts) for part in range(parts)]
+    return shards
+
+
+def _check_length(path: str) -> None:
+    """Refuse a tar file on this machine that was cut off: between two members its reader takes that for the end."""
+    if path.endswith(".tar") and "://" not in path and (size := os.path.getsize(path)) % tarfile.BLOCKSIZE:
+        raise ValueError(f"{size} bytes are no whole number of blocks, it was cut off")
+
+
+def _open(source: ImageSource, file: int) -> datasets.IterableDataset:
+    return source.dataset.shard(source.dataset.num_shards, file)
+
+
+def _unreadable(name: str, error: Exception) -> ImageSourceError:
+    return ImageSourceError(
+        f"{name} cannot be read: {type(error).__name__}: {error}. Check that it is complete; fetch or write it again, "
+        "or take it out of the data set."
+    )
+
+
+class Piece(NamedTuple):
+    """A reader's rows of a shard: those whose number modulo the number of readers lies in [low, high)."""
+
+    shard: int
+    low: int
+    high: int
+
+
+def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
+    """One reader's pieces of shards, such that every row has exactly one reader.
+
+    Whole shards as long as there is one for each reader. Those left over are fewer than readers: each reader gets the
+    same share of them, by row numbers, of at most two shards, which it shares with others that read them, too.
+
+    Args:
+        order: Numbers of the shards, the same on all readers.
+        readers, reader: How many read, and which this is.
+    """
+    whole = len(order) - len(order) % readers
+    pieces = [Piece(shard, 0, readers) for shard in order[reader:whole:readers]]
+    rest = order[whole:]
+    begin, end = reader * len(rest), (reader + 1) * len(rest)  # a shard is ``readers`` long
+    for number, shard in enumerate(rest):
+        low, high = max(0, begin - number * readers), min(readers, end - number * readers)
+        if low < high:
+            pieces.append(Piece(shard, low, high))
+    return pieces
+
+
+def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of a piece, from its own row number ``first`` on."""
+    rounds, rest = divmod(first, piece.high - piece.low)
+    begin = rounds * readers + piece.low + rest
+    for number, row in enumerate(shards[piece.shard].rows(begin), begin):
+        if piece.low <= number % readers < piece.high:
+            yield row
+
+
+def shuffled(
+    rows_from: Callable[[int], Iterator[_Row]], size: int, rng: np.random.Generator, read: int = 0, given: int = 0
+) -> Iterator[tuple[_Row, int, int]]:
+    """Rows in a random order, as far as a buffer of ``size`` rows allows: each is drawn from the next ``size``.
+
+    Which row lies where in the buffer follows from ``rng`` alone. To go on where it stood, its rows are read once more:
+    those back to the oldest that is still there, about ``size`` x (ln(size) + 1) rows.
+
+    Args:
+        rows_from: Rows in their own order, from a number on.
+        size: Of the buffer, in rows. 1: their own order.
+        rng: Fresh, whether one goes on or begins.
+        read, given: Where it stood: rows read and rows given back until then.
+
+    Yields:
+        A row, and ``read`` and ``given`` with it.
+    """
+    places = _draws(rng, size)
+    drawn = max(0, read - size)
+    held = np.arange(min(size, read))  # the number of the row in each place
+    held[np.fromiter(itertools.islice(places, drawn), np.int64, drawn)] = size + np.arange(drawn)  # the last one stays
+    oldest = int(held.min(initial=read))
+    wanted = set(held.tolist())
+    rows = rows_from(oldest)
+    again = {number: row for number, row in zip(range(oldest, read), rows, strict=False) if number in wanted}
+    buffer = [again.pop(number) for number in held.tolist()]
+    for row in rows:
+        read += 1
+        if len(buffer) < size:
+            buffer.append(row)
+            continue
+        place = next(places)
+        given += 1
+        yield buffer[place], read, given
+        buffer[place] = row
+    last = max(0, read - size)
+    for place in rng.permutation(len(buffer))[given - last :]:
+        given += 1
+        yield buffer[place], read, given
+
+
+def _draws(rng: np.random.Generator, size: int) -> Iterator[int]:
+    """Endless draws from [0, size), in blocks: one by one they would be slow."""
+    while True:
+        yield from rng.integers(size, size=_DRAWS_AT_ONCE).tolist()

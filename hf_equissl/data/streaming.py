@@ -1,0 +1,195 @@
+"""The data set of cropped views of a streamed source, divided among ranks and workers and resumed where it stood."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hf_equissl.views.pipelines import ViewPipeline
+
+from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, crop_views, hopeless, image_digest
+from .decoding import decode_image
+from .errors import ImageDecodeError, ImageSourceError
+from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
+from .randomness import order_generator, sample_generator
+from .shards import divide, list_shards, piece_rows, shuffled
+from .sources import ImageSource
+
+__all__ = ["StreamingViewDataset"]
+
+# Passes without a row before a worker of an endless stream gives up: the next may bring it some.
+_EMPTY_PASSES = 8
+
+
+class StreamingViewDataset(IterableDataset[dict[str, Any]]):
+    """Crops of the images of a streamed source.
+
+    The sample's id is a digest of its encoded bytes: its views depend on (seed, epoch, image), not on workers or ranks;
+    which images share a batch does.
+
+    **Epochs.** In each epoch the shards are put in a new order and divided anew among all workers of all ranks
+    (``shards.divide``), so that every row has one reader and readers have equal shares, however many shards there are.
+    Each worker then draws from a buffer; shards are read one after the other, so they should have been written in
+    random order. By default the stream goes on when it ends, one epoch later, each worker for itself: nobody waits,
+    and where shards are of unequal size some workers begin the next epoch a little earlier. ``Trainer`` then needs
+    ``max_steps``; schedules have an epoch length of their own (``epoch_steps``).
+
+    **Resuming.** Each sample says where its worker stood (``position``). ``consumed`` takes note of a batch that
+    training has used, ``save_positions`` writes the notes of this rank into a checkpoint, and ``load_positions`` lets
+    the next pass go on there, with the same batches bit for bit. Shards that are behind are not opened; rows that lie
+    in the buffer, and those before them in their shard, are read once more, and no image of the past is decoded.
+
+    Do not let accelerate divide or dispatch the loader again: leave it unprepared, or prepare it as for one process.
+
+    Args:
+        source: A source loaded with ``streaming=True``.
+        pipeline: Crops, and says how many draws a sample carries.
+        seed: Of the run.
+        shuffle_buffer: Encoded images among which each worker draws the next. 0: everything in order.
+        rank, world_size: This process among those that share the stream.
+        repeat: Start again when the stream ends.
+
+    Raises:
+        ValueError: The source is not streamed, or ``rank`` is not below ``world_size``.
+        ImageSourceError: A shard cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        pipeline: ViewPipeline,
+        seed: int,
+        *,
+        shuffle_buffer: int = 1024,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: bool = True,
+    ) -> None:
+        if not source.streaming:
+            raise ValueError(f"{source.name} is not streamed. Use ImageViewDataset, or load it with streaming=False.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, expected 0 to world_size - 1 = {world_size - 1}.")
+        self.source, self.pipeline, self.seed, self.repeat = source, pipeline, seed, repeat
+        self.shuffle_buffer, self.rank, self.world_size = shuffle_buffer, rank, world_size
+        self.shards = list_shards(source, world_size)
+        # In shared memory: workers that persist across epochs hold their own copy of this object.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._start = StreamStart()
+        self._consumed: dict[int, StreamPosition] = {}
+        self._last_worker = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass; reaches workers that already run."""
+        self._epoch.fill_(epoch)
+
+    # ---- positions ----
+
+    def consumed(self, position: StreamPosition) -> None:
+        """Take note of a batch that training has used; ``position`` is that of its last sample."""
+        self._consumed[position.worker] = position
+        self._last_worker = position.worker
+
+    def save_positions(self, folder: Path, num_workers: int) -> None:
+        """Write where this rank stands into a checkpoint: ``data_position-<rank>.json``."""
+        turn = (self._last_worker + 1) % max(1, num_workers)
+        write_positions(folder, self.rank, self._layout(num_workers), turn, self._consumed)
+
+    def load_positions(self, folder: Path | None, num_workers: int) -> None:
+        """Let the next pass go on where a checkpoint stands; ``None``: at the beginning.
+
+        With other ranks, workers, shards, buffer or seed it begins the next epoch, with a warning.
+
+        Raises:
+            ValueError: The files are damaged.
+        """
+        self._start = StreamStart() if folder is None else read_start(folder, self.rank, self._layout(num_workers))
+        self._consumed = {position.worker: position for position in self._start.positions}
+        self._last_worker = self._start.turn - 1
+        self.set_epoch(self._start.epoch)
+
+    def _layout(self, num_workers: int) -> StreamLayout:
+        return StreamLayout(self.world_size, max(1, num_workers), len(self.shards), self.shuffle_buffer, self.seed)
+
+    # ---- samples ----
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Samples as from ``ImageViewDataset``, and ``position``; ``index`` is the digest.
+
+        Raises:
+            ImageDecodeError: Too many files in a row do not decode.
+            ImageSourceError: A shard cannot be read, or there is not one row for this worker.
+        """
+        info = get_worker_info()
+        workers, number = (info.num_workers, info.id) if info else (1, 0)
+        if info:
+            fsspec.asyn.reset_lock()  # a lock taken when this process was forked would never be free
+        worker = (number + self._start.turn) % workers  # the loader asks number 0 first
+        start = self._start.of(worker)
+        epoch = start.epoch if start else int(self._epoch)
+        skipped: list[SkippedImage] = []
+        empty = 0
+        while True:
+            good, begin = 0, time.perf_counter()
+            for row, position in self._one_pass(epoch, worker, workers, start):
+                try:
+                    content = self.source.content(row)
+                    image = decode_image(content)
+                except ImageDecodeError as error:
+                    skipped.append(SkippedImage(self.source.item_name(row), str(error)))
+                    if len(skipped) >= MAX_ATTEMPTS:
+                        raise hopeless(self.source.name, skipped) from error
+                    continue
+                digest = image_digest(content)
+                sample = crop_views(self.pipeline, image, sample_generator(self.seed, epoch, digest))
+                sample = complete_sample(sample, digest, self.source.label(row), skipped, begin)
+                yield sample | {"position": position}
+                good, skipped, begin = good + 1, [], time.perf_counter()
+            if skipped and not good and not start:
+                raise hopeless(self.source.name, skipped)
+            if not self.repeat:
+                return
+            empty = 0 if good or start else empty + 1
+            if empty == _EMPTY_PASSES:
+                raise ImageSourceError(
+                    f"{self.source.name}: no image is left for worker {worker} of rank {self.rank}. There are fewer "
+                    f"than {self.world_size} processes x {workers} workers. Set dataloader_num_workers lower."
+                )
+            epoch, start = epoch + 1, None
+
+    def _one_pass(
+        self, epoch: int, worker: int, workers: int, start: StreamPosition | None
+    ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
+        """Rows of one worker of this rank in the epoch's order, each with the position behind it."""
+        readers, reader = self.world_size * workers, self.rank * workers + worker
+        own = order_generator(self.seed, epoch, 1 + reader)
+        order = list(range(len(self.shards)))
+        if self.shuffle_buffer:
+            common = order_generator(self.seed, epoch)
+            order = common.permutation(len(order)).tolist()
+            reader = int(common.permutation(readers)[reader])  # other rows of a shard that many share, too
+        pieces = divide(order, readers, reader)
+        if self.shuffle_buffer:
+            # Else all readers would end with the shards that they share.
+            pieces = [pieces[place] for place in own.permutation(len(pieces))]
+        starts = start.starts if start else ()
+
+        def rows_from(first: int) -> Iterator[dict[str, Any]]:
+            nonlocal starts  # a new one, as positions on their way to the training process hold the old one
+            number = max((place for place, begin in enumerate(starts) if begin <= first), default=0)
+            row = first
+            for place in range(number, len(pieces)):
+                if place == len(starts):
+                    starts = (*starts, row)
+                for content in piece_rows(self.shards, pieces[place], readers, row - starts[place]):
+                    row += 1
+                    yield content
+
+        stood = (start.read, start.given) if start else (0, 0)
+        for row, read, given in shuffled(rows_from, max(1, self.shuffle_buffer), own, *stood):
+            yield row, StreamPosition(worker, epoch, read, given, starts)

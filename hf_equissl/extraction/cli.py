@@ -1,0 +1,252 @@
+"""The command line of ``training/extract_features.py``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_equissl.data import ImageDecodeError, ImageSourceError
+from hf_equissl.evaluation.encoders import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
+from hf_equissl.evaluation.runner import check_output_dir
+from hf_equissl.hub.privacy import is_hub_id
+from hf_equissl.hub.push import account
+from hf_equissl.redaction import without_secrets
+
+from .card import write_card
+from .errors import ExtractionError
+from .processes import Processes
+from .push import push_features
+from .record import begin, check_same, finish
+from .run import extract, summarise
+from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionSettings
+from .shards import remove_leftovers
+from .work import Extraction, human_size, prepare
+
+_DESCRIPTION = """\
+Write the features of a large set of images by a frozen encoder to shards of a data set: any encoder that AutoModel
+loads, prepared by its own image processor, on one process or many. Everything that can be wrong is checked first. An
+extraction that was stopped, even by kill -9, goes on when the command is given again, on as many processes as you like,
+and ends in the same files. Images that do not decode are left out and named; `index` is each image's row in the source.
+"""
+
+_EXAMPLES = """\
+examples:
+  # CLS token and mean patch of all training images, with labels; then load_dataset("features")
+  python training/extract_features.py --encoder facebook/dinov2-small --data uoft-cs/cifar10 --output_dir features
+
+  # the test images into the same folder
+  python training/extract_features.py --encoder facebook/dinov2-small --data uoft-cs/cifar10 --split test \\
+      --output_dir features
+
+  # all patch tokens in half precision, on 8 GPUs; first look at the plan: images, shards, bytes on disk
+  python training/extract_features.py --encoder runs/mine/encoder --data ./imagenet --features cls patch_tokens \\
+      --dtype float16 --precision bf16 --output_dir tokens --dry_run
+  accelerate launch --num_processes 8 training/extract_features.py --encoder runs/mine/encoder --data ./imagenet \\
+      --features cls patch_tokens --dtype float16 --precision bf16 --output_dir tokens
+
+  # what the stem keeps of where and how, from WebDataset shards, and onto the Hub
+  accelerate launch training/extract_features.py --encoder me/my-encoder --data "./shards/*.tar" --streaming \\
+      --features equivariant_cls equivariant_patches --output_dir stem --push_to_hub --repo_id me/stem --private
+"""
+# Other rooms speak of a recipe's keys and of keywords; here the same things are flags.
+_FLAGS = {
+    "data.column": "--image_column",
+    "data.source": "--data",
+    "data.max_bad_share": "--max_bad_share",
+    "image_size=<one side>": "--image_size PIXELS",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options with their help."""
+    parser = argparse.ArgumentParser(
+        prog="extract_features.py",
+        usage="extract_features.py --encoder PATH_OR_ID --data SOURCE --output_dir DIR [options]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--encoder", required=True, metavar="PATH_OR_ID", help="folder or Hub id that AutoModel loads")
+    add("--data", required=True, metavar="SOURCE", help="Hub id, folder of images, parquet, tar, save_to_disk folder")
+    add("--output_dir", required=True, metavar="DIR", help="data/, extraction.json and README.md go here")
+    add("--split", metavar="NAME", help="default: train; several splits, one command each, may share a folder")
+    add(
+        "--features",
+        nargs="+",
+        metavar="NAME",
+        help=f"among {', '.join((*FEATURES, PATCH_TOKENS))}; default: cls patches. patches: their mean; backbone: "
+        "[cls ; patches]; invariant..., equivariant...: parts of the stem (EquiSSL encoders)",
+    )
+    add("--dtype", metavar="NAME", help=f"in which features are stored: {' or '.join(DTYPES)}; default: float32")
+    add("--format", dest="file_format", metavar="NAME", help=f"{' or '.join(FORMATS)}; default: parquet")
+    add(
+        "--shard_size",
+        type=int,
+        metavar="N",
+        help="images per shard, the least that is computed again after an interruption; default: 10000, fewer where a "
+        "shard would exceed 500 MB; with --streaming a shard is what the source has as a shard",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--dry_run", action="store_true", help="print the plan, write nothing")
+    add = parser.add_argument_group("data").add_argument
+    add("--image_column", metavar="NAME", help="default: found by its type")
+    add("--label_column", metavar="NAME", help="default: found by its type")
+    add("--config_name", metavar="NAME", help="configuration of a Hub data set")
+    add("--data_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
+    add("--streaming", action="store_true", help="read shards where they are, nothing is downloaded or converted")
+    add("--max_bad_share", type=float, metavar="SHARE", help="of images that may fail to decode; default: 0.01")
+    add("--num_workers", type=int, metavar="N", help="processes that decode, per process; default: by the cores, <= 8")
+    add = parser.add_argument_group("encoder").add_argument
+    add("--image_size", type=int, metavar="PIXELS", help="resize and crop to this; default: as its processor does")
+    add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (autocast); default: fp32")
+    add("--batch_size", type=int, metavar="N", help="images per pass; default: 256")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if there is one; each process its own")
+    add("--revision", metavar="NAME", help="branch, tag or commit of an encoder from the Hub")
+    add("--subfolder", metavar="NAME", help="of the encoder's folder or repository, e.g. native")
+    add("--trust_remote_code", action="store_true", help="let code beside the weights run")
+    add = parser.add_argument_group("publishing").add_argument
+    add("--push_to_hub", action="store_true", help="upload the finished folder as a data set")
+    add("--repo_id", metavar="OWNER/NAME", help="where")
+    add("--private", action="store_true", help="make a new repository private")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 0, 2 for what can be mended before anything is computed, 1 for an extraction that stopped, 130
+        if interrupted.
+    """
+    options = vars(build_parser().parse_args(argv))
+    words = without_secrets(sys.argv[1:] if argv is None else argv)
+    command = shlex.join(["python", "training/extract_features.py", *words])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    processes = Processes()
+    try:
+        code = _run(processes, options, command)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on, finished shards are kept.", file=sys.stderr, flush=True)
+        return 130
+    processes.leave()
+    return code
+
+
+def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
+    dry_run = options.pop("dry_run", False)
+    work, plan = None, {}
+    if processes.is_main:  # what is wrong is said once, and downloads and conversions happen once
+        try:
+            settings, publish = _settings(options)
+            work = prepare(settings, processes.device(settings.device))
+            plan = _plan(work, command, dry_run)
+        except (ValueError, OSError, ImportError, ExtractionError) as error:
+            plan = {"error": _stop(error, code=2)}
+    try:
+        plan = processes.from_main(plan)
+        if "error" in plan or dry_run:
+            return plan.get("error", 0)
+        if work is None:
+            settings, publish = _settings(options, check_hub=False)
+            work = prepare(settings, processes.device(settings.device))
+            _check_same_sight(work, plan)
+        workers = work.settings.workers(processes.local_count)
+        mine = [work.shards[number] for number in plan["remaining"]][processes.rank :: processes.count]
+        title = f"process 0 of {processes.count}" if processes.count > 1 else work.settings.split_name
+        share = extract(work, mine, num_workers=workers, progress=processes.is_main, title=title)
+        shares = processes.gather(share)
+        if processes.is_main:
+            run = summarise(work, shares, workers)
+            record = finish(work, command, run)
+            write_card(Path(work.settings.output_dir), record)
+            print(_report(work, record, run), flush=True)
+            if publish:
+                print(f"Published: {push_features(Path(work.settings.output_dir), record, **publish)}", flush=True)
+    except (ExtractionError, ImageDecodeError, ImageSourceError, NonFiniteFeaturesError, OSError, ValueError) as error:
+        return _stop(error, code=1, process=processes)
+    return 0
+
+
+def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[ExtractionSettings, dict[str, Any]]:
+    """The settings, and what ``push_features`` needs; the latter empty where nothing is published."""
+    options = dict(options)
+    publish = {name: options.pop(name, None) for name in ("push_to_hub", "repo_id", "private")}
+    names = {"image_column": "column", "data_revision": "revision"}
+    source = {
+        names.get(name, name): options.pop(name)
+        for name in ("image_column", "label_column", "config_name", "data_revision", "streaming")
+        if name in options
+    }
+    encoder = ("revision", "subfolder", "trust_remote_code")
+    load: dict[str, Any] = {name: options.pop(name) for name in encoder if name in options}
+    if "features" in options:
+        options["features"] = tuple(options["features"])
+    settings = ExtractionSettings(**options, source_options=source, load_options=load)
+    if not publish.pop("push_to_hub"):
+        for name, value in publish.items():
+            if value:
+                raise ValueError(f"--{name} belongs to --push_to_hub.")
+        return settings, {}
+    if not is_hub_id(publish["repo_id"]):
+        raise ValueError(f"--push_to_hub: --repo_id is {publish['repo_id']!r}, expected OWNER/NAME.")
+    if check_hub:
+        account(publish["repo_id"])
+    return settings, {"repo_id": publish["repo_id"], "private": bool(publish["private"])}
+
+
+def _plan(work: Extraction, command: str, dry_run: bool) -> dict[str, Any]:
+    """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
+    check_same(work)
+    remaining = work.remaining()
+    print(work.describe(remaining), flush=True)
+    work.check_disk(remaining)
+    if not dry_run:
+        check_output_dir(work.folder)
+        remove_leftovers(work.folder)
+        if remaining:
+            begin(work, command)
+    return {"remaining": [shard.number for shard in remaining], "digest": work.digest}
+
+
+def _check_same_sight(work: Extraction, plan: dict[str, Any]) -> None:
+    """On another machine a path may lead elsewhere."""
+    if work.digest != plan["digest"]:
+        raise ExtractionError(
+            f"this process reads another encoder or other images at {work.settings.encoder} and {work.settings.data} "
+            "than the main process. Put the same files there on every machine, or use a shared folder."
+        )
+
+
+def _report(work: Extraction, record: dict[str, Any], run: dict[str, Any] | None) -> str:
+    split = record["splits"][work.settings.split_name]
+    left_out = f", {len(split['skipped'])} left out" if split["skipped"] else ""
+    lines = [
+        f"{work.settings.output_dir}: {split['rows']:,} images{left_out}, {len(work.shards)} shards, "
+        f"{human_size(split['bytes'])}"
+    ]
+    if run is None:
+        return f"{lines[0]}; nothing was left to do"
+    each = run["images_per_second_of_processes"]
+    of = f" ({' + '.join(f'{speed:.4g}' for speed in each)})" if len(each) > 1 else ""
+    lines.append(f"{run['images']:,} images in {run['seconds']:.4g} s: {run['images_per_second']:.4g} images/s{of}")
+    return "\n".join(lines)
+
+
+def _stop(error: Exception, code: int, process: Processes | None = None) -> int:
+    message = str(error)
+    if "Original Traceback" in message:  # from a worker; the same error again, with its message at the end
+        message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+    for key, flag in _FLAGS.items():
+        message = message.replace(key, flag)
+    who = f"process {process.rank}: " if process is not None and process.count > 1 else ""
+    print(f"error: {who}{message}", file=sys.stderr, flush=True)
+    return code

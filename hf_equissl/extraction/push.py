@@ -1,0 +1,68 @@
+"""Features to a data set repository on the Hub, in one commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from hf_equissl.hub.privacy import public_command, public_source, public_values
+from hf_equissl.hub.push import create_repository, explain_hub_errors
+
+from .card import CARD, write_card
+from .record import RECORD
+
+
+def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, private: bool = False) -> str:
+    """Upload shards, card and record; an interruption leaves the repository as it was.
+
+    Args:
+        folder: Of a finished extraction.
+        record: What its ``extraction.json`` says. Uploaded without paths of this machine.
+        repo_id: "name/features"; created if it does not exist.
+        private: Create it as private. An existing public repository is then refused.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PublishError: no rights, no network, ...: what to do is in the message.
+    """
+    with explain_hub_errors(repo_id):
+        repo_id = create_repository(repo_id, private=private or None, repo_type="dataset")
+        write_card(folder, record, name=repo_id)
+        api = HfApi(library_name="hf_equissl")
+        names = {path.name for path in (folder / "data").iterdir() if not path.name.startswith(".")}
+        files: dict[str, Path | bytes] = {f"data/{name}": folder / "data" / name for name in sorted(names)}
+        files |= {CARD: folder / CARD, RECORD: (json.dumps(_public(record), indent=2) + "\n").encode()}
+        head = api.dataset_info(repo_id).sha
+        there = api.list_repo_files(repo_id, repo_type="dataset", revision=head)
+        gone = [name for name in there if name.startswith("data/") and name not in files]
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in gone),
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+            ],
+            commit_message="Upload features",
+            repo_type="dataset",
+            parent_commit=head,
+        )
+    return str(commit.commit_url)
+
+
+def _public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as others may read it."""
+    splits = {
+        name: {
+            **public_values(split),
+            "data": public_source(split["data"]),
+            "command": public_command(split["command"]),
+            "classes": split["classes"],
+        }
+        for name, split in record["splits"].items()
+    }
+    return {**public_values(record), "encoder": public_source(record["encoder"]), "splits": splits}

@@ -1,0 +1,157 @@
+"""Batches of pictures, each of one shard only, in an order that depends on nothing but the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from hf_equissl.data import ImageSource, decode_image
+from hf_equissl.data.shards import Shard as SourceShard
+
+from .preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of rows of the source; of a stream, one of the source's own shards, which does not say how many.
+
+    Attributes:
+        number: Counted from 0.
+        start: First row; 0 of a stream.
+        stop: One behind the last row; ``None`` of a stream.
+    """
+
+    number: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class Batch:
+    """Some images of one shard.
+
+    Attributes:
+        shard: Its number.
+        last: Whether the shard ends here.
+        pixels: (b, 3, S, S), uint8 or normalised floats; ``None`` where no image decodes.
+        index: Row of each image in the source; of a stream, in the source's shard.
+        names: Path of each image as the source has it.
+        labels: Class of each image; ``None`` where it has none.
+        skipped: (row, name, reason) of images that do not decode.
+    """
+
+    shard: int
+    last: bool
+    pixels: Tensor | None
+    index: list[int]
+    names: list[str | None]
+    labels: list[int | None]
+    skipped: list[tuple[int, str, str]]
+
+    def pin_memory(self) -> Batch:
+        """For ``DataLoader(pin_memory=True)``."""
+        if self.pixels is not None:
+            self.pixels = self.pixels.pin_memory()
+        return self
+
+
+@dataclass(frozen=True)
+class _Reader:
+    source: ImageSource
+    preprocessing: Preprocessing
+
+    def batch(self, shard: int, rows: Iterable[tuple[int, Mapping[str, Any]]], last: bool) -> Batch:
+        made = Batch(shard, last, None, [], [], [], [])
+        pixels = []
+        for index, row in rows:
+            name = stored_name(self.source, row)
+            try:
+                pixels.append(self.preprocessing(decode_image(self.source.content(row))))
+            except (OSError, ValueError) as error:  # ImageDecodeError is one of them
+                made.skipped.append((index, name or f"row {index}", str(error)))
+                continue
+            made.index.append(index)
+            made.names.append(name)
+            made.labels.append(self.source.label(row))
+        made.pixels = torch.stack(pixels) if pixels else None
+        return made
+
+
+class _Rows(Dataset[Batch]):
+    """A source that is read by row; an item is a batch: (shard, first row, one behind the last, whether it is last)."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, job: tuple[int, int, int, bool]) -> Batch:
+        shard, start, stop, last = job
+        rows = ((index, self.reader.source.row(index)) for index in range(start, stop))
+        return self.reader.batch(shard, rows, last)
+
+
+class _Stream(IterableDataset[Batch]):
+    """A source that is streamed: every worker reads whole shards of the source."""
+
+    def __init__(self, reader: _Reader, shards: Sequence[Shard], batch_size: int, limit: int | None) -> None:
+        self.reader, self.shards, self.batch_size, self.limit = reader, shards, batch_size, limit
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for shard in self.shards[first::step]:
+            rows = enumerate(stream_rows(self.reader.source, shard.number, self.limit))
+            while table := list(islice(rows, self.batch_size)):
+                yield self.reader.batch(shard.number, table, last=False)
+            yield self.reader.batch(shard.number, (), last=True)
+
+
+def stream_rows(source: ImageSource, number: int, limit: int | None = None) -> Iterator[Mapping[str, Any]]:
+    """Rows of shard ``number`` of a streamed source; with a ``limit``, the first rows of the whole stream.
+
+    Raises:
+        ImageSourceError: A shard cannot be read, naming it.
+    """
+    files = source.dataset.num_shards
+    if limit is None:
+        return SourceShard(source, number, files).rows()
+    return islice(chain.from_iterable(SourceShard(source, file, files).rows() for file in range(files)), limit)
+
+
+def stored_name(source: ImageSource, row: Mapping[str, Any]) -> str | None:
+    """The path of a row's image as the source has it, ``None`` where it has none."""
+    value = row[source.image_column]
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return path if isinstance(path, str) and path else None
+
+
+def image_batches(
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    shards: Sequence[Shard],
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+    limit: int | None = None,
+) -> Iterable[Batch]:
+    """The images of some shards. Batches of a stream's shards may alternate, those of one shard come in order."""
+    reader = _Reader(source, preprocessing)
+    # A generator of its own: otherwise making workers would take a number from the caller's.
+    options: dict[str, Any] = {"batch_size": None, "pin_memory": pin_memory, "generator": torch.Generator()}
+    if source.streaming:
+        workers = min(num_workers, len(shards))
+        return DataLoader(_Stream(reader, shards, batch_size, limit), num_workers=workers, **options)
+    jobs = [
+        (shard.number, start, min(start + batch_size, shard.stop), start + batch_size >= shard.stop)
+        for shard in shards
+        if shard.stop is not None
+        for start in range(shard.start, shard.stop, batch_size)
+    ]
+    sampler: Any = jobs
+    return DataLoader(_Rows(reader), sampler=sampler, num_workers=num_workers, **options)

@@ -1,0 +1,199 @@
+"""Files of features: renamed to their final name when they are whole, and saying themselves what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .errors import ExtractionError
+
+# Under this key every file says which extraction and which rows it holds, and which images were left out.
+_KEY = "hf_equissl"
+# Parquet is written in groups of rows of about this size, so that a shard need not fit into memory.
+_GROUP_BYTES = 32 * 10**6
+# Columns beside the features.
+INDEX, NAME, LABEL = "index", "name", "label"
+
+Columns = Mapping[str, np.ndarray | list[Any]]
+
+
+def shard_features(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, classes: Sequence[str] | None, labelled: bool
+) -> datasets.Features:
+    """The columns of a shard: index, name, label, and each feature as a list of fixed length or an ``Array2D``.
+
+    Args:
+        shapes: Feature -> its shape for one image, (D,) or (N, D).
+        dtype: Of the features.
+        classes: Names of the classes, where the source has them.
+        labelled: Whether there are labels.
+    """
+    columns: dict[str, Any] = {INDEX: datasets.Value("int64"), NAME: datasets.Value("string")}
+    if labelled:
+        columns[LABEL] = datasets.ClassLabel(names=list(classes)) if classes else datasets.Value("int64")
+    for name, shape in shapes.items():
+        columns[name] = (
+            datasets.List(datasets.Value(dtype), length=shape[0])
+            if len(shape) == 1
+            else datasets.Array2D(shape=shape, dtype=dtype)
+        )
+    return datasets.Features(columns)
+
+
+def staging_path(path: Path) -> Path:
+    """Where a file lies until it is whole: hidden from ``datasets``, and of this process alone."""
+    return path.with_name(f".{path.name}.{_own()}.tmp")
+
+
+def remove_leftovers(folder: Path, *, own: bool = False) -> None:
+    """Delete what is not whole: what this process has in work (``own``), or what interrupted processes have left."""
+    for path in folder.glob(f".*.{_own()}.tmp" if own else ".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _own() -> str:
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+class ParquetShard:
+    """One ``.parquet`` file in the making.
+
+    Args:
+        path: Its final name.
+        features: Its columns.
+    """
+
+    def __init__(self, path: Path, features: datasets.Features) -> None:
+        self.path, self._staging, self._schema = path, staging_path(path), features.arrow_schema
+        row_bytes = sum(np.prod(_shape(feature)) * np.dtype(_dtype(feature)).itemsize for feature in features.values())
+        self._group = max(1, int(_GROUP_BYTES // row_bytes))
+        self._waiting: list[pa.Table] = []
+        # Features do not compress, and dictionaries of floats only cost time.
+        self._writer = pq.ParquetWriter(self._staging, self._schema, compression="none", use_dictionary=False)
+
+    def add(self, columns: Columns) -> None:
+        """Append rows: column -> values, one per row."""
+        arrays = [_arrow(columns[field.name], field.type) for field in self._schema]
+        self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
+        # Groups of a fixed number of rows: the file does not depend on the size of batches.
+        while sum(map(len, self._waiting)) >= self._group:
+            table = pa.concat_tables(self._waiting)
+            self._writer.write_table(table.slice(0, self._group), row_group_size=self._group)
+            self._waiting = [table.slice(self._group)]
+
+    def close(self, record: Mapping[str, Any]) -> None:
+        """Write the rest and ``record``, and give the file its name."""
+        table = pa.concat_tables([self._schema.empty_table(), *self._waiting])
+        if len(table):
+            self._writer.write_table(table, row_group_size=self._group)
+        self._writer.add_key_value_metadata({_KEY: json.dumps(record)})
+        self._writer.close()
+        _put_in_place(self._staging, self.path)
+
+
+class SafetensorsShard:
+    """One ``.safetensors`` file in the making, in memory until it is whole. Names stand in its metadata.
+
+    Args:
+        path: Its final name.
+        features: Its columns.
+    """
+
+    def __init__(self, path: Path, features: datasets.Features) -> None:
+        self.path, self._staging, self._features = path, staging_path(path), features
+        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in features if name != NAME}
+        self._names: list[str | None] = []
+
+    def add(self, columns: Columns) -> None:
+        """Append rows: column -> values, one per row."""
+        self._names += list(columns[NAME])
+        for name, parts in self._columns.items():
+            values = columns[name]
+            if name == LABEL:  # a tensor has no gaps: -1, the sign for "unlabelled" in public data sets
+                values = [-1 if label is None else label for label in values]
+            parts.append(np.ascontiguousarray(np.asarray(values, dtype=_dtype(self._features[name]))))
+
+    def close(self, record: Mapping[str, Any]) -> None:
+        """Write everything and ``record``, and give the file its name."""
+        tensors = {}
+        for name, parts in self._columns.items():
+            feature = self._features[name]
+            tensors[name] = np.concatenate([np.empty((0, *_shape(feature)), _dtype(feature)), *parts])
+        # Not save_file: nobody else could read the file that it makes, on a folder that machines share.
+        self._staging.write_bytes(save(tensors, metadata={_KEY: json.dumps(record), "names": json.dumps(self._names)}))
+        _put_in_place(self._staging, self.path)
+
+
+def open_shard(path: Path, features: datasets.Features) -> ParquetShard | SafetensorsShard:
+    """A file in the making, of the kind that its name says."""
+    return ParquetShard(path, features) if path.suffix == ".parquet" else SafetensorsShard(path, features)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a finished file says of itself.
+
+    Raises:
+        ExtractionError: It is damaged, or not a file of ours.
+    """
+    try:
+        if path.suffix == ".parquet":
+            found = pq.read_metadata(path).metadata or {}
+            record = found.get(_KEY.encode())
+        else:
+            with safe_open(path, framework="numpy") as file:
+                record = (file.metadata() or {}).get(_KEY)
+        if record is None:
+            raise ExtractionError(f"{path} is not a file of this command. Name a new --output_dir.")
+        return json.loads(record)
+    except (pa.ArrowException, SafetensorError, OSError) as error:
+        raise ExtractionError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged. Delete it; the same command makes "
+            "it again."
+        ) from error
+
+
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Rename a whole file, after its bytes have reached the disk: a name must not outlive its content."""
+    with open(staging, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+
+
+def _shape(feature: Any) -> tuple[int, ...]:
+    if isinstance(feature, datasets.Array2D):
+        return tuple(feature.shape)
+    return (feature.length,) if isinstance(feature, datasets.List) else ()
+
+
+def _dtype(feature: Any) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return "int64"
+    dtype = feature.feature.dtype if isinstance(feature, datasets.List) else feature.dtype
+    return "object" if dtype == "string" else dtype
+
+
+def _arrow(values: np.ndarray | list[Any], kind: pa.DataType) -> pa.Array:
+    """Values of one column, features without copies of their numbers."""
+    if isinstance(kind, pa.ExtensionType):  # Array2D: lists of lists
+        array = np.asarray(values)
+        count, rows, columns = array.shape
+        inner = pa.ListArray.from_arrays(_offsets(count * rows, columns), pa.array(array.reshape(-1)))
+        return pa.ExtensionArray.from_storage(kind, pa.ListArray.from_arrays(_offsets(count, rows), inner))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(values).reshape(-1)), type=kind)
+    return pa.array(values, type=kind)
+
+
+def _offsets(count: int, step: int) -> pa.Array:
+    return pa.array(np.arange(count + 1, dtype=np.int32) * step)

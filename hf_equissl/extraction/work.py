@@ -1,0 +1,309 @@
+"""An extraction with everything that it needs, checked before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_equissl.data import ImageDecodeError, ImageSource, decode_image, load_images
+from hf_equissl.evaluation.encoders import FrozenEncoder
+
+from .errors import ExtractionError
+from .preprocessing import Preprocessing
+from .reading import Shard, stored_name, stream_rows
+from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionSettings
+from .shards import read_record, shard_features
+
+# Rows by which a source is recognised again, and rows among which one has to decode.
+_SAMPLED, _TRIED = 64, 8
+# Beyond the features: what the file format takes, and bytes of an image's other columns.
+_MARGIN, _OTHER_BYTES = 1.01, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """What ``prepare`` made.
+
+    Attributes:
+        settings: What was asked for.
+        encoder, preprocessing, source: Loaded.
+        shapes: Feature -> its shape for one image, (D,) or (N, D).
+        classes: Names of the classes, where the source has them.
+        images: Rows that are read, with and without those that do not decode; ``None`` of a stream.
+        shards: All of them, finished or not.
+        encoding: What features follow from, whatever the images: the same for all splits in a folder.
+        selection: Which images, and how they are divided.
+    """
+
+    settings: ExtractionSettings
+    encoder: FrozenEncoder
+    preprocessing: Preprocessing
+    source: ImageSource
+    shapes: dict[str, tuple[int, ...]]
+    classes: list[str] | None
+    images: int | None
+    shards: list[Shard]
+    encoding: dict[str, Any]
+    selection: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return Path(self.settings.output_dir) / "data"
+
+    @property
+    def columns(self) -> datasets.Features:
+        """Of every shard."""
+        labelled = self.source.label_column is not None
+        return shard_features(self.shapes, self.settings.dtype, self.classes, labelled)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of what the content of the shards follows from."""
+        plain = json.dumps([self.encoding, self.selection], sort_keys=True)
+        return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image's features as stored."""
+        return _row_bytes(self.shapes, self.settings.dtype)
+
+    def path(self, shard: Shard) -> Path:
+        """The file of a shard."""
+        name = f"{self.settings.split_name}-{shard.number:05d}-of-{len(self.shards):05d}"
+        return self.folder / f"{name}{FORMATS[self.settings.file_format]}"
+
+    def remaining(self) -> list[Shard]:
+        """Shards that are not finished yet.
+
+        Raises:
+            ExtractionError: A file is damaged, or of another extraction.
+        """
+        left = []
+        for shard in self.shards:
+            if not self.path(shard).exists():
+                left.append(shard)
+            elif read_record(self.path(shard)).get("extraction") != self.digest:
+                raise ExtractionError(
+                    f"{self.path(shard)} is of another extraction. Name a new --output_dir, or delete this one."
+                )
+        return left
+
+    def check_disk(self, remaining: list[Shard]) -> None:
+        """Refuse to begin what the disk cannot hold.
+
+        Raises:
+            ExtractionError: There is too little space.
+        """
+        needed = self.bytes_of(remaining)
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if needed is not None and needed > free:
+            raise ExtractionError(
+                f"{self.settings.output_dir}: {len(remaining)} shards take {human_size(needed)}, and "
+                f"{human_size(free)} are free. Make room, name another --output_dir, or store less (--dtype float16, "
+                "fewer --features)."
+            )
+
+    def bytes_of(self, shards: list[Shard]) -> int | None:
+        """Bytes on disk that some shards take, ``None`` of a stream."""
+        if self.images is None:
+            return None
+        rows = sum((shard.stop or 0) - shard.start for shard in shards)
+        return round(_MARGIN * (self.row_bytes + _OTHER_BYTES) * rows)
+
+    def features(self, pixels: Tensor) -> dict[str, np.ndarray]:
+        """Features of a batch, as they are stored.
+
+        Raises:
+            ExtractionError: A feature does not fit into the stored type, or memory runs out.
+            NonFiniteFeaturesError: The encoder gives something that is not finite.
+        """
+        names = self.settings.features
+        try:
+            if self.preprocessing.normalised:
+                pixels = pixels.to(self.encoder.device)
+                made = {name: value.cpu() for name, value in self.encoder.features(pixels, names).items()}
+            else:
+                made = self.encoder.encode(pixels, names)
+        except torch.OutOfMemoryError as error:
+            raise ExtractionError(
+                f"{self.encoder.device} has no memory for batches of {len(pixels)}: lower --batch_size."
+            ) from error
+        stored = {name: value.numpy() for name, value in made.items()}
+        if self.settings.dtype != "float32":
+            stored = {name: value.astype(self.settings.dtype) for name, value in stored.items()}
+            for name, value in stored.items():
+                if not np.isfinite(value).all():
+                    raise ExtractionError(f"{name} exceeds what {self.settings.dtype} holds. Give --dtype float32.")
+        return stored
+
+    def describe(self, remaining: list[Shard]) -> str:
+        """The plan, for people."""
+        settings, size = self.settings, self.bytes_of(self.shards)
+        images = "a stream of images" if self.images is None else f"{self.images:,} images"
+        labels = "no labels"
+        if self.source.label_column:
+            classes = f", {len(self.classes)} classes" if self.classes else ""
+            labels = f"labels {self.source.label_column!r}{classes}"
+        features = ", ".join(f"{name} {_dimensions(shape)}" for name, shape in self.shapes.items())
+        of = "one per shard of the source" if self.images is None else f"of {self.selection['shard_size']:,} images"
+        lines = {
+            "encoder": f"{self.encoder.name} ({self.encoding['encoder_class']}, {self.encoding['encoder_digest']}), "
+            f"{self.preprocessing.size} px, {settings.precision} on {self.encoder.device}",
+            "images": f"{images} of {self.source.name}, {labels}",
+            "features": f"{features}; {settings.dtype}, {human_size(self.row_bytes)} per image",
+            "shards": f"{len(self.shards)}, {of}, {settings.file_format}"
+            + (f", {human_size(size)} in all" if size is not None else ""),
+            "to do": f"{len(remaining)} shards"
+            + (f", {human_size(self.bytes_of(remaining) or 0)}" if size is not None else "")
+            + f"; {human_size(shutil.disk_usage(_existing(self.folder)).free)} are free in {settings.output_dir}",
+        }
+        return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+
+
+def prepare(settings: ExtractionSettings, device: str | None = None) -> Extraction:
+    """Load the encoder and the data, and try both out on an image. Nothing is written.
+
+    Args:
+        settings: What is asked for.
+        device: Where this process puts the encoder.
+
+    Raises:
+        ValueError: Something that was asked for does not exist, or does not fit together.
+    """
+    encoder = FrozenEncoder(
+        settings.encoder,
+        image_size=settings.image_size,
+        precision=settings.precision,  # type: ignore[arg-type]  # checked by the settings
+        batch_size=settings.batch_size,
+        device=device,
+        **settings.load_options,
+    )
+    encoder.check_features(settings.features, tokens=True)
+    preprocessing = Preprocessing(settings.encoder, encoder, settings.image_size, **settings.load_options)
+    source = load_images(settings.data, split=settings.split, **settings.source_options)
+    shapes = _shapes(settings, encoder, preprocessing, source)
+    shards, images, shard_size = _divide(settings, source, _row_bytes(shapes, settings.dtype))
+    classes = _classes(source)
+    return Extraction(
+        settings=settings,
+        encoder=encoder,
+        preprocessing=preprocessing,
+        source=source,
+        shapes=shapes,
+        classes=classes,
+        images=images,
+        shards=shards,
+        encoding={
+            "encoder_class": type(encoder.module).__name__,
+            "encoder_digest": encoder.digest(),
+            "precision": settings.precision,
+            "preprocessing": preprocessing.settings,
+            "features": {name: list(shape) for name, shape in shapes.items()},
+            "dtype": settings.dtype,
+            "format": settings.file_format,
+        },
+        selection={
+            "split": settings.split,
+            "streaming": settings.streaming,
+            "limit": settings.limit,
+            "shard_size": shard_size,
+            "images": images,
+            "shards": len(shards),
+            "data_digest": _digest(source, images, classes),
+        },
+    )
+
+
+def _shapes(
+    settings: ExtractionSettings, encoder: FrozenEncoder, preprocessing: Preprocessing, source: ImageSource
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each feature, from the first image that decodes."""
+    source.check(_TRIED)
+    reasons = []
+    for row in islice(iter(source.dataset), _TRIED):
+        try:
+            pixels = preprocessing(decode_image(source.content(row)))[None]
+        except (OSError, ValueError) as error:
+            reasons.append(str(error))
+            continue
+        made = encoder.features(pixels, settings.features) if preprocessing.normalised else None
+        made = made or encoder.encode(pixels, settings.features)
+        return {name: tuple(value.shape[1:]) for name, value in made.items()}
+    raise ValueError(f"{source.name}: none of the first {len(reasons)} images can be prepared: {'; '.join(reasons)}")
+
+
+def _divide(
+    settings: ExtractionSettings, source: ImageSource, row_bytes: int
+) -> tuple[list[Shard], int | None, int | None]:
+    """The shards, the number of images and that of a shard; the latter two ``None`` of a stream."""
+    if source.streaming:
+        stream: Any = source.dataset
+        return [Shard(number) for number in range(1 if settings.limit else stream.num_shards)], None, None
+    images = min(len(source), settings.limit or len(source))
+    size = settings.shard_size or max(1, min(SHARD_IMAGES, SHARD_BYTES // row_bytes))
+    starts = range(0, images, size)
+    return [Shard(n, start, min(start + size, images)) for n, start in enumerate(starts)], images, size
+
+
+def _classes(source: ImageSource) -> list[str] | None:
+    columns: Mapping[str, Any] = source.dataset.features or {}
+    feature = columns.get(source.label_column or "")
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _digest(source: ImageSource, images: int | None, classes: list[str] | None) -> str:
+    """16 hexadecimal digits by which a source is recognised: its size, its names, and some of its rows in full."""
+    stream: Any = source.dataset
+    sha = hashlib.sha256(json.dumps([images or stream.num_shards, source.label_column and "label", classes]).encode())
+    if images is None:
+        sha.update(json.dumps([Path(file).name for file in source.files]).encode())
+        rows = stream_rows(source, 0, _SAMPLED // 8)
+    else:
+        chosen = np.unique(np.linspace(0, images - 1, _SAMPLED).round().astype(int)).tolist()
+        rows = map(source.row, chosen)
+        column = stream.features[source.image_column]
+        if isinstance(column, datasets.Value) and column.dtype == "string":
+            sha.update("\n".join(map(str, stream[source.image_column][:images])).encode())
+    for row in rows:
+        sha.update(json.dumps([stored_name(source, row), source.label(row)]).encode())
+        try:
+            sha.update(source.content(row))
+        except ImageDecodeError:
+            continue
+    return sha.hexdigest()[:16]
+
+
+def _row_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    return int(sum(np.prod(shape) for shape in shapes.values())) * np.dtype(dtype).itemsize
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def human_size(count: float) -> str:
+    """Bytes for people: 1536 -> "1.5 kB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,283 @@
+"""A recipe on a cluster: memory, traffic and time per engine, and the largest batch per device that fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..engines import Engine, asked_engine
+from ..run_plan import Schedule
+from ..strict import RecipeError, nearest
+from ..training_arguments import EquiSSLTrainingArguments
+from .memory import Held, Setup, host_bytes, peak, peaks_by_phase
+from .step import Cost
+from .traffic import Traffic, traffic
+
+GIB = 1024**3
+OFFLOAD = "+offload"
+A100_TFLOPS = 312.0
+LARGEST_BATCH = 65536  # that is looked for
+NEAR = 0.25  # of a batch: so near to a measured one the straight line is trusted
+# What the table compares, from the simplest to the one that needs the least memory.
+COMPARED = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3+offload")
+ENGINES = (*COMPARED, "fsdp2+offload", "zero1+offload", "zero2+offload")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device is assumed to do.
+
+    Attributes:
+        utilisation: Share of the peak that a model's own operations reach (model-FLOPs utilisation), in (0, 1].
+        device_tflops: Peak of one device, in 10^12 operations per second; the default is an A100's in bf16.
+
+    Raises:
+        RecipeError: for a number out of its range.
+    """
+
+    utilisation: float = 0.4
+    device_tflops: float = A100_TFLOPS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilisation <= 1:
+            raise RecipeError(f"--utilisation {self.utilisation:g}: expected a share above 0, at most 1.")
+        if not 0 < self.device_tflops < float("inf"):
+            raise RecipeError(f"--device_tflops {self.device_tflops:g}: expected a number above 0.")
+
+    def describe(self) -> str:
+        """In words."""
+        device = " (A100, bf16)" if self.device_tflops == A100_TFLOPS else ""
+        return f"at {100 * self.utilisation:g} % of {self.device_tflops:g} TFLOP/s per device{device}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines, as far as a plan needs them.
+
+    Attributes:
+        gpus: Devices, one process each.
+        gpus_per_node: Of one machine.
+        memory: GiB of one device.
+        reserve: GiB of it that the plan leaves free: device context, NCCL's buffers, fragmentation. ``None``: 1.5 GiB
+            and 5 % of the memory.
+        link: GB/s that a device sends to its neighbour in the machine; the default is what NCCL reaches on NVLink 3.
+        network: GB/s that a machine sends to others; the default is one 400 Gb/s adapter.
+        host_link: GB/s between a device and the host's memory; PCIe 4.0 x16.
+
+    Raises:
+        RecipeError: for a number out of its range.
+    """
+
+    gpus: int = 8
+    gpus_per_node: int = 8
+    memory: float = 80.0
+    reserve: float | None = None
+    link: float = 200.0
+    network: float = 50.0
+    host_link: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise RecipeError(
+                f"--gpus {self.gpus} are no whole number of nodes of {self.gpus_per_node}. "
+                f"Set --gpus_per_node, or plan for {self.gpus // self.gpus_per_node * self.gpus_per_node} GPUs."
+            )
+        for name in ("memory", "link", "network", "host_link"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RecipeError(f"--{name} {getattr(self, name):g}: expected a number above 0.")
+        if not 0 <= self.free < self.memory:
+            raise RecipeError(
+                f"--reserve {self.free:g}: expected 0 or more GiB, and less than the memory, {self.memory:g} GiB."
+            )
+
+    @property
+    def free(self) -> float:
+        """GiB that the plan leaves free."""
+        return 1.5 + 0.05 * self.memory if self.reserve is None else self.reserve
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a step may take."""
+        return int((self.memory - self.free) * GIB)
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return max(1, self.gpus // self.gpus_per_node)
+
+    def bandwidth(self) -> float:
+        """Bytes per second at which each device sends on a ring: the rings of all devices of a machine leave it through
+        its network, together with as many bytes as one device sends.
+        """
+        return 1e9 * (self.link if self.nodes == 1 else min(self.link, self.network))
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine on a cluster.
+
+    Attributes:
+        setup: Engine and processes.
+        batch: Per device and micro-batch.
+        held: The fullest moment.
+        phases: The fullest moment of each phase.
+        host: Bytes of the host's memory per device.
+        traffic: Per device and optimizer step.
+        largest_batch: That fits; 0 if not even one image does, ``None`` if it was not looked for.
+        compute: Seconds of arithmetic in an optimizer step.
+        exchange: Seconds that the traffic takes if nothing else happens meanwhile.
+    """
+
+    setup: Setup
+    batch: int
+    held: Held
+    phases: dict[str, Held]
+    host: int
+    traffic: Traffic
+    largest_batch: int | None
+    compute: float
+    exchange: float
+
+    @property
+    def name(self) -> str:
+        """As ``--engine`` names it."""
+        return self.setup.engine.value + (OFFLOAD if self.setup.offload else "")
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of an optimizer step: exchange and arithmetic at the same time, and one after the other."""
+        return max(self.compute, self.exchange), self.compute + self.exchange
+
+    @property
+    def bound(self) -> str:
+        """What a step waits for, if both happen at the same time."""
+        return "arithmetic" if self.compute >= self.exchange else "exchange"
+
+
+def parse_engine(text: str) -> tuple[Engine, bool]:
+    """Engine and whether it offloads, from e.g. "zero3+offload".
+
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    if text not in ENGINES:
+        guess = nearest(text, ENGINES)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise RecipeError(f"--engine {text}: there is no such engine.{hint} Valid: {', '.join(ENGINES)}.")
+    name, offload, _ = text.partition(OFFLOAD)
+    return Engine(name), bool(offload)
+
+
+def launched_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
+    """The engine that this launch asks for, as ``--engine`` names it; without a launcher that of a plain one: DDP."""
+    engine = asked_engine(args)
+    if engine is Engine.SINGLE and processes > 1:
+        engine = Engine.DDP
+    setting = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE" if engine.is_deepspeed else "FSDP_OFFLOAD_PARAMS"
+    offloads = os.environ.get(setting, "").lower() in ("cpu", "true", "1")
+    return engine.value + (OFFLOAD if offloads and engine not in (Engine.SINGLE, Engine.DDP) else "")
+
+
+def is_fused(args: EquiSSLTrainingArguments) -> bool:
+    """Whether the optimizer updates in one kernel, without temporary tensors."""
+    return "fused" in str(getattr(args.optim, "value", args.optim))
+
+
+@dataclass
+class Planner:
+    """Plans engines on a cluster; a step is run on fake tensors once for each batch that is asked for.
+
+    Args:
+        measure: Batch per device -> cost of a step on one of the cluster's devices.
+        schedule: Batch and accumulation of the run.
+        cluster: Where.
+        speed: Of a device.
+        fused: Whether the optimizer is a fused one.
+    """
+
+    measure: Callable[[int], Cost]
+    schedule: Schedule
+    cluster: Cluster
+    speed: Speed
+    fused: bool = True
+    _costs: dict[int, Cost] = field(default_factory=dict)
+
+    def cost(self, batch: int) -> Cost:
+        """Of a step on one device."""
+        if batch not in self._costs:
+            self._costs[batch] = self.measure(batch)
+        return self._costs[batch]
+
+    def plan(self, name: str, search: bool = True, exact: bool = True) -> EnginePlan:
+        """One engine; ``search`` for the largest batch, ``exact`` as ``largest_batch`` has it.
+
+        Raises:
+            RecipeError: There is no such engine, or a single process is to use several devices.
+        """
+        engine, offload = parse_engine(name)
+        if engine is Engine.SINGLE and self.cluster.gpus > 1:
+            raise RecipeError(f"--engine single uses one device, got --gpus {self.cluster.gpus}. Set --gpus 1, or ddp.")
+        accumulation = self.schedule.accumulation
+        setup = Setup(engine, self.cluster.gpus, offload, accumulation > 1, self.fused)
+        batch = self.schedule.per_device
+        cost = self.cost(batch)
+        sent = traffic(cost, setup, accumulation)
+        operations = cost.flops * batch * accumulation
+        return EnginePlan(
+            setup=setup,
+            batch=batch,
+            held=peak(cost, setup),
+            phases=peaks_by_phase(cost, setup),
+            host=host_bytes(cost, setup),
+            traffic=sent,
+            largest_batch=self.largest_batch(setup, exact) if search else None,
+            compute=operations / (self.speed.utilisation * self.speed.device_tflops * 1e12),
+            exchange=sent.network / self.cluster.bandwidth() + sent.host / (1e9 * self.cluster.host_link),
+        )
+
+    def largest_batch(self, setup: Setup, exact: bool) -> int:
+        """The largest batch per device that fits; 0 if not even one image does.
+
+        What a step holds is a straight line in the batch, but for a few small squares: a line through the two nearest
+        measured batches tells the answer. Where it lies far from both, it is measured too and the line moved; if
+        ``exact``, always, until it fits and one image more would not.
+        """
+        low, high = 0, LARGEST_BATCH + 1  # fits, does not fit
+        self.cost(max(2, self.schedule.per_device // 2)), self.cost(max(3, self.schedule.per_device))
+        guess = self.schedule.per_device
+        while high - low > 1:
+            line = self._line(setup, guess)
+            guess = min(max(int(line.at(self.cluster.usable)), low + 1), high - 1)
+            if not exact and min(abs(batch - guess) for batch in self._costs) <= NEAR * guess:
+                return max(low, int(self._line(setup, guess).at(self.cluster.usable)))
+            held = peak(self.cost(guess), setup).total
+            if held > self.cluster.usable:
+                high = guess
+            else:
+                low = guess
+                if held + line.slope > self.cluster.usable:
+                    break
+        return low
+
+    def _line(self, setup: Setup, batch: int) -> _Line:
+        """Through the two measured batches that are nearest to ``batch``."""
+        first, second = sorted(sorted(self._costs, key=lambda known: abs(known - batch))[:2])
+        low, high = (peak(self._costs[known], setup).total for known in (first, second))
+        return _Line(first, low, max(1.0, (high - low) / (second - first)))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Bytes over batch."""
+
+    batch: int
+    held: int
+    slope: float
+
+    def at(self, held: int) -> float:
+        """The batch that takes so many bytes."""
+        return self.batch + (held - self.held) / self.slope

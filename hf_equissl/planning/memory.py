@@ -1,0 +1,218 @@
+"""Memory of one device under each engine, by formula: what lies there all the time, and the fullest moment of a step.
+
+Weights, gradients and AdamW's two moments are fp32 under every engine; with bf16 or fp16, autocast adds copies of the
+student's weights from their first use in the forward pass to their last in the backward pass. With N processes, P bytes
+of weights, T of them trained:
+
+| engine | weights | moments | gradients | for the exchange |
+|---|---|---|---|---|
+| single | P | 2T | T | |
+| DDP | P | 2T | T | T, buckets that stay |
+| FSDP2 | P/N | 2T/N | T/N, those of the root whole until the end | root, two layers, a layer's gradients twice |
+| ZeRO-1 | P + T/N | 2T/N | T | a bucket, while the backward pass runs |
+| ZeRO-2 | P + T/N | 2T/N | T/N | likewise |
+| ZeRO-3 | P/N, small ones whole | 2T/N | T/N, stay | a bucket that stays, gathered layers |
+
+The root is what lies in no wrapped layer: embeddings, final norm, stem, heads, decoders, of the teacher too. ZeRO-1 and
+2 clone the own share of the weights even where they are fp32 already (``single_partition_of_fp32_groups`` in
+DeepSpeed 0.19), and flatten the gradients of the own share once more before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..engines import Engine
+from .step import ADAM_STATES, FP32_BYTES, Cost
+from .storages import Moment
+
+# Of training/accelerate_configs/deepspeed_*.yaml, in elements.
+ZERO_BUCKET = 500_000_000  # reduce_bucket_size
+ZERO3_REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
+ZERO3_PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step is spread.
+
+    Attributes:
+        engine: Which.
+        processes: N, one device each.
+        offload: Optimizer state to the host; under FSDP2 and ZeRO-3 the shards of the weights too.
+        accumulating: Whether gradients stay from one micro-batch to the next.
+        fused: Whether the optimizer's step needs no temporary tensors.
+        on_cpu: Whether devices are CPUs, where of a large empty buffer only what is written counts.
+    """
+
+    engine: Engine
+    processes: int = 1
+    offload: bool = False
+    accumulating: bool = False
+    fused: bool = True
+    on_cpu: bool = False
+
+    def bucket(self, cost: Cost) -> int:
+        """Bytes of DeepSpeed's buffer for gradients on their way."""
+        return FP32_BYTES * (min(ZERO_BUCKET, cost.trainable) if self.on_cpu else ZERO_BUCKET)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one device at one moment.
+
+    Attributes:
+        phase: Of the step: "teacher", "forward", "backward", "reduction" (the end of FSDP2's backward pass),
+            "optimizer".
+        weights: Resident ones, or their shards.
+        moments: Of AdamW.
+        gradients: So far.
+        exchange: Gathered layers, buckets.
+        casts: Copies of weights for autocast.
+        buffers: Centers and statistics.
+        views: The batch.
+        activations: Kept for the backward pass, and what passes.
+    """
+
+    phase: str
+    weights: int = 0
+    moments: int = 0
+    gradients: int = 0
+    exchange: int = 0
+    casts: int = 0
+    buffers: int = 0
+    views: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Name -> bytes."""
+        return {name: value for name, value in vars(self).items() if name != "phase"}
+
+
+def peak(cost: Cost, setup: Setup) -> Held:
+    """The fullest moment of a step."""
+    return max(moments_of_step(cost, setup), key=lambda held: held.total)
+
+
+def peaks_by_phase(cost: Cost, setup: Setup) -> dict[str, Held]:
+    """The fullest moment of each phase, in the order of the step."""
+    found: dict[str, Held] = {}
+    for held in moments_of_step(cost, setup):
+        if held.phase not in found or held.total > found[held.phase].total:
+            found[held.phase] = held
+    return found
+
+
+def moments_of_step(cost: Cost, setup: Setup) -> list[Held]:
+    """Every moment that can be the fullest."""
+    resident = _resident(cost, setup)
+    trained = FP32_BYTES * cost.trainable
+    share = trained // setup.processes
+    held = []
+    for moment in cost.moments:
+        gradients, exchange = _during(moment, cost, setup)
+        held.append(
+            replace(
+                resident,
+                phase=moment.phase,
+                gradients=resident.gradients + gradients,
+                exchange=resident.exchange + exchange,
+                casts=moment.casts,
+                activations=moment.other,
+            )
+        )
+    if setup.engine is Engine.FSDP2:
+        root = FP32_BYTES * _root(cost, trained=True)
+        gathered = FP32_BYTES * _root(cost) + root  # and copied once more, to be scattered
+        shards = 0 if setup.offload else share
+        held.append(replace(resident, phase="reduction", gradients=root + shards, exchange=gathered))
+    if setup.offload:
+        return held  # the optimizer's step is the host's
+    sharded = setup.engine not in (Engine.SINGLE, Engine.DDP)
+    owned = share if sharded else trained
+    copied = owned if setup.engine.is_deepspeed else 0
+    kept = max(resident.gradients, owned)  # ZeRO-3's and accumulated ones are there already
+    temporary = 0 if setup.fused else owned
+    return [*held, replace(resident, phase="optimizer", gradients=kept + copied, activations=temporary)]
+
+
+def host_bytes(cost: Cost, setup: Setup) -> int:
+    """Bytes of the host's memory for one device's offloaded share; 0 without offload."""
+    if not setup.offload:
+        return 0
+    trained, every = (FP32_BYTES * count // setup.processes for count in (cost.trainable, cost.parameters))
+    state = (ADAM_STATES + 1) * trained  # moments and gradients
+    if setup.engine is Engine.FSDP2:
+        return every + state
+    # The optimizer's own weights; ZeRO-3 has the shards of all weights beside them, ZeRO-1 and 2 a buffer as large.
+    return trained + state + (every if setup.engine is Engine.ZERO3 else trained)
+
+
+def _resident(cost: Cost, setup: Setup) -> Held:
+    """What lies on the device all the time, during the step but not the phase."""
+    engine, processes = setup.engine, setup.processes
+    weights, trained = FP32_BYTES * cost.parameters, FP32_BYTES * cost.trainable
+    share = trained // processes
+    held = Held("", buffers=FP32_BYTES * cost.buffers, views=cost.view_bytes)
+    accumulated = trained if setup.accumulating else 0
+    if engine is Engine.SINGLE:
+        return replace(held, weights=weights, moments=ADAM_STATES * trained, gradients=accumulated)
+    if engine is Engine.DDP:
+        moments = ADAM_STATES * trained
+        return replace(held, weights=weights, moments=moments, gradients=accumulated, exchange=trained)
+    moments = 0 if setup.offload else ADAM_STATES * share
+    if engine is Engine.FSDP2:
+        shards = 0 if setup.offload else weights // processes
+        return replace(held, weights=shards, moments=moments, gradients=share if setup.accumulating else 0)
+    if engine is Engine.ZERO3:
+        shards = 0 if setup.offload else weights // processes
+        bucket = setup.bucket(cost)
+        return replace(held, weights=shards, moments=moments, gradients=0 if setup.offload else share, exchange=bucket)
+    own = 0 if setup.offload else share
+    kept = accumulated if engine is Engine.ZERO1 else (share if setup.accumulating else 0)
+    return replace(held, weights=weights + own, moments=moments, gradients=kept)
+
+
+def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
+    """Gradients and memory for the exchange at a moment, beside what is resident."""
+    engine, backward = setup.engine, moment.phase == "backward"
+    gradients = moment.layer_gradients + moment.root_gradients
+    layers = cost.frozen_layers if moment.phase == "teacher" else cost.trained_layers
+    largest = FP32_BYTES * max(layers, default=0)
+    if engine in (Engine.SINGLE, Engine.DDP):
+        return (0 if setup.accumulating else gradients), 0  # accumulated ones are resident
+    if engine is Engine.FSDP2:
+        gathered = FP32_BYTES * _root(cost) + 2 * largest  # the one that runs, and the one that is fetched meanwhile
+        scattered = 0 if setup.offload or setup.accumulating else moment.layer_gradients // setup.processes
+        return moment.root_gradients + scattered, gathered + (2 * largest if backward else 0)
+    bucket = setup.bucket(cost) if backward else 0
+    if engine is Engine.ZERO1:
+        return (0 if setup.accumulating else gradients), bucket
+    if engine is Engine.ZERO2:
+        return (0 if setup.offload or setup.accumulating else gradients // setup.processes), bucket
+    return 0, _live_weights(moment.phase, cost)
+
+
+def _live_weights(phase: str, cost: Cost) -> int:
+    """Bytes of gathered weights under ZeRO-3, which keeps a layer that will be used again within the reuse distance."""
+    trained = FP32_BYTES * cost.trainable
+    fetched = FP32_BYTES * ZERO3_PREFETCH
+    if phase == "teacher":
+        largest = max(cost.frozen_layers, default=0)
+        return min(FP32_BYTES * largest + fetched, FP32_BYTES * (cost.parameters - cost.trainable))
+    # A layer is used again after those behind it ran forward and backward.
+    reused = FP32_BYTES * (ZERO3_REUSE_DISTANCE // 2)
+    return min(trained, reused + FP32_BYTES * max(cost.trained_layers, default=0) + fetched)
+
+
+def _root(cost: Cost, trained: bool = False) -> int:
+    """Parameters outside of wrapped layers: all, or those that are trained."""
+    if trained:
+        return cost.trainable - sum(cost.trained_layers)
+    return cost.parameters - sum(cost.trained_layers) - sum(cost.frozen_layers)

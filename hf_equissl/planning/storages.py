@@ -1,0 +1,129 @@
+"""What a step holds in memory and when: the storages that operations make, from the first use to the last reference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CAST = torch.ops.aten._to_copy.default
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that are held at one moment of a step, beside weights, optimizer state and views.
+
+    Attributes:
+        phase: "teacher" (its encoder runs), "forward" or "backward".
+        layer_gradients: Gradients of the parameters that belong to a wrapped layer.
+        root_gradients: Those of all others.
+        casts: Copies of weights in the precision of autocast, which keeps them until backward has used them.
+        other: What the forward pass keeps for the backward pass, and whatever passes at that moment.
+    """
+
+    phase: str
+    layer_gradients: int
+    root_gradients: int
+    casts: int
+    other: int
+
+
+class StepMemory(TorchDispatchMode):
+    """Follows storages while operations run, on fake or real tensors.
+
+    Args:
+        weights: Parameters; copies of them in another precision count as casts.
+        is_in_layer: Whether a parameter belongs to a layer that is wrapped by itself.
+
+    Attributes:
+        peak: The most at any time.
+        moments: The fullest moment of each phase; of the backward pass the fullest one between any two gradients.
+    """
+
+    def __init__(
+        self, weights: Iterable[Tensor] = (), is_in_layer: Callable[[Tensor], bool] = lambda weight: False
+    ) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self.moments: list[Moment] = []
+        self._held: dict[int, str] = {}  # storage -> kind
+        self._bytes = {"layer_gradients": 0, "root_gradients": 0, "casts": 0, "other": 0}
+        self._weights = {id(weight.untyped_storage()) for weight in weights}
+        self._is_in_layer = is_in_layer
+        self._phase, self._fullest = "forward", dict(self._bytes)
+
+    def begin(self, phase: str) -> None:
+        """Close the running phase; what is held goes over into the next one."""
+        if any(self._fullest.values()):
+            self.moments.append(Moment(self._phase, **self._fullest))
+        self._phase, self._fullest = phase, dict(self._bytes)
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """Tell gradients of parameters from what passes."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._got_gradient)
+
+    def _got_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or self._held.get(key := id(gradient.untyped_storage())) != "other":
+            return
+        kind = "layer_gradients" if self._is_in_layer(parameter) else "root_gradients"
+        size = gradient.untyped_storage().nbytes()
+        self.begin(self._phase)
+        self._held[key] = kind
+        for book in (self._bytes, self._fullest):
+            book["other"] -= size
+            book[kind] += size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given | self._held.keys():
+                self._add(storage, "casts" if func is _CAST and given <= self._weights else "other")
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+        size = storage.nbytes()
+        self._held[id(storage)] = kind
+        self._bytes[kind] += size
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        if self._passing(self._bytes) > self._passing(self._fullest):
+            self._fullest = dict(self._bytes)
+        weakref.finalize(storage, self._remove, id(storage), size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._bytes[self._held.pop(key)] -= size
+        self._now -= size
+
+    @staticmethod
+    def _passing(book: dict[str, int]) -> int:
+        return book["casts"] + book["other"]
+
+
+class KeptStorages(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of distinct storages that autograd keeps, without those of ``own``."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self._sizes: dict[int, int] = {}
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self._sizes.values())

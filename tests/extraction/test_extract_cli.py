@@ -1,0 +1,128 @@
+"""Mistakes end in one line before anything is computed; the plan; publishing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from hub.loopback_hub import LoopbackHub
+from huggingface_hub import DatasetCard, HfApi
+
+from hf_equissl.extraction import work
+from hf_equissl.extraction.cli import main
+
+pytest_plugins = ["hub.fixtures"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--features", "cls", "patch_token"], "no features ['patch_token']: choose among cls, patches, backbone"),
+        (["--dtype", "float61"], "--dtype float61: expected one of float32, float16. Did you mean 'float16'?"),
+        (["--format", "parket"], "--format parket: expected one of parquet, safetensors. Did you mean 'parquet'?"),
+        (["--precision", "int8"], "--precision int8: expected one of fp32, bf16, fp16"),
+        (["--shard_size", "0"], "--shard_size 0: expected 1 or more"),
+        (["--batch_size", "-1"], "--batch_size -1: expected 1 or more"),
+        (["--max_bad_share", "2"], "--max_bad_share 2.0: expected a share from 0 to 1"),
+        (["--num_workers", "-2"], "--num_workers -2: expected 0 or more"),
+        (["--image_size", "18"], "Give 16 or 20"),
+        (["--encoder", "/no/such/encoder"], "No encoder at '/no/such/encoder'"),
+        (["--data", "/no/such/data"], "/no/such/data: no such file or folder"),
+        (["--split", "tset"], "no split 'tset'"),
+        (["--label_column", "klass"], "there is no label_column 'klass'"),
+        (["--device", "gpu"], "--device gpu: not a device"),
+        (["--streaming", "--shard_size", "5"], "--shard_size: of a stream, each shard of the source"),
+        (["--private"], "--private belongs to --push_to_hub"),
+        (["--push_to_hub", "--repo_id", "nowhere"], "--repo_id is 'nowhere', expected OWNER/NAME"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_compute(
+    tmp_path: Path,
+    command: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    assert main(command(tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]  # behind the bar of the weights
+    assert last.startswith("error: ")
+    assert message in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_stock_encoders_have_no_stem(
+    tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(tmp_path / "out", "--features", "equivariant", encoder="vit", code=2)
+    assert (
+        "has no features ['equivariant']: choose among cls, patches, backbone, patch_tokens" in capsys.readouterr().err
+    )
+
+
+def test_a_processor_of_many_sizes_is_refused(
+    encoders: Path, tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(encoders / "ours", tmp_path / "encoder"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "do_center_crop": False}))
+    extract(tmp_path / "out", "--encoder", str(folder), code=2)
+    assert "Features need images of one square size: give --image_size" in capsys.readouterr().err
+
+
+def test_an_unusual_processor_is_followed_to_the_letter(
+    encoders: Path, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
+) -> None:
+    """Pixels divided by 127.5 instead of 255: the short way over uint8 is not taken."""
+    from .test_content import direct, loaded
+
+    folder = Path(shutil.copytree(encoders / "vit", tmp_path / "encoder"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "rescale_factor": 1 / 127.5}))
+    rows = loaded(extract(tmp_path / "out", "--encoder", str(folder), "--limit", "6"), tmp_path)
+    wanted = direct(folder, pictures, list(rows["name"]))
+    usual = direct(encoders / "vit", pictures, list(rows["name"]))
+    assert abs(wanted["cls"] - usual["cls"]).max() > 1e-2
+    assert abs(rows[:]["cls"] - wanted["cls"]).max() < 1e-5
+
+
+def test_the_plan_is_printed_and_nothing_written(
+    tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(tmp_path / "out", "--features", "cls", "patch_tokens", "--dry_run")
+    plan = capsys.readouterr().out
+    assert "41 images" in plan
+    assert "cls 16, patch_tokens 16 x 16; float32, 1.09 kB per image" in plan
+    assert "4, of 12 images, parquet" in plan
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_small_a_disk_is_noticed_first(
+    tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(work.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    extract(tmp_path / "out", code=2)
+    assert "4 shards take 7.95 kB, and 1 kB are free" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_publish(
+    hub_here: LoopbackHub, api: HfApi, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
+) -> None:
+    extract(tmp_path / "out", "--push_to_hub", "--repo_id", "maker/features", "--private")
+    assert api.dataset_info("maker/features").private
+    files = set(api.list_repo_files("maker/features", repo_type="dataset"))
+    shards = {f"data/train-{shard:05d}-of-00004.parquet" for shard in range(4)}
+    assert files >= {"README.md", "extraction.json", *shards}
+    record = Path(api.hf_hub_download("maker/features", "extraction.json", repo_type="dataset")).read_text()
+    assert str(pictures.parent) not in record
+    assert json.loads(record)["splits"]["train"]["rows"] == 40
+    card = DatasetCard.load(api.hf_hub_download("maker/features", "README.md", repo_type="dataset"))
+    assert 'load_dataset("maker/features"' in card.text
+    shard = api.hf_hub_download("maker/features", "data/train-00000-of-00004.parquet", repo_type="dataset")
+    assert datasets.Dataset.from_parquet(shard, cache_dir=str(tmp_path / "cache")).num_rows == 12

@@ -1,0 +1,165 @@
+"""Interruptions, several processes, and what may not go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_equissl import EquiSSLModel, save_encoder
+from hf_equissl.extraction.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "training/extract_features.py"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "data").iterdir()}
+
+
+def test_killed_then_on_two_processes_gives_the_same_files(
+    pictures: Path, tmp_path: Path, command: Callable[..., list[str]]
+) -> None:
+    """Killed with -9 on one process, continued on two by accelerate: the bytes are those of an undisturbed process."""
+    photos, output, alone = tmp_path / "photos", tmp_path / "output", tmp_path / "alone"
+    for number in range(8):  # enough that the first shard is not the last moment
+        shutil.copytree(pictures, photos / str(number), ignore=shutil.ignore_patterns("*.txt"))
+    small = ["--shard_size", "16", "--batch_size", "2"]
+    words = [SCRIPT, *command(output, *small, data=photos)]
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list((output / "data").glob("train-*")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {name: data for name, data in content(output).items() if name.startswith("train-")}
+    shards = -(-8 * 41 // 16)
+    assert 0 < len(kept) < shards
+    stamps = {name: (output / "data" / name).stat().st_mtime_ns for name in kept}
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"images/s \([\d.]+ \+ [\d.]+\)", done.stdout), done.stdout
+    assert main(command(alone, *small, data=photos)) == 0
+    assert content(output) == content(alone)  # no leftovers of the killed process either
+    assert {name: (output / "data" / name).stat().st_mtime_ns for name in kept} == stamps
+    record = json.loads((output / "extraction.json").read_text())["splits"]["train"]
+    assert record["runs"][0]["processes"] == 2
+    assert len(record["runs"][0]["images_per_second_of_processes"]) == 2
+    assert record["rows"] == 8 * 40
+    assert len(record["skipped"]) == 8
+
+
+def test_a_finished_extraction_is_left_as_it_is(
+    copy: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, record = content(copy), json.loads((copy / "extraction.json").read_text())
+    extract(copy)
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert content(copy) == before
+    assert (
+        json.loads((copy / "extraction.json").read_text())["splits"]["train"]["runs"]
+        == record["splits"]["train"]["runs"]
+    )
+
+
+def test_a_missing_shard_is_made_again_whatever_the_batch(copy: Path, extract: Callable[..., Path]) -> None:
+    before = content(copy)
+    (copy / "data" / "train-00002-of-00004.parquet").unlink()
+    (copy / "data" / ".train-00002-of-00004.parquet.elsewhere.123.tmp").write_bytes(b"left behind")
+    extract(copy, "--num_workers", "1")
+    assert content(copy) == before
+    assert len(json.loads((copy / "extraction.json").read_text())["splits"]["train"]["runs"]) == 2
+
+
+def test_another_encoder_other_data_or_options_are_refused(
+    copy: Path,
+    encoders: Path,
+    pictures: Path,
+    tmp_path: Path,
+    extract: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = content(copy)
+
+    def refused(*more: str, **options: object) -> str:
+        extract(copy, *more, code=2, **options)
+        assert content(copy) == before
+        return capsys.readouterr().err
+
+    assert "dtype = 'float32', and this command says 'float16'" in refused("--dtype", "float16")
+    assert "shard_size = 12, and this command says 8" in refused("--shard_size", "8")
+    assert "features.patches = [16], and this command says None" in refused("--features", "cls")
+    assert "precision = 'fp32'" in refused("--precision", "bf16")
+    assert "encoder_class = 'EquiSSLModel'" in refused(encoder="vit")
+    assert "limit = None, and this command says 7" in refused("--limit", "7")
+    encoder = EquiSSLModel.from_pretrained(encoders / "ours")
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1.0)
+    save_encoder(encoder, tmp_path / "trained", image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    assert "encoder_digest = " in refused("--encoder", str(tmp_path / "trained"))
+    swapped = Path(shutil.copytree(pictures, tmp_path / "swapped"))
+    shutil.copy(swapped / "apple" / "00.png", swapped / "cat" / "02.png")
+    assert "data_digest = " in refused(data=swapped)
+    moved = Path(shutil.copytree(pictures, tmp_path / "moved"))  # the same images at another place go on
+    extract(copy, data=moved)
+    assert content(copy) == before
+
+
+def test_files_of_others_are_not_touched(
+    copy: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = copy / "data" / "train-00001-of-00004.parquet"
+    shard.write_bytes(shard.read_bytes()[:-30])
+    extract(copy, code=2)
+    assert "train-00001-of-00004.parquet cannot be read" in (message := capsys.readouterr().err)
+    assert "it is damaged. Delete it" in message
+    (copy / "extraction.json").unlink()
+    shard.unlink()
+    extract(copy, "--dtype", "float16", code=2)
+    assert "is of another extraction" in capsys.readouterr().err
+
+
+def test_too_many_bad_images_stop_it_and_nothing_is_lost(
+    whole: Path, tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = extract(tmp_path / "out", "--max_bad_share", "0", code=1)
+    assert "broken.png" in (message := capsys.readouterr().err)
+    assert "1 of 41 images" in message
+    assert "raise --max_bad_share" in message
+    stamps = {file.name: file.stat().st_mtime_ns for file in (folder / "data").iterdir()}
+    assert stamps  # what was whole by then
+    assert not any(name.startswith(".") for name in stamps)
+    extract(folder)
+    assert content(folder) == content(whole)
+    assert stamps.items() <= {file.name: file.stat().st_mtime_ns for file in (folder / "data").iterdir()}.items()
+
+
+def test_a_stream_goes_on_when_a_broken_shard_is_mended(
+    tars: Path, tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(tars, tmp_path / "tars"))
+    whole = (data / "part-3.tar").read_bytes()
+    (data / "part-3.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    folder = extract(tmp_path / "out", "--streaming", "--num_workers", "1", code=1, data=data)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: \S+part-3.tar cannot be read: ", message)
+    assert set(content(folder)) == {f"train-{shard:05d}-of-00005.parquet" for shard in range(3)}
+    (data / "part-3.tar").write_bytes(whole)
+    extract(folder, "--streaming", data=data)
+    assert content(folder) == content(extract(tmp_path / "alone", "--streaming", data=tars))

@@ -1,0 +1,175 @@
+"""Plan a recipe on a cluster: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+if TYPE_CHECKING:
+    from hf_equissl.launch import Run
+
+DESCRIPTION = """\
+Memory, traffic and time of a step on each device of a cluster, by formula, for one engine or for all; and the largest
+batch per device that fits. A step runs on tensors without memory: neither the weights nor the cluster are needed.
+"""
+EXAMPLES = """\
+examples:
+  # which engine for ViT-L/16 on one node of 8 GPUs with 40 GiB?
+  python training/plan.py --recipe vitl16_dinov2_se2 --gpus 8 --memory 40
+  # one engine in detail, on 8 nodes that are joined by 100 GB/s
+  python training/plan.py --recipe vitl16_dinov2_se2 --gpus 64 --memory 80 --network 100 --engine fsdp2
+  # what recomputing activations buys
+  python training/plan.py --recipe vitl16_dinov2_se2 --gpus 8 --memory 40 --training.activation_checkpointing true
+  # for a program
+  python training/plan.py --recipe vits16_ibot_se2 --gpus 16 --engine ddp --json
+  # can the plan be trusted? three real steps on this machine, planned beside measured
+  python training/plan.py --recipe vits16_vicreg_rot --check_memory --training.per_device_train_batch_size 8
+every value of the recipe can be set as for training/pretrain.py, as --section.key VALUE
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 for what can be mended."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    from hf_equissl.strict import RecipeError
+
+    try:
+        if options.check_memory:
+            _check(options, rest)
+        else:
+            _plan(options, rest)
+    except RecipeError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _recipe(options: argparse.Namespace, rest: list[str], **more: Any) -> Any:
+    """The recipe with what the command line sets; ``more`` only where it does not."""
+    from hf_equissl.overrides import parse_overrides
+    from hf_equissl.recipes import Recipe
+    from hf_equissl.strict import RecipeError
+    from hf_equissl.training.pretrain import RECIPES, _find_recipe
+
+    if options.recipe is None:
+        raise RecipeError("--recipe is missing. training/pretrain.py --list_recipes shows what there is.")
+    overrides = parse_overrides(rest, [name for act in _parser()._actions for name in act.option_strings])
+    return Recipe.load(_find_recipe(options.recipe), overrides | more, search=[RECIPES])
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    from hf_equissl.launch import prepare
+    from hf_equissl.planning import report
+    from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
+
+    names = ("gpus", "gpus_per_node", "memory", "reserve", "link", "network", "host_link")
+    cluster = Cluster(**_given(options, *names))
+    speed = Speed(**_given(options, "utilisation", "device_tflops"))
+    if options.engine is not None:
+        parse_engine(options.engine)
+    run = prepare(_recipe(options, rest), None, processes=cluster.gpus, dry=True)
+    planner = Planner(run.cost, run.plan, cluster, speed, fused=is_fused(run.args))
+    plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
+    if options.json:
+        print(json.dumps(report.plan_data(run.recipe.name, planner, plans, _precision(run)), indent=2))
+        return
+    for line in report.plan_lines(run.recipe.name, planner, plans, _precision(run), _recipe_batch(run)):
+        print(line)
+
+
+def _check(options: argparse.Namespace, rest: list[str]) -> None:
+    from hf_equissl.launch import build_training, prepare
+    from hf_equissl.planning import check, report
+    from hf_equissl.planning.cluster import is_fused, launched_engine, parse_engine
+    from hf_equissl.planning.memory import Setup, peaks_by_phase
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    with check.scratch_folder(world) as scratch:
+        images = scratch / f"images-{os.environ.get('RANK', '0')}"
+        recipe = _recipe(options, rest, **check.OVERRIDES, **{"data.source": str(images)})
+        check.noise_images(images, check.images_needed(recipe, world))
+        run = prepare(recipe, scratch / "run", resume="never")
+        cost = run.cost()
+        engine, offload = parse_engine(launched_engine(run.args, world))
+        setup = Setup(
+            engine,
+            world,
+            offload=offload,
+            accumulating=run.args.gradient_accumulation_steps > 1,
+            fused=is_fused(run.args),
+            on_cpu=run.args.device.type == "cpu",
+        )
+        measured = check.measure_phases(lambda: build_training(run), check.PeakMeter(run.args.device))
+    if os.environ.get("RANK", "0") == "0":
+        words = f"{engine.value}, {world} processes, {cost.batch} images each, {_precision(run)}"
+        for line in report.check_lines(run.recipe.name, peaks_by_phase(cost, setup), measured, words):
+            print(line)
+
+
+def _engines(options: argparse.Namespace, gpus: int) -> list[str]:
+    from hf_equissl.planning.cluster import COMPARED
+
+    if options.engine is not None:
+        return [options.engine]
+    return [name for name in COMPARED if (name == "single") == (gpus == 1)]
+
+
+def _precision(run: Run) -> str:
+    return "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
+
+
+def _recipe_batch(run: Run) -> int:
+    plan = run.plan
+    return plan.per_device * plan.accumulation * (run.recipe.num_processes or plan.processes)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="plan.py",
+        usage="plan.py --recipe NAME|PATH [--gpus N] [--memory GIB] [--engine NAME] [options] [--section.key VALUE]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", metavar="NAME|PATH", help="a recipe that ships (pretrain.py --list_recipes), or a YAML file")
+    add("--gpus", type=int, metavar="N", help="devices in all, one process each (8)")
+    add("--gpus_per_node", type=int, metavar="N", help="devices of one machine (8)")
+    add("--memory", type=float, metavar="GIB", help="memory of one device (80)")
+    add(
+        "--engine",
+        metavar="NAME",
+        help="single, ddp, fsdp2, zero1, zero2, zero3; with +offload: to the host. One in detail (all, compared)",
+    )
+    add("--reserve", type=float, metavar="GIB", help="left free: context, NCCL, fragmentation (1.5 + 5 %% of memory)")
+    add("--utilisation", type=float, metavar="SHARE", help="of a device's peak that a step reaches (0.4)")
+    add("--device_tflops", type=float, metavar="N", help="a device's peak (312, an A100's in bf16)")
+    add("--link", type=float, metavar="GB/S", help="between devices of a machine (200, NVLink 3 as NCCL uses it)")
+    add("--network", type=float, metavar="GB/S", help="of a machine to the others (50, one 400 Gb/s adapter)")
+    add("--host_link", type=float, metavar="GB/S", help="between a device and its host (20, PCIe 4.0 x16)")
+    add("--json", action="store_true", help="plain data instead of text; bytes and seconds")
+    add(
+        "--check_memory",
+        action="store_true",
+        help="run three real steps on this machine's device and print planned beside measured, by phase",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
