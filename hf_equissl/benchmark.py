@@ -180,11 +180,7 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
 
 
 def check_random_weights(recipe: Recipe) -> None:
-    """Refuse an encoder to start from: its architecture would replace the recipe's, and weights change no time.
-
-    Raises:
-        RecipeError: the recipe names one.
-    """
+    """Raise ``RecipeError`` for an encoder to start from: weights change no time, and its architecture is another."""
     if (encoder := recipe.model.get("init_from")) is not None:
         raise RecipeError(
             f"model.init_from: {encoder!r} is not loaded here. What a step costs follows from the architecture: leave "

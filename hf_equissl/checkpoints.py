@@ -108,6 +108,7 @@ class Manifest:
         staging.write_text(text, encoding="utf-8")
         sync_to_disk(staging)
         staging.rename(folder / MANIFEST)
+        sync_to_disk(folder / MANIFEST)
 
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
@@ -220,14 +221,14 @@ class WholeCheckpoints(_Trainer):
         """While a checkpoint is saved, keep an error of writing until all processes are there to hear of it."""
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, IncompleteCheckpointError) as error:
             if not self._saving:
                 raise
             self._write_error = self._write_error or error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.history.check(self._last_checkpoint)
-        check_weights(model, self.state.global_step, self._last_checkpoint)
+        check_weights(model, self.state.global_step, self._last_checkpoint, self.args.device)
         run_dir = Path(self._get_output_dir(trial))
         staging, name = run_dir / STAGING_FOLDER, f"checkpoint-{self.state.global_step}"
         self._write_error = None
@@ -238,10 +239,12 @@ class WholeCheckpoints(_Trainer):
             try:
                 super()._save_checkpoint(model, trial)
                 self._save_more(staging / name)
-                if self.args.local_process_index == 0:
-                    sync_to_disk(staging / name)
             except (OSError, SafetensorError) as error:
                 self._write_error = self._write_error or error
+            self._stop_together(staging)
+            with self.writing():
+                if self.args.local_process_index == 0:  # all have written by now
+                    sync_to_disk(staging / name)
             self._stop_together(staging)
             self._on_main(lambda: self._finish(staging / name, run_dir / name))
             self._stop_together(staging)
@@ -277,15 +280,15 @@ class WholeCheckpoints(_Trainer):
         ).write(folder)
         _set_incomplete_aside(target)
         move_into_place(folder, target)
-        self._delete_old(target.parent)
+        self._delete_old(target)
         shutil.rmtree(folder.parent, ignore_errors=True)
 
-    def _delete_old(self, run_dir: Path) -> None:
-        """Delete the oldest complete checkpoints beyond ``save_total_limit``, each in one step."""
-        limit = self.args.save_total_limit
-        complete = [folder for folder in list_checkpoints(run_dir) if (folder / MANIFEST).is_file()]
-        best = Path(self.best_checkpoint).name if self.best_checkpoint else None
-        spare = [folder for folder in complete[:-1] if folder.name != best]
+    def _delete_old(self, newest: Path) -> None:
+        """Delete the oldest complete checkpoints beyond ``save_total_limit``, each in one step, but not ``newest``."""
+        run_dir, limit = newest.parent, self.args.save_total_limit
+        complete = [folder for folder in list_checkpoints(run_dir) if _is_complete(folder)]
+        kept = {newest.name, Path(self.best_checkpoint).name if self.best_checkpoint else None}
+        spare = [folder for folder in complete if folder.name not in kept]
         for folder in spare[: max(0, len(complete) - limit) if limit and limit > 0 else 0]:
             folder.rename(run_dir / STAGING_FOLDER / folder.name)
 
@@ -318,11 +321,22 @@ class WholeCheckpoints(_Trainer):
             super()._save_rng_state(output_dir)
 
 
+def _is_complete(folder: Path) -> bool:
+    try:
+        Manifest.read(folder)
+    except IncompleteCheckpointError:
+        return False
+    return True
+
+
 def _reason(error: Exception, folder: Path) -> str:
     """In words, with the room that there is; of torch's own, which has a stack behind it, the first line."""
     said = error.strerror if isinstance(error, OSError) else None
     said = said or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return f"{said} ({readable_size(shutil.disk_usage(folder).free)} are free)"
+    try:
+        return f"{said} ({readable_size(shutil.disk_usage(folder).free)} are free)"
+    except OSError:  # the folder itself is gone
+        return said
 
 
 def _set_incomplete_aside(folder: Path) -> None:

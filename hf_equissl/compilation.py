@@ -30,6 +30,6 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> int:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))
     backend = args.torch_compile_backend or "inductor"
     for layer in layers:
-        compiled = torch.compile(layer.forward, backend=backend, mode=args.torch_compile_mode)
+        compiled = torch.compile(type(layer).forward.__get__(layer), backend=backend, mode=args.torch_compile_mode)
         layer.forward = compiled  # type: ignore[method-assign]
     return len(layers)

@@ -22,6 +22,15 @@ else:
     _Trainer = object
 
 
+def guard_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of ``loader`` outlive a scheduler's signal, and end with this process."""
+    base = getattr(loader, "base_dataloader", loader)
+    base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
+    if base.num_workers:
+        atexit.register(kill_workers)
+    return loader
+
+
 class DataFeed(_Trainer):
     """Stands before ``WholeCheckpoints`` among a Trainer's parents. What differs from ``transformers.Trainer``:
 
@@ -52,16 +61,12 @@ class DataFeed(_Trainer):
         """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""
         # Its workers' seed, drawn once or in each epoch, must not come from the generator that drop path draws from.
         generator = torch.Generator()
-        if self.args.dataloader_num_workers:
-            atexit.register(kill_workers)
         if self._stream is None:
-            loader = super().get_train_dataloader()
-            base = getattr(loader, "base_dataloader", loader)
-            base.generator = generator
-            base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
+            loader = guard_workers(super().get_train_dataloader())
+            getattr(loader, "base_dataloader", loader).generator = generator
             return loader
         args = self.args
-        return DataLoader(
+        stream = DataLoader(
             self._stream,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
@@ -70,11 +75,11 @@ class DataFeed(_Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            in_order=args.dataloader_in_order,
+            # Always in order: else a position would not say whose batch comes next.
             drop_last=args.dataloader_drop_last,
             generator=generator,
-            worker_init_fn=partial(ignore_stop_signals, None),
         )
+        return guard_workers(stream)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The parent's, on the clock."""

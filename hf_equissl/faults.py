@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,8 +101,11 @@ def end(code: int) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if code:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(END_SECONDS)
+        watch = threading.Timer(END_SECONDS, os._exit, (code,))
+        watch.daemon = True
+        watch.start()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should a library keep Python's threads from running
+        signal.alarm(2 * END_SECONDS)
     leave()
     sys.exit(code)
 

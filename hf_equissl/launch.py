@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 
 from .checkpoints import ENCODER_FOLDER
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
+from .distributed import gather_objects
 from .faults import explained
 from .hub import save_encoder
 from .hub.pretraining_state import load_pretraining_state
@@ -147,6 +148,9 @@ def prepare(
         processes = args.world_size if launched else recipe.num_processes or 1
     launch = Launch.of(args, processes, dry)
     recipe, checkpoint, initial = find_start(recipe, output_dir, resume, launch)
+    # What is no path is another process's failure, which it tells by itself.
+    if not dry and len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
+        raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
     config = recipe.build_pretraining_config()
     try:
         _, model = without_weights(config)

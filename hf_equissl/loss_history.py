@@ -69,13 +69,16 @@ class LossHistory:
 
 
 @torch.no_grad()
-def check_weights(model: nn.Module, step: int, last_checkpoint: Callable[[], str | None]) -> None:
+def check_weights(
+    model: nn.Module, step: int, last_checkpoint: Callable[[], str | None], device: torch.device | None = None
+) -> None:
     """Raise ``NonFiniteLossError`` on every process if a weight is not finite on one of them.
 
-    The loss of a step cannot see what its update did. All processes have to call it.
+    The loss of a step cannot see what its update did. All processes have to call it. Answers are compared on the
+    training ``device``: offloaded weights lie elsewhere, where processes may have no way to exchange.
     """
     local = {name: local_shard(parameter) for name, parameter in model.named_parameters()}
-    if not on_any_process(~torch.stack([value.isfinite().all() for value in local.values()]).all()):
+    if not on_any_process(~torch.stack([value.isfinite().all().to(device) for value in local.values()]).all()):
         return
     here = next((name for name, value in local.items() if not bool(value.isfinite().all())), None)
     bad = next(name for name in gather_objects(here) if name is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,9 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .distributed import SharedFlag
 from .run_record import note_preemption
-from .signals import EXIT_PREEMPTED, MARKER_FILE, Preempted, Signals, remove_marker
+from .signals import Preempted, Signals
 
-__all__ = ["EXIT_PREEMPTED", "MARKER_FILE", "Preempted", "PreemptionCallback", "Signals", "remove_marker"]
+__all__ = ["PreemptionCallback"]
 
 
 class PreemptionCallback(TrainerCallback):
@@ -46,7 +47,11 @@ class PreemptionCallback(TrainerCallback):
         self.signals.raises = False
         if self._flag.now(self._asked):
             self.stopped = True
-            raise Preempted("Asked to stop before the first step: nothing to save. The same command starts again.")
+            text = "Asked to stop before the first step: nothing to save."
+            if state.is_world_process_zero:
+                self.signals.leave_marker(text)
+            self._flag.now(True)  # a launcher ends the others when one ends: not before the marker is written
+            raise Preempted(f"{text} The same command starts again.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if a process was asked to."""
@@ -80,8 +85,9 @@ class PreemptionCallback(TrainerCallback):
         """
         text = f"stopped by a signal at step {state.global_step} of {state.max_steps}, with a complete checkpoint."
         if state.is_world_process_zero:
-            note_preemption(output_dir)
             self.signals.leave_marker(text)
+            with contextlib.suppress(OSError):  # a full disk is no reason to let the others wait
+                note_preemption(output_dir)
         self._flag.now(True)
         raise Preempted(f"{text} The same command goes on from there.")
 

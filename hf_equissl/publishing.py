@@ -97,6 +97,8 @@ class PublishCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Publish the last checkpoint if it was left out; the Trainer waits for uploads after this."""
+        if state.global_step < state.max_steps:  # asked to stop: there is no time for it
+            return
         if self._left and self._running is not None:
             wait([self._running])
             self._publish(state.global_step)

@@ -78,14 +78,14 @@ class _Reader(dcp.FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         value = super().find_class(module, name) if self._may_name(module, name) else None
-        if value is None:
+        if value is None or (module in _INDEX_MODULES and value.__module__ != module):  # nor what they import
             raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index of tensors holds")
         return value
 
     @staticmethod
     def _may_name(module: str, name: str) -> bool:
         if module in _INDEX_MODULES:
-            return "." not in name and name.strip("_")[:1].isupper()  # classes, not what they import
+            return "." not in name and name.strip("_")[:1].isupper()  # classes
         return (module, name) in _INDEX_NAMES or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         )

@@ -52,6 +52,7 @@ class Signals:
         self.received: str | None = None
         self.raises = int(os.environ.get("WORLD_SIZE", "1")) == 1
         self._output_dir = output_dir
+        self._process = os.getpid()
         self._since = 0.0
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -70,9 +71,14 @@ class Signals:
     def leave_marker(self, text: str) -> None:
         """Write the marker file, for whoever decides to start the run again."""
         if self._output_dir is not None and Path(self._output_dir).is_dir():
-            (Path(self._output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # on a full disk the exit code must do
+                (Path(self._output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child, whose signals are its own affair
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         name = signal.Signals(number).name
         if self.received is None:
             self.received, self._since = name, time.monotonic()

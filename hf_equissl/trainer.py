@@ -287,7 +287,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             ValueError: the repository cannot be built; as ``PublishError``: it cannot be uploaded.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        newest = self._last_checkpoint()
+        newest = gather_objects(self._last_checkpoint())[0]  # the processes may see the folder at different times
         if self.state.global_step and (newest is None or checkpoint_step(newest) != self.state.global_step):
             self._save_checkpoint(self.model_wrapped, trial=None)
         try:

@@ -178,6 +178,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
             )
         if self.hub_always_push:
             raise ValueError("hub_always_push must stay false: uploads would queue up. The next save publishes.")
+        if self.save_on_each_node:
+            raise ValueError("save_on_each_node must stay false: all machines write into one shared folder.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
         if self.logging_nan_inf_filter:

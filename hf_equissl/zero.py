@@ -148,6 +148,6 @@ class _ClippingEngine(DeepSpeedEngineWrapper):
             self._norm = clip_partitions(self._model.named_parameters(), self._max_norm, self._rule)
             self.engine.step()
 
-    def get_global_grad_norm(self) -> float:
-        """The norm of all gradients together before they were clipped."""
-        return float(self._norm)
+    def get_global_grad_norm(self) -> Any:
+        """The norm of all gradients together before they were clipped, a tensor: the host need not wait for it."""
+        return self._norm

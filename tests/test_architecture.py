@@ -124,6 +124,7 @@ ARROWS = {
     "finetuning": {
         "checkpoints",
         "data",
+        "data_feed",
         "distributed",
         "engines",
         "evaluation",

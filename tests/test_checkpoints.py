@@ -167,6 +167,16 @@ def test_a_run_goes_on_past_what_is_half_written_and_keeps_it(
         make_trainer(photo_folder, tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_what_was_just_saved_is_never_the_one_to_delete(photo_folder: Path, tmp_path: Path) -> None:
+    make_trainer(photo_folder, tmp_path, save_steps=2).train()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")  # a manifest, and not what it lists
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = make_trainer(photo_folder, tmp_path, save_steps=2, save_total_limit=1, max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_more_is_saved_by_a_hook_and_listed(photo_folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(photo_folder, tmp_path, save_steps=2, max_steps=2)
     trainer._save_more = lambda folder: (folder / "more.txt").write_text("12345")  # type: ignore[method-assign]

@@ -91,10 +91,11 @@ def test_zero_shards_more_with_each_stage() -> None:
     assert by_phase("zero1")["backward"] == first + BUCKET + 9_400
     assert by_phase("zero2")["backward"] == first + BUCKET + 9_000 + 400 // 4
     assert by_phase("zero1")["optimizer"] == by_phase("zero2")["optimizer"] == first + 2 * share
-    third = P // 4 + 2 * share + share + BUCKET
-    assert by_phase("zero3")["forward"] == third + T + 10_000  # so small a model stays gathered until backward
+    third = (P + T) // 4 + 2 * share + share + BUCKET
+    assert by_phase("zero3")["forward"] == third + 2 * T + 10_000  # so small a model stays gathered until backward
+    assert by_phase("zero3")["reduction"] == third + T
     assert by_phase("zero3")["optimizer"] == third + share
-    assert by_phase("zero3", offload=True)["forward"] == BUCKET + T + 10_000
+    assert by_phase("zero3", offload=True)["forward"] == BUCKET + 2 * T + 10_000
     # On CPUs an empty buffer takes what is written into it.
     assert by_phase("zero2", on_cpu=True)["backward"] == first + T + 9_000 + 400 // 4
 
@@ -105,7 +106,7 @@ def test_large_models_are_gathered_in_part_by_zero3() -> None:
         COST, parts=(Part("encoder: blocks", 10 * layer, 10 * layer),), trained_layers=(layer,) * 10, frozen_layers=()
     )
     held = peak(large, Setup(Engine.ZERO3, 8))
-    assert held.exchange == 4 * (ZERO_BUCKET + ZERO3_REUSE_DISTANCE // 2 + layer + ZERO3_PREFETCH)
+    assert held.exchange == 4 * (ZERO_BUCKET + ZERO3_REUSE_DISTANCE // 2 + layer + 2 * ZERO3_PREFETCH)
 
 
 def test_offloaded_shares_lie_in_the_hosts_memory() -> None:

@@ -14,4 +14,7 @@ if find_spec("hf_equissl") is None:
 from hf_equissl.finetuning.cli import main
 
 if __name__ == "__main__":
+    from hf_equissl.signals import listen_to_launcher
+
+    listen_to_launcher()
     sys.exit(main())

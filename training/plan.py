@@ -95,7 +95,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with check.scratch_folder(world) as scratch:
-        images = scratch / f"images-{os.environ.get('RANK', '0')}"
+        images = scratch / os.environ.get("RANK", "0") / "images"
         recipe = _recipe(options, rest, **check.OVERRIDES, **{"data.source": str(images)})
         check.noise_images(images, check.images_needed(recipe, world))
         run = prepare(recipe, scratch / "run", resume="never")

@@ -17,6 +17,7 @@ if find_spec("hf_equissl") is None:
 
 PRETRAIN = Path(__file__).resolve().parent / "pretrain.py"
 RECIPES = PRETRAIN.parent / "recipes"
+SECONDS_TO_SAVE = 120
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 
 EPILOG = """\
@@ -116,11 +117,9 @@ def _run_all(
             continue
         _say(f"{head}: running in {folder}")
         start = time.monotonic()
-        code = subprocess.run(
-            [*LAUNCHER, *launch_options, *_command(member, overrides, folder)], check=False
-        ).returncode
+        code = _launch([*LAUNCHER, *launch_options, *_command(member, overrides, folder)], folder / MARKER_FILE)
         minutes = (time.monotonic() - start) / 60
-        if code == EXIT_PREEMPTED or (folder / MARKER_FILE).exists():  # the launcher's code is its own
+        if code == EXIT_PREEMPTED:
             _say(f"{head}: stopped by a signal after {minutes:.1f} min; the same command goes on from here")
             return EXIT_PREEMPTED
         _say(f"{head}: {'done' if code == 0 else f'failed with code {code}'} after {minutes:.1f} min")
@@ -131,6 +130,27 @@ def _run_all(
         return 1
     _say(f"all {len(members)} runs are finished")
     return 0
+
+
+def _launch(words: list[str], marker: Path) -> int:
+    """Run one member, and pass a request to stop on to it; the code is the launcher's, or ``EXIT_PREEMPTED``."""
+    from hf_equissl.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals
+
+    with Signals() as signals:
+        signals.raises = False
+        process, told = subprocess.Popen(words), False
+        while (code := process.poll()) is None:
+            if signals.received and not told:
+                process.terminate()
+                told = True
+            time.sleep(0.1)
+    if signals.received or -code in STOP_SIGNALS:
+        # A launcher may die at once, while the run still saves: nobody must start it again meanwhile.
+        end = time.monotonic() + SECONDS_TO_SAVE
+        while not marker.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        return EXIT_PREEMPTED
+    return EXIT_PREEMPTED if marker.exists() else code  # the launcher's code is its own
 
 
 def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:

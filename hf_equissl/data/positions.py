@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 _FILE = "data_position-{rank}.json"
@@ -76,10 +76,10 @@ class StreamStart:
 
 
 def write_positions(
-    folder: Path, rank: int, layout: StreamLayout, turn: int, positions: dict[int, StreamPosition]
+    folder: Path, rank: int, layout: StreamLayout, epoch: int, turn: int, positions: dict[int, StreamPosition]
 ) -> None:
-    """Write one rank's file into a checkpoint."""
-    plain = {"layout": asdict(layout), "turn": turn}
+    """Write one rank's file into a checkpoint; ``epoch`` is that of workers without a position."""
+    plain: dict[str, Any] = {"layout": asdict(layout), "epoch": epoch, "turn": turn}
     plain["workers"] = [positions[worker]._asdict() for worker in sorted(positions)]
     (folder / _FILE.format(rank=rank)).write_text(json.dumps(plain) + "\n", encoding="utf-8")
 
@@ -103,11 +103,11 @@ def read_start(folder: Path, rank: int, layout: StreamLayout) -> StreamStart:
         written = StreamLayout(**next(iter(saved.values()))["layout"])
         if own is not None and written == layout:
             positions = (StreamPosition(**each | {"starts": tuple(each["starts"])}) for each in own["workers"])
-            return StreamStart(turn=own["turn"], positions=tuple(positions))
-        epochs = [worker["epoch"] for ranks in saved.values() for worker in ranks["workers"]]
+            return StreamStart(own["epoch"], own["turn"], tuple(positions))
+        epochs = [worker["epoch"] for ranks in saved.values() for worker in (ranks, *ranks["workers"])]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: {_FILE.format(rank='*')} cannot be read ({error}).") from error
-    epoch = 1 + max(epochs, default=0)
+    epoch = 1 + max(epochs)
     _warn(
         rank,
         f"{folder}: the stream was read by {written}; this run has {layout}. It goes on with epoch {epoch}, and images "

@@ -98,7 +98,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     def save_positions(self, folder: Path, num_workers: int) -> None:
         """Write where this rank stands into a checkpoint: ``data_position-<rank>.json``."""
         turn = (self._last_worker + 1) % max(1, num_workers)
-        write_positions(folder, self.rank, self._layout(num_workers), turn, self._consumed)
+        write_positions(folder, self.rank, self._layout(num_workers), self._start.epoch, turn, self._consumed)
 
     def load_positions(self, folder: Path | None, num_workers: int) -> None:
         """Let the next pass go on where a checkpoint stands; ``None``: at the beginning.

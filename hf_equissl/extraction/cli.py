@@ -131,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "training/extract_features.py", *words])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    processes = Processes()
+    try:
+        processes = Processes()
+    except ExtractionError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     try:
         code = _run(processes, options, command)
     except KeyboardInterrupt:
@@ -211,7 +215,7 @@ def _plan(work: Extraction, command: str, dry_run: bool) -> dict[str, Any]:
     work.check_disk(remaining)
     if not dry_run:
         check_output_dir(work.folder)
-        remove_leftovers(work.folder)
+        remove_leftovers(work.folder, work.settings.split_name)
         if remaining:
             begin(work, command)
     return {"remaining": [shard.number for shard in remaining], "digest": work.digest}

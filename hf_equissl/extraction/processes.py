@@ -22,15 +22,24 @@ _PATIENCE = timedelta(days=30)
 
 
 class Processes:
-    """What ``accelerate launch`` (or torchrun, or srun) has started; one process where it was nobody.
+    """What ``accelerate launch`` or torchrun has started; one process where it was nobody.
 
     Attributes:
         rank, count: Of this process, and of how many.
         local_rank, local_count: The same on this machine.
+
+    Raises:
+        ExtractionError: Slurm started several, and did not say which one this is.
     """
 
     def __init__(self) -> None:
         environment = os.environ
+        if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise ExtractionError(
+                f"srun has started {environment['SLURM_STEP_NUM_TASKS']} tasks, and each would do all of it. Start "
+                "one `accelerate launch` per machine, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT "
+                "as training/slurm/pretrain.sbatch does."
+            )
         self.rank, self.count = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
         self.local_count = int(environment.get("LOCAL_WORLD_SIZE", "1"))

@@ -90,7 +90,7 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
             for write in waiting:
                 write.result()
         except BaseException as error:
-            writer.submit(remove_leftovers, work.folder, own=True)
+            writer.submit(remove_leftovers, work.folder, work.settings.split_name, own=True)
             if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
                 raise ExtractionError(
                     f"a process that decodes images was killed ({str(error).splitlines()[0]}), as the system does when "

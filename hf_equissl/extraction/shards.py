@@ -56,9 +56,9 @@ def staging_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_own()}.tmp")
 
 
-def remove_leftovers(folder: Path, *, own: bool = False) -> None:
-    """Delete what is not whole: what this process has in work (``own``), or what interrupted processes have left."""
-    for path in folder.glob(f".*.{_own()}.tmp" if own else ".*.tmp"):
+def remove_leftovers(folder: Path, split: str, *, own: bool = False) -> None:
+    """Delete what is not whole of a split: what this process has in work (``own``), or interrupted ones have left."""
+    for path in folder.glob(f".{split}-*.{_own()}.tmp" if own else f".{split}-*.tmp"):
         path.unlink(missing_ok=True)
 
 

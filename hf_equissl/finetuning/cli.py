@@ -20,6 +20,10 @@ Fine-tune an encoder for image classification: all weights, a linear head, or Lo
 ones and everything that AutoModelForImageClassification loads (DINOv2, ViT, ...). Everything that can be wrong is
 checked before the first step; a run that was stopped goes on where it was when the command is given again."""
 
+_EXIT_CODES = """\
+exit codes: 0 finished; 1 stopped by an error; 2 something can be mended before training; 75 stopped by SIGTERM or
+SIGUSR1, with a checkpoint: the same command goes on; 130 stopped by Ctrl-C
+"""
 _EXAMPLES = """\
 examples:
   # LoRA adapters on CIFAR-10; the adapter alone is saved in runs/lora/adapter
@@ -52,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="finetune.py",
         usage="finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD --output_dir DIR [options]",
         description=_DESCRIPTION,
-        epilog=f"methods:\n{methods}\n\n{_EXAMPLES}",
+        epilog=f"methods:\n{methods}\n\n{_EXAMPLES}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -187,7 +191,7 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     _say(run.summary())
     try:
         records = train(run, command, signals)
-    except STOPS as error:
+    except (*STOPS, ValueError, OSError) as error:
         return _stop(error, code=1)
     leave()
     if _is_main():

@@ -16,6 +16,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_equissl.checkpoints import ARGUMENTS_FILE, WholeCheckpoints
 from hf_equissl.data import ImageViewDataset, SkippedImages, TooManyBadImages
+from hf_equissl.data_feed import guard_workers
+from hf_equissl.distributed import gather_objects
 from hf_equissl.evaluation.metric_modules import TopKAccuracyMetric
 from hf_equissl.loss_history import LossHistory
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
@@ -95,6 +97,10 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return dataset.sampler()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's, whose workers leave a scheduler's signals to this process."""
+        return guard_workers(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Base images in order."""
         loader = DataLoader(
@@ -103,7 +109,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(guard_workers(loader))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As for evaluation."""
@@ -114,7 +120,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
             return inputs
         skipped = inputs.pop("skipped", None)
         if skipped is not None:
-            self.skipped_images.update(skipped, seen=len(inputs["index"]))
+            self.skipped_images.update(skipped, seen=len(inputs["index"]), judge=self.args.world_size == 1)
         batch = super()._prepare_inputs(inputs)
         with torch.no_grad():
             if "pixels" in batch:
@@ -167,6 +173,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         """Look at the losses since the last log before the parent reports their mean."""
         if "loss" in logs:
             self.history.drain(self._last_checkpoint)
+            self.skipped_images.exchange(gather_objects)
         super().log(logs, start_time)
 
     # ---- optimizer ----

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,30 @@ def measure_phases(build: Callable[[], tuple[EquiSSLForPreTraining, Trainer]], m
 
 @contextmanager
 def scratch_folder(world: int) -> Iterator[Path]:
-    """A folder that is removed afterwards, the same for all processes of one launcher."""
-    folder = Path(tempfile.gettempdir()) / f"equissl_check_{os.getppid() if world > 1 else os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    """A folder that is removed afterwards, the same for all processes of one launcher on this machine.
+
+    Raises:
+        RecipeError: the processes are on several machines.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) != world:
+        raise RecipeError("--check_memory: one machine only. Start it with as many processes as this one has GPUs.")
+    if world == 1:
+        with tempfile.TemporaryDirectory(prefix="equissl_check_") as alone:
+            yield Path(alone)
+        return
+    # The launcher is the same for all, and no two that live have one number.
+    folder = Path(tempfile.gettempdir()) / f"equissl_check_{os.getppid()}"
+    is_main = os.environ.get("RANK", "0") == "0"
+    own = folder / os.environ.get("RANK", "0")
+    own.mkdir(parents=True)  # what lies there already is not ours
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(folder / "run", ignore_errors=True)
+        with suppress(OSError):  # the last one to leave
+            folder.rmdir()
 
 
 def images_needed(recipe: Recipe, world: int) -> int:

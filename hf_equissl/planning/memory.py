@@ -11,7 +11,7 @@ of weights, T of them trained:
 | FSDP2 | P/N | 2T/N | T/N, those of the root whole until the end | root, two layers, a layer's gradients twice |
 | ZeRO-1 | P + T/N | 2T/N | T | a bucket, while the backward pass runs |
 | ZeRO-2 | P + T/N | 2T/N | T/N | likewise |
-| ZeRO-3 | P/N, small ones whole | 2T/N | T/N, stay | a bucket that stays, gathered layers |
+| ZeRO-3 | P/N + T/N, small ones whole | 2T/N | T/N, stay | a bucket that stays, gathered layers |
 
 The root is what lies in no wrapped layer: embeddings, final norm, stem, heads, decoders, of the teacher too. ZeRO-1 and
 2 clone the own share of the weights even where they are fp32 already (``single_partition_of_fp32_groups`` in
@@ -132,6 +132,10 @@ def moments_of_step(cost: Cost, setup: Setup) -> list[Held]:
         gathered = FP32_BYTES * _root(cost) + root  # and copied once more, to be scattered
         shards = 0 if setup.offload else share
         held.append(replace(resident, phase="reduction", gradients=root + shards, exchange=gathered))
+    if setup.engine is Engine.ZERO3:
+        # The bucket is copied into one piece to be reduced, and by gloo once more.
+        flat = FP32_BYTES * min(ZERO_BUCKET, cost.trainable) * (2 if setup.on_cpu else 1)
+        held.append(replace(resident, phase="reduction", exchange=resident.exchange + flat))
     if setup.offload:
         return held  # the optimizer's step is the host's
     sharded = setup.engine not in (Engine.SINGLE, Engine.DDP)
@@ -171,7 +175,8 @@ def _resident(cost: Cost, setup: Setup) -> Held:
         shards = 0 if setup.offload else weights // processes
         return replace(held, weights=shards, moments=moments, gradients=share if setup.accumulating else 0)
     if engine is Engine.ZERO3:
-        shards = 0 if setup.offload else weights // processes
+        # The optimizer steps on a copy of the trained shards, also where those are fp32 already.
+        shards = 0 if setup.offload else (weights + trained) // processes
         bucket = setup.bucket(cost)
         return replace(held, weights=shards, moments=moments, gradients=0 if setup.offload else share, exchange=bucket)
     own = 0 if setup.offload else share
@@ -181,7 +186,7 @@ def _resident(cost: Cost, setup: Setup) -> Held:
 
 def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
     """Gradients and memory for the exchange at a moment, beside what is resident."""
-    engine, backward = setup.engine, moment.phase == "backward"
+    engine, backward, trained = setup.engine, moment.phase == "backward", FP32_BYTES * cost.trainable
     gradients = moment.layer_gradients + moment.root_gradients
     layers = cost.frozen_layers if moment.phase == "teacher" else cost.trained_layers
     largest = FP32_BYTES * max(layers, default=0)
@@ -196,7 +201,10 @@ def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
         return (0 if setup.accumulating else gradients), bucket
     if engine is Engine.ZERO2:
         return (0 if setup.offload or setup.accumulating else gradients // setup.processes), bucket
-    return 0, _live_weights(moment.phase, cost)
+    live = _live_weights(moment.phase, cost)
+    if moment.phase == "forward":  # fetched weights lie in one piece first, which goes when all of it was used
+        live += min(trained, FP32_BYTES * ZERO3_PREFETCH)
+    return 0, live
 
 
 def _live_weights(phase: str, cost: Cost) -> int:

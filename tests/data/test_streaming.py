@@ -208,6 +208,11 @@ def test_another_layout_begins_the_next_epoch(
     rest = list(batches(resumed))
     assert {batch["position"].epoch for batch in rest} == {2}  # one rank had begun epoch 1
     assert len({int(batch["index"]) for batch in rest}) == len(rest) == COUNT
+    resumed.load_positions(tmp_path, 2)
+    resumed.save_positions(tmp_path / "set", 2)  # before any batch came: it is still the epoch that was begun
+    again = make(folder, pipeline, world_size=1, repeat=False)
+    again.load_positions(tmp_path / "set", 2)
+    assert {batch["position"].epoch for batch in batches(again)} == {2}
     (tmp_path / "data_position-0.json").write_text("{")
     with pytest.raises(ValueError, match=r"data_position-\*\.json cannot be read"):
         resumed.load_positions(tmp_path, 2)
