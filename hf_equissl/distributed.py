@@ -10,8 +10,11 @@ back only the local share, without the sum, would make the term W times too weak
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,12 +25,12 @@ from torch.distributed.tensor import DTensor
 __all__ = [
     "SharedFlag",
     "all_reduce_sum",
+    "end_process",
     "first_message",
     "gather",
     "gather_objects",
     "is_gathered",
     "is_main_process",
-    "leave",
     "local_shard",
     "lost_a_process",
     "on_any_process",
@@ -57,14 +60,21 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def leave() -> None:
-    """Close the process group, if there is one: the last thing that a finished process does.
+def end_process(code: int) -> NoReturn:
+    """Close the process group, if there is one, and end this process.
 
-    Left to the interpreter's end, the threads of gloo are now and then still alive when it takes them down, and the
-    process aborts after all its work is done.
+    One of several does not wait for the interpreter to be taken down: wrappers and DeepSpeed keep groups of their own,
+    whose threads may ask for it meanwhile, and then the process aborts after all its work is done.
     """
+    several = world_size() > 1
     if _initialized():
         dist.destroy_process_group()
+    if several:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import NoReturn, TypeVar, cast
 
 from .checkpoints import CheckpointError, newest_checkpoint
 from .data import ImageDecodeError, TooManyBadImages
-from .distributed import gather_objects, leave, lost_a_process, speaks_for_all
+from .distributed import end_process, gather_objects, lost_a_process, speaks_for_all
 from .files import readable_size
 from .hub.publishable import PublishError
 from .loss_history import NonFiniteLossError
@@ -106,8 +105,7 @@ def end(code: int) -> NoReturn:
         watch.start()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should a library keep Python's threads from running
         signal.alarm(2 * END_SECONDS)
-    leave()
-    sys.exit(code)
+    end_process(code)
 
 
 def _is_loader(error: Exception) -> bool:

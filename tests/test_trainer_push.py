@@ -172,7 +172,7 @@ from pathlib import Path
 
 from test_trainer import make_trainer
 
-from hf_equissl.distributed import leave
+from hf_equissl.distributed import end_process
 from hf_equissl.hub import PublishError, repository
 
 repository.run_snippets = lambda chosen: None
@@ -188,7 +188,7 @@ except PublishError as caught:
     error = "token" in str(caught)
 # In one write, or the lines of both may run into each other.
 sys.stdout.write(f"process {trainer.args.process_index}: {commit and commit.oid} {error}\\n")
-leave()
+end_process(0)
 """
 
 

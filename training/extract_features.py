@@ -14,4 +14,9 @@ if find_spec("hf_equissl") is None:
 from hf_equissl.extraction.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "torch" in sys.modules:
+        from hf_equissl.distributed import end_process
+
+        end_process(code)
+    sys.exit(code)

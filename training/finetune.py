@@ -17,4 +17,9 @@ if __name__ == "__main__":
     from hf_equissl.signals import listen_to_launcher
 
     listen_to_launcher()
-    sys.exit(main())
+    code = main()
+    if "torch" in sys.modules:
+        from hf_equissl.faults import end
+
+        end(code)
+    sys.exit(code)

@@ -172,4 +172,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "torch" in sys.modules:
+        from hf_equissl.distributed import end_process
+
+        end_process(code)
+    sys.exit(code)

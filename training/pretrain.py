@@ -131,7 +131,6 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, sig
 
 
 def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
-    from hf_equissl.distributed import leave
     from hf_equissl.faults import explained, together
     from hf_equissl.launch import prepare, pretrain
 
@@ -139,7 +138,6 @@ def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
         run = together(lambda: prepare(recipe, options.output_dir, options.resume))
     _say(_summary(run))
     folder = pretrain(run, signals)
-    leave()
     load = f"AutoModel.from_pretrained({str(folder)!r})"
     _say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
 

@@ -57,15 +57,14 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     options, rest = parser.parse_known_args(words)
 
     from hf_equissl import scaling, step_clock
-    from hf_equissl.distributed import leave
+    from hf_equissl.distributed import end_process
 
     try:
         task = step_clock.given_task()
         recipe, steps = _read(options, rest, task, [name for act in parser._actions for name in act.option_strings])
         if task is not None:
             step_clock.measure(recipe, task, steps)
-            leave()
-            return 0
+            end_process(0)
         _check(recipe, options, script)
         report = _measure(recipe, steps, options, script or Path(__file__).resolve(), words)
         if options.output_dir is not None:

@@ -137,12 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        code = _run(processes, options, command)
+        return _run(processes, options, command)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on, finished shards are kept.", file=sys.stderr, flush=True)
         return 130
-    processes.leave()
-    return code
 
 
 def _run(processes: Processes, options: dict[str, Any], command: str) -> int:

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils.logging import disable_progress_bar
 
-from hf_equissl.distributed import leave
 from hf_equissl.evaluation.cli import check_device
 
 from .errors import ExtractionError
@@ -69,10 +68,6 @@ class Processes:
             ExtractionError: Another process is gone.
         """
         return [value] if self.count == 1 else _together(gather_object, [value])
-
-    def leave(self) -> None:
-        """The last thing to do."""
-        leave()
 
     def device(self, name: str | None) -> str:
         """The device of this process: as asked for; of several accelerators, each process its own.

@@ -179,7 +179,6 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from hf_equissl.distributed import leave
     from hf_equissl.faults import STOPS
 
     from .publish import publish as publish_run
@@ -193,7 +192,6 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         records = train(run, command, signals)
     except (*STOPS, ValueError, OSError) as error:
         return _stop(error, code=1)
-    leave()
     if _is_main():
         _say(comparison_table(records))
         try:

@@ -23,10 +23,9 @@ def main(runs: list[list[str]]) -> int:
     allow_fsdp2_on_cpu()
     from accelerate.state import AcceleratorState, GradientState
 
-    from hf_equissl import distributed
+    from hf_equissl.distributed import end_process
     from hf_equissl.trainer import EquiSSLTrainer
 
-    leave, distributed.leave = distributed.leave, lambda: None  # the next run needs the process group
     original, trainers = EquiSSLTrainer.train, []
 
     def train(self: EquiSSLTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +42,7 @@ def main(runs: list[list[str]]) -> int:
         trainers.pop().accelerator.free_memory()
         AcceleratorState._reset_state()
         GradientState._reset_state()
-    leave()
-    return code
+    end_process(code)
 
 
 def record(trainer: Any) -> None:

@@ -23,11 +23,9 @@ allow_fsdp2_on_cpu()
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-import hf_equissl.distributed  # noqa: E402
-from hf_equissl.distributed import gather_objects, is_main_process  # noqa: E402
+from hf_equissl.distributed import end_process, gather_objects, is_main_process  # noqa: E402
 from hf_equissl.trainer import EquiSSLTrainer  # noqa: E402
 
-_leave, hf_equissl.distributed.leave = hf_equissl.distributed.leave, lambda: None  # the next run needs the group
 _train = EquiSSLTrainer.train
 words, fills = map(json.loads, sys.argv[1:])
 output = Path(words[words.index("--output_dir") + 1])
@@ -60,4 +58,4 @@ for fill in fills:
     gather_objects(None)
     AcceleratorState._reset_state()
     GradientState._reset_state()
-_leave()
+end_process(0)
