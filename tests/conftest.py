@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of engines and faults start two processes each: with ``--dist loadgroup`` one after another."""
     for item in items:
