@@ -24,7 +24,7 @@ quickstart: $(BIN)/.ready-quickstart
 	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
 
 test: $(BIN)/.ready-dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 style: $(BIN)/.ready-dev
 	$(BIN)/ruff check .

@@ -19,14 +19,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of engines and faults start two processes each: with ``--dist loadgroup`` one after another."""
-    for item in items:
-        if item.path.parent.name in ("engines", "faults"):
-            item.add_marker(pytest.mark.xdist_group("two processes"))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real images: ``EQUISSL_TEST_DATA`` or ``../shared/data``. Tests that need it skip without it."""
