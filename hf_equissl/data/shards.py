@@ -54,7 +54,7 @@ class Shard:
             ImageSourceError: The shard cannot be read, naming it.
         """
         try:
-            _check_length(self.name)
+            _check_end(self.name)
             stream = _open(self.source, self.file)
             if self.parts > 1:
                 stream = stream.reshard().shard(self.parts, self.part)
@@ -87,10 +87,17 @@ def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
     return shards
 
 
-def _check_length(path: str) -> None:
+def _check_end(path: str) -> None:
     """Refuse a tar file on this machine that was cut off: between two members its reader takes that for the end."""
-    if path.endswith(".tar") and "://" not in path and (size := os.path.getsize(path)) % tarfile.BLOCKSIZE:
-        raise ValueError(f"{size} bytes are no whole number of blocks, it was cut off")
+    if not path.endswith(".tar") or "://" in path:
+        return
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size % tarfile.BLOCKSIZE:
+            raise ValueError(f"{size} bytes are no whole number of blocks, it was cut off")
+        file.seek(max(0, size - tarfile.BLOCKSIZE))
+        if any(file.read()):
+            raise ValueError("it lacks the empty blocks that end a tar file, it was cut off or never closed")
 
 
 def _open(source: ImageSource, file: int) -> datasets.IterableDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
@@ -228,6 +229,18 @@ def test_a_broken_shard_is_named(kind: str, tmp_path: Path, pipeline: ViewPipeli
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 100])
     with pytest.raises(ImageSourceError, match=rf"{shard.name} cannot be read.*fetch or write it again"):
         list(batches(make(folder, pipeline, world_size=1, repeat=False), workers=1))
+
+
+def test_a_tar_that_ends_between_two_members_is_named(tmp_path: Path, pipeline: ViewPipeline) -> None:
+    """As an interrupted copy or a killed writer leaves it; the reader of tar files sees nothing wrong."""
+    shard = write_tar(tmp_path / "0.tar", range(6))
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[6].offset
+    shard.write_bytes(shard.read_bytes()[:end])
+    with tarfile.open(shard) as tar:
+        assert len(tar.getmembers()) == 6
+    with pytest.raises(ImageSourceError, match=r"0\.tar cannot be read: .*cut off or never closed.*write it again"):
+        list(batches(make(tmp_path, pipeline, world_size=1, repeat=False), workers=1))
 
 
 def test_more_readers_than_rows(tmp_path: Path, pipeline: ViewPipeline) -> None:

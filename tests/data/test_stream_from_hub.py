@@ -1,0 +1,76 @@
+"""Streams read from a Hub over HTTP by several workers: a private data set, as parquet files and as tar shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hub.loopback_hub import LoopbackHub
+from huggingface_hub import HfApi
+
+from .test_streaming import COUNT, parquets, tars
+
+pytest_plugins = ["hub.fixtures"]
+
+READ = """
+import json, sys
+from itertools import islice
+from pathlib import Path
+from data.test_streaming import WORKERS, RANKS, batches, build_pipeline, Needs
+from hf_equissl.data import StreamingViewDataset, load_images
+
+def make(source, rank):
+    stream = load_images(source, streaming=True)
+    return StreamingViewDataset(stream, pipeline, 3, rank=rank, world_size=RANKS, shuffle_buffer=5, repeat=False)
+
+pipeline = build_pipeline(
+    "vicreg", image_size=8, transformation=None, needs=Needs(), image_mean=(0.5,) * 3, image_std=(0.5,) * 3
+)
+for source in sys.argv[2:]:
+    whole, resumed = [], []
+    for rank in range(RANKS):
+        stream = make(source, rank)
+        seen = list(batches(stream))
+        for batch in seen[:7]:
+            stream.consumed(batch["position"])
+        folder = Path(sys.argv[1])
+        stream.save_positions(folder, WORKERS)
+        again = make(source, rank)
+        again.load_positions(folder, WORKERS)
+        whole.append([int(batch["index"]) for batch in seen])
+        resumed.append([int(batch["index"]) for batch in batches(again)])
+    print(json.dumps([whole, resumed]))
+"""
+
+
+def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
+    """Every image once over two ranks with two workers each, and on from a position; a busy server is asked again."""
+    hub = hub_here
+    folders = {"parquets": parquets(tmp_path / "parquets", 3, 10), "tars": tars(tmp_path / "tars", 5)}
+    for name, folder in folders.items():
+        api.create_repo(f"maker/{name}", repo_type="dataset", private=True)
+        api.upload_folder(repo_id=f"maker/{name}", repo_type="dataset", folder_path=folder, path_in_repo="data")
+    hub.refuse(r"GET .*/resolve/.*\.(parquet|tar)", 503, "busy", count=2)
+    sources = ["maker/parquets", "hf://datasets/maker/tars/data/*.tar"]
+    answer = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path), *sources],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert hub.count("GET", "resolve", 503) == 2
+    assert hub.count("GET", status=206) > 0  # parts of files, never whole ones
+    results = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert len(results) == len(sources)
+    for whole, resumed in results:
+        seen = [index for rank in whole for index in rank]
+        assert len(seen) == len(set(seen)) == COUNT
+        assert resumed == [rank[7:] for rank in whole]
+    assert sorted(results[0][0][0] + results[0][0][1]) == sorted(results[1][0][0] + results[1][0][1])
