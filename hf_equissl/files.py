@@ -23,6 +23,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(text)
+    sync_to_disk(staging)  # else a loss of power may leave the new name with nothing in it
     os.replace(staging, path)
 
 

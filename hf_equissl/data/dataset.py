@@ -49,10 +49,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
         num_samples: Rows.
         seed: Of the run.
         shuffle: A new order each epoch, or row order.
+        multiple: Of how many samples an epoch consists; what remains of its order is left out. With the images of an
+            optimizer step, an epoch has as many steps however a step is split into processes and micro-batches.
     """
 
-    def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, num_samples: int, seed: int, shuffle: bool = True, multiple: int = 1) -> None:
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self.length = num_samples // multiple * multiple
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,7 +64,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         """Samples per epoch."""
-        return self.num_samples
+        return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """One pass, in the epoch that was set when it began."""
@@ -70,7 +73,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             order = order_generator(self.seed, epoch).permutation(self.num_samples)
         else:
             order = np.arange(self.num_samples)
-        return ((epoch, index) for index in order.tolist())
+        return ((epoch, index) for index in order[: self.length].tolist())
 
 
 class ImageViewDataset(Dataset[dict[str, Any]]):
@@ -95,9 +98,9 @@ class ImageViewDataset(Dataset[dict[str, Any]]):
         """Images."""
         return len(self.source)
 
-    def sampler(self, shuffle: bool = True) -> EpochSampler:
-        """A sampler over this data set that follows ``set_epoch``."""
-        sampler = EpochSampler(len(self), self.seed, shuffle)
+    def sampler(self, shuffle: bool = True, multiple: int = 1) -> EpochSampler:
+        """A sampler over this data set that follows ``set_epoch``; ``multiple`` as in ``EpochSampler``."""
+        sampler = EpochSampler(len(self), self.seed, shuffle, multiple)
         self._samplers.append(sampler)
         return sampler
 

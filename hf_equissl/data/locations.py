@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.dataset
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_equissl.strict import nearest
 
@@ -22,15 +26,26 @@ _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "v
 _SPLIT_FOLDERS["validation"] = "validation"
 # Shards of a streamed list of files: enough for the workers of many machines, and for a good mixture.
 _LIST_SHARDS = 1024
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Rows, the folder where relative paths in them start, and the files that are the shards of a stream."""
+    """What was found.
+
+    Attributes:
+        rows: All columns.
+        root: The folder where relative paths in them start.
+        files: The shards of a stream, where they are files.
+        digest: Of a stream, of the names of its files.
+        reopen: The same stream of these columns alone, where the others then need not be fetched.
+    """
 
     rows: Dataset | IterableDataset
     root: Path | None = None
     files: tuple[str, ...] = ()
+    digest: str = ""
+    reopen: Callable[[list[str]], IterableDataset] | None = None
 
 
 def open_dataset(
@@ -50,32 +65,61 @@ def open_dataset(
     """
     options = {"split": split, "streaming": streaming, "cache_dir": cache_dir, "num_proc": num_proc}
     path = Path(source).expanduser()
-    if "://" in source or (not path.exists() and any(sign in source for sign in "*?[")):
-        if "://" not in source:
-            _check_pattern(path, source)
-        return _open_files(source, str(path) if "://" not in source else source, options)
+    if "://" in source:
+        return _open_files(source, _numbered(source, source), options)
+    if not path.exists() and any(sign in source for sign in "*?[{"):
+        files = _numbered(source, str(path))
+        for file in files:
+            _check_pattern(Path(file), source if file == str(path) else file)
+        return _open_files(source, files, options)
     if path.is_file():
-        return _open_files(source, str(path), options)
+        return _open_files(source, [str(path)], options)
     if path.is_dir():
         return _open_folder(source, path, options, hub)
     _check_hub_name(source)
     return _build(source, source, options, name=hub["config_name"], revision=hub["revision"])
 
 
-def _open_files(source: str, files: str, options: Mapping[str, Any]) -> Opened:
-    suffix = Path(files.split("?")[0] if "://" in files else files).suffix.lower()
+def _numbered(source: str, pattern: str) -> list[str]:
+    """The names that ``shard-{000..146}.tar`` stands for: as many digits as its first number has."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise ImageSourceError(f"{source}: {found[0]} is empty. Write the smaller number first.")
+    tails = _numbered(source, pattern[found.end() :])
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [pattern[: found.start()] + number + tail for number in numbers for tail in tails]
+
+
+def _open_files(source: str, files: list[str], options: Mapping[str, Any]) -> Opened:
+    remote = "://" in files[0]
+    suffix = Path(_without_query(files[0])).suffix.lower()
     if suffix not in _BUILDERS:
         raise ImageSourceError(
             f"{source}: files of type {suffix or 'unknown'!r} hold no data set. Expected "
             f"{', '.join(_BUILDERS)}, or a folder."
         )
-    root = None if "://" in files else Path(files).parent
+    root = None if remote else Path(files[0]).parent
     return _build(source, _BUILDERS[suffix], options, root, data_files=files)
+
+
+def _without_query(file: str) -> str:
+    return file.split("?")[0] if "://" in file else file
+
+
+def _digest(names: Iterable[str]) -> str:
+    """The same wherever the files lie: the folder that they share does not count, nor does how an address is signed."""
+    plain = [_without_query(name) for name in names]
+    folder = len(os.path.commonprefix(plain).rpartition("/")[0])  # noqa: RUF071 (commonpath breaks "://")
+    return hashlib.blake2b("\n".join(name[folder:] for name in plain).encode(), digest_size=8).hexdigest()
 
 
 def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return Opened(_open_saved(source, path, options), path)
+        rows = _open_saved(source, path, options)
+        return _stream(rows, path, [f"{len(rows)} rows"]) if options["streaming"] else Opened(rows, path)
     files, kinds = _walk(path)
     if not kinds:
         raise ImageSourceError(
@@ -85,7 +129,8 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     # Like datasets: what most files are. An archive beside a million images is not the data set.
     kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
     if kind == "images":
-        return Opened(_open_images(source, files, options), path)
+        rows = _open_images(source, files, options)
+        return _stream(rows, path, rows["image"]) if options["streaming"] else Opened(rows, path)
     return _build(source, str(path), options, path, name=hub["config_name"])
 
 
@@ -115,7 +160,7 @@ def _walk(root: Path) -> tuple[list[str], Counter[str]]:
     return sorted(images), kinds
 
 
-def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> Dataset | IterableDataset:
+def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> Dataset:
     """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
     tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
     known = tops & set(_SPLIT_FOLDERS)
@@ -131,8 +176,7 @@ def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> D
     _check_splits(source, names, splits)
     for canonical, written in names.items():
         wanted = wanted.replace(written, canonical)
-    rows = _take(source, wanted, {name: _list_of_images(splits[name], int(has_splits)) for name in names})
-    return _stream(rows) if options["streaming"] else rows
+    return _take(source, wanted, {name: _list_of_images(splits[name], int(has_splits)) for name in names})
 
 
 def _list_of_images(files: list[str], depth: int) -> Dataset:
@@ -148,7 +192,7 @@ def _list_of_images(files: list[str], depth: int) -> Dataset:
     return Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset | IterableDataset:
+def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
     """A folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
     try:
         saved = datasets.load_from_disk(str(path))
@@ -157,8 +201,7 @@ def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset 
     if isinstance(saved, Dataset):
         # One set: it answers to its own name, and to the default.
         saved = DatasetDict({name: saved for name in {str(saved.split or "train"), "train"}})
-    rows = _take(source, options["split"], saved)
-    return _stream(rows) if options["streaming"] else rows
+    return _take(source, options["split"], saved)
 
 
 def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None = None, **arguments: Any) -> Opened:
@@ -181,15 +224,36 @@ def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None
                 raise ImageSourceError(
                     f"{source}: split is {split!r}, but a stream has no length to slice. Use one of {', '.join(known)}."
                 )
-            rows = builder.as_streaming_dataset(split=split)
-            names = tuple(str(name) for name in (files or {}).get(split, ()))
-            return Opened(rows, root, names if len(names) == rows.num_shards else ())
+            return _build_stream(builder, split, root)
         builder.download_and_prepare(num_proc=options["num_proc"])
         return Opened(builder.as_dataset(split=split), root)
     except ImageSourceError:
         raise
     except Exception as error:
         raise _broken(source, error.__cause__ or error) from error
+
+
+def _build_stream(builder: datasets.DatasetBuilder, split: str, root: Path | None) -> Opened:
+    names = tuple(str(name) for name in (getattr(builder.config, "data_files", None) or {}).get(split, ()))
+    parquet = isinstance(builder, Parquet)
+    if parquet:
+        # Fetching ahead keeps all that was read of a file until its end, and is too much for a first look.
+        builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+
+    def stream() -> IterableDataset:
+        rows = builder.as_streaming_dataset(split=split)
+        # Streams of image files on the Hub come with a decoding step, which a cast of their columns leaves in place.
+        return rows.decode(False) if rows.features else rows
+
+    def reopen(columns: list[str]) -> IterableDataset:
+        builder.config.columns = columns
+        if any("://" in name for name in names):  # there it saves requests
+            builder.config.fragment_scan_options = None
+        return stream()
+
+    rows = stream()
+    files = names if len(names) == rows.num_shards else ()
+    return Opened(rows, root, files, _digest(names), reopen if parquet else None)
 
 
 def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:
@@ -201,8 +265,9 @@ def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:
     return datasets.concatenate_datasets([sets[i.splitname].select(range(i.from_, i.to)) for i in instructions])
 
 
-def _stream(rows: Dataset) -> IterableDataset:
-    return rows.to_iterable_dataset(num_shards=max(1, min(_LIST_SHARDS, len(rows))))
+def _stream(rows: Dataset, root: Path, names: Iterable[str]) -> Opened:
+    stream = rows.to_iterable_dataset(num_shards=max(1, min(_LIST_SHARDS, len(rows))))
+    return Opened(stream, root, digest=_digest(names))
 
 
 def _split_names(split: str) -> list[str]:

@@ -40,6 +40,7 @@ class StreamLayout:
         shards: Files, or parts of files.
         shuffle_buffer: In rows.
         seed: Of the order.
+        files: Digest of the names of the shards, in their order.
     """
 
     ranks: int
@@ -47,6 +48,7 @@ class StreamLayout:
     shards: int
     shuffle_buffer: int
     seed: int
+    files: str = ""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -108,10 +110,11 @@ def read_start(folder: Path, rank: int, layout: StreamLayout) -> StreamStart:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: {_FILE.format(rank='*')} cannot be read ({error}).") from error
     epoch = 1 + max(epochs)
+    others = " The files differ: in names, order or number." if written.files != layout.files else ""
     _warn(
         rank,
-        f"{folder}: the stream was read by {written}; this run has {layout}. It goes on with epoch {epoch}, and images "
-        f"of epoch {epoch - 1} that were not seen yet are left out. To go on exactly where it stood, start "
+        f"{folder}: the stream was read by {written}; this run has {layout}.{others} It goes on with epoch {epoch}, "
+        f"and images of epoch {epoch - 1} that were not seen yet are left out. To go on exactly where it stood, start "
         f"{written.ranks} processes with --training.dataloader_num_workers {written.workers}, on the same data.",
     )
     return StreamStart(epoch=epoch)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import logging
+import math
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import datasets
@@ -15,11 +20,18 @@ import numpy as np
 from .errors import ImageSourceError
 from .sources import ImageSource
 
+logger = logging.getLogger(__name__)
 # Fewer files than this for each rank, and parquet files are cut at their row groups.
 FILES_PER_RANK = 16
 # Rows that are fetched together: few, as a worker holds them encoded beside its buffer.
 _ROWS_AT_ONCE = 8
 _DRAWS_AT_ONCE = 1024
+# Row groups stand at the end of a parquet file: one round trip or more for each, where it is far away.
+_FOOTERS_AT_ONCE = 16
+# A remote shard is opened again so often when its connection breaks, each time after twice the pause, in seconds.
+_REOPENINGS = 5
+_PAUSE = 1.0
+_DISCONNECTED = (ConnectionError, TimeoutError)
 
 _Row = TypeVar("_Row")
 
@@ -32,6 +44,7 @@ class Shard:
         source: All files.
         file, files: Number of the file, and of all.
         part, parts: Number of the part, and of all in this file.
+        row_groups: Of a file with parts, a stream whose shards they are, so that its end is read once.
     """
 
     source: ImageSource
@@ -39,6 +52,7 @@ class Shard:
     files: int
     part: int = 0
     parts: int = 1
+    row_groups: datasets.IterableDataset | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -50,21 +64,35 @@ class Shard:
     def rows(self, first: int = 0) -> Iterator[dict[str, Any]]:
         """Rows from number ``first`` on. Those before it are passed over: a file is read from its beginning.
 
+        So is a remote file whose connection broke: it is opened again a few times, and goes on behind the last row.
+
         Raises:
             ImageSourceError: The shard cannot be read, naming it.
         """
-        try:
-            _check_end(self.name)
+        for opened in itertools.count():
+            try:
+                for row in self._rows(first):
+                    first += 1
+                    yield row
+                return
+            except Exception as error:  # Readers of every format raise their own.
+                if not isinstance(error, _DISCONNECTED) or "://" not in self.name or opened == _REOPENINGS:
+                    raise _unreadable(self.name, error) from error
+                pause = _PAUSE * 2**opened
+                logger.warning(f"{self.name}: {error}. It is opened again at row {first}, in {pause:.0f} s.")
+                time.sleep(pause)
+
+    def _rows(self, first: int) -> Iterator[dict[str, Any]]:
+        _check_end(self.name)
+        if self.row_groups is None:
             stream = _open(self.source, self.file)
-            if self.parts > 1:
-                stream = stream.reshard().shard(self.parts, self.part)
-            if first:
-                stream = stream.skip(first)
-            # Not iter(stream): that would divide the rows among the workers of a DataLoader once more.
-            for batch in stream.iter(_ROWS_AT_ONCE):
-                yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
-        except Exception as error:  # Readers of every format raise their own.
-            raise _unreadable(self.name, error) from error
+        else:
+            stream = self.row_groups.shard(self.parts, self.part)
+        if first:
+            stream = stream.skip(first)
+        # Not iter(stream): that would divide the rows among the workers of a DataLoader once more.
+        for batch in stream.iter(_ROWS_AT_ONCE):
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
 def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
@@ -77,14 +105,39 @@ def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
     whole = [Shard(source, file, files) for file in range(files)]
     if files >= FILES_PER_RANK * ranks:
         return whole
-    shards = []
-    for shard in whole:
-        try:
-            parts = _open(source, shard.file).reshard().num_shards
-        except Exception as error:
-            raise _unreadable(shard.name, error) from error
-        shards += [Shard(source, shard.file, files, part, parts) for part in range(parts)]
-    return shards
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        cut = list(pool.map(_cut, whole, _each_file(source.dataset)))
+    return [shard for parts in cut for shard in parts]
+
+
+def _each_file(rows: datasets.IterableDataset) -> Iterator[datasets.IterableDataset]:
+    """The files of a stream one by one. In two steps, as to take one of n costs n."""
+    groups = 1 + math.isqrt(rows.num_shards - 1)
+    for number in range(groups):
+        group = rows.shard(groups, number)
+        yield from (group.shard(group.num_shards, file) for file in range(group.num_shards))
+
+
+def _cut(shard: Shard, rows: datasets.IterableDataset) -> list[Shard]:
+    """The row groups of a file; the file itself where it has one, or none."""
+    try:
+        row_groups = rows.reshard()
+    except Exception as error:
+        raise _unreadable(shard.name, error) from error
+    parts = row_groups.num_shards
+    if parts == 1:
+        return [shard]
+    return [Shard(shard.source, shard.file, shard.files, part, parts, row_groups) for part in range(parts)]
+
+
+def digest(shards: Sequence[Shard]) -> str:
+    """Of which shards these are, in this order: their files by name, without the folder that they lie in, and parts."""
+    total = hashlib.blake2b(digest_size=8)
+    for source_digest in dict.fromkeys(shard.source.digest for shard in shards):
+        total.update(source_digest.encode())
+    for shard in shards:
+        total.update(f" {shard.file} {shard.part}/{shard.parts}".encode())
+    return total.hexdigest()
 
 
 def _check_end(path: str) -> None:
@@ -123,7 +176,9 @@ def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
     """One reader's pieces of shards, such that every row has exactly one reader.
 
     Whole shards as long as there is one for each reader. Those left over are fewer than readers: each reader gets the
-    same share of them, by row numbers, of at most two shards, which it shares with others that read them, too.
+    same share of them, by row numbers, of at most two shards, which it shares with others that read them, too. Rows
+    are not divided, so shares are equal up to a row for each piece: of a shard with fewer rows than readers some get
+    none.
 
     Args:
         order: Numbers of the shards, the same on all readers.
@@ -138,6 +193,15 @@ def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
         if low < high:
             pieces.append(Piece(shard, low, high))
     return pieces
+
+
+def read_amplification(shards: int, readers: int) -> float:
+    """How many readers read a shard, on average: each one that has a piece of it reads it whole.
+
+    1 where readers divide the shards; more than ``readers / shards`` where there are fewer shards.
+    """
+    # Rows end to end are cut where a reader's share ends, ``readers - 1`` times; not within a shard where both end.
+    return 1 + (readers - math.gcd(shards, readers)) / shards
 
 
 def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int = 0) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,7 @@ class ImageSource:
         num_classes: Of a ``ClassLabel`` column, else ``None``.
         root: Where relative paths in a column of paths start.
         files: Of a stream of files, their names, in the order of its shards; empty where they are not known.
+        digest: Of a stream, of the names of its files: another one where they are renamed or in another order.
     """
 
     dataset: Rows
@@ -52,6 +53,7 @@ class ImageSource:
     num_classes: int | None = None
     root: Path | None = None
     files: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def streaming(self) -> bool:
@@ -96,7 +98,7 @@ class ImageSource:
                     return file.read()
             with open(self.root / value if self.root else value, "rb") as file:
                 return file.read()
-        except OSError as error:
+        except Exception as error:  # Readers of addresses raise their own.
             raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
 
     def label(self, row: Mapping[str, Any]) -> int | None:
@@ -166,7 +168,8 @@ def load_images(
       ``test`` above; only paths are listed, nothing is copied,
     - a ``.parquet`` or ``.arrow`` file, a folder with such files, or a glob pattern,
     - a folder written by ``save_to_disk``,
-    - a WebDataset ``.tar`` shard, a folder or a glob pattern of shards, or the address of one (``https://``, ``hf://``).
+    - a WebDataset ``.tar`` shard, a folder or a glob pattern of shards, or the address of one (``https://``, ``hf://``);
+      ``{000..146}`` in a path or an address stands for all these numbers.
 
     Without streaming, ``datasets`` converts parquet files and tar shards once into its cache, which takes as much space
     as they do; with ``streaming=True`` they are read where they are.
@@ -201,7 +204,8 @@ def load_images(
     features, row = _features_and_first_row(rows, name)
     image_column = find_image_column(features, row, column, name)
     label_column = find_label_column(features, label_column, name)
-    rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
+    columns = [image_column, *([label_column] if label_column else [])]
+    rows = (opened.reopen(columns) if opened.reopen else rows).select_columns(columns)
     if isinstance(features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     classes = features[label_column] if label_column else None
@@ -213,6 +217,7 @@ def load_images(
         num_classes=classes.num_classes if isinstance(classes, datasets.ClassLabel) else None,
         root=opened.root,
         files=opened.files,
+        digest=opened.digest,
     )
 
 

@@ -18,13 +18,15 @@ from .decoding import decode_image
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
-from .shards import divide, list_shards, piece_rows, shuffled
+from .shards import digest, divide, list_shards, piece_rows, read_amplification, shuffled
 from .sources import ImageSource
 
 __all__ = ["StreamingViewDataset"]
 
 # Passes without a row before a worker of an endless stream gives up: the next may bring it some.
 _EMPTY_PASSES = 8
+# Shards read more often than this by all readers together are worth a word.
+_MUCH_READING = 1.3
 
 
 class StreamingViewDataset(IterableDataset[dict[str, Any]]):
@@ -34,11 +36,12 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     which images share a batch does.
 
     **Epochs.** In each epoch the shards are put in a new order and divided anew among all workers of all ranks
-    (``shards.divide``), so that every row has one reader and readers have equal shares, however many shards there are.
-    Each worker then draws from a buffer; shards are read one after the other, so they should have been written in
-    random order. By default the stream goes on when it ends, one epoch later, each worker for itself: nobody waits,
-    and where shards are of unequal size some workers begin the next epoch a little earlier. ``Trainer`` then needs
-    ``max_steps``; schedules have an epoch length of their own (``epoch_steps``).
+    (``shards.divide``), so that every row has one reader. Readers have equal shares, however many shards there are, if
+    shards have as many rows, and more rows than there are readers. A shard that several readers share is read by each
+    of them (``reading_note``). Each worker then draws from a buffer; shards are read one after the other, so they
+    should have been written in random order. By default the stream goes on when it ends, one epoch later, each worker
+    for itself: nobody waits, and where shares are unequal some workers begin the next epoch a little earlier.
+    ``Trainer`` then needs ``max_steps``; schedules have an epoch length of their own (``epoch_steps``).
 
     **Resuming.** Each sample says where its worker stood (``position``). ``consumed`` takes note of a batch that
     training has used, ``save_positions`` writes the notes of this rank into a checkpoint, and ``load_positions`` lets
@@ -78,6 +81,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
         self.source, self.pipeline, self.seed, self.repeat = source, pipeline, seed, repeat
         self.shuffle_buffer, self.rank, self.world_size = shuffle_buffer, rank, world_size
         self.shards = list_shards(source, world_size)
+        self._digest = digest(self.shards)
         # In shared memory: workers that persist across epochs hold their own copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._start = StreamStart()
@@ -87,6 +91,18 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass; reaches workers that already run."""
         self._epoch.fill_(epoch)
+
+    def reading_note(self, num_workers: int) -> str | None:
+        """A line for people if files are read much more often than once per epoch, as too many readers share them."""
+        readers = self.world_size * max(1, num_workers)
+        times = read_amplification(len(self.shards), readers)
+        if times <= _MUCH_READING or not self.source.files:  # a list of paths costs nothing to read
+            return None
+        return (
+            f"note: {len(self.shards)} shards for {self.world_size} processes x {max(1, num_workers)} workers: each "
+            f"shard is read {times:.1f} times per epoch, as workers that share one read it whole. Write a multiple of "
+            f"{readers} shards, or more than {4 * readers}, or use fewer workers."
+        )
 
     # ---- positions ----
 
@@ -114,7 +130,10 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
         self.set_epoch(self._start.epoch)
 
     def _layout(self, num_workers: int) -> StreamLayout:
-        return StreamLayout(self.world_size, max(1, num_workers), len(self.shards), self.shuffle_buffer, self.seed)
+        workers = max(1, num_workers)
+        return StreamLayout(
+            self.world_size, workers, len(self.shards), self.shuffle_buffer, self.seed, files=self._digest
+        )
 
     # ---- samples ----
 

@@ -1,4 +1,4 @@
-"""Streams read from a Hub over HTTP by several workers: a private data set, as parquet files and as tar shards."""
+"""Streams read from a Hub over HTTP by several workers: a private data set, as parquet, as tar shards, as images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from hub.loopback_hub import LoopbackHub
 from huggingface_hub import HfApi
 
+from .image_files import write_folder
 from .test_streaming import COUNT, parquets, tars
 
 pytest_plugins = ["hub.fixtures"]
@@ -50,11 +51,12 @@ def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_p
     """Every image once over two ranks with two workers each, and on from a position; a busy server is asked again."""
     hub = hub_here
     folders = {"parquets": parquets(tmp_path / "parquets", 3, 10), "tars": tars(tmp_path / "tars", 5)}
+    folders["images"] = write_folder(tmp_path / "images", [f"{number:02d}.jpg" for number in range(COUNT)])
     for name, folder in folders.items():
         api.create_repo(f"maker/{name}", repo_type="dataset", private=True)
         api.upload_folder(repo_id=f"maker/{name}", repo_type="dataset", folder_path=folder, path_in_repo="data")
     hub.refuse(r"GET .*/resolve/.*\.(parquet|tar)", 503, "busy", count=2)
-    sources = ["maker/parquets", "hf://datasets/maker/tars/data/*.tar"]
+    sources = ["maker/parquets", "hf://datasets/maker/tars/data/*.tar", "maker/images"]
     answer = subprocess.run(
         [sys.executable, "-c", READ, str(tmp_path), *sources],
         cwd=Path(__file__).resolve().parents[1],
@@ -73,4 +75,5 @@ def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_p
         seen = [index for rank in whole for index in rank]
         assert len(seen) == len(set(seen)) == COUNT
         assert resumed == [rank[7:] for rank in whole]
-    assert sorted(results[0][0][0] + results[0][0][1]) == sorted(results[1][0][0] + results[1][0][1])
+    first, *others = (sorted(whole[0] + whole[1]) for whole, _ in results)
+    assert all(other == first for other in others)

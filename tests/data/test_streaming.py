@@ -162,8 +162,8 @@ def test_resumed_stream_gives_the_same_batches(kind: str, tmp_path: Path, pipeli
         broken.save_positions(checkpoint, WORKERS)
         resumed = make(folder, pipeline, 1)
         resumed.load_positions(checkpoint, WORKERS)
-        rest = list(islice(batches(resumed, size=3), 5))
-        assert all(map(same, rest, whole[at : at + 5])), at
+        rest = islice(batches(resumed, size=3), 5)
+        assert all(same(*pair) for pair in zip(rest, whole[at : at + 5], strict=True)), at
 
 
 def test_shards_behind_are_not_opened(tmp_path: Path, pipeline: ViewPipeline) -> None:
@@ -183,7 +183,8 @@ def test_shards_behind_are_not_opened(tmp_path: Path, pipeline: ViewPipeline) ->
     assert gone > 3
     resumed = make(folder, pipeline, world_size=1, shuffle_buffer=1)
     resumed.load_positions(tmp_path, 1)  # one worker stands where the process itself stood
-    assert all(map(same, islice(batches(resumed, workers=1), COUNT // 2), whole[COUNT // 2 :]))
+    rest = islice(batches(resumed, workers=1), COUNT // 2)
+    assert all(same(*pair) for pair in zip(rest, whole[COUNT // 2 :], strict=True))
     with pytest.raises(ImageSourceError, match=r"\d\d\.tar cannot be read: .*Check that it is complete"):
         list(islice(batches(resumed, workers=1), COUNT))
 
