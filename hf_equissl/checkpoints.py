@@ -214,6 +214,11 @@ class WholeCheckpoints(_Trainer):
             Manifest.read(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def check_finite(self) -> None:
+        """Raise ``NonFiniteLossError`` on all processes if a loss or a weight is not finite on one of them."""
+        self.history.check(self._last_checkpoint)
+        check_weights(self.model, self.state.global_step, self._last_checkpoint, self.args.device)
+
     # ---- writing ----
 
     @contextmanager
@@ -227,8 +232,7 @@ class WholeCheckpoints(_Trainer):
             self._write_error = self._write_error or error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.history.check(self._last_checkpoint)
-        check_weights(model, self.state.global_step, self._last_checkpoint, self.args.device)
+        self.check_finite()
         run_dir = Path(self._get_output_dir(trial))
         staging, name = run_dir / STAGING_FOLDER, f"checkpoint-{self.state.global_step}"
         self._write_error = None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .data import ImageViewDataset, StreamingViewDataset
-from .signals import ignore_stop_signals, kill_workers
+from .signals import guard_workers
 from .throughput import Throughput
 
 if TYPE_CHECKING:
     from .checkpoints import WholeCheckpoints as _Trainer
 else:
     _Trainer = object
-
-
-def guard_workers(loader: DataLoader) -> DataLoader:
-    """Let the workers of ``loader`` outlive a scheduler's signal, and end with this process."""
-    base = getattr(loader, "base_dataloader", loader)
-    base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
-    if base.num_workers:
-        atexit.register(kill_workers)
-    return loader
 
 
 class DataFeed(_Trainer):
@@ -55,7 +44,9 @@ class DataFeed(_Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         # The data set's own sampler: accelerate's set_epoch reaches the data set through every wrapper, but stops
         # before the sampler when a resumed epoch is split over ranks.
-        return dataset.sampler() if isinstance(dataset, ImageViewDataset) else None
+        if not isinstance(dataset, ImageViewDataset):
+            return None
+        return dataset.sampler(multiple=self.args.epoch_multiple)
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""

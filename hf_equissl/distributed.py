@@ -11,10 +11,15 @@ back only the local share, without the sum, would make the term W times too weak
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,14 +36,21 @@ __all__ = [
     "gather_objects",
     "is_gathered",
     "is_main_process",
+    "leave_to_main",
     "local_shard",
     "lost_a_process",
     "on_any_process",
     "rank",
     "reduce_mean",
     "speaks_for_all",
+    "wait_for_shards",
     "world_size",
 ]
+
+T = TypeVar("T")
+_LEFT_TO_MAIN = itertools.count()
+_SPEAKER, _ASKED = "hf_equissl/speaker", "hf_equissl/asked"
+_asked: list[str] = []
 
 
 def _initialized() -> bool:
@@ -84,6 +96,17 @@ def local_shard(tensor: Tensor) -> Tensor:
     return getattr(tensor, "ds_tensor", tensor)
 
 
+def wait_for_shards(parameter: Tensor) -> None:
+    """Behind writing to shards under ZeRO-3: DeepSpeed gathers them on a stream that waits for no other.
+
+    Args:
+        parameter: Any one of the model.
+    """
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is not None and shard.device.type != "cpu":
+        torch.accelerator.current_stream(shard.device).synchronize()
+
+
 def is_gathered(parameter: Tensor) -> bool:
     """Whether ZeRO-3 holds a whole copy of ``parameter`` beside its shard at the moment."""
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "AVAILABLE"
@@ -110,6 +133,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     The backward pass sums the incoming gradients over the processes.
     """
     return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def leave_to_main(work: Callable[[], T]) -> T | None:
+    """What ``work`` returns on the main process, ``None`` on the others, which wait for it, however long it takes.
+
+    A barrier of the process group would end them after its timeout; an upload may take longer. All processes have to
+    call it, in the same order.
+    """
+    if world_size() == 1:
+        return work()
+    store, key = _get_default_store(), f"hf_equissl/left_to_main/{next(_LEFT_TO_MAIN)}"
+    if is_main_process():
+        try:
+            return work()
+        finally:
+            store.set(key, "over")
+    while not store.check([key]):  # not store.wait, which no signal interrupts
+        time.sleep(0.2)
+    return None
 
 
 @torch.no_grad()
@@ -164,19 +206,42 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and world_size() > 1 and spoken_by_backend
 
 
-def speaks_for_all() -> bool:
+def speaks_for_all(patience: float = 5.0) -> bool:
     """Whether this process is the first that asked, and says for all what stopped them.
 
-    True, too, where nobody can be asked: with one process, or without the one that keeps the rendezvous store.
+    True, too, where nobody can be asked: with one process, or where the one that keeps the rendezvous store is gone or
+    does not answer in ``patience`` seconds.
     """
     if world_size() == 1:
         return True
     own = str(rank())
-    try:
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            store = _get_default_store()
+            speaker = store.compare_set(_SPEAKER, "", own).decode()
+            if not _asked:
+                _asked.append(own)
+                store.add(_ASKED, 1)
+            answers.append(speaker == own)
+
+    # The store is asked without a limit of time, and a process that was stopped never answers.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience)
+    return answers[0] if answers else True
+
+
+def answer_others(seconds: float) -> None:
+    """On the process that may keep the store: stay until all have asked who speaks, at most ``seconds``."""
+    if world_size() == 1 or rank() != 0:
+        return
+    end = time.monotonic() + seconds
+    with suppress(RuntimeError):
         store = _get_default_store()
-        return bool(store.compare_set("hf_equissl/speaker", "", own).decode() == own)
-    except RuntimeError:
-        return True
+        while store.add(_ASKED, 0) < world_size() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 class SharedFlag:

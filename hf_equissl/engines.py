@@ -52,7 +52,7 @@ def asked_engine(args: TrainingArguments | None = None) -> Engine:
         ValueError: It asks for what is not supported: FSDP1, or a DeepSpeed stage other than 1, 2, 3.
     """
     if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
-        stage = _deepspeed_stage(getattr(args, "deepspeed", None))
+        stage = _deepspeed_stage(args)
         if stage not in (1, 2, 3):
             raise ValueError(
                 f"DeepSpeed is asked for with ZeRO stage {stage}; stages 1, 2 and 3 are supported. "
@@ -193,11 +193,17 @@ def _fsdp_version(args: TrainingArguments | None) -> str:
     return str(config.get("version", config.get("fsdp_version", 2)))  # transformers' default
 
 
-def _deepspeed_stage(config: Any) -> int:
-    config = config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if config in (None, "", "none", "None"):
+def _deepspeed_config(args: TrainingArguments | None) -> dict[str, Any] | None:
+    """DeepSpeed's own configuration, if there is one: else accelerate makes it from the environment."""
+    config = getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return None if config in (None, "", "none", "None") else _read_json(config)
+
+
+def _deepspeed_stage(args: TrainingArguments | None) -> int:
+    config = _deepspeed_config(args)
+    if config is None:
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's default
-    return int(_read_json(config).get("zero_optimization", {}).get("stage", 0))
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _read_json(config: Any) -> dict[str, Any]:
@@ -216,6 +222,12 @@ def _check_fsdp(args: TrainingArguments) -> None:
         value = config.get(name, config.get(f"fsdp_{name}", os.environ.get(f"FSDP_{name.upper()}", "false")))
         return str(value).lower() in _YES
 
+    # accelerate adds gloo to NCCL, for what lies on the host, only where the launcher's environment says so.
+    if asks_for("cpu_offload") and not _flag("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError(
+            "fsdp_config asks for cpu_offload, which has to come from the launcher: set fsdp_offload_params: true in "
+            f"{CONFIGS}/fsdp2.yaml and start with `accelerate launch --config_file`."
+        )
     if args.fp16:
         raise ValueError("fp16 is not supported under FSDP2. Use bf16: --training.fp16 false --training.bf16 true.")
     if asks_for("cpu_ram_efficient_loading"):
@@ -238,5 +250,10 @@ def _check_deepspeed(args: TrainingArguments, engine: Engine) -> None:
         )
     if args.fp16:
         raise ValueError("fp16 is not supported under DeepSpeed. Use bf16: --training.fp16 false --training.bf16 true.")
+    for block in (_deepspeed_config(args) or {}).keys() & {"optimizer", "scheduler"}:
+        raise ValueError(
+            f"DeepSpeed's configuration has a block {block!r}, which would take the place of ours: without weight "
+            "decay by parameter, layer-wise learning rates and held prototypes. Take it out; the recipe says it all."
+        )
     if args.torch_compile:
         raise ValueError("torch_compile is not supported under DeepSpeed. Set it to false, or use DDP or FSDP2.")

@@ -15,14 +15,14 @@ from typing import NoReturn, TypeVar, cast
 
 from .checkpoints import CheckpointError, newest_checkpoint
 from .data import ImageDecodeError, TooManyBadImages
-from .distributed import end_process, gather_objects, lost_a_process, speaks_for_all
+from .distributed import answer_others, end_process, gather_objects, lost_a_process, speaks_for_all
 from .files import readable_size
 from .hub.publishable import PublishError
 from .loss_history import NonFiniteLossError
 from .signals import STOP_SIGNALS
 from .strict import RecipeError
 
-__all__ = ["STOPS", "LoaderDiedError", "LostProcessError", "end", "explained", "together"]
+__all__ = ["AGREED", "STOPS", "ExportError", "LoaderDiedError", "LostProcessError", "end", "explained", "together"]
 
 T = TypeVar("T")
 _FAILED = "failed"
@@ -30,6 +30,11 @@ _FAILED = "failed"
 SHARED_MEMORY = Path("/dev/shm")
 # For what a broken process group, or a library's thread, makes of the end of a process that failed.
 END_SECONDS = 20
+ASKING_SECONDS = 5.0  # for the others to notice that one fails, and to ask whether it has said so
+
+
+class ExportError(RuntimeError):
+    """The encoder of a finished run could not be written; the same on every process."""
 
 
 class LoaderDiedError(RuntimeError):
@@ -40,16 +45,10 @@ class LostProcessError(RuntimeError):
     """Another process of the run has ended or cannot be reached."""
 
 
+# Errors that all processes raise together: the first one speaks.
+AGREED = (CheckpointError, ExportError, NonFiniteLossError, TooManyBadImages)
 # Errors whose message is for the user: they need no traceback.
-STOPS = (
-    CheckpointError,
-    ImageDecodeError,
-    LoaderDiedError,
-    LostProcessError,
-    NonFiniteLossError,
-    PublishError,
-    TooManyBadImages,
-)
+STOPS = (*AGREED, ImageDecodeError, LoaderDiedError, LostProcessError, PublishError)
 
 
 @contextmanager
@@ -73,16 +72,20 @@ def explained(output_dir: str | Path | None) -> Iterator[None]:
         raise
 
 
-def together(prepare: Callable[[], T]) -> T:
+def together(prepare: Callable[[], T], expected: tuple[type[Exception], ...] = (RecipeError,)) -> T:
     """What ``prepare`` returns, if it returns on all processes; else the others would wait for one that fails.
 
+    Args:
+        prepare: What to do.
+        expected: Errors whose message is for the user.
+
     Raises:
-        RecipeError: that of the first process that raised one, on all of them.
+        RecipeError: with the message of the first process that raised an expected error, on all of them.
     """
     result, failure = None, None
     try:
         result = prepare()
-    except RecipeError as error:
+    except expected as error:
         failure = error
     # Tagged: the others may be in an exchange of ``prepare`` still.
     told = gather_objects((_FAILED, str(failure)) if failure is not None else None)
@@ -95,7 +98,8 @@ def together(prepare: Callable[[], T]) -> T:
 def end(code: int) -> NoReturn:
     """End this process with an exit code, at the latest ``END_SECONDS`` from now if it is not 0.
 
-    The launcher, which ends the rest of a run when one process ends, finds no handler that could change the code.
+    The launcher, which ends the rest of a run when one process ends, finds no handler that could change the code. The
+    process that the others have to ask who speaks for all stays until they have asked.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -105,6 +109,7 @@ def end(code: int) -> NoReturn:
         watch.start()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should a library keep Python's threads from running
         signal.alarm(2 * END_SECONDS)
+        answer_others(ASKING_SECONDS)
     end_process(code)
 
 

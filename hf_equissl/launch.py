@@ -7,6 +7,7 @@ tensors. ``pretrain`` trains and exports.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,23 +16,32 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
-from .checkpoints import ENCODER_FOLDER
+from .checkpoints import ENCODER_FOLDER, newest_checkpoint
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
-from .distributed import gather_objects
-from .faults import explained
+from .distributed import first_message, gather_objects, is_main_process
+from .faults import ExportError, explained
 from .hub import save_encoder
 from .hub.pretraining_state import load_pretraining_state
 from .hub.publishable import PublishError
 from .initialisation import InitialWeights
+from .modeling import EquiSSLModel
 from .online_monitor import OnlineMonitor
-from .output_folder import check_disk_space, check_output_folder, check_shared_folder, disk_need, trained_steps
+from .output_folder import (
+    check_disk_space,
+    check_output_folder,
+    check_shared_folder,
+    checkpoints_lying,
+    disk_need,
+    leave_folder,
+    trained_steps,
+)
 from .planning import Cost, checkpoint_bytes, measure, without_weights
 from .preemption import PreemptionCallback
 from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
@@ -51,11 +61,6 @@ from .views.pipelines import ViewPipeline
 FIRST_IMAGES = 8
 TYPICAL_IMAGES = 256  # of which masks are drawn to count them
 ViewDataset = ImageViewDataset | StreamingViewDataset
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -137,12 +142,11 @@ def prepare(
         raise RecipeError("--output_dir is empty. Name a folder.")
     if processes is not None and processes < 1:
         raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
-    if output_dir is not None and not dry:
-        remove_marker(output_dir)
     args = recipe.build_training_arguments(output_dir or "output")
     check_length(args)
     if output_dir is not None and not dry:
         check_shared_folder(output_dir)
+        remove_marker(output_dir)
     if processes is None:
         launched = not dry or "WORLD_SIZE" in os.environ
         processes = args.world_size if launched else recipe.num_processes or 1
@@ -178,6 +182,8 @@ def prepare(
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
+    if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
+        notes += (note,)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)
@@ -187,8 +193,9 @@ def prepare(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
             "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
-    if output_dir is not None:
-        check_disk_space(output_dir, disk_need(args, plan, checkpoint_bytes(config)))
+    if output_dir is not None and (checkpoint is None or trained_steps(checkpoint) != plan.steps):
+        need = disk_need(args, plan, checkpoint_bytes(config), checkpoints_lying(output_dir))
+        check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
     monitor = recipe.build_monitor(dataset.source)
     run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
@@ -212,8 +219,11 @@ def pretrain(run: Run, signals: Signals | None = None) -> Path:
         RuntimeError: one of ``faults.STOPS``, whose message says what is left of the run.
     """
     output = Path(str(run.args.output_dir))
-    with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
-        return _pretrain(run, caught, output)
+    try:
+        with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+            return _pretrain(run, caught, output)
+    finally:
+        leave_folder(output)
 
 
 def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
@@ -228,15 +238,31 @@ def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     trainer.train(resume_from_checkpoint=run.checkpoint)
     if preemption.stopped:
         preemption.stop(trainer.state, output)
+    trainer.check_finite()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     folder = output / ENCODER_FOLDER
-    if is_main_process():
-        encoder = model.export_encoder(state_dict=state)
-        save_encoder(encoder, folder, run.pipeline.image_mean, run.pipeline.image_std)
-    trainer.accelerator.wait_for_everyone()
+    _export(run, lambda: model.export_encoder(state_dict=state), folder)
     if run.args.push_to_hub:
         _publish(trainer, folder)
     return folder
+
+
+def _export(run: Run, build: Callable[[], EquiSSLModel], folder: Path) -> None:
+    """Write the encoder that ``build`` gives, on the main process.
+
+    Raises:
+        ExportError: on all processes.
+    """
+    problem = None
+    if is_main_process():
+        try:
+            save_encoder(build(), folder, run.pipeline.image_mean, run.pipeline.image_std)
+        except (OSError, SafetensorError) as error:
+            problem = f"The run is trained, and its encoder cannot be written in {folder}: {error}."
+    if (problem := first_message(problem)) is not None:
+        last = newest_checkpoint(folder.parent)
+        again = f"The last complete checkpoint is {last}: make room and start the same command again; " if last else ""
+        raise ExportError(f"{problem} {again or 'There is no checkpoint: '}nothing else was lost.")
 
 
 def build_training(run: Run, *callbacks: TrainerCallback) -> tuple[EquiSSLForPreTraining, EquiSSLTrainer]:
@@ -302,8 +328,7 @@ def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
             ) from error
     if is_main_process():
         run.recipe.save(output)
-        save_encoder(model.export_encoder(), folder, run.pipeline.image_mean, run.pipeline.image_std)
-    PartialState().wait_for_everyone()
+    _export(run, lambda: model.export_encoder(), folder)
     if run.args.push_to_hub:
         _publish(_build_trainer(run, model), folder)
     return folder

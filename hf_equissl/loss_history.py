@@ -20,9 +20,14 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossHistory:
-    """Collects detached scalars per step without synchronising, and averages or checks them on demand."""
+    """Collects detached scalars per step without synchronising, and averages or checks them on demand.
 
-    def __init__(self) -> None:
+    Args:
+        averages: Whether somebody will ask for averages (``drain``); else what was checked is forgotten.
+    """
+
+    def __init__(self, averages: bool = True) -> None:
+        self._averages = averages
         self._steps: list[int] = []
         self._records: list[dict[str, Tensor]] = []
 
@@ -40,6 +45,8 @@ class LossHistory:
             return
         bad_here = ~torch.stack([record["loss"] for record in self._records]).isfinite().all()
         if not on_any_process(bad_here):
+            if not self._averages:
+                self._forget()
             return
         found = [bad for bad in gather_objects(self._first_bad()) if bad is not None]
         first = min(bad["step"] for bad in found)
@@ -47,6 +54,10 @@ class LossHistory:
         most = max(len(bad["parts"]) for bad in found if bad["step"] == first)
         origin = [bad for bad in found if bad["step"] == first and len(bad["parts"]) == most]
         raise NonFiniteLossError(_message(first, origin, last_checkpoint()))
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._records.clear()
 
     def _first_bad(self) -> dict[str, Any] | None:
         """The earliest loss of this process that is not finite: ``step``, ``rank`` and ``parts`` by name."""
@@ -63,8 +74,7 @@ class LossHistory:
             return {}
         keys = list(dict.fromkeys(key for record in self._records for key in record if key != "loss"))
         means = {key: torch.stack([r[key].float() for r in self._records if key in r]).mean() for key in keys}
-        self._steps.clear()
-        self._records.clear()
+        self._forget()
         return {key: float(value) for key, value in reduce_mean(means).items()}
 
 

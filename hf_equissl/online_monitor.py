@@ -328,9 +328,12 @@ class OnlineMonitor(TrainerCallback):
             logger.warning("%s", self._warning(record))
         self.records.append(record)
         lines = [json.dumps({key: _finite(value) for key, value in item.items()}) for item in self.records]
-        write_text(folder / RECORDS_FILE, "\n".join(lines) + "\n")
-        if find_spec("matplotlib") is not None:
-            _plot(self.records, folder / PLOT_FILE)
+        try:
+            write_text(folder / RECORDS_FILE, "\n".join(lines) + "\n")
+            if find_spec("matplotlib") is not None:
+                _plot(self.records, folder / PLOT_FILE)
+        except OSError as error:  # a full disk: training weighs more
+            logger.warning("The monitor's files cannot be written in %s (%s). The run goes on.", folder, error)
 
     def _collapses(self, record: dict[str, Any]) -> bool:
         """Whether an effective rank is far below what it was before, or low whenever it was looked at in training."""

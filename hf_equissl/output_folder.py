@@ -1,18 +1,29 @@
-"""The folder of a run: whether it can be written, whether all processes see the same one, and whether it has room."""
+"""The folder of a run: whether it can be written, whose it is, whether all processes see it, and its room."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import secrets
 import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints import ENCODER_FOLDER, STAGING_FOLDER
+from .checkpoints import (
+    ENCODER_FOLDER,
+    MANIFEST,
+    STAGING_FOLDER,
+    IncompleteCheckpointError,
+    Manifest,
+    list_checkpoints,
+    newest_checkpoint,
+)
 from .distributed import gather_objects, is_main_process, world_size
 from .hub.export import check_replaceable
 from .strict import RecipeError
@@ -21,8 +32,17 @@ from .training_arguments import EquiSSLTrainingArguments
 if TYPE_CHECKING:
     from .run_plan import Schedule
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 GIB = 1024**3
-_PATIENCE = 10.0  # seconds
+LOCK_FILE = ".lock"
+# Seconds: for a file to appear on a network's file system, and for a run that was told to stop to save and end.
+_PATIENCE, _SECONDS_TO_END = 10.0, 120.0
+_locks: dict[Path, int] = {}
 
 
 def trained_steps(checkpoint: str) -> int:
@@ -53,30 +73,86 @@ def check_output_folder(folder: str | Path) -> None:
         raise RecipeError(f"--output_dir {folder}: {error}") from error
 
 
-def check_shared_folder(folder: str | Path) -> None:
-    """Make sure that all processes see the same ``folder``, and clear what a killed run was saving in it.
+def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
+    """Make ``folder`` that of this run alone until ``leave_folder`` or the end of this process, whatever ends it.
 
-    All processes have to call it, before anything can fail on one of them alone.
+    Two runs in one folder would delete what the other one is just saving. Where a run still lives there, it may have
+    been told to stop and be saving: it is waited for.
+
+    Args:
+        folder: Of the run; exists.
+        patience: Seconds.
 
     Raises:
-        RecipeError: on every process: as ``check_output_folder``, or it names the machines that see another folder.
+        RecipeError: another run lives there; names its host and process.
+    """
+    path = (Path(folder) / LOCK_FILE).resolve()
+    if fcntl is None or path in _locks:
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of the workers it forks
+            break
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
+            if time.monotonic() > end:
+                os.close(handle)
+                raise RecipeError(
+                    f"--output_dir {folder}: another run still writes there ({holder}). Wait for its end or stop it, "
+                    "or name another folder."
+                ) from error
+            if not told:
+                logger.warning(f"Another run still writes in {folder} ({holder}). Waiting for its end.")
+                told = True
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locks[path] = handle
+
+
+def leave_folder(folder: str | Path) -> None:
+    """Let other runs have a folder that ``take_folder`` took."""
+    handle = _locks.pop((Path(folder) / LOCK_FILE).resolve(), None)
+    if handle is not None:
+        os.close(handle)
+
+
+def check_shared_folder(folder: str | Path) -> None:
+    """Make sure that all processes see the same ``folder``, take it, and clear what a killed run was saving in it.
+
+    All processes have to call it, before anything can fail on one of them alone. They also wait until all of them see
+    the newest checkpoint.
+
+    Raises:
+        RecipeError: on every process: as ``check_output_folder`` and ``take_folder``, or it names the machines that see
+            another folder.
     """
     folder = Path(folder)
-    if is_main_process():
-        shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-    if world_size() == 1:
-        return
-    token, problem = f".shared-{secrets.token_hex(8)}", None
+    token, problem, newest = f".shared-{secrets.token_hex(8)}", None, None
     if is_main_process():
         try:
             check_output_folder(folder)
-            (folder / token).touch()
+            take_folder(folder)
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+            newest = newest_checkpoint(folder)
+            if world_size() > 1:
+                (folder / token).touch()
         except (RecipeError, OSError) as error:
             problem = str(error)
-    token, problem = gather_objects((token, problem))[0]
+    told, problem = gather_objects(((token, newest), problem))[0]
     if problem is not None:
         raise RecipeError(problem)
+    if world_size() == 1:
+        return
+    token, newest = told
     hosts = gather_objects((socket.gethostname(), _appears(folder / token)))
+    if newest is not None:
+        _appears(Path(newest) / MANIFEST)
     if is_main_process():
         (folder / token).unlink(missing_ok=True)
     if blind := sorted({host for host, seen in hosts if not seen}):
@@ -105,8 +181,16 @@ def check_disk_space(folder: str | Path, needed_bytes: int) -> None:
         )
 
 
-def disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int) -> int:
-    """Checkpoints that will lie there at once, one more while the next is written, and the encoder."""
+def disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int, lying: int = 0) -> int:
+    """Bytes that a run will still write: checkpoints that will lie there at once, one more while the next is written,
+    and the encoder.
+
+    Args:
+        args: When checkpoints are written, and how many stay.
+        plan: Steps of the run.
+        checkpoint: Bytes of one.
+        lying: Bytes of those that lie there already.
+    """
     if args.save_strategy == "no":
         return checkpoint
     written = 1
@@ -115,4 +199,13 @@ def disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int) -
     elif plan.steps:
         written = math.ceil(plan.steps / (args.save_steps if args.save_steps >= 1 else args.save_steps * plan.steps))
     kept = min(written, args.save_total_limit or written)
-    return checkpoint * (kept + min(1, written - kept) + 1)
+    return max(0, checkpoint * (kept + min(1, written - kept) + 1) - lying)
+
+
+def checkpoints_lying(folder: str | Path) -> int:
+    """Bytes of the complete checkpoints in ``folder``."""
+    total = 0
+    for checkpoint in list_checkpoints(folder):
+        with suppress(IncompleteCheckpointError):
+            total += Manifest.read(checkpoint).size
+    return total

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .distributed import SharedFlag
+from .distributed import SharedFlag, first_message
 from .run_record import note_preemption
 from .signals import Preempted, Signals
 
@@ -47,7 +47,7 @@ class PreemptionCallback(TrainerCallback):
         self.signals.raises = False
         if self._flag.now(self._asked):
             self.stopped = True
-            text = "Asked to stop before the first step: nothing to save."
+            text = f"{self._who}: asked to stop before the first step, nothing to save."
             if state.is_world_process_zero:
                 self.signals.leave_marker(text)
             self._flag.now(True)  # a launcher ends the others when one ends: not before the marker is written
@@ -83,13 +83,18 @@ class PreemptionCallback(TrainerCallback):
         Raises:
             Preempted: on all of them, once the files are written: a launcher ends the others when one ends.
         """
-        text = f"stopped by a signal at step {state.global_step} of {state.max_steps}, with a complete checkpoint."
+        text = f"{self._who}: stopped at step {state.global_step} of {state.max_steps}, with a complete checkpoint."
         if state.is_world_process_zero:
             self.signals.leave_marker(text)
             with contextlib.suppress(OSError):  # a full disk is no reason to let the others wait
                 note_preemption(output_dir)
         self._flag.now(True)
         raise Preempted(f"{text} The same command goes on from there.")
+
+    @property
+    def _who(self) -> str:
+        """The signal, as the marker begins with it: of the first process that got one. All have to ask."""
+        return first_message(self.signals.received) or "a signal"
 
     @property
     def _asked(self) -> bool:

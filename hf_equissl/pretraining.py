@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .distributed import gather, is_gathered, local_shard
+from .distributed import gather, is_gathered, local_shard, wait_for_shards
 from .modeling import EquiSSLConfig, EquiSSLModel
 from .monitors import effective_rank, feature_std
 from .needs import Needs
@@ -201,6 +201,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
                     target.copy_(source)
         if following:
             torch._foreach_lerp_(following, leading, 1.0 - momentum)
+            wait_for_shards(next(self.parameters()))
 
     def _objectives(self) -> Iterator[Objective]:
         yield self.invariance

@@ -50,11 +50,13 @@ def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processe
         if args.max_steps <= 0:
             raise RecipeError("training.max_steps: a stream has no length. Say how long: --training.max_steps N.")
         return
-    batch = args.per_device_train_batch_size * processes
+    accumulation = args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * processes * accumulation
+    accumulated = f" x {accumulation}" if accumulation > 1 else ""
     if num_images == 0 or (args.dataloader_drop_last and num_images < batch):
         raise RecipeError(
             f"data: {num_images} images are fewer than one batch of {args.per_device_train_batch_size} x "
-            f"{processes} = {batch}. Use more images, a smaller --training.per_device_train_batch_size"
+            f"{processes}{accumulated} = {batch}. Use more images, a smaller --training.per_device_train_batch_size"
             f"{', or fewer processes (in a dry run: --num_processes 1)' if processes > 1 else ''}."
         )
 

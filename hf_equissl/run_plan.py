@@ -86,10 +86,8 @@ def schedule(args: EquiSSLTrainingArguments, processes: int, images: int | None)
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     per_epoch = None
     if images is not None:
-        batches = images // (per_device * processes)
-        if not args.dataloader_drop_last:
-            batches = math.ceil(images / (per_device * processes))
-        per_epoch = math.ceil(batches / accumulation)
+        batch = per_device * processes * accumulation
+        per_epoch = images // batch if args.dataloader_drop_last else math.ceil(images / batch)
     steps = args.max_steps if args.max_steps > 0 else None
     if steps is None and per_epoch is not None:
         steps = math.ceil(args.num_train_epochs * per_epoch)

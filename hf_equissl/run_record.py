@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
 
 from .files import write_text
 from .redaction import without_secrets
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .data import ImageSource
     from .views.pipelines import ViewPipeline
 
+logger = logging.get_logger(__name__)
 RECORD_FILE = "run.json"
 FORMAT_VERSION = 1
 
@@ -170,9 +172,11 @@ class RunRecordCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         seconds = self._before + time.monotonic() - self._since
-        replace(self.record, steps=state.global_step, seconds=round(seconds, 1), finished=finished).save(
-            os.fspath(str(args.output_dir))
-        )
+        record = replace(self.record, steps=state.global_step, seconds=round(seconds, 1), finished=finished)
+        try:
+            record.save(os.fspath(str(args.output_dir)))
+        except OSError as error:  # a full disk: what was trained weighs more
+            logger.warning(f"{RECORD_FILE} cannot be written in {args.output_dir} ({error}). The run goes on.")
 
 
 def new_record(args: EquiSSLTrainingArguments, pipeline: ViewPipeline, source: ImageSource) -> RunRecord:

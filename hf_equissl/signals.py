@@ -5,6 +5,7 @@ Needs no torch, so that a run listens from its first moment.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -14,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 MARKER_FILE = "PREEMPTED"
@@ -44,6 +46,7 @@ class Signals:
         output_dir: Where the marker file goes; launchers swallow exit codes.
 
     Attributes:
+        output_dir: The same; may be set later.
         received: Name of the first signal, or ``None``.
         raises: Whether a signal raises ``Preempted``; ``None`` of them do once training begins.
     """
@@ -51,7 +54,7 @@ class Signals:
     def __init__(self, output_dir: str | Path | None = None) -> None:
         self.received: str | None = None
         self.raises = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        self._output_dir = output_dir
+        self.output_dir = output_dir
         self._process = os.getpid()
         self._since = 0.0
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -69,10 +72,10 @@ class Signals:
         self._before = {}
 
     def leave_marker(self, text: str) -> None:
-        """Write the marker file, for whoever decides to start the run again."""
-        if self._output_dir is not None and Path(self._output_dir).is_dir():
+        """Write the marker file, for whoever decides to start the run again; it begins with the signal's name."""
+        if self.output_dir is not None and Path(self.output_dir).is_dir():
             with contextlib.suppress(OSError):  # on a full disk the exit code must do
-                (Path(self._output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
+                (Path(self.output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child, whose signals are its own affair
@@ -105,6 +108,15 @@ def ignore_stop_signals(start: Callable[[int], None] | None, worker: int) -> Non
         start(worker)
 
 
+def guard_workers(loader: Any) -> Any:
+    """Let the workers of a ``DataLoader``, plain or accelerate's, outlive a signal, and end with this process."""
+    base = getattr(loader, "base_dataloader", loader)
+    base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
+    if base.num_workers:
+        atexit.register(kill_workers)
+    return loader
+
+
 def kill_workers() -> None:
     """For ``atexit``: end the workers that ``ignore_stop_signals``, at which Python would wait for them for ever."""
     for process in multiprocessing.active_children():
@@ -121,6 +133,18 @@ def listen_to_launcher() -> None:
     launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_command(code: int) -> NoReturn:
+    """End a command that trains, by ``faults.end`` if it came so far; nothing is imported for it."""
+    end = getattr(sys.modules.get("hf_equissl.faults"), "end", None)
+    if end is not None:
+        end(code)
+    if "torch" in sys.modules:  # a signal may have come in the middle of an import: nothing can be taken down in order
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def remove_marker(output_dir: str | Path) -> None:

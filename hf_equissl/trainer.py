@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -21,7 +21,7 @@ from .checkpoints import ARGUMENTS_FILE, checkpoint_step
 from .compilation import compile_layers
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .data_feed import DataFeed
-from .distributed import gather_objects
+from .distributed import gather_objects, leave_to_main
 from .engines import Engine, asked_engine, check_same, fp32_sharding, granted_engine, running_engine
 from .loss_history import LossHistory
 from .optimization import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
@@ -85,7 +85,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         self._check_settings(model, stream=isinstance(train_dataset, IterableDataset))
         self.pipeline = pipeline
         self.skipped_images = skipped_images or SkippedImages()
-        self.history = LossHistory()
+        self.history = LossHistory(averages=args.logging_strategy != IntervalStrategy.NO)
         # Drop path draws from the global generator, which the parent seeds alike on every process.
         torch.manual_seed(args.seed + args.process_index)
         self.schedules = ScheduleCallback()
@@ -290,17 +290,21 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         newest = gather_objects(self._last_checkpoint())[0]  # the processes may see the folder at different times
         if self.state.global_step and (newest is None or checkpoint_step(newest) != self.state.global_step):
             self._save_checkpoint(self.model_wrapped, trial=None)
-        try:
-            if not self.is_world_process_zero():
-                return None
-            self._finish_current_push()
+
+        def push() -> Any:
+            super(EquiSSLTrainer, self)._finish_current_push()
             if self.hub_model_id is None or (token, private) != (None, None):
                 self.init_hf_repo(token=token, private=private)
             self._publisher.revision = revision or self.args.hub_revision
             future = self._start_push(commit_message or "End of training", **kwargs)
             return future.result() if blocking else future
-        finally:
-            self.accelerator.wait_for_everyone()
+
+        return leave_to_main(push)
+
+    def _finish_current_push(self) -> None:
+        # Who is asked to stop has no time for an upload; else what comes next is an exchange, whose patience ends.
+        if self.args.push_to_hub and self.state.global_step >= self.state.max_steps:
+            leave_to_main(super()._finish_current_push)
 
     def _start_push(self, commit_message: str, **options: Any) -> Any:
         future = self._publisher.start(commit_message, **options)

@@ -122,6 +122,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
             self.tf32 = True
         super().__post_init__()
+        if torch.backends.fp32_precision == "tf32":
+            # The same said in PyTorch's older words: parts of torch.compile still ask for them, and refuse a mixture.
+            torch.set_float32_matmul_precision("high")
         if self.deepspeed_plugin is not None:
             load_models_whole()
         if self.n_gpu > 1:
@@ -189,6 +192,11 @@ class EquiSSLTrainingArguments(TrainingArguments):
     def global_batch_size(self) -> int:
         """Images per optimizer step: per device x processes x accumulation."""
         return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def epoch_multiple(self) -> int:
+        """An epoch's images are a multiple of this: without an incomplete last step, unless that is wanted."""
+        return self.global_batch_size if self.dataloader_drop_last else 1
 
     @property
     def learning_rate_factor(self) -> float:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from .training_arguments import EquiSSLTrainingArguments
 
+# Elements of a bucket of gradients. DeepSpeed's 500 million are more than most models have: nothing would be sent
+# before the backward pass is over.
+REDUCE_BUCKET = 50_000_000
 _RESTRICT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # of torch.load
 
 
@@ -35,6 +38,10 @@ def adapt_config(accelerator: Accelerator, args: EquiSSLTrainingArguments) -> No
     place, which has to be compiled and forgets settings. Where ``grad_clipping`` is not global, DeepSpeed does not clip
     (``clip_by_parts`` does).
 
+    Gradients are sent in buckets while the backward pass goes on, and DeepSpeed's timer, for which hosts wait twice per
+    step, is off, unless the configuration says otherwise. Checkpoints of ZeRO-3 hold gathered weights: the export needs
+    them.
+
     Args:
         accelerator: Set up for DeepSpeed.
         args: Their ``bf16`` and ``grad_clipping`` count.
@@ -42,6 +49,11 @@ def adapt_config(accelerator: Accelerator, args: EquiSSLTrainingArguments) -> No
     plugin: Any = accelerator.state.deepspeed_plugin
     config: dict[str, Any] = plugin.deepspeed_config
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    zero: dict[str, Any] = config["zero_optimization"]
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)
+    zero.setdefault("overlap_comm", True)
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
     if args.bf16:
         config.pop("bf16", None)
         # Modules in that list would have their gradients reduced in bf16.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,14 @@ def worker(rank: int, processes: int) -> dict[str, Any]:
     cumulative = SyncBatchNorm1d(4, momentum=None)
     for part in (batch(), 2 * batch()):
         cumulative(part[own])
+    begin = time.monotonic()
+    left = distributed.leave_to_main(lambda: time.sleep(1.0) or "done")
+    waited = time.monotonic() - begin
+    speaks = distributed.speaks_for_all()
+    distributed.answer_others(60.0)
     return {
+        "left_to_main": (left, waited >= 0.9),
+        "speaks": speaks,
         "rank": (distributed.rank(), distributed.world_size(), distributed.is_main_process()),
         "gathered": gathered.detach(),
         "gather_gradient": x.grad,
@@ -88,6 +96,29 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_rank_and_world_size(ranks):
     assert [r["rank"] for r in ranks] == [(0, 2, True), (1, 2, False)]
+
+
+def test_what_is_left_to_the_main_process_is_waited_for(ranks):
+    assert [r["left_to_main"] for r in ranks] == [("done", True), (None, True)]
+
+
+def test_one_process_speaks(ranks):
+    assert sorted(r["speaks"] for r in ranks) == [False, True]
+
+
+def test_who_keeps_the_store_may_be_stopped(monkeypatch):
+    """It never answers then: each speaks for itself, and soon."""
+
+    class Stopped:
+        def compare_set(self, *_: str) -> bytes:
+            time.sleep(60)
+            return b""
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_get_default_store", Stopped)
+    begin = time.monotonic()
+    assert distributed.speaks_for_all(patience=0.3)
+    assert time.monotonic() - begin < 10
 
 
 def test_gather_is_ordered_by_rank_and_its_gradient_is_that_of_one_process(ranks):

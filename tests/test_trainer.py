@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,50 @@ def test_weights_that_are_not_finite_are_not_saved(photo_folder: Path, tmp_path:
     with pytest.raises(NonFiniteLossError, match=r"student\.layernorm\.weight.*checkpoint-2"):
         trainer.train()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("images", [20, 32])
+def test_an_epoch_ends_with_a_whole_step(images: int, photo_folder: Path, tmp_path: Path) -> None:
+    """20 images are two steps of 8, and 5 micro-batches of 4: the fifth is left out."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted(photo_folder.iterdir())[:images]:
+        (photos / path.name).symlink_to(path)
+    runs = []
+    for split in ((8, 1), (4, 2)):
+        trainer = make_trainer(
+            photos, tmp_path / str(split), per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
+            max_steps=-1, num_train_epochs=2, save_strategy="no", monitor_features=False,
+        )  # fmt: skip
+        seen: list[list[int]] = []
+        prepare = trainer._prepare_inputs
+
+        def note(inputs: dict[str, Any], prepare: Any = prepare, seen: list[list[int]] = seen) -> dict[str, Any]:
+            seen.append([int(index) for index in inputs["index"]])
+            return prepare(inputs)
+
+        trainer._prepare_inputs = note  # type: ignore[method-assign]
+        trainer.train()
+        runs.append((trainer.state.global_step, [index for batch in seen for index in batch]))
+    assert runs[0] == runs[1]
+    assert runs[0][0] == 2 * (images // 8)
+
+
+def test_unlogged_losses_are_forgotten_once_they_were_checked(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path, logging_strategy="no", save_strategy="no")
+    trainer.train()
+    assert not trainer.history._records
+
+
+def test_run_json_that_cannot_be_written_does_not_end_a_run(
+    photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (tmp_path / "run.json" / "in the way").mkdir(parents=True)
+    trainer = make_trainer(photo_folder, tmp_path, max_steps=3)
+    trainer.train()
+    assert (tmp_path / "checkpoint-3").is_dir()
+    assert "run.json cannot be written" in caplog.text
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(photo_folder: Path, tmp_path: Path) -> None:

@@ -64,18 +64,19 @@ For Slurm: training/slurm/pretrain.sbatch.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (``EXIT_CODES``)."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    if options.list_recipes:
-        _say(_recipe_lines())
-        return 0
-
     from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals
     from hf_equissl.strict import RecipeError
 
     try:
-        path, overrides = _read_words(options, rest, [name for act in parser._actions for name in act.option_strings])
-        with Signals(None if options.dry_run else options.output_dir) as signals:
+        with Signals() as signals:
+            parser = _parser()
+            options, rest = parser.parse_known_args(argv)
+            if options.list_recipes:
+                _say(_recipe_lines())
+                return 0
+            signals.output_dir = None if options.dry_run else options.output_dir
+            names = [name for action in parser._actions for name in action.option_strings]
+            path, overrides = _read_words(options, rest, names)
             return _run(path, overrides, options, signals)
     except RecipeError as error:
         return _stop(error, code=2)
@@ -116,7 +117,7 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
 
 
 def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, signals: Any) -> int:
-    from hf_equissl.faults import STOPS
+    from hf_equissl.faults import AGREED, STOPS
     from hf_equissl.recipes import Recipe
 
     recipe = Recipe.load(path, overrides, search=[RECIPES])
@@ -126,7 +127,7 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, sig
         else:
             _train(recipe, options, signals)
     except STOPS as error:
-        return _stop(error, code=1)
+        return _stop(error, code=1, agreed=isinstance(error, AGREED))
     return 0
 
 
@@ -245,9 +246,10 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _stop(reason: BaseException | str, code: int) -> int:
+def _stop(reason: BaseException | str, code: int, agreed: bool = False) -> int:
     # All know of a stop that they agreed on, or that the terminal sent to all.
-    if os.environ.get("RANK", "0") == "0" if code in (75, 130) else _speaks():
+    speaks = code in (75, 130) or _speaks()  # with code 1 all ask: the first one stays until they have
+    if os.environ.get("RANK", "0") == "0" if agreed or code in (75, 130) else speaks:
         word = {75: "preempted", 130: "interrupted"}.get(code, "error")
         print(f"{word}: {reason}", file=sys.stderr, flush=True)
     return code
@@ -262,16 +264,8 @@ def _speaks() -> bool:
     return speaks_for_all() if world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _end(code: int) -> None:
-    if "torch" in sys.modules:
-        from hf_equissl.faults import end
-
-        end(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    from hf_equissl.signals import listen_to_launcher
+    from hf_equissl.signals import end_command, listen_to_launcher
 
     listen_to_launcher()
-    _end(main())
+    end_command(main())

@@ -134,8 +134,9 @@ def _run_all(
 
 def _launch(words: list[str], marker: Path) -> int:
     """Run one member, and pass a request to stop on to it; the code is the launcher's, or ``EXIT_PREEMPTED``."""
-    from hf_equissl.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals
+    from hf_equissl.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals, remove_marker
 
+    remove_marker(marker.parent)  # of an earlier start: this one may end before it removes it
     with Signals() as signals:
         signals.raises = False
         process, told = subprocess.Popen(words), False

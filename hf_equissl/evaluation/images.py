@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from hf_equissl.data import decode_image
+from hf_equissl.signals import guard_workers
 
 from .encoders import FrozenEncoder
 
@@ -196,7 +197,7 @@ class ImageSet:
         )
         kept: list[tuple[Tensor, Tensor]] = []
         bad: dict[int, str] = {}
-        for samples in loader:
+        for samples in guard_workers(loader):
             good = [(row, pixels) for row, pixels in samples if isinstance(pixels, Tensor)]
             bad.update((row, reason) for row, reason in samples if isinstance(reason, str))
             if good:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_equissl.redaction import without_secrets
-from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals, remove_marker
+from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals
 
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
@@ -179,19 +179,22 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from hf_equissl.faults import STOPS
+    from hf_equissl.faults import AGREED, STOPS, explained, together
 
     from .publish import publish as publish_run
     from .report import comparison_table
     from .run import prepare, train
 
-    remove_marker(settings.output_dir)
-    run = prepare(settings, resume)
+    try:
+        with explained(settings.output_dir):
+            run = together(lambda: prepare(settings, resume), (ValueError, OSError, ImportError))
+    except STOPS as error:
+        return _stop(error, code=1)
     _say(run.summary())
     try:
         records = train(run, command, signals)
     except (*STOPS, ValueError, OSError) as error:
-        return _stop(error, code=1)
+        return _stop(error, code=1, agreed=isinstance(error, AGREED))
     if _is_main():
         _say(comparison_table(records))
         try:
@@ -232,11 +235,12 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _stop(error: Exception, code: int) -> int:
+def _stop(error: Exception, code: int, agreed: bool = False) -> int:
     # What can be mended is said once per machine, what stops a run by the first process that says it.
     from hf_equissl.distributed import speaks_for_all
 
-    if speaks_for_all() if code == 1 else os.environ.get("LOCAL_RANK", "0") == "0":
+    speaks = speaks_for_all() if code == 1 else os.environ.get("LOCAL_RANK", "0") == "0"
+    if _is_main() if agreed else speaks:
         message = str(error)
         for key, flag in _FLAGS.items():
             message = message.replace(key, flag)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hf_equissl.checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
 from hf_equissl.data import ImageViewDataset, SkippedImages
+from hf_equissl.distributed import gather_objects
 from hf_equissl.engines import Engine, asked_engine
 from hf_equissl.evaluation.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import ResultRecord, save_records
@@ -21,11 +22,11 @@ from hf_equissl.files import move_into_place, write_text
 from hf_equissl.hub.export import image_processor
 from hf_equissl.hub.privacy import public_source
 from hf_equissl.needs import Needs
-from hf_equissl.output_folder import check_output_folder, trained_steps
+from hf_equissl.output_folder import check_shared_folder, leave_folder, trained_steps
 from hf_equissl.preemption import PreemptionCallback
 from hf_equissl.run_plan import schedule
 from hf_equissl.run_record import RunRecordCallback, new_record
-from hf_equissl.signals import Signals
+from hf_equissl.signals import Signals, remove_marker
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 from hf_equissl.views.pipelines import ViewPipeline
 from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
@@ -129,8 +130,11 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
     args = training_arguments(settings)
     args.learning_rate = settings.learning_rate_on(args.world_size)
     settings = replace(settings, learning_rate=args.learning_rate)
+    check_shared_folder(settings.output_dir)
+    remove_marker(settings.output_dir)
     checkpoint = find_checkpoint(settings, resume)
-    check_output_folder(settings.output_dir)
+    if len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
+        raise ValueError(f"--output_dir {settings.output_dir}: the processes see different checkpoints. Start again.")
     commit = commit_of(settings.encoder, **settings.hub_options)
     options = {**settings.hub_options, "trust_remote_code": settings.trust_remote_code}
     if commit is not None:
@@ -175,8 +179,11 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
         RuntimeError: one of ``faults.STOPS``: the run stopped.
     """
     output = Path(run.settings.output_dir)
-    with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
-        return _train(run, command, caught, output)
+    try:
+        with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+            return _train(run, command, caught, output)
+    finally:
+        leave_folder(output)
 
 
 def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Path) -> list[ResultRecord]:
@@ -190,6 +197,7 @@ def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Pa
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if preemption.stopped:
             preemption.stop(trainer.state, output)
+        trainer.check_finite()
     metrics = _final_metrics(trainer, settings)
     records: list[ResultRecord] = []
     if trainer.is_world_process_zero():

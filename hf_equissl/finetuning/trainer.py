@@ -16,10 +16,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_equissl.checkpoints import ARGUMENTS_FILE, WholeCheckpoints
 from hf_equissl.data import ImageViewDataset, SkippedImages, TooManyBadImages
-from hf_equissl.data_feed import guard_workers
 from hf_equissl.distributed import gather_objects
 from hf_equissl.evaluation.metric_modules import TopKAccuracyMetric
 from hf_equissl.loss_history import LossHistory
+from hf_equissl.signals import guard_workers
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 from hf_equissl.views.collator import ViewCollator
 from hf_equissl.views.pipelines import ViewPipeline
@@ -95,7 +95,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return dataset.sampler()
+        return dataset.sampler(multiple=self.args.epoch_multiple)
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's, whose workers leave a scheduler's signals to this process."""

@@ -70,10 +70,13 @@ def save_encoder(
     check_replaceable(directory)
     staging = directory.with_name(f".saving-{directory.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    encoder.save_pretrained(staging)
-    image_processor(size if isinstance(size, int) else size[0], image_mean, image_std).save_pretrained(staging)
-    _check_code(staging)
-    move_into_place(staging, directory)
+    try:
+        encoder.save_pretrained(staging)
+        image_processor(size if isinstance(size, int) else size[0], image_mean, image_std).save_pretrained(staging)
+        _check_code(staging)
+        move_into_place(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 

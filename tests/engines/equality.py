@@ -88,7 +88,7 @@ def read(folder: Path, steps: int, output: str) -> Measured:
     """What the run in ``folder`` left and said."""
     history = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())["log_history"]
     curve = {
-        entry["step"]: {key: value for key, value in entry.items() if "loss" in key or "/" in key}
+        entry["step"]: {key: value for key, value in entry.items() if "loss" in key or "/" in key or key == "grad_norm"}
         for entry in history
         if "loss" in entry
     }
@@ -103,10 +103,12 @@ def read(folder: Path, steps: int, output: str) -> Measured:
 
 
 def curve_difference(one: Measured, other: Measured) -> float:
-    """Largest difference of the loss or one of its parts at any step, relative to the step's loss."""
+    """Largest difference of the loss or one of its parts at any step, relative to the step's loss; of the norm of all
+    gradients relative to itself.
+    """
     assert one.curve.keys() == other.curve.keys(), (one.curve.keys(), other.curve.keys())
     return max(
-        abs(value - other.curve[step][key]) / abs(parts["loss"])
+        abs(value - other.curve[step][key]) / abs(parts["grad_norm" if key == "grad_norm" else "loss"])
         for step, parts in one.curve.items()
         for key, value in parts.items()
     )

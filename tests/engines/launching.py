@@ -19,6 +19,7 @@ ENGINES = {
     "zero1": ("deepspeed_zero1", "DeepSpeedEngine1"),
     "zero2": ("deepspeed_zero2", "DeepSpeedEngine2"),
     "zero3": ("deepspeed_zero3", "DeepSpeedEngine3"),
+    "zero3+offload": ("deepspeed_zero3_offload", "DeepSpeedEngine3"),
 }
 TIMEOUT = 400.0  # seconds, for machines with other things to do
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from hf_equissl.engines import Engine, asked_engine
 from hf_equissl.optimization import clip_gradients
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 
 from .equality import IDLE, Measured, curve_difference, encoder_difference, read, weight_difference
-from .launching import ENGINES, ROOT, environment, run
+from .launching import CONFIGS, ENGINES, ROOT, environment, run
 
 STEPS = 3
 # Two layers, and everything that engines do differently: two micro-batches a step, clipping that bites, prototypes that
@@ -80,6 +82,7 @@ def vicreg_alone(pretrain: Any) -> Finished:
 
 
 SHARDED = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+OFFLOADED = ("--fsdp_offload_params", "true")
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "single"])
@@ -87,7 +90,7 @@ def test_two_processes_train_as_one(engine: str, alone: Measured, pretrain: Any)
     other = pretrain(engine, "cifar10_ibot_rot", IBOT, launcher=SHARDED if engine == "fsdp2" else ())
     name, sharded = other.measured.wrapped.split(", ")
     assert name == ENGINES[engine][1]
-    assert (sharded == "0 sharded") == (engine not in ("fsdp2", "zero3"))
+    assert (sharded == "0 sharded") == (engine not in ("fsdp2", "zero3", "zero3+offload"))
     assert len(alone.curve) == STEPS
     assert alone.curve[1] != alone.curve[STEPS]
     assert curve_difference(alone, other.measured) < 1e-4
@@ -138,6 +141,25 @@ def test_compiled_fsdp2_goes_on_without(pretrain: Any) -> None:
     assert second.measured.curve[2] == first.measured.curve[2]
 
 
+def test_every_configuration_serves_several_machines() -> None:
+    """The command of ddp_multi_node.yaml with any of the files: torchrun on each machine, and no ssh between them."""
+    words = ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
+    words += ["--main_process_ip", "host", "--main_process_port", "29500", "pretrain.py"]
+    for config in sorted(CONFIGS.glob("*.yaml")):
+        if config.stem in ("cpu", "single_gpu"):
+            continue
+        given = launch_command_parser().parse_args(["--config_file", str(config), *words])
+        args, *_ = _validate_launch_command(given)
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ""
+            assert prepare_deepspeed_cmd_env(args)[0] is None  # accelerate starts torchrun itself
+        else:
+            prepare_multi_gpu_env(args)
+        assert (int(args.nnodes), int(args.nproc_per_node), int(args.node_rank)) == (2, 8, 1), config.name
+        direct = f"{args.master_addr}:{args.master_port}" if args.same_network else args.rdzv_endpoint
+        assert direct == "host:29500", config.name
+
+
 def test_fsdp2_is_not_quietly_ddp(photo_folder: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     words += [str(ROOT / "training" / "accelerate_configs" / "fsdp2.yaml"), "--num_processes", "2"]
@@ -172,6 +194,21 @@ REFUSED = {
     ),
     "precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "the arguments for 'no'"),
     "compilation": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "--training.torch_compile true"),
+    "offload in arguments": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        {"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}},
+        "has to come from the launcher",
+    ),
+    "an optimizer of DeepSpeed's": (
+        {},
+        {"deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}},
+        "has a block 'optimizer'",
+    ),
+    "a schedule of DeepSpeed's": (
+        {},
+        {"deepspeed": {"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}},
+        "has a block 'scheduler'",
+    ),
     "stage 0": (
         {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
         {},

@@ -1,7 +1,8 @@
 """One run after another in each process of a launch, on a disk that somebody else fills meanwhile.
 
-Takes the words of ``training/pretrain.py`` as JSON, and for each run the step at whose end the disk is filled, with the
-bytes that are left, or null. Prints the exit code of each run and the folders that it left.
+Takes the words of ``training/pretrain.py`` as JSON, and for each run the step at whose end the disk is filled ("end":
+after the last checkpoint), with the bytes that are left, or null. Prints the exit code of each run and the folders that
+it left.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ class FillDisk(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the checkpoint of that step, if there is one."""
-        if fill is not None and state.global_step == fill[0] and is_main_process():
+        self._fill(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the encoder is written."""
+        self._fill("end")
+
+    def _fill(self, when: int | str) -> None:
+        if fill is not None and when == fill[0] and is_main_process():
             filler.write_bytes(bytes(shutil.disk_usage(output).free - fill[1]))
 
 
@@ -49,11 +57,11 @@ def train(self: EquiSSLTrainer, *args: Any, **kwargs: Any) -> Any:
 
 EquiSSLTrainer.train = train  # type: ignore[method-assign]
 main = runpy.run_path(str(ROOT / "training" / "pretrain.py"), run_name="pretrain")["main"]
-for fill in fills:
+for fill in fills:  # noqa: B007  # FillDisk reads it
     codes = gather_objects(main(words))
     if is_main_process():
         left = sorted(path.name for path in output.iterdir() if path.is_dir())
-        sys.stdout.write(f"codes {codes} left {left} wrapped {type(fill).__name__}\n")
+        sys.stdout.write(f"codes {codes} left {left}\n")
         filler.unlink(missing_ok=True)
     gather_objects(None)
     AcceleratorState._reset_state()

@@ -116,18 +116,31 @@ def test_a_loss_that_is_no_number_on_one_process(engine: str, photo_folder: Path
     output = tmp_path / "run"
     options = ["--data", str(photo_folder), "--output_dir", str(output), *ENDLESS]
     script = ROOT / "tests" / "faults" / "poisoned.py"
-    with tasks(tmp_path, options, script=script, variables=variables) as run:
-        assert run.wait() == [1, 1]
+    count = 3 if engine == "ddp" else 2
+    with tasks(tmp_path, options, script=script, variables=variables, count=count) as run:
+        assert run.wait() == [1] * count
         message = run.the_error()
-    assert run.text.count(f"wrapped: {wrapper}") == 2
-    assert "not finite at step 3 on process 1 of 2" in message
+    assert run.text.count(f"wrapped: {wrapper}") == count
+    assert f"not finite at step 3 on process 1 of {count}" in message
     assert "invariance = nan" in message
     assert "checkpoint-2" in message
     check_kept(output, message)
 
 
 def test_a_process_that_is_killed(photo_folder: Path, tmp_path: Path) -> None:
-    """The first one, which keeps the store where the others would ask who speaks."""
+    """The last one of three: the others ask the first who speaks, which stays until both have."""
+    output = tmp_path / "run"
+    with tasks(tmp_path, ["--data", str(photo_folder), "--output_dir", str(output), *ENDLESS], count=3) as run:
+        run.wait_for_checkpoint(output, 2)
+        run.processes[2].kill()
+        assert run.wait(END) == [1, 1, -signal.SIGKILL]
+        message = run.the_error()
+    assert "Another process of this run has ended" in message
+    check_kept(output, message)
+
+
+def test_the_first_process_is_killed(photo_folder: Path, tmp_path: Path) -> None:
+    """It keeps the store where the others would ask who speaks."""
     output = tmp_path / "run"
     with tasks(tmp_path, ["--data", str(photo_folder), "--output_dir", str(output), *ENDLESS]) as run:
         run.wait_for_checkpoint(output, 2)

@@ -45,15 +45,17 @@ def test_a_full_disk_stops_all_processes_and_loses_nothing(engine: str, photo_fo
     batch = "8" if engine == "single" else "4"
     words = ["--data", str(photo_folder), "--output_dir", str(output), *SMALL]
     words += ["--training.per_device_train_batch_size", batch]
-    # Full in the middle of the first save; before the second, when the size is known; then there is room again.
-    fills = [[1, 300_000], [3, 300_000], None]
+    # Full in the middle of the first save; before the second, when the size is known; when the encoder is written; then
+    # there is room again.
+    fills = [[1, 300_000], [3, 300_000], ["end", 20_000], None]
     result = run(engine, json.dumps(words), json.dumps(fills), script=SCRIPT)
     assert result.returncode == 0, result.stderr[-4000:]
-    codes = [[1], [1], [0]] if engine == "single" else [[1, 1], [1, 1], [0, 0]]
+    codes = [[1], [1], [1], [0]] if engine == "single" else [[1, 1], [1, 1], [1, 1], [0, 0]]
     ends = re.findall(r"^codes (\[.*?\]) left (\[.*?\])", result.stdout, re.MULTILINE)
     assert [json.loads(code) for code, _ in ends] == codes
     left = [json.loads(folders.replace("'", '"')) for _, folders in ends]
-    assert left == [[], ["checkpoint-2"], ["checkpoint-4", "checkpoint-6", "encoder"]]
+    end = ["checkpoint-4", "checkpoint-6"]
+    assert left == [[], ["checkpoint-2"], end, [*end, "encoder"]]
     errors = re.findall(r"error: The checkpoint.*", result.stderr)
     assert len(errors) == 2, result.stderr[-4000:]  # one for all processes
     assert "The checkpoint of step 2 cannot be written" in errors[0]
@@ -64,6 +66,10 @@ def test_a_full_disk_stops_all_processes_and_loses_nothing(engine: str, photo_fo
     )
     assert re.search(expected, errors[1]), errors[1]
     assert f"The last complete checkpoint is {output / 'checkpoint-2'}." in errors[1]
+    exports = re.findall(r"error: The run is trained.*", result.stderr)
+    assert len(exports) == 1, result.stderr[-4000:]
+    assert f"its encoder cannot be written in {output / 'encoder'}: " in exports[0]
+    assert f"The last complete checkpoint is {output / 'checkpoint-6'}: make room" in exports[0]
     assert "Traceback" not in result.stderr
     assert f"resuming from {output / 'checkpoint-2'}" in result.stdout
     assert newest_checkpoint(output) == str(output / "checkpoint-6")

@@ -43,7 +43,11 @@ exit "$code"
 """
 FAKE_SCONTROL = """\
 #!/bin/bash
-if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$FAKE_SLURM/scontrol"; fi
+case "$1 $2" in
+    "show hostnames") echo 127.0.0.1 ;;
+    "show job") echo "JobState=$FAKE_STATE" ;;
+    *) echo "$@" >> "$FAKE_SLURM/scontrol" ;;
+esac
 """
 
 
@@ -88,7 +92,7 @@ def test_one_process_stops_and_goes_on(photo_folder: Path, tmp_path: Path, capfd
     with signalled(signal.SIGUSR1, broken):
         assert pretrain.main([*options, "--output_dir", str(broken)]) == EXIT_PREEMPTED
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-    assert "preempted: stopped by a signal at step" in capfd.readouterr().err
+    assert "preempted: SIGUSR1: stopped at step" in capfd.readouterr().err
     checkpoints = [folder.name for folder in broken.glob("checkpoint-*")]
     assert len(checkpoints) == 1
     assert f"at step {checkpoints[0][11:]} of {STEPS}" in (broken / MARKER_FILE).read_text()
@@ -188,6 +192,62 @@ def test_the_slurm_script_puts_a_stopped_run_back_into_the_queue(photo_folder: P
     same_weights(whole, broken)
     logged = json.loads((whole / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
     assert logged[-1]["images_skipped"] == 1  # over both processes
+
+
+# How the tasks of a start end: the marker's text, whether a checkpoint is written. What Slurm says of the job then.
+ENDS = {
+    "before the time limit": (["SIGUSR1: stopped"], "RUNNING", ["requeue 3"], EXIT_PREEMPTED),
+    "preempted, with time to end": (["SIGTERM: stopped"], "RUNNING", ["requeue 3"], EXIT_PREEMPTED),
+    "at the time limit": (["SIGTERM: stopped"], "COMPLETING Reason=TimeLimit", ["requeue 3"], EXIT_PREEMPTED),
+    "cancelled": (["SIGTERM: stopped"], "COMPLETING Reason=None", [], EXIT_PREEMPTED),
+    "never far enough": (["SIGUSR1: nothing to save"] * 3, "RUNNING", ["requeue 3"] * 2, 1),
+    "failed": ([""], "RUNNING", [], 1),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_which_jobs_go_back_into_the_queue(case: str, tmp_path: Path) -> None:
+    """The script alone, around tasks that only end."""
+    markers, state, queued, code = ENDS[case]
+    tools, output = tmp_path / "bin", tmp_path / "run"
+    tools.mkdir()
+    srun = """#!/bin/bash
+if [ -z "$MARKER" ]; then exit 1; fi
+case $MARKER in *stopped) mkdir -p "$RUN/checkpoint-7" && touch "$RUN/checkpoint-7/checkpoint.json" ;; esac
+echo "$MARKER" > "$RUN/PREEMPTED"; exit 75
+"""
+    for name, text in (("srun", srun), ("scontrol", FAKE_SCONTROL), ("python", "#!/bin/bash\ntrue\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
+    more = {"PATH": f"{tools}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path), "RUN": str(output)}
+    for marker in markers:
+        ended = subprocess.run(
+            ["bash", "training/slurm/pretrain.sbatch", "--output_dir", str(output)],
+            cwd=ROOT,
+            env={**os.environ, **slurm, **more, "MARKER": marker, "FAKE_STATE": state},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ended.returncode == code, ended.stderr
+    calls = tmp_path / "scontrol"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == queued
+    assert ("not queued again" in ended.stdout + ended.stderr) == (case in ("cancelled", "never far enough"))
+
+
+def test_the_end_of_a_command_imports_nothing() -> None:
+    """A signal in the middle of an import leaves modules that cannot be imported on top of."""
+    code = """
+import sys
+sys.modules["torch"] = None  # begun, and broken
+from hf_equissl.signals import end_command
+print("end", flush=True)
+end_command(75)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout) == (EXIT_PREEMPTED, "end\n"), ended.stderr
 
 
 def test_workers_ignore_what_their_run_obeys() -> None:

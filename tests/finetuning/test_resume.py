@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from hf_equissl.finetuning import prepare, train
 from hf_equissl.finetuning.run import build_trainer
+from hf_equissl.signals import MARKER_FILE, Preempted
 
 
 def trained_weights(run: Any) -> dict[str, torch.Tensor]:
@@ -58,6 +62,29 @@ def test_a_resumed_run_ends_with_the_same_weights(settings: Any, tmp_path: Path,
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(not torch.equal(fresh[name], expected[name]) for name in expected)
+
+
+def test_a_signal_stops_a_run_that_goes_on(settings: Any, tmp_path: Path) -> None:
+    chosen = settings(method="full", epochs=300, save_steps=10_000)
+
+    def send() -> None:
+        end = time.monotonic() + 120
+        while not (Path(chosen.output_dir) / "run.json").is_file() and time.monotonic() < end:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(Preempted, match="SIGUSR1: stopped at step"):
+        train(prepare(chosen))
+    sender.join()
+    saved = [folder.name for folder in Path(chosen.output_dir).glob("checkpoint-*")]
+    assert len(saved) == 1
+    assert (Path(chosen.output_dir) / MARKER_FILE).read_text().startswith("SIGUSR1: stopped at step")
+    run = prepare(chosen)
+    assert run.checkpoint is not None
+    assert Path(run.checkpoint).name == saved[0]
+    assert not (Path(chosen.output_dir) / MARKER_FILE).exists()
 
 
 def test_a_finished_run_is_not_trained_again(settings: Any) -> None:

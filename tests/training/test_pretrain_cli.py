@@ -104,6 +104,17 @@ def test_a_finished_run_is_only_exported(
     assert "is at step 2, and this run ends at step 1" in fails(capsys, *words, "--training.max_steps", 1)
 
 
+def test_weights_that_are_not_finite_are_not_exported(
+    images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last update spoils them: no loss, log or checkpoint comes after it."""
+    words = ["--recipe", str(recipe), "--data", str(images), "--output_dir", str(tmp_path / "run")]
+    words += ["--training.save_strategy", "no", "--training.learning_rate", "1e39", "--training.max_steps", "1"]
+    assert pretrain.main([*words, "--training.warmup_steps", "0"]) == 1
+    assert "is not finite after step 1" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
 def test_another_run_does_not_continue_or_overwrite(
     images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

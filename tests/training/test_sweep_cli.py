@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModel
 
+from hf_equissl.signals import EXIT_PREEMPTED, MARKER_FILE
 from hf_equissl.training import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,27 @@ def test_a_killed_sweep_goes_on(words: list[str], tmp_path: Path, capfd: pytest.
 
     assert sweep.main(words) == 0
     assert "running" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_marker_of_an_earlier_start_says_nothing_of_this_one(code: int, tmp_path: Path) -> None:
+    marker = tmp_path / MARKER_FILE
+    marker.write_text("SIGTERM: stopped")
+    assert sweep._launch([sys.executable, "-c", f"raise SystemExit({code})"], marker) == code
+    stopped = f"import pathlib; pathlib.Path({str(marker)!r}).touch(); raise SystemExit(1)"  # a launcher's code
+    assert sweep._launch([sys.executable, "-c", stopped], marker) == EXIT_PREEMPTED
+
+
+def test_a_signal_is_passed_on_to_the_run(tmp_path: Path) -> None:
+    marker = tmp_path / MARKER_FILE
+    run = f"""
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(marker)!r}).touch())
+os.kill({os.getpid()}, signal.SIGUSR1)
+while not pathlib.Path({str(marker)!r}).exists():
+    time.sleep(0.05)
+"""
+    assert sweep._launch([sys.executable, "-c", run], marker) == EXIT_PREEMPTED
 
 
 def test_a_run_that_fails_does_not_stop_the_others(
