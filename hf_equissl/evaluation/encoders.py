@@ -279,6 +279,12 @@ class FrozenEncoder:
             ValueError: for features that the encoder does not have.
             NonFiniteFeaturesError: when features are not finite.
         """
+        chosen = self.unchecked_features(pixel_values, names)
+        self.check_finite(extremes(chosen))
+        return chosen
+
+    def unchecked_features(self, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """``features`` that may not be finite: the device is not waited for. Raises ``ValueError`` only."""
         self.check_features(names, tokens=True)
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -296,10 +302,16 @@ class FrozenEncoder:
                     rows = self.module.stem(torch.stack([cls, patches], 1), part=part)  # type: ignore[operator]
                     made[part] = rows.flatten(1)
                     made[f"{part}_cls"], made[f"{part}_patches"] = rows.unbind(1)
-        chosen = {name: made[name].float() for name in names}
-        if not all(bool(torch.isfinite(value).all()) for value in chosen.values()):
-            raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: its training has diverged.")
-        return chosen
+        return {name: made[name].float() for name in names}
+
+    def check_finite(self, extremes: Tensor) -> None:
+        """Raise ``NonFiniteFeaturesError`` for features whose ``extremes`` are not finite."""
+        if bool(torch.isfinite(extremes).all()):
+            return
+        reason = "its training has diverged."
+        if self.precision == "fp16":
+            reason = "fp16 holds no number above 65504. Give the precision (--precision) bf16 or fp32."
+        raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: {reason}")
 
     def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
@@ -338,16 +350,30 @@ class FrozenEncoder:
 
         Returns:
             name -> (B, .) float32 on the CPU; ``patch_tokens`` (B, N, D).
+
+        Raises:
+            ValueError: for features that the encoder does not have.
+            NonFiniteFeaturesError: when features are not finite.
         """
-        mean = torch.tensor(self.image_mean, device=self.device)[:, None, None]
-        std = torch.tensor(self.image_std, device=self.device)[:, None, None]
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for chunk in images.split(self.batch_size):
-            pixels = chunk.to(self.device)
-            pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-            for name, value in self.features((pixels - mean) / std, names).items():
-                parts[name].append(value.cpu())
-        return {name: torch.cat(values) for name, values in parts.items()}
+            for name, value in self.features(self.normalise(chunk), names).items():
+                # Always a copy: one row of tokens, as a view, would keep all of them.
+                parts[name].append(value.to("cpu", copy=True, memory_format=torch.contiguous_format))
+        return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items()}
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What ``features`` reads, on the encoder's device, of images as for ``encode``. CUDA is not waited for."""
+        device, constants = self.device, (torch.tensor(self.image_mean), torch.tensor(self.image_std))
+        pixels, mean, std = (value.to(device, non_blocking=device.type == "cuda") for value in (images, *constants))
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def extremes(features: dict[str, Tensor]) -> Tensor:
+    """The least and the greatest number of each feature, (F, 2); NaN where there is one. Checks need no more."""
+    ends = [torch.stack(value.aminmax()) if value.numel() else value.new_zeros(2) for value in features.values()]
+    return torch.stack(ends)
 
 
 def as_frozen(encoder: FrozenEncoder | nn.Module | str | Path) -> FrozenEncoder:

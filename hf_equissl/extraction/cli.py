@@ -16,6 +16,7 @@ from hf_equissl.evaluation.runner import check_output_dir
 from hf_equissl.hub.privacy import is_hub_id
 from hf_equissl.hub.push import account
 from hf_equissl.redaction import without_secrets
+from hf_equissl.throughput import NOTABLE_WAIT
 
 from .card import write_card
 from .errors import ExtractionError
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
     add("--streaming", action="store_true", help="read shards where they are, nothing is downloaded or converted")
     add("--max_bad_share", type=float, metavar="SHARE", help="of images that may fail to decode; default: 0.01")
-    add("--num_workers", type=int, metavar="N", help="processes that decode, per process; default: by the cores, <= 8")
+    add("--num_workers", type=int, metavar="N", help="processes that decode, per process; default: by the cores, <= 32")
     add = parser.add_argument_group("encoder").add_argument
     add("--image_size", type=int, metavar="PIXELS", help="resize and crop to this; default: as its processor does")
     add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (autocast); default: fp32")
@@ -150,7 +151,7 @@ def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
         try:
             settings, publish = _settings(options)
             work = prepare(settings, processes.device(settings.device))
-            plan = _plan(work, command, dry_run)
+            plan = _plan(work, command, processes, dry_run)
         except (ValueError, OSError, ImportError, ExtractionError) as error:
             plan = {"error": _stop(error, code=2)}
     try:
@@ -205,12 +206,12 @@ def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[Extracti
     return settings, {"repo_id": publish["repo_id"], "private": bool(publish["private"])}
 
 
-def _plan(work: Extraction, command: str, dry_run: bool) -> dict[str, Any]:
+def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -> dict[str, Any]:
     """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
     check_same(work)
     remaining = work.remaining()
-    print(work.describe(remaining), flush=True)
-    work.check_disk(remaining)
+    print(work.describe(remaining, processes.count, work.settings.workers(processes.local_count)), flush=True)
+    work.check_disk(remaining, processes.count)
     if not dry_run:
         check_output_dir(work.folder)
         remove_leftovers(work.folder, work.settings.split_name)
@@ -240,7 +241,10 @@ def _report(work: Extraction, record: dict[str, Any], run: dict[str, Any] | None
     each = run["images_per_second_of_processes"]
     of = f" ({' + '.join(f'{speed:.4g}' for speed in each)})" if len(each) > 1 else ""
     lines.append(f"{run['images']:,} images in {run['seconds']:.4g} s: {run['images_per_second']:.4g} images/s{of}")
-    return "\n".join(lines)
+    wait = f"the encoder waited for images {run['data_wait']:.0%} of the time"
+    if run["data_wait"] > NOTABLE_WAIT:
+        wait += f": give more --num_workers (now {run['num_workers']} for each process) if there are cores for them"
+    return "\n".join([*lines, wait])
 
 
 def _stop(error: Exception, code: int, process: Processes | None = None) -> int:

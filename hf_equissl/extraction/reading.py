@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from hf_equissl.data import ImageSource, decode_image
 from hf_equissl.data.shards import Shard as SourceShard
 
+from .errors import ExtractionError
 from .preprocessing import Preprocessing
 
 
@@ -76,6 +77,8 @@ class _Reader:
             except (OSError, ValueError) as error:  # ImageDecodeError is one of them
                 made.skipped.append((index, name or f"row {index}", str(error)))
                 continue
+            except Exception as error:  # libraries that fetch images raise their own
+                raise _failed(f"{self.source.item_name(row, index)}, shard {shard},", error) from error
             made.index.append(index)
             made.names.append(name)
             made.labels.append(self.source.label(row))
@@ -91,8 +94,13 @@ class _Rows(Dataset[Batch]):
 
     def __getitem__(self, job: tuple[int, int, int, bool]) -> Batch:
         shard, start, stop, last = job
-        rows = ((index, self.reader.source.row(index)) for index in range(start, stop))
-        return self.reader.batch(shard, rows, last)
+        return self.reader.batch(shard, ((index, self._row(index)) for index in range(start, stop)), last)
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        try:
+            return self.reader.source.row(index)
+        except Exception as error:  # the format's reader raises its own
+            raise _failed(f"{self.reader.source.name}, row {index},", error) from error
 
 
 class _Stream(IterableDataset[Batch]):
@@ -109,6 +117,13 @@ class _Stream(IterableDataset[Batch]):
             while table := list(islice(rows, self.batch_size)):
                 yield self.reader.batch(shard.number, table, last=False)
             yield self.reader.batch(shard.number, (), last=True)
+
+
+def _failed(what: str, error: Exception) -> ExtractionError:
+    return ExtractionError(
+        f"{what} cannot be read: {type(error).__name__}: {error}. The same command goes on where it stopped; if this "
+        "comes back, mend the image or take it out of the data."
+    )
 
 
 def stream_rows(source: ImageSource, number: int, limit: int | None = None) -> Iterator[Mapping[str, Any]]:
@@ -154,4 +169,4 @@ def image_batches(
         for start in range(shard.start, shard.stop, batch_size)
     ]
     sampler: Any = jobs
-    return DataLoader(_Rows(reader), sampler=sampler, num_workers=num_workers, **options)
+    return DataLoader(_Rows(reader), sampler=sampler, num_workers=min(num_workers, len(jobs)), **options)

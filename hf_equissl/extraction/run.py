@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors import ExtractionError
+from .pipeline import DataWait, Result, with_features
 from .reading import Batch, Shard, image_batches
 from .record import check_bad_share
 from .shards import INDEX, LABEL, NAME, ParquetShard, SafetensorsShard, open_shard, remove_leftovers
@@ -33,11 +35,13 @@ class Share:
         images: Of which it has made features.
         seconds: From the first image asked for to the last shard on disk.
         skipped: Images that do not decode, as ``name: reason``.
+        data_wait: Share of the time in which the encoder stood still for its images.
     """
 
     images: int = 0
     seconds: float = 0.0
     skipped: list[str] = field(default_factory=list)
+    data_wait: float = 0.0
 
     @property
     def speed(self) -> float:
@@ -71,22 +75,22 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
         limit=work.settings.limit,
     )
     total = None if work.images is None else sum((shard.stop or 0) - shard.start for shard in shards)
-    files = _Files(work)
+    files, wait = _Files(work), DataWait(work.encoder.device)
     waiting: deque[Future[None]] = deque()
-    # One thread writes while the encoder computes the next batch.
+    # One thread writes while the encoder computes the next batches.
     with (
         tqdm(total=total, unit="img", desc=title, disable=not progress, smoothing=0.05) as bar,
         ThreadPoolExecutor(1) as writer,
     ):
         try:
-            for batch in batches:
-                made = {} if batch.pixels is None else work.features(batch.pixels)
+            for batch, made in with_features(wait.over(batches), lambda batch: _begin(work, batch)):
                 waiting.append(writer.submit(files.add, batch, made))
                 while len(waiting) > _QUEUE:
                     waiting.popleft().result()
                 share.images += len(batch.index)
                 _report(work, share, batch)
                 bar.update(len(batch.index) + len(batch.skipped))
+            share.data_wait = wait.share()
             for write in waiting:
                 write.result()
         except BaseException as error:
@@ -101,6 +105,10 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
     return share
 
 
+def _begin(work: Extraction, batch: Batch) -> Result:
+    return (lambda: {}) if batch.pixels is None else work.begin(batch.pixels)
+
+
 class _Files:
     """The shards that are being written. A stream's workers may have several in work."""
 
@@ -110,7 +118,7 @@ class _Files:
         self._open: dict[int, ParquetShard | SafetensorsShard] = {}
         self._records: dict[int, dict[str, Any]] = {}
 
-    def add(self, batch: Batch, made: dict[str, np.ndarray]) -> None:
+    def add(self, batch: Batch, made: dict[str, Tensor]) -> None:
         """Append one batch to its shard, and finish the shard where it is the last."""
         try:
             self._add(batch, made)
@@ -122,14 +130,15 @@ class _Files:
                 "goes on."
             ) from error
 
-    def _add(self, batch: Batch, made: dict[str, np.ndarray]) -> None:
+    def _add(self, batch: Batch, made: dict[str, Tensor]) -> None:
         number = batch.shard
         if number not in self._open:
             self._open[number] = open_shard(self.work.path(self.work.shards[number]), self._columns)
             self._records[number] = {"extraction": self.work.digest, "shard": number, "rows": 0, "skipped": []}
         record = self._records[number]
         if batch.index:
-            columns: dict[str, Any] = {INDEX: np.array(batch.index), NAME: batch.names, **made}
+            columns: dict[str, Any] = {INDEX: np.array(batch.index), NAME: batch.names}
+            columns |= {name: value.numpy() for name, value in made.items()}
             if LABEL in self._columns:
                 columns[LABEL] = batch.labels
             self._open[number].add(columns)
@@ -160,6 +169,7 @@ def summarise(work: Extraction, shares: list[Share], num_workers: int) -> dict[s
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 2),
         "images_per_second_of_processes": [round(share.speed, 2) for share in shares],
+        "data_wait": round(max(share.data_wait for share in shares), 4),
         "batch_size": work.settings.batch_size,
         "num_workers": num_workers,
         "device": work.encoder.device.type,

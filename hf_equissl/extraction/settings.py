@@ -13,6 +13,8 @@ from hf_equissl.strict import nearest
 FORMATS = {"parquet": ".parquet", "safetensors": ".safetensors"}
 DTYPES = ("float32", "float16")
 PRECISIONS = ("fp32", "bf16", "fp16")
+# Processes that decode for one that computes, by default: each holds batches of its own, and they have one reader.
+MOST_WORKERS = 32
 # Images per shard by default, and the size above which a shard holds fewer.
 SHARD_IMAGES, SHARD_BYTES = 10_000, 500 * 10**6
 
@@ -101,8 +103,8 @@ class ExtractionSettings:
         return re.sub(r"\W+", "_", self.split).strip("_")
 
     def workers(self, local_processes: int) -> int:
-        """Processes that decode for one of ``local_processes`` on this machine: its share of the cores, at most 8."""
+        """Processes that decode for one of ``local_processes`` on this machine: its share of the cores, at most 32."""
         if self.num_workers is not None:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(8, cores // local_processes))
+        return max(1, min(MOST_WORKERS, cores // local_processes))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from .errors import ExtractionError
 
@@ -22,6 +24,8 @@ from .errors import ExtractionError
 _KEY = "hf_equissl"
 # Parquet is written in groups of rows of about this size, so that a shard need not fit into memory.
 _GROUP_BYTES = 32 * 10**6
+# What safetensors calls the types of our columns, and bytes that are copied at a time into its files.
+_TYPES, _COPIED = {"int64": "I64", "float32": "F32", "float16": "F16"}, 2**20
 # Columns beside the features.
 INDEX, NAME, LABEL = "index", "name", "label"
 
@@ -103,7 +107,10 @@ class ParquetShard:
 
 
 class SafetensorsShard:
-    """One ``.safetensors`` file in the making, in memory until it is whole. Names stand in its metadata.
+    """One ``.safetensors`` file in the making. Names stand in its metadata.
+
+    A file begins with the length of all its tensors. Until that is known, each column lies in a file without a name
+    beside the final one, and not in memory: a shard of a stream may be of any length.
 
     Args:
         path: Its final name.
@@ -112,27 +119,46 @@ class SafetensorsShard:
 
     def __init__(self, path: Path, features: datasets.Features) -> None:
         self.path, self._staging, self._features = path, staging_path(path), features
-        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in features if name != NAME}
         self._names: list[str | None] = []
+        prefix, suffix = f".{path.name}.", f".{_own()}.tmp"  # for file systems on which a name cannot be avoided
+        # Tensors stand in the order of safetensors: those of larger numbers first, which keeps all of them aligned.
+        names = sorted(set(features) - {NAME}, key=lambda name: (-np.dtype(_dtype(features[name])).itemsize, name))
+        self._columns = {
+            name: tempfile.TemporaryFile(dir=path.parent, prefix=prefix, suffix=suffix)  # noqa: SIM115 - closed with the shard
+            for name in names
+        }
 
     def add(self, columns: Columns) -> None:
         """Append rows: column -> values, one per row."""
         self._names += list(columns[NAME])
-        for name, parts in self._columns.items():
+        for name, file in self._columns.items():
             values = columns[name]
             if name == LABEL:  # a tensor has no gaps: -1, the sign for "unlabelled" in public data sets
                 values = [-1 if label is None else label for label in values]
-            parts.append(np.ascontiguousarray(np.asarray(values, dtype=_dtype(self._features[name]))))
+            file.write(np.ascontiguousarray(values, dtype=_dtype(self._features[name])).data)
 
     def close(self, record: Mapping[str, Any]) -> None:
         """Write everything and ``record``, and give the file its name."""
-        tensors = {}
-        for name, parts in self._columns.items():
-            feature = self._features[name]
-            tensors[name] = np.concatenate([np.empty((0, *_shape(feature)), _dtype(feature)), *parts])
-        # Not save_file: nobody else could read the file that it makes, on a folder that machines share.
-        self._staging.write_bytes(save(tensors, metadata={_KEY: json.dumps(record), "names": json.dumps(self._names)}))
+        with open(self._staging, "wb") as whole:
+            whole.write(self._header({_KEY: json.dumps(record), "names": json.dumps(self._names)}))
+            for column in self._columns.values():
+                column.seek(0)
+                shutil.copyfileobj(column, whole, _COPIED)
+                column.close()
         _put_in_place(self._staging, self.path)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        """As safetensors writes it, whose own metadata come in an order of chance: the same rows are the same file."""
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        begin = 0
+        for name in self._columns:
+            dtype, shape = _dtype(self._features[name]), (len(self._names), *_shape(self._features[name]))
+            end = begin + math.prod(shape) * np.dtype(dtype).itemsize
+            entries[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": (begin, end)}
+            begin = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
 def open_shard(path: Path, features: datasets.Features) -> ParquetShard | SafetensorsShard:

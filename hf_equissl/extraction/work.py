@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from hf_equissl.data import ImageDecodeError, ImageSource, decode_image, load_im
 from hf_equissl.evaluation.encoders import FrozenEncoder
 
 from .errors import ExtractionError
+from .pipeline import begin
 from .preprocessing import Preprocessing
 from .reading import Shard, stored_name, stream_rows
 from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionSettings
@@ -100,13 +101,15 @@ class Extraction:
                 )
         return left
 
-    def check_disk(self, remaining: list[Shard]) -> None:
-        """Refuse to begin what the disk cannot hold.
+    def check_disk(self, remaining: list[Shard], processes: int = 1) -> None:
+        """Refuse to begin what the disk cannot hold, when so many processes write.
 
         Raises:
             ExtractionError: There is too little space.
         """
-        needed = self.bytes_of(remaining)
+        # A file of tensors is there twice while it is put together.
+        twice = remaining[:processes] if self.settings.file_format == "safetensors" else []
+        needed = self.bytes_of([*remaining, *twice])
         free = shutil.disk_usage(_existing(self.folder)).free
         if needed is not None and needed > free:
             raise ExtractionError(
@@ -122,34 +125,37 @@ class Extraction:
         rows = sum((shard.stop or 0) - shard.start for shard in shards)
         return round(_MARGIN * (self.row_bytes + _OTHER_BYTES) * rows)
 
-    def features(self, pixels: Tensor) -> dict[str, np.ndarray]:
-        """Features of a batch, as they are stored.
+    def begin(self, pixels: Tensor) -> Callable[[], dict[str, Tensor]]:
+        """Begin to make features of a batch; the function that comes back waits, and gives them as they are stored.
 
         Raises:
-            ExtractionError: A feature does not fit into the stored type, or memory runs out.
-            NonFiniteFeaturesError: The encoder gives something that is not finite.
+            ExtractionError: Memory runs out. The function: a feature does not fit into the stored type.
+            NonFiniteFeaturesError: The function: the encoder gives something that is not finite.
         """
-        names = self.settings.features
+        settings, normalised = self.settings, self.preprocessing.normalised
         try:
-            if self.preprocessing.normalised:
-                pixels = pixels.to(self.encoder.device)
-                made = {name: value.cpu() for name, value in self.encoder.features(pixels, names).items()}
-            else:
-                made = self.encoder.encode(pixels, names)
+            result = begin(self.encoder, pixels, settings.features, normalised=normalised, dtype=settings.dtype)
         except torch.OutOfMemoryError as error:
             raise ExtractionError(
                 f"{self.encoder.device} has no memory for batches of {len(pixels)}: lower --batch_size."
             ) from error
-        stored = {name: value.numpy() for name, value in made.items()}
-        if self.settings.dtype != "float32":
-            stored = {name: value.astype(self.settings.dtype) for name, value in stored.items()}
-            for name, value in stored.items():
-                if not np.isfinite(value).all():
-                    raise ExtractionError(f"{name} exceeds what {self.settings.dtype} holds. Give --dtype float32.")
+
+        def stored() -> dict[str, Tensor]:
+            try:
+                return result()
+            except OverflowError as error:
+                raise ExtractionError(f"{error} Give --dtype float32.") from error
+
         return stored
 
-    def describe(self, remaining: list[Shard]) -> str:
-        """The plan, for people."""
+    def describe(self, remaining: list[Shard], processes: int, workers: int) -> str:
+        """The plan, for people.
+
+        Args:
+            remaining: Shards that are to be made.
+            processes: That compute.
+            workers: Processes that decode, for each of them.
+        """
         settings, size = self.settings, self.bytes_of(self.shards)
         images = "a stream of images" if self.images is None else f"{self.images:,} images"
         labels = "no labels"
@@ -165,11 +171,27 @@ class Extraction:
             "features": f"{features}; {settings.dtype}, {human_size(self.row_bytes)} per image",
             "shards": f"{len(self.shards)}, {of}, {settings.file_format}"
             + (f", {human_size(size)} in all" if size is not None else ""),
-            "to do": f"{len(remaining)} shards"
+            "to do": f"{len(remaining)} shards for {processes} processes x {workers} workers"
             + (f", {human_size(self.bytes_of(remaining) or 0)}" if size is not None else "")
             + f"; {human_size(shutil.disk_usage(_existing(self.folder)).free)} are free in {settings.output_dir}",
         }
+        if remaining and (idle := self._idle(processes, max(1, workers))):
+            lines["warning"] = idle
         return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+
+    def _idle(self, processes: int, workers: int) -> str | None:
+        """Who will have nothing to do, and what helps; ``None`` where there are shards for all."""
+        shards = len(self.shards)
+        without = f", and {processes - shards} of {processes} processes have nothing to do" * (shards < processes)
+        if self.images is not None:
+            return f"{shards} shards{without}: lower --shard_size." if without else None
+        if shards >= processes * workers:
+            return None
+        return (
+            f"one worker reads a shard of the source from end to end: {shards} of {processes * workers} workers "
+            f"decode{without}. Leave out --streaming (then images are shared out one by one), or write the source as "
+            f"{processes * workers} shards or more."
+        )
 
 
 def prepare(settings: ExtractionSettings, device: str | None = None) -> Extraction:

@@ -152,6 +152,19 @@ def test_bf16_is_close_to_fp32() -> None:
     assert torch.allclose(exact, rough, atol=0.1)
 
 
+def test_an_overflow_of_fp16_is_not_called_divergence() -> None:
+    """Finite in fp32: the number format is to blame, not the encoder."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        model[2].weight.fill_(1e6)
+    pixels = torch.ones(2, 3, 4, 4)
+    for precision in ("fp32", "bf16"):
+        assert FrozenEncoder(model, image_size=4, precision=precision).features(pixels)["cls"].abs().max() > 65504
+    encoder = FrozenEncoder(model, image_size=4, precision="fp16")
+    with pytest.raises(ValueError, match=r"not finite: fp16 holds .* Give the precision \(--precision\) bf16 or fp32"):
+        encoder.features(pixels)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No encoder at"):
         FrozenEncoder(tmp_path / "nothing")

@@ -41,7 +41,7 @@ def direct(encoder: Path, pictures: Path, names: list[str]) -> dict[str, np.ndar
         if (rows := getattr(output, f"{part}_features", None)) is not None:
             made[f"{part}_cls"], made[f"{part}_patches"] = rows[:, 0], rows[:, 1:].mean(1)
             made[part] = torch.cat([rows[:, 0], rows[:, 1:].mean(1)], 1)
-    return {name: value.numpy() for name, value in made.items()}
+    return {name: value.float().numpy() for name, value in made.items()}
 
 
 @pytest.mark.parametrize("encoder", ["ours", "vit"])
@@ -62,6 +62,22 @@ def test_features_are_those_of_the_model_and_its_processor(
     assert rows.features["patch_tokens"] == datasets.Array2D((16, 16), "float32")
     assert rows.features["label"].names == list(CLASSES)
     assert [CLASSES[label] for label in rows["label"]] == [name.split("/")[0] for name in rows["name"]]
+
+
+def test_bf16_is_the_plain_model_under_autocast(
+    encoders: Path, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
+) -> None:
+    rows = loaded(extract(tmp_path / "out", "--precision", "bf16", encoder="vit"), tmp_path)
+    exact = direct(encoders / "vit", pictures, list(rows["name"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = direct(encoders / "vit", pictures, list(rows["name"]))
+    for name in ("cls", "patches"):
+        stored = rows[:][name]
+        assert stored.dtype == np.float32
+        error, rounding = np.abs(stored - rough[name]).max(), np.abs(rough[name] - exact[name]).max()
+        assert rounding > 1e-4
+        assert error <= rounding  # matrix products of other batches may round the other way
+        assert np.abs(stored - exact[name]).max() > 1e-4
 
 
 def test_rows_keep_their_order_and_the_record_names_what_is_left_out(

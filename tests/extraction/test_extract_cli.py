@@ -74,15 +74,16 @@ def test_a_processor_of_many_sizes_is_refused(
     assert "Features need images of one square size: give --image_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("unusual", [{"rescale_factor": 1 / 127.5}, {"do_normalize": False}, {"do_rescale": False}])
 def test_an_unusual_processor_is_followed_to_the_letter(
-    encoders: Path, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
+    unusual: dict[str, object], encoders: Path, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
 ) -> None:
-    """Pixels divided by 127.5 instead of 255: the short way over uint8 is not taken."""
+    """Pixels divided by 127.5 or not at all: the short way over uint8 is not taken. Not normalised: it is."""
     from .test_content import direct, loaded
 
     folder = Path(shutil.copytree(encoders / "vit", tmp_path / "encoder"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "rescale_factor": 1 / 127.5}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **unusual}))
     rows = loaded(extract(tmp_path / "out", "--encoder", str(folder), "--limit", "6"), tmp_path)
     wanted = direct(folder, pictures, list(rows["name"]))
     usual = direct(encoders / "vit", pictures, list(rows["name"]))
