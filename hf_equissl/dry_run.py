@@ -14,7 +14,7 @@ from .objectives import Objective
 from .optimization import parameter_rules
 from .optimizer_table import optimizer_rows
 from .planning import Cost, batch_of, without_weights
-from .planning.cluster import Cluster, Planner, Speed, is_fused, launched_engine
+from .planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
 from .planning.report import memory_lines, parameter_rows, table, traffic_lines
 from .run_plan import milestones
 from .views.base import Views
@@ -29,7 +29,7 @@ GAP = 2
 
 def dry_run_report(run: Run, speed: Speed | None = None) -> str:
     """Everything that a person would want to know before starting ``run``."""
-    cost = run.cost()
+    cost, speed = run.cost(), (speed or Speed()).of(run.args)
     _, model = without_weights(run.config)
     sections = {
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
@@ -39,8 +39,8 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
         "Encoder": [*_encoder_lines(run), *run.notes],
         "Optimizer": table(optimizer_rows(parameter_rules(model, run.args)), left=4),
         "Parameters and compute": _cost_lines(cost),
-        "Time (estimate)": _time_lines(run, cost, speed or Speed()),
-        **_engine_sections(run, cost, speed or Speed()),
+        "Time (estimate)": _time_lines(run, cost, speed),
+        **_engine_sections(run, cost, speed),
         "Logged loss parts": [", ".join(cost.logs)],
         "Data": _data_lines(run),
     }
@@ -163,13 +163,13 @@ def _cost_lines(cost: Cost) -> list[str]:
 def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
     plan = run.plan
     device = cost.flops * plan.per_device * plan.accumulation / 1e12
-    seconds = device / (speed.utilisation * speed.device_tflops)
+    seconds = device / (speed.utilisation * speed.peak)
     lines = [
         f"a step         {device:.3f} TFLOP on a device, {device * plan.processes:.3f} TFLOP on all",
         f"assumed        {speed.describe()}; others: --utilisation, --device_tflops",
         f"               {seconds:.3g} s per step, {plan.batch / seconds:.4g} images/s",
     ]
-    hours = plan.hours(cost.flops, speed.utilisation, speed.device_tflops)
+    hours = plan.hours(cost.flops, speed.utilisation, speed.peak)
     if hours is not None:
         devices = f"on {plan.processes} devices = {hours * plan.processes:.4g} device hours"
         lines.append(f"the run        {plan.steps} steps: {hours:.3g} hours {devices}")
@@ -179,7 +179,7 @@ def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
 def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]:
     """Memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
     name = launched_engine(run.args, run.plan.processes)
-    cluster = Cluster(gpus=run.plan.processes, gpus_per_node=min(8, run.plan.processes))
+    cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
     planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))
     plan = planner.plan(name, search=False)
     precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"

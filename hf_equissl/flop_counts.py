@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,17 @@ _Counts = dict[str, dict[Any, int]]
 _READS_PIXELS = "student.embeddings"  # the layer whose input needs no gradient
 
 
-def flop_counter() -> FlopCounterMode:
-    """A counter that also knows the attention kernels of CPUs."""
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+def flop_counter(by_module: bool = True) -> FlopCounterMode:
+    """A counter that also knows the attention kernels of CPUs.
+
+    Args:
+        by_module: Otherwise there is only the total, "Global", and no hook. The hooks hold on to what passes modules:
+            in a backward pass that computes layers again, their activations would live until the counter ends.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    if not by_module:
+        counter.mod_tracker = cast(Any, _NoTracker())
+    return counter
 
 
 def flops_by_module(
@@ -78,6 +86,18 @@ def _by_kind(counts: dict[Any, int]) -> dict[str, int]:
     for op, count in counts.items():
         kinds[next((kind for kind in ("attention", "convolution") if kind in str(op)), "product")] += count
     return dict(kinds)
+
+
+class _NoTracker:
+    """In the place of torch's tracker of modules: everything happens outside of them."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _attention_forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

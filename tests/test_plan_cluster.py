@@ -8,7 +8,15 @@ import pytest
 from test_plan_engines import COST
 
 from hf_equissl.engines import Engine
-from hf_equissl.planning.cluster import GIB, Cluster, Planner, Speed, launched_engine, parse_engine
+from hf_equissl.planning.cluster import (
+    GIB,
+    Cluster,
+    Planner,
+    Speed,
+    gpus_of_a_node,
+    launched_engine,
+    parse_engine,
+)
 from hf_equissl.planning.memory import Setup, peak
 from hf_equissl.planning.report import advice, engine_table, plan_data, plan_lines
 from hf_equissl.planning.step import Cost
@@ -47,6 +55,20 @@ def test_nothing_fits_into_too_little() -> None:
     assert planner(memory=0.05).largest_batch(Setup(Engine.DDP, 8), exact=True) == 0
 
 
+def test_batches_that_the_objectives_refuse_are_not_tried() -> None:
+    def refusing(batch: int) -> Cost:
+        if batch < 4:
+            raise RecipeError(f"KoLeo needs 4 images, got {batch}")
+        return cost(batch)
+
+    for memory, fits in ((0.05, 0), (0.3, 0), (0.45, 4)):
+        plans = replace(planner(memory=memory), measure=refusing, smallest=4)
+        assert plans.largest_batch(Setup(Engine.DDP, 8), exact=True) == fits
+        assert plans.largest_batch(Setup(Engine.DDP, 8), exact=False) == fits
+    none = plan_lines("mine", plans, [replace(plans, cluster=Cluster(memory=0.05, reserve=0.0)).plan("ddp")] * 2, "", 1)
+    assert "none" in "\n".join(none)
+
+
 def test_a_step_waits_for_arithmetic_or_for_the_exchange() -> None:
     plan = planner().plan("ddp")
     assert plan.compute == pytest.approx(32 * 1.1e9 / 0.5e12)  # 1.1 GFLOP an image
@@ -66,9 +88,66 @@ def test_advice_names_the_simplest_engine_and_keeps_the_batch() -> None:
     assert "256 images per step, learning rate 0.001" in text
     assert "--training.per_device_train_batch_size 32 --training.gradient_accumulation_steps 8" in text
     assert "does not divide into 8 devices" in "\n".join(advice(compared, plans, recipe_batch=100))
+    assert "leaves 0 for each" not in text
+    few = advice(compared, replace(plans, smallest=2), recipe_batch=8)
+    assert "leaves 1 for each of 8 devices: the objectives need 2" in few[-1]
     small = planner(memory=2.0)
     text = "\n".join(advice([small.plan("ddp")], small, recipe_batch=2048))
     assert "no engine fits 32 images per device; ddp fits 20: --training.per_device_train_batch_size 20" in text
+
+
+def test_advice_counts_the_gradients_that_accumulation_keeps() -> None:
+    """Beside 100 MiB of gradients that stay, one image fewer fits."""
+    large = replace(COST.parts[0], parameters=100 * MIB // 4, trainable=100 * MIB // 4)
+
+    def with_weights(batch: int) -> Cost:
+        return replace(cost(batch), parts=(large,))
+
+    # 400 MiB of weights, moments and buckets, and 24.5 images.
+    plans = replace(planner(per_device=16, memory=2850 / 1024), measure=with_weights)
+    ddp = plans.plan("ddp")
+    kept = plans.largest_batch(replace(ddp.setup, accumulating=True), exact=True)
+    assert (ddp.largest_batch, kept) == (24, 23)
+    text = "\n".join(advice([ddp, ddp], plans, recipe_batch=8 * 48))  # 48 = 2 x 24 = 3 x 16
+    assert "--training.per_device_train_batch_size 16 --training.gradient_accumulation_steps 3" in text
+    full = replace(planner(per_device=16, memory=2150 / 1024), measure=with_weights)
+    alone = replace(full.plan("ddp"), largest_batch=1)
+    assert "does not fit under ddp" in advice([alone], replace(full, smallest=16), recipe_batch=8 * 17)[-1]
+
+
+def test_offloading_plans_say_what_their_times_leave_out() -> None:
+    plans = planner()
+    note = "with +offload the optimizer's step is the host's, and not counted"
+    offloading = [plans.plan("zero3+offload")]
+    assert note in "\n".join(plan_lines("mine", plans, offloading, "fp32", 256))
+    assert note in "\n".join(plan_lines("mine", plans, [plans.plan("ddp"), *offloading], "fp32", 256))
+    assert note not in "\n".join(plan_lines("mine", plans, [plans.plan("ddp")], "fp32", 256))
+
+
+@pytest.mark.parametrize(
+    ("bf16", "tf32", "said"),
+    [
+        (True, None, "312 TFLOP/s per device (A100, bf16)"),
+        (False, True, "156 TFLOP/s per device (A100, TF32)"),
+        (False, None, "19.5 TFLOP/s per device (A100, fp32)"),
+    ],
+)
+def test_the_assumed_peak_follows_the_precision(bf16: bool, tf32: bool | None, said: str) -> None:
+    args = EquiSSLTrainingArguments(output_dir="unused", use_cpu=True, bf16=bf16)
+    args.tf32 = tf32
+    assert Speed().of(args).describe().endswith(said)
+    assert Speed(device_tflops=float("989")).of(args).device_tflops == 989
+    assert Speed(device_tflops=float("312")).of(args).device_tflops == 312  # as it was given
+
+
+@pytest.mark.parametrize(("processes", "of_a_node"), [(1, 1), (8, 8), (12, 6), (16, 8), (20, 5), (11, 1)])
+def test_nodes_of_a_launch(processes: int, of_a_node: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert gpus_of_a_node(processes) == of_a_node
+    assert Cluster(gpus=processes, gpus_per_node=of_a_node).nodes == processes // of_a_node
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert gpus_of_a_node(12) == 4
+    assert gpus_of_a_node(6) == 6  # a plan for other processes than were started
 
 
 def test_reports_say_the_same_in_words_and_in_data() -> None:

@@ -12,6 +12,7 @@ from hf_equissl.launch import Run, prepare
 from hf_equissl.optimization import parameter_rules
 from hf_equissl.optimizer_table import fold_names, optimizer_rows
 from hf_equissl.planning import checkpoint_bytes, measure, without_weights
+from hf_equissl.planning.step import smallest_batch
 from hf_equissl.planning.storages import StepMemory
 from hf_equissl.pretraining import EquiSSLForPreTraining
 from hf_equissl.recipes import Recipe
@@ -102,6 +103,41 @@ def test_precision_and_checkpointing_save_activations() -> None:
     assert again.activation_bytes < plain.activation_bytes
     assert again.flops > plain.flops  # blocks are computed a second time
     assert half.flops == pytest.approx(plain.flops)
+
+
+def test_recomputed_activations_live_for_one_block() -> None:
+    """The backward pass with checkpointing holds less than without, and no more for more blocks."""
+
+    def backward(blocks: int, again: bool) -> tuple[int, int]:
+        run = plan(activation_checkpointing=again)
+        run.config.encoder_config.num_hidden_layers = blocks
+        cost = run.cost(batch=64)
+        return max(moment.other for moment in cost.moments if moment.phase == "backward"), len(cost.trained_layers)
+
+    plain, few, many = backward(8, again=False), backward(4, again=True), backward(8, again=True)
+    assert (plain[1], few[1], many[1]) == (8, 4, 8)
+    assert many[0] < 0.5 * plain[0]
+    # What grows are the inputs of blocks, two views each.
+    assert many[0] - few[0] == pytest.approx(4 * 4 * 2 * 64 * TOKENS * WIDTH, rel=0.1)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_passes_through_layers_are_counted(again: bool) -> None:
+    assert plan(activation_checkpointing=again).cost().trained_calls == (1,) * BLOCKS
+    recipe = teacher_student()
+    recipe.training["activation_checkpointing"] = again
+    cost = prepare(recipe, None, dry=True).cost()
+    assert (cost.trained_calls, cost.frozen_calls) == ((2,) * BLOCKS, (1,) * BLOCKS)
+    inside = sum(cost.trained_layers) + sum(cost.frozen_layers)
+    assert sum(rows * width for rows, width, _ in cost.root) == cost.parameters - inside
+    assert sum(rows * width for rows, width, learns in cost.root if learns) == cost.trainable - sum(cost.trained_layers)
+
+
+def test_objectives_say_the_smallest_batch() -> None:
+    config = plan().config
+    assert smallest_batch(config, processes=8, most=32) == 1  # VICReg gathers the batches
+    config.invariance["gather"] = False
+    assert [smallest_batch(config, processes=8, most=most) for most in (1, 2, 32)] == [1, 2, 2]
 
 
 LOCAL_CROPS, LOCAL_TOKENS, PROTOTYPES, HIDDEN, BOTTLENECK = 3, 5, 24, 16, 8
@@ -333,8 +369,8 @@ def test_schedule_of_more_processes_than_there_are(rule: str, rate: float, tmp_p
     )
     paper = schedule(args, processes=16, images=1_281_167)
     assert paper.batch == 2048
-    assert (paper.steps_per_epoch, paper.steps, paper.epochs) == (626, 500_800, 800)  # 1251 half batches, rounded up
-    assert paper.warmup_steps == 6260
+    assert (paper.steps_per_epoch, paper.steps, paper.epochs) == (625, 500_000, 800)  # whole batches
+    assert paper.warmup_steps == 6250
     assert paper.learning_rate == pytest.approx(rate)
     stream = schedule(args, processes=16, images=None)
     assert (stream.steps, stream.warmup_steps) == (None, None)

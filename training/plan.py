@@ -71,6 +71,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from hf_equissl.launch import prepare
     from hf_equissl.planning import report
     from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
+    from hf_equissl.planning.step import smallest_batch
 
     names = ("gpus", "gpus_per_node", "memory", "reserve", "link", "network", "host_link")
     cluster = Cluster(**_given(options, *names))
@@ -78,7 +79,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     if options.engine is not None:
         parse_engine(options.engine)
     run = prepare(_recipe(options, rest), None, processes=cluster.gpus, dry=True)
-    planner = Planner(run.cost, run.plan, cluster, speed, fused=is_fused(run.args))
+    smallest = smallest_batch(run.config, cluster.gpus, run.plan.per_device)
+    planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), is_fused(run.args), smallest)
     plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
     if options.json:
         print(json.dumps(report.plan_data(run.recipe.name, planner, plans, _precision(run)), indent=2))
@@ -109,6 +111,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
             fused=is_fused(run.args),
             on_cpu=run.args.device.type == "cpu",
         )
+        if engine.is_deepspeed:
+            import deepspeed  # noqa: F401  its code takes memory too, which is none of the step's
+
         measured = check.measure_phases(lambda: build_training(run), check.PeakMeter(run.args.device))
     if os.environ.get("RANK", "0") == "0":
         words = f"{engine.value}, {world} processes, {cost.batch} images each, {_precision(run)}"
@@ -158,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--reserve", type=float, metavar="GIB", help="left free: context, NCCL, fragmentation (1.5 + 5 %% of memory)")
     add("--utilisation", type=float, metavar="SHARE", help="of a device's peak that a step reaches (0.4)")
-    add("--device_tflops", type=float, metavar="N", help="a device's peak (312, an A100's in bf16)")
+    add("--device_tflops", type=float, metavar="N", help="a device's peak (an A100's: bf16 312, TF32 156, fp32 19.5)")
     add("--link", type=float, metavar="GB/S", help="between devices of a machine (200, NVLink 3 as NCCL uses it)")
     add("--network", type=float, metavar="GB/S", help="of a machine to the others (50, one 400 Gb/s adapter)")
     add("--host_link", type=float, metavar="GB/S", help="between a device and its host (20, PCIe 4.0 x16)")

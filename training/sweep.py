@@ -180,7 +180,8 @@ def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argpars
             _say(f"{name:<{width}}  {_cost_line(recipe)}")
         except RecipeError as error:
             raise RecipeError(f"{name}: {error}") from error
-    _say(f"{len(members)} runs, times {Speed().describe()}; --only NAME shows the whole plan of one")
+    share = f"{100 * Speed().utilisation:g} %"
+    _say(f"{len(members)} runs, times at {share} of an A100's peak; --only NAME shows the whole plan of one")
     return 0
 
 
@@ -188,10 +189,10 @@ def _cost_line(recipe: Any) -> str:
     from hf_equissl.dry_run import Speed
     from hf_equissl.launch import prepare
 
-    run, speed = prepare(recipe, None, dry=True), Speed()
-    plan, cost = run.plan, run.cost()
+    run = prepare(recipe, None, dry=True)
+    plan, cost, speed = run.plan, run.cost(), Speed().of(run.args)
     size = f"{cost.parameters / 1e6:.4g} M parameters, {cost.flops / 1e9:.4g} GFLOP/image"
-    hours = plan.hours(cost.flops, speed.utilisation, speed.device_tflops)
+    hours = plan.hours(cost.flops, speed.utilisation, speed.peak)
     length = "steps unknown" if hours is None else f"{plan.steps} steps, {hours:.3g} h on {plan.processes} devices"
     return f"batch {plan.batch}, learning rate {plan.learning_rate:.4g}, {size}, {length}"
 

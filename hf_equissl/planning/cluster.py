@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..engines import Engine, asked_engine
 from ..run_plan import Schedule
@@ -17,7 +17,9 @@ from .traffic import Traffic, traffic
 GIB = 1024**3
 OFFLOAD = "+offload"
 A100_TFLOPS = 312.0
+A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # of its data sheet, dense
 LARGEST_BATCH = 65536  # that is looked for
+USUAL_NODE = 8  # GPUs
 NEAR = 0.25  # of a batch: so near to a measured one the straight line is trusted
 # What the table compares, from the simplest to the one that needs the least memory.
 COMPARED = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3+offload")
@@ -30,25 +32,39 @@ class Speed:
 
     Attributes:
         utilisation: Share of the peak that a model's own operations reach (model-FLOPs utilisation), in (0, 1].
-        device_tflops: Peak of one device, in 10^12 operations per second; the default is an A100's in bf16.
+        device_tflops: Peak of one device, in 10^12 operations per second; ``None``: an A100's in the run's precision.
 
     Raises:
         RecipeError: for a number out of its range.
     """
 
     utilisation: float = 0.4
-    device_tflops: float = A100_TFLOPS
+    device_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.utilisation <= 1:
             raise RecipeError(f"--utilisation {self.utilisation:g}: expected a share above 0, at most 1.")
-        if not 0 < self.device_tflops < float("inf"):
+        if self.device_tflops is not None and not 0 < self.device_tflops < float("inf"):
             raise RecipeError(f"--device_tflops {self.device_tflops:g}: expected a number above 0.")
+
+    def of(self, args: EquiSSLTrainingArguments) -> Speed:
+        """The same, at an A100's peak in the precision of ``args`` where no other peak was given."""
+        if self.device_tflops is not None:
+            return self
+        return replace(
+            self, device_tflops=A100_PEAKS["bf16" if args.bf16 or args.fp16 else "TF32" if args.tf32 else "fp32"]
+        )
+
+    @property
+    def peak(self) -> float:
+        """10^12 operations per second of one device."""
+        return A100_TFLOPS if self.device_tflops is None else self.device_tflops
 
     def describe(self) -> str:
         """In words."""
-        device = " (A100, bf16)" if self.device_tflops == A100_TFLOPS else ""
-        return f"at {100 * self.utilisation:g} % of {self.device_tflops:g} TFLOP/s per device{device}"
+        precision = next((name for name, peak in A100_PEAKS.items() if peak == self.peak), None)
+        device = f" (A100, {precision})" if precision else ""
+        return f"at {100 * self.utilisation:g} % of {self.peak:g} TFLOP/s per device{device}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class EnginePlan:
         phases: The fullest moment of each phase.
         host: Bytes of the host's memory per device.
         traffic: Per device and optimizer step.
-        largest_batch: That fits; 0 if not even one image does, ``None`` if it was not looked for.
+        largest_batch: That fits; 0 if not even the smallest does, ``None`` if it was not looked for.
         compute: Seconds of arithmetic in an optimizer step.
         exchange: Seconds that the traffic takes if nothing else happens meanwhile.
     """
@@ -182,6 +198,14 @@ def launched_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
     return engine.value + (OFFLOAD if offloads and engine not in (Engine.SINGLE, Engine.DDP) else "")
 
 
+def gpus_of_a_node(processes: int) -> int:
+    """Processes of one machine: as the launcher says, else the most, up to 8, that ``processes`` divides into."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if local and processes % local == 0:
+        return local
+    return next(count for count in range(min(USUAL_NODE, processes), 0, -1) if processes % count == 0)
+
+
 def is_fused(args: EquiSSLTrainingArguments) -> bool:
     """Whether the optimizer updates in one kernel, without temporary tensors."""
     return "fused" in str(getattr(args.optim, "value", args.optim))
@@ -197,6 +221,7 @@ class Planner:
         cluster: Where.
         speed: Of a device.
         fused: Whether the optimizer is a fused one.
+        smallest: Batch per device that the objectives accept.
     """
 
     measure: Callable[[int], Cost]
@@ -204,6 +229,7 @@ class Planner:
     cluster: Cluster
     speed: Speed
     fused: bool = True
+    smallest: int = 1
     _costs: dict[int, Cost] = field(default_factory=dict)
 
     def cost(self, batch: int) -> Cost:
@@ -235,25 +261,27 @@ class Planner:
             host=host_bytes(cost, setup),
             traffic=sent,
             largest_batch=self.largest_batch(setup, exact) if search else None,
-            compute=operations / (self.speed.utilisation * self.speed.device_tflops * 1e12),
+            compute=operations / (self.speed.utilisation * self.speed.peak * 1e12),
             exchange=sent.network / self.cluster.bandwidth() + sent.host / (1e9 * self.cluster.host_link),
         )
 
     def largest_batch(self, setup: Setup, exact: bool) -> int:
-        """The largest batch per device that fits; 0 if not even one image does.
+        """The largest batch per device that fits; 0 if not even the smallest does.
 
         What a step holds is a straight line in the batch, but for a few small squares: a line through the two nearest
         measured batches tells the answer. Where it lies far from both, it is measured too and the line moved; if
         ``exact``, always, until it fits and one image more would not.
         """
-        low, high = 0, LARGEST_BATCH + 1  # fits, does not fit
-        self.cost(max(2, self.schedule.per_device // 2)), self.cost(max(3, self.schedule.per_device))
+        low, high = self.smallest - 1, LARGEST_BATCH + 1  # fits, or is no batch; does not fit
+        second = max(self.smallest + 1, 3, self.schedule.per_device)
+        self.cost(max(self.smallest, 2, self.schedule.per_device // 2)), self.cost(second)
         guess = self.schedule.per_device
         while high - low > 1:
             line = self._line(setup, guess)
             guess = min(max(int(line.at(self.cluster.usable)), low + 1), high - 1)
             if not exact and min(abs(batch - guess) for batch in self._costs) <= NEAR * guess:
-                return max(low, int(self._line(setup, guess).at(self.cluster.usable)))
+                low = max(low, int(self._line(setup, guess).at(self.cluster.usable)))
+                break
             held = peak(self.cost(guess), setup).total
             if held > self.cluster.usable:
                 high = guess
@@ -261,7 +289,7 @@ class Planner:
                 low = guess
                 if held + line.slope > self.cluster.usable:
                     break
-        return low
+        return low if low >= self.smallest else 0
 
     def _line(self, setup: Setup, batch: int) -> _Line:
         """Through the two measured batches that are nearest to ``batch``."""

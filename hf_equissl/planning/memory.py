@@ -9,13 +9,15 @@ of weights, T of them trained:
 | single | P | 2T | T | |
 | DDP | P | 2T | T | T, buckets that stay |
 | FSDP2 | P/N | 2T/N | T/N, those of the root whole until the end | root, two layers, a layer's gradients twice |
-| ZeRO-1 | P + T/N | 2T/N | T | a bucket, while the backward pass runs |
-| ZeRO-2 | P + T/N | 2T/N | T/N | likewise |
+| ZeRO-1, ZeRO-2 | P + T/N | 2T/N | T/N | two buckets and a copy of one, while the backward pass runs |
 | ZeRO-3 | P/N + T/N, small ones whole | 2T/N | T/N, stay | a bucket that stays, gathered layers |
 
-The root is what lies in no wrapped layer: embeddings, final norm, stem, heads, decoders, of the teacher too. ZeRO-1 and
-2 clone the own share of the weights even where they are fp32 already (``single_partition_of_fp32_groups`` in
-DeepSpeed 0.19), and flatten the gradients of the own share once more before the optimizer's step.
+The root is what lies in no wrapped layer: embeddings, final norm, stem, heads, decoders, of the teacher too. Each of
+its parameters is gathered with as many rows as N divides. ZeRO-1 and 2 clone the own share of the weights even where
+they are fp32 already (``single_partition_of_fp32_groups`` in DeepSpeed 0.19), and flatten the gradients of the own
+share once more before the optimizer's step. Their second bucket is filled while the first is on its way
+(``overlap_comm``); ZeRO-3 has one. From one micro-batch to the next, DDP, FSDP2 and ZeRO-1 keep gradients whole (T),
+the others shards.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from ..engines import Engine
 from .step import ADAM_STATES, FP32_BYTES, Cost
 from .storages import Moment
 
-# Of training/accelerate_configs/deepspeed_*.yaml, in elements.
-ZERO_BUCKET = 500_000_000  # reduce_bucket_size
+# Elements: what the package sets, then DeepSpeed's defaults.
+ZERO_BUCKET = 50_000_000  # reduce_bucket_size
 ZERO3_REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
 ZERO3_PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
 
@@ -52,9 +54,15 @@ class Setup:
     fused: bool = True
     on_cpu: bool = False
 
-    def bucket(self, cost: Cost) -> int:
-        """Bytes of DeepSpeed's buffer for gradients on their way."""
-        return FP32_BYTES * (min(ZERO_BUCKET, cost.trainable) if self.on_cpu else ZERO_BUCKET)
+    def buckets(self, gradients: int) -> int:
+        """Bytes of DeepSpeed's buffers for gradients on their way, of which ``gradients`` bytes were filled so far."""
+        size = FP32_BYTES * ZERO_BUCKET * (1 if self.engine is Engine.ZERO3 else 2)
+        return min(size, gradients) if self.on_cpu else size
+
+    def in_flight(self, gradients: int) -> int:
+        """Bytes of the copy in one piece of a bucket of ``gradients`` bytes; gloo makes another."""
+        copies = 2 if self.on_cpu and self.engine is Engine.ZERO3 else 1
+        return copies * min(FP32_BYTES * ZERO_BUCKET, gradients)
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ class Held:
     """Bytes on one device at one moment.
 
     Attributes:
-        phase: Of the step: "teacher", "forward", "backward", "reduction" (the end of FSDP2's backward pass),
-            "optimizer".
+        phase: Of the step: "teacher", "forward", "backward", "reduction" (the end of the backward pass where gradients
+            are sharded), "optimizer".
         weights: Resident ones, or their shards.
         moments: Of AdamW.
         gradients: So far.
@@ -128,22 +136,24 @@ def moments_of_step(cost: Cost, setup: Setup) -> list[Held]:
             )
         )
     if setup.engine is Engine.FSDP2:
-        root = FP32_BYTES * _root(cost, trained=True)
-        gathered = FP32_BYTES * _root(cost) + root  # and copied once more, to be scattered
+        # The root's gradients, copied once more to be scattered; its gathered weights are gone by then.
+        root = FP32_BYTES * root_parameters(cost, setup.processes, trained=True)
         shards = 0 if setup.offload else share
-        held.append(replace(resident, phase="reduction", gradients=root + shards, exchange=gathered))
-    if setup.engine is Engine.ZERO3:
-        # The bucket is copied into one piece to be reduced, and by gloo once more.
-        flat = FP32_BYTES * min(ZERO_BUCKET, cost.trainable) * (2 if setup.on_cpu else 1)
-        held.append(replace(resident, phase="reduction", exchange=resident.exchange + flat))
+        held.append(
+            replace(resident, phase="reduction", gradients=max(resident.gradients, root + shards), exchange=root)
+        )
+    if setup.engine.is_deepspeed:
+        buckets = max(resident.exchange, setup.buckets(trained)) + setup.in_flight(trained)
+        shards = 0 if setup.offload else share
+        gradients = max(resident.gradients, shards)
+        held.append(replace(resident, phase="reduction", gradients=gradients, exchange=buckets))
     if setup.offload:
         return held  # the optimizer's step is the host's
     sharded = setup.engine not in (Engine.SINGLE, Engine.DDP)
     owned = share if sharded else trained
     copied = owned if setup.engine.is_deepspeed else 0
-    kept = max(resident.gradients, owned)  # ZeRO-3's and accumulated ones are there already
     temporary = 0 if setup.fused else owned
-    return [*held, replace(resident, phase="optimizer", gradients=kept + copied, activations=temporary)]
+    return [*held, replace(resident, phase="optimizer", gradients=owned + copied, activations=temporary)]
 
 
 def host_bytes(cost: Cost, setup: Setup) -> int:
@@ -154,8 +164,14 @@ def host_bytes(cost: Cost, setup: Setup) -> int:
     state = (ADAM_STATES + 1) * trained  # moments and gradients
     if setup.engine is Engine.FSDP2:
         return every + state
-    # The optimizer's own weights; ZeRO-3 has the shards of all weights beside them, ZeRO-1 and 2 a buffer as large.
-    return trained + state + (every if setup.engine is Engine.ZERO3 else trained)
+    # The optimizer's own weights, and a buffer of gradients as large; ZeRO-3 has the shards of all weights beside them.
+    return 2 * trained + state + (every if setup.engine is Engine.ZERO3 else 0)
+
+
+def root_parameters(cost: Cost, processes: int = 1, trained: bool = False) -> int:
+    """Elements outside of wrapped layers, all or trained ones, with the rows that FSDP2 adds to share them."""
+    counted = [(rows, width) for rows, width, learns in cost.root if learns or not trained]
+    return sum(-(-rows // processes) * processes * width for rows, width in counted)
 
 
 def _resident(cost: Cost, setup: Setup) -> Held:
@@ -173,11 +189,11 @@ def _resident(cost: Cost, setup: Setup) -> Held:
     moments = 0 if setup.offload else ADAM_STATES * share
     if engine is Engine.FSDP2:
         shards = 0 if setup.offload else weights // processes
-        return replace(held, weights=shards, moments=moments, gradients=share if setup.accumulating else 0)
+        return replace(held, weights=shards, moments=moments, gradients=accumulated)
     if engine is Engine.ZERO3:
         # The optimizer steps on a copy of the trained shards, also where those are fp32 already.
         shards = 0 if setup.offload else (weights + trained) // processes
-        bucket = setup.bucket(cost)
+        bucket = setup.buckets(trained)
         return replace(held, weights=shards, moments=moments, gradients=0 if setup.offload else share, exchange=bucket)
     own = 0 if setup.offload else share
     kept = accumulated if engine is Engine.ZERO1 else (share if setup.accumulating else 0)
@@ -193,15 +209,16 @@ def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
     if engine in (Engine.SINGLE, Engine.DDP):
         return (0 if setup.accumulating else gradients), 0  # accumulated ones are resident
     if engine is Engine.FSDP2:
-        gathered = FP32_BYTES * _root(cost) + 2 * largest  # the one that runs, and the one that is fetched meanwhile
+        # The layer that runs, and the one that is fetched meanwhile.
+        gathered = FP32_BYTES * root_parameters(cost, setup.processes) + 2 * largest
         scattered = 0 if setup.offload or setup.accumulating else moment.layer_gradients // setup.processes
         return moment.root_gradients + scattered, gathered + (2 * largest if backward else 0)
-    bucket = setup.bucket(cost) if backward else 0
-    if engine is Engine.ZERO1:
-        return (0 if setup.accumulating else gradients), bucket
-    if engine is Engine.ZERO2:
-        return (0 if setup.offload or setup.accumulating else gradients // setup.processes), bucket
-    live = _live_weights(moment.phase, cost)
+    # Full buckets are sent meanwhile; the last ones when the pass is over.
+    flat = setup.in_flight(gradients) if gradients >= FP32_BYTES * ZERO_BUCKET else 0
+    if engine is not Engine.ZERO3:
+        shards = 0 if setup.offload or setup.accumulating else gradients // setup.processes
+        return shards, (setup.buckets(gradients) + flat if backward else 0)
+    live = _live_weights(moment.phase, cost) + flat
     if moment.phase == "forward":  # fetched weights lie in one piece first, which goes when all of it was used
         live += min(trained, FP32_BYTES * ZERO3_PREFETCH)
     return 0, live
@@ -217,10 +234,3 @@ def _live_weights(phase: str, cost: Cost) -> int:
     # A layer is used again after those behind it ran forward and backward.
     reused = FP32_BYTES * (ZERO3_REUSE_DISTANCE // 2)
     return min(trained, reused + FP32_BYTES * max(cost.trained_layers, default=0) + fetched)
-
-
-def _root(cost: Cost, trained: bool = False) -> int:
-    """Parameters outside of wrapped layers: all, or those that are trained."""
-    if trained:
-        return cost.trainable - sum(cost.trained_layers)
-    return cost.parameters - sum(cost.trained_layers) - sum(cost.frozen_layers)

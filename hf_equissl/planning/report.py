@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..run_plan import Schedule
@@ -24,7 +25,7 @@ PHASES = {
     "teacher": "teacher's forward pass",
     "forward": "forward pass",
     "backward": "backward pass",
-    "reduction": "end of the backward pass: the root's gradients",
+    "reduction": "end of the backward pass: the last gradients are reduced",
     "optimizer": "optimizer's step",
 }
 
@@ -65,7 +66,7 @@ def traffic_lines(plan: EnginePlan, cluster: Cluster) -> list[str]:
         f"a step         {plan.compute:.3g} s of arithmetic, {plan.exchange:.3g} s of exchange: {overlapped:.3g} s if "
         f"they overlap, {apart:.3g} s if not; {plan.bound} bounds it"
     )
-    return lines
+    return [*lines, *_host_lines([plan])]
 
 
 def engine_table(plans: list[EnginePlan], schedule: Schedule, cluster: Cluster) -> list[str]:
@@ -118,19 +119,40 @@ def advice(plans: list[EnginePlan], planner: Planner, recipe_batch: int) -> list
     lines.append(f"batch          {schedule.batch} images per step, learning rate {schedule.learning_rate:.4g}")
     devices = cluster.gpus
     if schedule.batch != recipe_batch:
-        largest_batch = best.largest_batch or schedule.per_device
-        text = f"the recipe's batch of {recipe_batch}"
+        text = f"               the recipe's batch of {recipe_batch}"
         if recipe_batch % devices:
-            lines.append(f"               {text} does not divide into {devices} devices")
-        else:
-            share = recipe_batch // devices
-            steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest_batch)
-            words = f"--training.per_device_train_batch_size {share // steps}"
-            words += f" --training.gradient_accumulation_steps {steps}" if steps > 1 else ""
-            lines.append(f"               {text}: {words}")
-            if steps > 1:
-                lines.append("               losses over the batch see one micro-batch at a time then")
+            return [*lines, f"{text} does not divide into {devices} devices"]
+        share = recipe_batch // devices
+        if share < planner.smallest:
+            needed = f"the objectives need {planner.smallest}"
+            return [*lines, f"{text} leaves {share} for each of {devices} devices: {needed}"]
+        steps = accumulation_steps(share, best, planner)
+        if steps is None:
+            return [*lines, f"{text} does not fit under {best.name}, with gradient accumulation neither"]
+        words = f"--training.per_device_train_batch_size {share // steps}"
+        words += f" --training.gradient_accumulation_steps {steps}" if steps > 1 else ""
+        lines.append(f"{text}: {words}")
+        if steps > 1:
+            lines.append("               losses over the batch see one micro-batch at a time then")
     return lines
+
+
+def accumulation_steps(share: int, plan: EnginePlan, planner: Planner) -> int | None:
+    """The fewest micro-batches in which an engine processes ``share`` images per device; ``None`` if none fit.
+
+    Gradients that stay from one micro-batch to the next take memory: with accumulation the largest batch is another.
+    """
+
+    def largest(accumulating: bool) -> int:
+        if accumulating == plan.setup.accumulating and plan.largest_batch is not None:
+            return plan.largest_batch
+        return planner.largest_batch(replace(plan.setup, accumulating=accumulating), exact=False)
+
+    if share <= largest(accumulating=False):
+        return 1
+    most = largest(accumulating=True)
+    fitting = (n for n in range(2, share + 1) if share % n == 0 and planner.smallest <= share // n <= most)
+    return next(fitting, None)
 
 
 def as_data(plan: EnginePlan, schedule: Schedule, cluster: Cluster) -> dict[str, Any]:
@@ -187,7 +209,7 @@ def plan_lines(recipe: str, planner: Planner, plans: list[EnginePlan], precision
         sections["Sent by one device in a step"] = traffic_lines(plan, cluster)
         sections["Time (estimate)"] = _time_lines(plan, planner)
     else:
-        sections["Engines"] = [*engine_table(plans, schedule, cluster), *_assumptions(planner)]
+        sections["Engines"] = [*engine_table(plans, schedule, cluster), *_assumptions(planner), *_host_lines(plans)]
         sections["Advice"] = advice(plans, planner, recipe_batch)
     text = [[title, *(f"  {line}" for line in lines)] for title, lines in sections.items()]
     return [line for section in text for line in (*section, "")][:-1]
@@ -238,6 +260,13 @@ def _assumptions(planner: Planner) -> list[str]:
         f"images/s {planner.speed.describe()} and {between}: exchange after the arithmetic, to exchange meanwhile",
         "others: --utilisation, --device_tflops, --link, --network",
     ]
+
+
+def _host_lines(plans: list[EnginePlan]) -> list[str]:
+    """What the times of engines that offload leave out."""
+    if not any(plan.setup.offload for plan in plans):
+        return []
+    return ["with +offload the optimizer's step is the host's, and not counted: fewer images/s than shown"]
 
 
 def _time_lines(plan: EnginePlan, planner: Planner) -> list[str]:

@@ -6,6 +6,7 @@ code that trains, and a large model at a large batch takes seconds on any machin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -62,6 +63,8 @@ class Cost:
         batch: Images on the device.
         parts: Parameters and FLOPs by part; the FLOPs that belong to no module are in the part "loss".
         trained_layers, frozen_layers: Parameters of each layer that engines wrap by itself, of student and teacher.
+        trained_calls, frozen_calls: Forward passes through each of them: crops of two sizes take two.
+        root: Of each parameter in no such layer: rows, numbers in a row, whether it is trained.
         buffers: Elements in buffers.
         activation_bytes: Distinct storages that the forward pass keeps for the backward pass.
         moments: What is held beside weights, optimizer state and views, in the order of the step.
@@ -74,6 +77,9 @@ class Cost:
     parts: tuple[Part, ...]
     trained_layers: tuple[int, ...]
     frozen_layers: tuple[int, ...]
+    trained_calls: tuple[int, ...]
+    frozen_calls: tuple[int, ...]
+    root: tuple[tuple[int, int, bool], ...]
     buffers: int
     activation_bytes: int
     moments: tuple[Moment, ...]
@@ -133,6 +139,18 @@ def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
     return FP32_BYTES * (weights + ADAM_STATES * trainable)
 
 
+def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) -> int:
+    """The fewest images per device that the objectives accept on so many processes; ``most`` if none fewer."""
+    _, model = without_weights(config)
+    for images in range(1, most):
+        try:
+            model.check_batch(images, processes)
+        except ValueError:
+            continue
+        return images
+    return most
+
+
 def measure(
     config: EquiSSLPreTrainingConfig,
     views: Views,
@@ -159,18 +177,24 @@ def measure(
     size = batch or args.per_device_train_batch_size
     blocks = EquiSSLForPreTraining._no_split_modules
     layers = [module for module in model.modules() if type(module).__name__ in blocks]
+    trained = [layer for layer in layers if next(layer.parameters()).requires_grad]
+    frozen = [layer for layer in layers if not next(layer.parameters()).requires_grad]
     wrapped = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    calls: Counter[nn.Module] = Counter()
+    counting = [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in layers]
     live = StepMemory(model.parameters(), lambda parameter: id(parameter) in wrapped)
     live.watch_gradients(model)
     if model.teacher is not None:
         model.teacher.register_forward_pre_hook(lambda *_: live.begin("teacher"))
         model.teacher.register_forward_hook(lambda *_: live.begin("forward"))
-    forward, backward, exchanged = flop_counter(), flop_counter(), Exchanged()
+    forward, backward, exchanged = flop_counter(), flop_counter(by_module=False), Exchanged()
     with as_one_of(processes), mode:
         fake = batch_of(views, size)
         kept = KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
         with forward, live, exchanged, kept, _autocast(args):
             output = model(views=fake)
+        for handle in counting:  # computing a layer again in the backward pass is no further use of its weights
+            handle.remove()
         live.begin("backward")
         with backward, live, exchanged:
             output.loss.backward()
@@ -179,8 +203,11 @@ def measure(
     return Cost(
         batch=size,
         parts=_parts(model, config, {name: value / size for name, value in flops.items()}),
-        trained_layers=_sizes(layers, trained=True),
-        frozen_layers=_sizes(layers, trained=False),
+        trained_layers=_sizes(trained),
+        frozen_layers=_sizes(frozen),
+        trained_calls=tuple(calls[layer] for layer in trained),
+        frozen_calls=tuple(calls[layer] for layer in frozen),
+        root=tuple(_rows(parameter) for parameter in model.parameters() if id(parameter) not in wrapped),
         buffers=sum(buffer.numel() for buffer in model.buffers()),
         activation_bytes=kept.total,
         moments=tuple(live.moments),
@@ -201,10 +228,15 @@ def batch_of(views: Views, size: int) -> Views:
     return _map_tensors(views, empty)
 
 
-def _sizes(layers: list[nn.Module], trained: bool) -> tuple[int, ...]:
-    """Parameters of each layer that is trained, or frozen."""
-    kinds = [layer for layer in layers if next(layer.parameters()).requires_grad == trained]
-    return tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in kinds)
+def _sizes(layers: list[nn.Module]) -> tuple[int, ...]:
+    """Parameters of each layer."""
+    return tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+
+
+def _rows(parameter: nn.Parameter) -> tuple[int, int, bool]:
+    """Rows, numbers in a row, whether it is trained."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return rows, parameter.numel() // rows, parameter.requires_grad
 
 
 def _followers(model: EquiSSLForPreTraining) -> list[str]:

@@ -4,21 +4,28 @@ scatter sends (N - 1)/N x, a reduction to all twice that. With P bytes of weight
 | engine | forward | backward | after the step |
 |---|---|---|---|
 | DDP | | 2 T | |
-| FSDP2 | P, the teacher's too | T gathered again, T reduced and scattered | |
+| FSDP2 | root; each layer once per pass through it | student's layers once per pass; T reduced and scattered | |
 | ZeRO-1, ZeRO-2 | | 2 T: buckets are reduced to all | T, the new weights |
 | ZeRO-3 | P | T gathered again beyond the reuse distance, T scattered | |
 
-Under ZeRO-1 and 2 DeepSpeed 0.19 reduces each bucket to all processes (``use_multi_rank_bucket_allreduce``) although
-one needs it. Where gradients are accumulated, DDP and FSDP2 reduce once in a step, and weights are gathered for each
-micro-batch. What objectives exchange (gathered batches, centers) is counted as it happens. Left out: scalars.
+Global and local crops pass the student one after the other: two passes. FSDP2's root stays gathered from the forward
+to the backward pass: accelerate leaves its ``reshard_after_forward`` to PyTorch. ZeRO-3 gathers a layer for the second
+pass where the student is larger than the reuse distance. Under ZeRO-1 and 2 DeepSpeed 0.19 reduces each bucket to all
+processes (``use_multi_rank_bucket_allreduce``) although one needs it.
+
+Where gradients are accumulated, DDP, FSDP2 and ZeRO-1 reduce in the last micro-batch, and weights are gathered for
+each. FSDP2 then reduces a layer of two passes twice: what was accumulated, when the backward pass first leaves the
+layer, and then the last micro-batch's gradients. What objectives exchange (gathered batches, centers) is counted as it
+happens. Left out: scalars.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engines import Engine
-from .memory import ZERO3_REUSE_DISTANCE, Setup
+from .memory import ZERO3_REUSE_DISTANCE, Setup, root_parameters
 from .step import FP32_BYTES, Cost
 
 
@@ -52,15 +59,31 @@ def traffic(cost: Cost, setup: Setup, accumulation: int = 1) -> Traffic:
     if engine is Engine.DDP:
         gradients = 2 * trained
     elif engine is Engine.FSDP2:
-        weights, gradients = (every + trained) * accumulation, trained
+        weights, gradients = (FP32_BYTES * count for count in _fsdp2(cost, processes, accumulation))
     elif engine is Engine.ZERO3:
         again = max(0, trained - FP32_BYTES * (ZERO3_REUSE_DISTANCE // 2))
+        if (layers := sum(cost.trained_layers)) > ZERO3_REUSE_DISTANCE:  # gone before the next pass comes to them
+            again += 2 * FP32_BYTES * (_passed(cost.trained_layers, cost.trained_calls) - layers)
         weights, gradients = (every + again) * accumulation, trained * accumulation
     elif engine is not Engine.SINGLE:
         weights, gradients = trained, 2 * trained * (accumulation if engine is Engine.ZERO2 else 1)
     share = 1 - 1 / processes
     host = 0
     if setup.offload:
-        gathered = (every + trained) * accumulation if engine.shards_weights else trained
-        host = (gathered + trained) // processes  # weights up, gradients down
+        # Weights up, gradients down. ZeRO-3 puts each micro-batch's gradients there, takes their sum back, and puts it
+        # into the optimizer's buffer.
+        down = trained * (2 * accumulation + 1) if engine is Engine.ZERO3 else trained
+        host = (weights + (gradients if engine is Engine.FSDP2 else down)) // processes
     return Traffic(int(share * weights), int(share * gradients), cost.exchanged_bytes * accumulation, host)
+
+
+def _fsdp2(cost: Cost, processes: int, accumulation: int) -> tuple[int, int]:
+    """Elements gathered and elements reduced in a step."""
+    passed = _passed(cost.frozen_layers, cost.frozen_calls) + 2 * _passed(cost.trained_layers, cost.trained_calls)
+    times = [min(calls, 2) if accumulation > 1 else 1 for calls in cost.trained_calls]
+    reduced = root_parameters(cost, processes, trained=True) + _passed(cost.trained_layers, times)
+    return accumulation * (root_parameters(cost, processes) + passed), reduced
+
+
+def _passed(layers: Sequence[int], times: Sequence[int]) -> int:
+    return sum(size * count for size, count in zip(layers, times, strict=True))
