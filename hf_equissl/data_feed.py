@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .data import ImageViewDataset, StreamingViewDataset
 from .signals import guard_workers
 from .throughput import Throughput
+from .training_arguments import EquiSSLTrainingArguments
 
 if TYPE_CHECKING:
     from .checkpoints import WholeCheckpoints as _Trainer
@@ -28,6 +29,7 @@ class DataFeed(_Trainer):
     - how long training waits for its data is measured (``throughput``).
     """
 
+    args: EquiSSLTrainingArguments
     throughput: Throughput
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -18,6 +18,7 @@ from transformers.utils.hub import PushInProgress
 
 from .callbacks import EquiSSLProgressCallback, ScheduleCallback
 from .checkpoints import ARGUMENTS_FILE, checkpoint_step
+from .checkpoints.portable import PortableStates
 from .compilation import compile_layers
 from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from .data_feed import DataFeed
@@ -25,7 +26,6 @@ from .distributed import gather_objects, leave_to_main
 from .engines import Engine, asked_engine, check_same, fp32_sharding, granted_engine, running_engine
 from .loss_history import LossHistory
 from .optimization import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
-from .portable_states import PortableStates
 from .pretraining import EquiSSLForPreTraining
 from .run_record import RunRecordCallback, new_record
 from .schedules import TrainingProgress, last_layer_is_held

@@ -122,7 +122,7 @@ class EquiSSLTrainingArguments(TrainingArguments):
         elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
             self.tf32 = True
         super().__post_init__()
-        if torch.backends.fp32_precision == "tf32":
+        if cast(Any, torch.backends).fp32_precision == "tf32":
             # The same said in PyTorch's older words: parts of torch.compile still ask for them, and refuse a mixture.
             torch.set_float32_matmul_precision("high")
         if self.deepspeed_plugin is not None:

@@ -27,13 +27,13 @@ from hf_equissl.checkpoints import (
     newest_checkpoint,
     read_checkpoint_weights,
 )
+from hf_equissl.checkpoints.sharded_files import read_whole, write_shards
 from hf_equissl.engines import Engine
 from hf_equissl.files import readable_size
 from hf_equissl.hub.pretraining_state import load_pretraining_state
-from hf_equissl.output_folder import check_shared_folder
+from hf_equissl.launching.output_folder import check_shared_folder
+from hf_equissl.launching.resuming import Launch, describe_resume, find_checkpoint
 from hf_equissl.recipes import Recipe
-from hf_equissl.resuming import Launch, describe_resume, find_checkpoint
-from hf_equissl.sharded_files import read_whole, write_shards
 from hf_equissl.strict import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_equissl.dry_run import dry_run_report
-from hf_equissl.initialisation import InitialWeights, load_initial_weights, settle
-from hf_equissl.launch import prepare
+from hf_equissl.launching.dry_run import dry_run_report
+from hf_equissl.launching.initialisation import InitialWeights, load_initial_weights, settle
+from hf_equissl.launching.launch import prepare
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.recipes import Recipe

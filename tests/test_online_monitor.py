@@ -20,7 +20,7 @@ from hf_equissl import online_monitor
 from hf_equissl.data import ImageViewDataset, load_images
 from hf_equissl.evaluation import FrozenEncoder, ImageSet
 from hf_equissl.evaluation.images import base_image
-from hf_equissl.launch import prepare, pretrain
+from hf_equissl.launching.launch import prepare, pretrain
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.monitors import effective_rank, feature_std
 from hf_equissl.online_monitor import MonitorSettings, OnlineMonitor, load_monitor_images, load_records

@@ -11,14 +11,20 @@ import pytest
 
 from hf_equissl.checkpoints import Manifest
 from hf_equissl.engines import Engine
-from hf_equissl.output_folder import check_shared_folder, checkpoints_lying, disk_need, leave_folder, take_folder
+from hf_equissl.launching.output_folder import (
+    check_shared_folder,
+    checkpoints_lying,
+    disk_need,
+    leave_folder,
+    take_folder,
+)
 from hf_equissl.run_plan import schedule
 from hf_equissl.strict import RecipeError
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 
 HOLDER = """
 import os, sys, time
-from hf_equissl.output_folder import take_folder
+from hf_equissl.launching.output_folder import take_folder
 take_folder(sys.argv[1])
 if sys.argv[2] == "fork" and os.fork() == 0:
     time.sleep(60)  # a loader's worker that outlives its run for a while

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_equissl.launch import Run, prepare
+from hf_equissl.launching.launch import Run, prepare
 from hf_equissl.optimization import parameter_rules
 from hf_equissl.optimizer_table import fold_names, optimizer_rows
 from hf_equissl.planning import checkpoint_bytes, measure, without_weights

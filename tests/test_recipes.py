@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_equissl.launch import prepare
+from hf_equissl.launching.launch import prepare
 from hf_equissl.overrides import apply_overrides, parse_overrides
 from hf_equissl.recipes import Recipe
 from hf_equissl.run_plan import schedule

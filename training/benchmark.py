@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for, printed as it comes."""
-    from hf_equissl import benchmark
+    from hf_equissl.benchmarking import overhead as benchmark
     from hf_equissl.data import ImageViewDataset
     from hf_equissl.timing import choose_device, environment
 
@@ -116,7 +116,7 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
-    from hf_equissl.benchmark import BASE, EQUIVARIANCE_BACKWARD, FULL, PARTS
+    from hf_equissl.benchmarking.overhead import BASE, EQUIVARIANCE_BACKWARD, FULL, PARTS
 
     base, full = timing["sides"][BASE], timing["sides"][FULL]
     rows = [("step, median", "wall"), ("step, fastest", "wall_min"), ("step, processor time", "cpu")]
@@ -146,7 +146,7 @@ def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
 
 
 def _paper_line(method: str) -> str:
-    from hf_equissl.benchmark import PAPER_OVERHEADS
+    from hf_equissl.benchmarking.overhead import PAPER_OVERHEADS
 
     if method not in PAPER_OVERHEADS:
         return f"  the paper states no overhead for {method}"

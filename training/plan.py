@@ -14,7 +14,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 if TYPE_CHECKING:
-    from hf_equissl.launch import Run
+    from hf_equissl.launching.launch import Run
 
 DESCRIPTION = """\
 Memory, traffic and time of a step on each device of a cluster, by formula, for one engine or for all; and the largest
@@ -68,7 +68,7 @@ def _recipe(options: argparse.Namespace, rest: list[str], **more: Any) -> Any:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
-    from hf_equissl.launch import prepare
+    from hf_equissl.launching.launch import prepare
     from hf_equissl.planning import report
     from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
     from hf_equissl.planning.step import smallest_batch
@@ -90,7 +90,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
-    from hf_equissl.launch import build_training, prepare
+    from hf_equissl.launching.launch import build_training, prepare
     from hf_equissl.planning import check, report
     from hf_equissl.planning.cluster import is_fused, launched_engine, parse_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase

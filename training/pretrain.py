@@ -38,7 +38,7 @@ examples:
 OVERRIDES = """\
 every value of a recipe can be set on the command line, as --section.key VALUE (VALUE is read as YAML):
   --model.*        preset, and the fields of EquiSSLConfig: --model.image_size 96; beside --init_from also
-                   --model.init_revision, --model.init_subfolder: see hf_equissl/initialisation.py
+                   --model.init_revision, --model.init_subfolder: see hf_equissl/launching/initialisation.py
   --objectives.*   --objectives.equivariance.0.weight 0.5, --objectives.equivariance '[]'
   --views.*        --views.transformation.name translation, --views.pipeline.crop_scale '[0.35, 1]'
   --data.*         source, split, column, streaming, max_bad_share ...: --data.column photo
@@ -117,7 +117,7 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
 
 
 def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, signals: Any) -> int:
-    from hf_equissl.faults import AGREED, STOPS
+    from hf_equissl.faults.stops import AGREED, STOPS
     from hf_equissl.recipes import Recipe
 
     recipe = Recipe.load(path, overrides, search=[RECIPES])
@@ -132,8 +132,8 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, sig
 
 
 def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
-    from hf_equissl.faults import explained, together
-    from hf_equissl.launch import prepare, pretrain
+    from hf_equissl.faults.stops import explained, together
+    from hf_equissl.launching.launch import prepare, pretrain
 
     with explained(options.output_dir):
         run = together(lambda: prepare(recipe, options.output_dir, options.resume))
@@ -144,8 +144,8 @@ def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
 
 
 def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
-    from hf_equissl.dry_run import PICTURE, Speed, dry_run_report, save_picture
-    from hf_equissl.launch import prepare
+    from hf_equissl.launching.dry_run import PICTURE, Speed, dry_run_report, save_picture
+    from hf_equissl.launching.launch import prepare
 
     given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
     speed = Speed(**{name: value for name, value in given.items() if value is not None})

@@ -83,11 +83,11 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
 
 def _read(options: argparse.Namespace, rest: list[str], task: Any, known_options: list[str]) -> tuple[Any, Any]:
     """The recipe as it is measured, and the steps."""
-    from hf_equissl.benchmark import check_random_weights
+    from hf_equissl.benchmarking.overhead import check_random_weights
+    from hf_equissl.benchmarking.scaling import settings
+    from hf_equissl.benchmarking.step_clock import Steps
     from hf_equissl.overrides import parse_overrides
     from hf_equissl.recipes import Recipe
-    from hf_equissl.scaling import settings
-    from hf_equissl.step_clock import Steps
     from hf_equissl.strict import RecipeError
     from hf_equissl.training.pretrain import RECIPES, _find_recipe
 
@@ -130,7 +130,7 @@ def _measure(
     recipe: Any, steps: Any, options: argparse.Namespace, script: Path, words: Sequence[str]
 ) -> dict[str, Any]:
     """All that was asked for, printed as it comes."""
-    from hf_equissl import scaling
+    from hf_equissl.benchmarking import scaling
     from hf_equissl.engines import Engine
     from hf_equissl.timing import choose_device, environment
     from hf_equissl.training.side_by_side import ENVIRONMENT

@@ -105,7 +105,7 @@ def _run_all(
     options: argparse.Namespace,
 ) -> int:
     """One run after another; a run that fails does not stop the next ones, one that was asked to stop does."""
-    from hf_equissl.resuming import is_finished
+    from hf_equissl.launching.resuming import is_finished
     from hf_equissl.signals import EXIT_PREEMPTED, MARKER_FILE
 
     failed: list[str] = []
@@ -163,7 +163,7 @@ def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
 
 def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
     """A line for each run; of a single one all that pretrain.py says."""
-    from hf_equissl.dry_run import Speed
+    from hf_equissl.launching.dry_run import Speed
     from hf_equissl.strict import RecipeError
     from hf_equissl.training import pretrain
 
@@ -186,8 +186,8 @@ def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argpars
 
 
 def _cost_line(recipe: Any) -> str:
-    from hf_equissl.dry_run import Speed
-    from hf_equissl.launch import prepare
+    from hf_equissl.launching.dry_run import Speed
+    from hf_equissl.launching.launch import prepare
 
     run = prepare(recipe, None, dry=True)
     plan, cost, speed = run.plan, run.cost(), Speed().of(run.args)

@@ -8,11 +8,9 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hf_equissl.files import write_text
+from hf_equissl.files import readable_size, write_text
 from hf_equissl.hub.privacy import is_hub_id, public_command, public_source
 from hf_equissl.strict import dump_yaml
-
-from .work import human_size
 
 CARD = "README.md"
 # Left-out images that the card names.
@@ -88,7 +86,7 @@ def _text(record: Mapping[str, Any], splits: Mapping[str, Any], name: str) -> li
         "|---|---|---|---|---|",
         *(
             f"| {key} | {public_source(split['data'])} ({split['selection']['split']}) | {split['rows']:,} | "
-            f"{len(split['skipped'])} | {human_size(split['bytes'])} in {split['selection']['shards']} shards |"
+            f"{len(split['skipped'])} | {readable_size(split['bytes'])} in {split['selection']['shards']} shards |"
             for key, split in splits.items()
         ),
         *_left_out(splits),

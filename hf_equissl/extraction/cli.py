@@ -13,6 +13,7 @@ from typing import Any
 from hf_equissl.data import ImageDecodeError, ImageSourceError
 from hf_equissl.evaluation.encoders import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
 from hf_equissl.evaluation.runner import check_output_dir
+from hf_equissl.files import readable_size
 from hf_equissl.hub.privacy import is_hub_id
 from hf_equissl.hub.push import account
 from hf_equissl.redaction import without_secrets
@@ -26,7 +27,7 @@ from .record import begin, check_same, finish
 from .run import extract, summarise
 from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionSettings
 from .shards import remove_leftovers
-from .work import Extraction, human_size, prepare
+from .work import Extraction, prepare
 
 _DESCRIPTION = """\
 Write the features of a large set of images by a frozen encoder to shards of a data set: any encoder that AutoModel
@@ -234,7 +235,7 @@ def _report(work: Extraction, record: dict[str, Any], run: dict[str, Any] | None
     left_out = f", {len(split['skipped'])} left out" if split["skipped"] else ""
     lines = [
         f"{work.settings.output_dir}: {split['rows']:,} images{left_out}, {len(work.shards)} shards, "
-        f"{human_size(split['bytes'])}"
+        f"{readable_size(split['bytes'])}"
     ]
     if run is None:
         return f"{lines[0]}; nothing was left to do"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_equissl.data import ImageDecodeError, ImageSource, decode_image, load_images
 from hf_equissl.evaluation.encoders import FrozenEncoder
+from hf_equissl.files import readable_size
 
 from .errors import ExtractionError
 from .pipeline import begin
@@ -113,9 +114,9 @@ class Extraction:
         free = shutil.disk_usage(_existing(self.folder)).free
         if needed is not None and needed > free:
             raise ExtractionError(
-                f"{self.settings.output_dir}: {len(remaining)} shards take {human_size(needed)}, and "
-                f"{human_size(free)} are free. Make room, name another --output_dir, or store less (--dtype float16, "
-                "fewer --features)."
+                f"{self.settings.output_dir}: {len(remaining)} shards take {readable_size(needed)}, and "
+                f"{readable_size(free)} are free. Make room, name another --output_dir, or store less "
+                "(--dtype float16, fewer --features)."
             )
 
     def bytes_of(self, shards: list[Shard]) -> int | None:
@@ -168,12 +169,12 @@ class Extraction:
             "encoder": f"{self.encoder.name} ({self.encoding['encoder_class']}, {self.encoding['encoder_digest']}), "
             f"{self.preprocessing.size} px, {settings.precision} on {self.encoder.device}",
             "images": f"{images} of {self.source.name}, {labels}",
-            "features": f"{features}; {settings.dtype}, {human_size(self.row_bytes)} per image",
+            "features": f"{features}; {settings.dtype}, {readable_size(self.row_bytes)} per image",
             "shards": f"{len(self.shards)}, {of}, {settings.file_format}"
-            + (f", {human_size(size)} in all" if size is not None else ""),
+            + (f", {readable_size(size)} in all" if size is not None else ""),
             "to do": f"{len(remaining)} shards for {processes} processes x {workers} workers"
-            + (f", {human_size(self.bytes_of(remaining) or 0)}" if size is not None else "")
-            + f"; {human_size(shutil.disk_usage(_existing(self.folder)).free)} are free in {settings.output_dir}",
+            + (f", {readable_size(self.bytes_of(remaining) or 0)}" if size is not None else "")
+            + f"; {readable_size(shutil.disk_usage(_existing(self.folder)).free)} are free in {settings.output_dir}",
         }
         if remaining and (idle := self._idle(processes, max(1, workers))):
             lines["warning"] = idle
@@ -320,12 +321,3 @@ def _existing(path: Path) -> Path:
 
 def _dimensions(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def human_size(count: float) -> str:
-    """Bytes for people: 1536 -> "1.5 kB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

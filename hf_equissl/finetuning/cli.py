@@ -179,7 +179,7 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from hf_equissl.faults import AGREED, STOPS, explained, together
+    from hf_equissl.faults.stops import AGREED, STOPS, explained, together
 
     from .publish import publish as publish_run
     from .report import comparison_table

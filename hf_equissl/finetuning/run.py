@@ -17,13 +17,13 @@ from hf_equissl.distributed import gather_objects
 from hf_equissl.engines import Engine, asked_engine
 from hf_equissl.evaluation.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import ResultRecord, save_records
-from hf_equissl.faults import explained
+from hf_equissl.faults.preemption import PreemptionCallback
+from hf_equissl.faults.stops import explained
 from hf_equissl.files import move_into_place, write_text
 from hf_equissl.hub.export import image_processor
 from hf_equissl.hub.privacy import public_source
+from hf_equissl.launching.output_folder import check_shared_folder, leave_folder, trained_steps
 from hf_equissl.needs import Needs
-from hf_equissl.output_folder import check_shared_folder, leave_folder, trained_steps
-from hf_equissl.preemption import PreemptionCallback
 from hf_equissl.run_plan import schedule
 from hf_equissl.run_record import RunRecordCallback, new_record
 from hf_equissl.signals import Signals, remove_marker

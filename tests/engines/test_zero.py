@@ -171,7 +171,7 @@ def test_without_deepspeed(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["deepspeed"] = None
-import hf_equissl.launch, hf_equissl.zero
+import hf_equissl.launching.launch, hf_equissl.zero
 from hf_equissl.training_arguments import EquiSSLTrainingArguments
 import os
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

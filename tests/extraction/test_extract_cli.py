@@ -97,7 +97,7 @@ def test_the_plan_is_printed_and_nothing_written(
     extract(tmp_path / "out", "--features", "cls", "patch_tokens", "--dry_run")
     plan = capsys.readouterr().out
     assert "41 images" in plan
-    assert "cls 16, patch_tokens 16 x 16; float32, 1.09 kB per image" in plan
+    assert "cls 16, patch_tokens 16 x 16; float32, 1.1 KiB per image" in plan
     assert "4, of 12 images, parquet" in plan
     assert not (tmp_path / "out").exists()
 
@@ -108,7 +108,7 @@ def test_too_small_a_disk_is_noticed_first(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(work.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     extract(tmp_path / "out", code=2)
-    assert "4 shards take 7.95 kB, and 1 kB are free" in capsys.readouterr().err
+    assert "4 shards take 7.8 KiB, and 1000 bytes are free" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

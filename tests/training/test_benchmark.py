@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_equissl.benchmark import (
+from hf_equissl.benchmarking.overhead import (
     BASE,
     EQUIVARIANCE,
     EQUIVARIANCE_BACKWARD,

@@ -11,10 +11,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model, TrainerCallback
 
-from hf_equissl import launch
 from hf_equissl.evaluation.encoders import read_image_settings
+from hf_equissl.launching import launch
+from hf_equissl.launching.resuming import is_finished
 from hf_equissl.recipes import Recipe
-from hf_equissl.resuming import is_finished
 from hf_equissl.trainer import EquiSSLTrainer
 from hf_equissl.training import pretrain
 

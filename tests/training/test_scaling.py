@@ -12,10 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.distributed import TCPStore
 
+from hf_equissl.benchmarking.scaling import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
+from hf_equissl.benchmarking.step_clock import STEP, TASK, Steps, Task, collective_share, measure
 from hf_equissl.engines import Engine
 from hf_equissl.recipes import Recipe
-from hf_equissl.scaling import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
-from hf_equissl.step_clock import STEP, TASK, Steps, Task, collective_share, measure
 from hf_equissl.strict import RecipeError
 from hf_equissl.training import scaling
 from hf_equissl.training.side_by_side import ENVIRONMENT

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .optimization import is_last_layer
-from .pretraining import EquiSSLForPreTraining
-from .run_plan import Schedule
-from .schedules import TrainingProgress, last_layer_is_held
-from .strict import RecipeError
-from .training_arguments import EquiSSLTrainingArguments
+from ..optimization import is_last_layer
+from ..pretraining import EquiSSLForPreTraining
+from ..run_plan import Schedule
+from ..schedules import TrainingProgress, last_layer_is_held
+from ..strict import RecipeError
+from ..training_arguments import EquiSSLTrainingArguments
 
 
 def check_length(args: EquiSSLTrainingArguments) -> None:

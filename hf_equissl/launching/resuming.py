@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import ENCODER_FOLDER, IncompleteCheckpointError, Manifest, newest_checkpoint
-from .engines import Engine, asked_engine
+from ..checkpoints import ENCODER_FOLDER, IncompleteCheckpointError, Manifest, checkpoint_step, newest_checkpoint
+from ..engines import Engine, asked_engine
+from ..overrides import as_mapping
+from ..recipes import Recipe
+from ..run_record import RunRecord
+from ..strict import RecipeError, load_yaml
+from ..training_arguments import EquiSSLTrainingArguments
 from .initialisation import InitialWeights, load_initial_weights, settle
-from .overrides import as_mapping
-from .recipes import Recipe
-from .run_record import RunRecord
-from .strict import RecipeError, load_yaml
-from .training_arguments import EquiSSLTrainingArguments
 
 # What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
@@ -139,7 +139,7 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch:
             ) from error
         _check_same_run(recipe, Path(resume).parent, launch)
         chosen = str(Path(resume))
-        if found and _step(found) > _step(resume):
+        if found and checkpoint_step(found) > Manifest.read(resume).step:
             raise RecipeError(
                 f"--resume {resume}: {output_dir} holds {Path(found).name}, which is further. Name a new --output_dir "
                 "to start a branch from the older checkpoint, or --resume auto to go on."
@@ -147,12 +147,6 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch:
     if chosen is not None:
         _check_launch(chosen, launch)
     return chosen
-
-
-def _step(checkpoint: str | Path) -> int:
-    """The step in the name of a folder ``checkpoint-N``; 0 for another name."""
-    number = Path(checkpoint).name.rpartition("-")[2]
-    return int(number) if number.isdigit() else 0
 
 
 def _check_launch(checkpoint: str, launch: Launch) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints import (
+from ..checkpoints import (
     ENCODER_FOLDER,
     MANIFEST,
     STAGING_FOLDER,
@@ -24,13 +24,14 @@ from .checkpoints import (
     list_checkpoints,
     newest_checkpoint,
 )
-from .distributed import gather_objects, is_main_process, world_size
-from .hub.export import check_replaceable
-from .strict import RecipeError
-from .training_arguments import EquiSSLTrainingArguments
+from ..distributed import gather_objects, is_main_process, world_size
+from ..files import readable_size
+from ..hub.export import check_replaceable
+from ..strict import RecipeError
+from ..training_arguments import EquiSSLTrainingArguments
 
 if TYPE_CHECKING:
-    from .run_plan import Schedule
+    from ..run_plan import Schedule
 
 try:
     import fcntl
@@ -38,7 +39,6 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-GIB = 1024**3
 LOCK_FILE = ".lock"
 # Seconds: for a file to appear on a network's file system, and for a run that was told to stop to save and end.
 _PATIENCE, _SECONDS_TO_END = 10.0, 120.0
@@ -175,8 +175,8 @@ def check_disk_space(folder: str | Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise RecipeError(
-            f"--output_dir {folder}: the run will write about {needed_bytes / GIB:.2f} GiB of checkpoints and "
-            f"{free / GIB:.2f} GiB are free. Free some space, name another disk, or keep fewer checkpoints: "
+            f"--output_dir {folder}: the run will write about {readable_size(needed_bytes)} of checkpoints and "
+            f"{readable_size(free)} are free. Free some space, name another disk, or keep fewer checkpoints: "
             "--training.save_total_limit 1, or a larger --training.save_steps."
         )
 

@@ -25,20 +25,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .data import ImageSource, ImageViewDataset
-from .data.decoding import ImageDecodeError, decode_image
-from .data.randomness import sample_generator
-from .optimization import clip_gradients, optimizer_groups
-from .pretraining import EquiSSLForPreTraining
-from .recipes import Recipe
-from .schedules import TrainingProgress, teacher_momentum
-from .strict import RecipeError
-from .timing import Stopwatch, take_turns, timed
-from .trainer import EquiSSLTrainer
-from .training_arguments import EquiSSLTrainingArguments
-from .views.collator import ViewCollator
-from .views.cropping import Box
-from .views.pipelines import ViewPipeline
+from ..data import ImageSource, ImageViewDataset
+from ..data.decoding import ImageDecodeError, decode_image
+from ..data.randomness import sample_generator
+from ..optimization import clip_gradients, optimizer_groups
+from ..pretraining import EquiSSLForPreTraining
+from ..recipes import Recipe
+from ..schedules import TrainingProgress, teacher_momentum
+from ..strict import RecipeError
+from ..timing import Stopwatch, take_turns, timed
+from ..trainer import EquiSSLTrainer
+from ..training_arguments import EquiSSLTrainingArguments
+from ..views.collator import ViewCollator
+from ..views.cropping import Box
+from ..views.pipelines import ViewPipeline
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)

@@ -9,16 +9,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..objectives import Objective
+from ..optimization import parameter_rules
+from ..optimizer_table import optimizer_rows
+from ..planning import Cost, batch_of, without_weights
+from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
+from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
+from ..run_plan import milestones
+from ..views.base import Views
+from ..views.pipelines import ViewPipeline
 from .launch import Run
-from .objectives import Objective
-from .optimization import parameter_rules
-from .optimizer_table import optimizer_rows
-from .planning import Cost, batch_of, without_weights
-from .planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
-from .planning.report import memory_lines, parameter_rows, table, traffic_lines
-from .run_plan import milestones
-from .views.base import Views
-from .views.pipelines import ViewPipeline
 
 PICTURE = "views.png"
 PICTURE_ROWS = 6

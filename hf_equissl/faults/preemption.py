@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .distributed import SharedFlag, first_message
-from .run_record import note_preemption
-from .signals import Preempted, Signals
+from ..distributed import SharedFlag, first_message
+from ..run_record import note_preemption
+from ..signals import Preempted, Signals
 
 __all__ = ["PreemptionCallback"]
 

@@ -1,32 +1,27 @@
-"""Where a run's checkpoints lie, which of them are complete, and how a Trainer writes them so.
+"""How a Trainer writes checkpoints that are whole or absent.
 
-A checkpoint is written into a staging folder, by all processes; then the main process writes ``checkpoint.json``, which
-lists every file with its size, and renames the folder. What has no such list, or not what it lists, is not complete.
+A checkpoint is written into a staging folder, by all processes; then the main process writes ``checkpoint.json`` and
+renames the folder.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import nn
 from transformers.utils import logging
 
-from .distributed import first_message, is_main_process
-from .engines import Engine, running_engine
-from .files import move_into_place, readable_size, sync_to_disk
-from .loss_history import LossHistory, check_weights
-from .sharded_files import read_whole
+from ..distributed import first_message
+from ..engines import running_engine
+from ..files import move_into_place, readable_size, sync_to_disk
+from ..loss_history import LossHistory, check_weights
+from .manifest import STAGING_FOLDER, IncompleteCheckpointError, Manifest, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -34,131 +29,10 @@ else:
     _Trainer = object
 
 logger = logging.get_logger(__name__)
-ARGUMENTS_FILE = "training_args.json"
-MANIFEST = "checkpoint.json"
-STAGING_FOLDER = ".saving"
-MODEL_SHARDS = "model_shards"  # what FSDP2 writes with SHARDED_STATE_DICT, in place of model.safetensors
-ENCODER_FOLDER = "encoder"  # where a finished run puts its encoder
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the same on every process. Says why, and what can be resumed."""
-
-
-class IncompleteCheckpointError(ValueError):
-    """A folder is not a complete checkpoint; the message names what is missing."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``checkpoint.json`` says.
-
-    Attributes:
-        engine: What wrapped the model.
-        world_size: Number of processes.
-        global_batch: Images per optimizer step: per device x processes x accumulation.
-        step: Optimizer steps that were taken.
-        format: "full" (every tensor whole, by name), "sharded" (by name, any number of processes reads it),
-            "deepspeed" (the stage's own files), or "weights" (``save_only_model``).
-        files: Path in the folder -> bytes.
-    """
-
-    engine: Engine
-    world_size: int
-    global_batch: int
-    step: int
-    format: str
-    files: dict[str, int]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(self.files.values())
-
-    @classmethod
-    def read(cls, folder: str | Path) -> Self:
-        """Read the manifest of a complete checkpoint.
-
-        Raises:
-            IncompleteCheckpointError: it is not complete, or no checkpoint.
-        """
-        folder = Path(folder)
-        try:
-            plain = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            manifest = cls(**{**plain, "engine": Engine(plain["engine"])})
-        except FileNotFoundError as error:
-            raise IncompleteCheckpointError(
-                f"{folder} has no {MANIFEST}, which is written last: it is half-written, or not written by this version"
-            ) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise IncompleteCheckpointError(f"{folder / MANIFEST} cannot be read ({error})") from error
-        for name, size in manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise IncompleteCheckpointError(f"{path} is missing")
-            if path.stat().st_size != size:
-                raise IncompleteCheckpointError(f"{path} has {path.stat().st_size} bytes, and {size} were written")
-        return manifest
-
-    def write(self, folder: Path) -> None:
-        """Write ``checkpoint.json``, with every file that lies in ``folder`` now."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        staging = folder / f".{MANIFEST}"
-        staging.write_text(text, encoding="utf-8")
-        sync_to_disk(staging)
-        staging.rename(folder / MANIFEST)
-        sync_to_disk(folder / MANIFEST)
-
-
-def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step below ``output_dir``, or ``None``.
-
-    Warns of each that is newer and not complete.
-    """
-    for folder in reversed(list_checkpoints(output_dir)):
-        try:
-            Manifest.read(folder)
-        except IncompleteCheckpointError as error:
-            if is_main_process():
-                logger.warning_once(f"{folder.name} is not complete and is passed over: {error}.")
-        else:
-            return str(folder)
-    return None
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders ``checkpoint-N`` below ``output_dir`` by their steps, complete or not."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(folders, key=checkpoint_step)
-
-
-def checkpoint_step(folder: str | Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(Path(folder).name[11:])
-
-
-def read_checkpoint_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint of any engine, whole, on the CPU of this process alone.
-
-    Raises:
-        OSError: the weights are missing or damaged.
-    """
-    folder = Path(folder)
-    try:
-        if (folder / MODEL_SHARDS).is_dir():
-            return read_whole(folder / MODEL_SHARDS)
-        return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
-    except (SafetensorError, CheckpointException, UnpicklingError, ValueError, KeyError, RuntimeError) as error:
-        raise OSError(f"the weights in {folder} cannot be read: {error}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint with whole weights: one, or several of a large model."""
-    if not (folder / _INDEX).is_file():
-        return [folder / _WEIGHTS]
-    names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
 
 
 class WholeCheckpoints(_Trainer):
@@ -217,7 +91,7 @@ class WholeCheckpoints(_Trainer):
     def check_finite(self) -> None:
         """Raise ``NonFiniteLossError`` on all processes if a loss or a weight is not finite on one of them."""
         self.history.check(self._last_checkpoint)
-        check_weights(self.model, self.state.global_step, self._last_checkpoint, self.args.device)
+        check_weights(cast(nn.Module, self.model), self.state.global_step, self._last_checkpoint, self.args.device)
 
     # ---- writing ----
 

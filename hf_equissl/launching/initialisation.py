@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
-from .hub.convert import convert_encoder, read_normalisation
-from .hub.pretraining_state import load_pretraining_state
-from .hub.upstream import is_upstream_file
-from .loading import explain_load_errors
-from .modeling import EquiSSLConfig, EquiSSLModel
-from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from .recipes import INIT_KEYS, Recipe, encoder_fields
-from .strict import RecipeError
+from ..hub.convert import convert_encoder, read_normalisation
+from ..hub.pretraining_state import load_pretraining_state
+from ..hub.upstream import is_upstream_file
+from ..loading import explain_load_errors
+from ..modeling import EquiSSLConfig, EquiSSLModel
+from ..pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..recipes import INIT_KEYS, Recipe, encoder_fields
+from ..strict import RecipeError
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 # Keys of a recipe's section `model` that hold whatever the encoder is. Sizes of the stem are among them: an encoder

@@ -23,16 +23,30 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
-from .checkpoints import ENCODER_FOLDER, newest_checkpoint
-from .data import ImageViewDataset, SkippedImages, StreamingViewDataset
-from .distributed import first_message, gather_objects, is_main_process
-from .faults import ExportError, explained
-from .hub import save_encoder
-from .hub.pretraining_state import load_pretraining_state
-from .hub.publishable import PublishError
+from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
+from ..data import ImageViewDataset, SkippedImages, StreamingViewDataset
+from ..distributed import first_message, gather_objects, is_main_process
+from ..faults.preemption import PreemptionCallback
+from ..faults.stops import ExportError, explained
+from ..hub import save_encoder
+from ..hub.pretraining_state import load_pretraining_state
+from ..hub.publishable import PublishError
+from ..modeling import EquiSSLModel
+from ..online_monitor import OnlineMonitor
+from ..planning import Cost, checkpoint_bytes, measure, without_weights
+from ..pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..recipes import Recipe
+from ..run_plan import Schedule, schedule
+from ..signals import Signals, remove_marker
+from ..strict import RecipeError, nearest
+from ..trainer import EquiSSLTrainer
+from ..training_arguments import EquiSSLTrainingArguments
+from ..views.base import Views
+from ..views.collator import ViewCollator
+from ..views.masks import draw_masks
+from ..views.pipelines import ViewPipeline
+from .checks import check_batches, check_last_layer, check_length, check_schedules, check_steps
 from .initialisation import InitialWeights
-from .modeling import EquiSSLModel
-from .online_monitor import OnlineMonitor
 from .output_folder import (
     check_disk_space,
     check_output_folder,
@@ -42,21 +56,7 @@ from .output_folder import (
     leave_folder,
     trained_steps,
 )
-from .planning import Cost, checkpoint_bytes, measure, without_weights
-from .preemption import PreemptionCallback
-from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from .recipes import Recipe
 from .resuming import Launch, describe_resume, find_start
-from .run_checks import check_batches, check_last_layer, check_length, check_schedules, check_steps
-from .run_plan import Schedule, schedule
-from .signals import Signals, remove_marker
-from .strict import RecipeError, nearest
-from .trainer import EquiSSLTrainer
-from .training_arguments import EquiSSLTrainingArguments
-from .views.base import Views
-from .views.collator import ViewCollator
-from .views.masks import draw_masks
-from .views.pipelines import ViewPipeline
 
 FIRST_IMAGES = 8
 TYPICAL_IMAGES = 256  # of which masks are drawn to count them

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
-from .checkpoints import CheckpointError, newest_checkpoint
-from .data import ImageDecodeError, TooManyBadImages
-from .distributed import answer_others, end_process, gather_objects, lost_a_process, speaks_for_all
-from .files import readable_size
-from .hub.publishable import PublishError
-from .loss_history import NonFiniteLossError
-from .signals import STOP_SIGNALS
-from .strict import RecipeError
+from ..checkpoints import CheckpointError, newest_checkpoint
+from ..data import ImageDecodeError, TooManyBadImages
+from ..distributed import answer_others, end_process, gather_objects, lost_a_process, speaks_for_all
+from ..files import readable_size
+from ..hub.publishable import PublishError
+from ..loss_history import NonFiniteLossError
+from ..signals import STOP_SIGNALS
+from ..strict import RecipeError
 
 __all__ = ["AGREED", "STOPS", "ExportError", "LoaderDiedError", "LostProcessError", "end", "explained", "together"]
 

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from .checkpoints import ARGUMENTS_FILE, MODEL_SHARDS, Manifest, WholeCheckpoints, weight_files
-from .distributed import local_shard
+from ..distributed import local_shard
+from .manifest import ARGUMENTS_FILE, MODEL_SHARDS, Manifest, weight_files
 from .sharded_files import list_tensors, read_shards, write_shards
+from .whole import WholeCheckpoints
 
 OPTIMIZER_SHARDS = "optimizer_shards"
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")

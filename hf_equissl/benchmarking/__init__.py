@@ -1,0 +1,1 @@
+"""What a training step costs, on one device and on more processes."""

@@ -1,0 +1,34 @@
+"""Checkpoints: which of them are complete, how they are written, and that other engines read them (``portable``)."""
+
+from .manifest import (
+    ARGUMENTS_FILE,
+    ENCODER_FOLDER,
+    MANIFEST,
+    MODEL_SHARDS,
+    STAGING_FOLDER,
+    IncompleteCheckpointError,
+    Manifest,
+    checkpoint_step,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint_weights,
+    weight_files,
+)
+from .whole import CheckpointError, WholeCheckpoints
+
+__all__ = [
+    "ARGUMENTS_FILE",
+    "ENCODER_FOLDER",
+    "MANIFEST",
+    "MODEL_SHARDS",
+    "STAGING_FOLDER",
+    "CheckpointError",
+    "IncompleteCheckpointError",
+    "Manifest",
+    "WholeCheckpoints",
+    "checkpoint_step",
+    "list_checkpoints",
+    "newest_checkpoint",
+    "read_checkpoint_weights",
+    "weight_files",
+]

@@ -1,0 +1,1 @@
+"""What stops a run: signals, which end it for a while, and faults, which end it for good."""
