@@ -66,7 +66,7 @@ class DataFeed(_Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=bool(args.dataloader_persistent_workers),
             multiprocessing_context=args.dataloader_multiprocessing_context,
             # Always in order: else a position would not say whose batch comes next.
             drop_last=args.dataloader_drop_last,
