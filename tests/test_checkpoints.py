@@ -31,6 +31,7 @@ from hf_equissl.checkpoints.sharded_files import read_whole, write_shards
 from hf_equissl.engines import Engine
 from hf_equissl.files import readable_size
 from hf_equissl.hub.pretraining_state import load_pretraining_state
+from hf_equissl.launching import output_folder
 from hf_equissl.launching.output_folder import check_shared_folder
 from hf_equissl.launching.resuming import Launch, describe_resume, find_checkpoint
 from hf_equissl.recipes import Recipe
@@ -241,7 +242,7 @@ def test_every_process_must_see_the_same_folder(tmp_path: Path) -> None:
     script.write_text(
         "import os, torch.distributed as dist\n"
         "from pathlib import Path\n"
-        "from hf_equissl import output_folder\n"
+        "from hf_equissl.launching import output_folder\n"
         "from hf_equissl.strict import RecipeError\n"
         "dist.init_process_group('gloo')\n"
         "output_folder._PATIENCE = 0.2\n"
@@ -265,7 +266,8 @@ def test_every_process_must_see_the_same_folder(tmp_path: Path) -> None:
         assert "is not seen on" in (tmp_path / f"said-{rank}-{rank}").read_text()
         assert (tmp_path / f"said-{rank}-s").read_text() == "fine"
         assert "is a file. Name a folder" in (tmp_path / f"said-{rank}-f").read_text()
-    assert not list((tmp_path / "shared").iterdir())  # what a killed run was saving is gone, and the token too
+    left = [path.name for path in (tmp_path / "shared").iterdir()]
+    assert left == [output_folder.LOCK_FILE]  # what a killed run was saving is gone, and the token too
     check_shared_folder(tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(words)
 
-    from hf_equissl import scaling, step_clock
+    from hf_equissl.benchmarking import scaling, step_clock
     from hf_equissl.distributed import end_process
 
     try:

@@ -30,6 +30,7 @@ _FAILED = "failed"
 SHARED_MEMORY = Path("/dev/shm")
 # For what a broken process group, or a library's thread, makes of the end of a process that failed.
 END_SECONDS = 20
+ASKED_CODES = (1, 2)  # of the others, which all processes agreed on, the first one speaks
 ASKING_SECONDS = 5.0  # for the others to notice that one fails, and to ask whether it has said so
 
 
@@ -109,7 +110,8 @@ def end(code: int) -> NoReturn:
         watch.start()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should a library keep Python's threads from running
         signal.alarm(2 * END_SECONDS)
-        answer_others(ASKING_SECONDS)
+        if code in ASKED_CODES:
+            answer_others(ASKING_SECONDS)
     end_process(code)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hf_equissl.checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
 from hf_equissl.data import ImageViewDataset, SkippedImages
-from hf_equissl.distributed import gather_objects
+from hf_equissl.distributed import gather_objects, is_main_process
 from hf_equissl.engines import Engine, asked_engine
 from hf_equissl.evaluation.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import ResultRecord, save_records
@@ -22,7 +22,14 @@ from hf_equissl.faults.stops import explained
 from hf_equissl.files import move_into_place, write_text
 from hf_equissl.hub.export import image_processor
 from hf_equissl.hub.privacy import public_source
-from hf_equissl.launching.output_folder import check_shared_folder, leave_folder, trained_steps
+from hf_equissl.launching.output_folder import (
+    check_output_folder,
+    check_shared_folder,
+    leave_folder,
+    left_if_refused,
+    take_folder,
+    trained_steps,
+)
 from hf_equissl.needs import Needs
 from hf_equissl.run_plan import schedule
 from hf_equissl.run_record import RunRecordCallback, new_record
@@ -120,6 +127,11 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
         ValueError: names what is wrong and what to do; nothing has been trained or written then.
         PeftMissingError: adapters without PEFT.
     """
+    with left_if_refused(settings.output_dir):
+        return _prepare(settings, resume)
+
+
+def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     if (engine := asked_engine()) not in (Engine.SINGLE, Engine.DDP):
         raise ValueError(
             f"Fine-tuning runs on one process or under DDP, and this launch asks for {engine.value}. Start it with "
@@ -131,6 +143,9 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
     args.learning_rate = settings.learning_rate_on(args.world_size)
     settings = replace(settings, learning_rate=args.learning_rate)
     check_shared_folder(settings.output_dir)
+    check_output_folder(settings.output_dir)
+    if is_main_process():
+        take_folder(settings.output_dir)
     remove_marker(settings.output_dir)
     checkpoint = find_checkpoint(settings, resume)
     if len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:

@@ -54,6 +54,8 @@ from .output_folder import (
     checkpoints_lying,
     disk_need,
     leave_folder,
+    left_if_refused,
+    take_folder,
     trained_steps,
 )
 from .resuming import Launch, describe_resume, find_start
@@ -129,7 +131,8 @@ def prepare(
 
     Args:
         recipe: Names the data set in ``data.source``.
-        output_dir: Created where it does not exist. ``None`` in a dry run: nothing is written.
+        output_dir: Created where it does not exist, and this run's alone until ``pretrain`` ends. ``None`` in a dry
+            run: nothing is written.
         resume: "auto" (the newest complete checkpoint in ``output_dir``, if any), "never", or a checkpoint's folder.
         processes: Plan for so many. ``None``: those of this launch; in a dry run without a launcher, those that the
             recipe was written for.
@@ -138,6 +141,11 @@ def prepare(
     Raises:
         RecipeError: names what is wrong and what to do.
     """
+    with left_if_refused(output_dir):
+        return _prepare(recipe, output_dir, resume, processes, dry)
+
+
+def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, processes: int | None, dry: bool) -> Run:
     if output_dir is not None and not str(output_dir):
         raise RecipeError("--output_dir is empty. Name a folder.")
     if processes is not None and processes < 1:
@@ -174,6 +182,8 @@ def prepare(
     notes = describe_resume(checkpoint, launch) + (() if initial is None else tuple(initial.describe(model, recipe)))
     if output_dir is not None:
         check_output_folder(output_dir)
+        if is_main_process() and not dry:
+            take_folder(output_dir)
     if dry and not recipe.data.get("source"):
         plan = schedule(args, processes, recipe.expected_images)
         check_batches(args, model, plan)

@@ -11,7 +11,8 @@ import shutil
 import socket
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,12 +90,13 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
     path = (Path(folder) / LOCK_FILE).resolve()
     if fcntl is None or path in _locks:
         return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     end, told = time.monotonic() + patience, False
     while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of the workers it forks
-            break
+            if path.exists() and os.path.samestat(os.stat(path), os.fstat(handle)):
+                break
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
             if time.monotonic() > end:
@@ -110,6 +112,7 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
         except OSError:  # a file system without locks
             os.close(handle)
             return
+        os.close(handle)  # and another try: who had it is gone, or deleted the file
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _locks[path] = handle
@@ -117,16 +120,29 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
 
 def leave_folder(folder: str | Path) -> None:
     """Let other runs have a folder that ``take_folder`` took."""
-    handle = _locks.pop((Path(folder) / LOCK_FILE).resolve(), None)
+    path = (Path(folder) / LOCK_FILE).resolve()
+    handle = _locks.pop(path, None)
     if handle is not None:
+        path.unlink(missing_ok=True)
         os.close(handle)
+
+
+@contextmanager
+def left_if_refused(folder: str | Path | None) -> Iterator[None]:
+    """Leave ``folder`` again if what is prepared for a run fails."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            leave_folder(folder)
+        raise
 
 
 def check_shared_folder(folder: str | Path) -> None:
     """Make sure that all processes see the same ``folder``, take it, and clear what a killed run was saving in it.
 
     All processes have to call it, before anything can fail on one of them alone. They also wait until all of them see
-    the newest checkpoint.
+    the newest checkpoint. A single process leaves a folder that does not exist to ``check_output_folder``.
 
     Raises:
         RecipeError: on every process: as ``check_output_folder`` and ``take_folder``, or it names the machines that see
@@ -136,12 +152,13 @@ def check_shared_folder(folder: str | Path) -> None:
     token, problem, newest = f".shared-{secrets.token_hex(8)}", None, None
     if is_main_process():
         try:
-            check_output_folder(folder)
-            take_folder(folder)
-            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-            newest = newest_checkpoint(folder)
             if world_size() > 1:
+                check_output_folder(folder)
                 (folder / token).touch()
+            if folder.is_dir():
+                take_folder(folder)
+                shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+                newest = newest_checkpoint(folder)
         except (RecipeError, OSError) as error:
             problem = str(error)
     told, problem = gather_objects(((token, newest), problem))[0]

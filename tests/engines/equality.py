@@ -158,7 +158,7 @@ def _table(recipe: str, engines: list[str], data: str, folder: Path, steps: int)
     if SETTINGS[recipe]:
         _say(f"  with {' '.join(SETTINGS[recipe])} ({REASONS[recipe]})")
     _say(
-        f"  {'engine':<7} {'processes':>9}  {'wraps the model':<38} {'curve':>8} {'encoder':>8} {'weight':>8} "
+        f"  {'engine':<13} {'processes':>9}  {'wraps the model':<38} {'curve':>8} {'encoder':>8} {'weight':>8} "
         f"{'s/step':>7}"
     )
     reference, failed = None, False
@@ -172,7 +172,7 @@ def _table(recipe: str, engines: list[str], data: str, folder: Path, steps: int)
         verdict = "" if engine in ("single", CONTROL) else "pass" if passed else f"FAIL ({name})"
         numbers = " ".join(f"{number:>8.1e}" for number in differences)
         processes = 1 if engine in ("single", CONTROL) else 2
-        _say(f"  {engine:<7} {processes:>9}  {found.wrapped:<38} {numbers} {found.seconds:>7.2f}  {verdict}")
+        _say(f"  {engine:<13} {processes:>9}  {found.wrapped:<38} {numbers} {found.seconds:>7.2f}  {verdict}")
     return failed
 
 

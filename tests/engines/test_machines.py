@@ -12,11 +12,10 @@ from .launching import ENGINES, run, start
 from .test_engines import VICREG, words_of
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_two_launchers_train_one_run(engine: str, photo_folder: Path, tmp_path: Path) -> None:
+def test_two_launchers_train_one_run(photo_folder: Path, tmp_path: Path) -> None:
     """What all files of accelerate_configs say of several machines: the same command on each but for its rank."""
-    if engine == "zero2":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    engine = "zero2"  # DeepSpeed's own way to start would make a run of each machine
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

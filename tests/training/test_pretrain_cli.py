@@ -304,7 +304,7 @@ def test_output_folder(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
     message = fails(capsys, *run, tmp_path / "full")
-    assert "0.00 GiB are free" in message
+    assert "0 bytes are free" in message
     assert "save_total_limit" in message
 
 
