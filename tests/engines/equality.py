@@ -57,12 +57,14 @@ class Measured:
     Attributes:
         wrapped: Class that wraps the model, and how many parameters are sharded.
         curve: Step -> the logged loss and all its parts.
+        norms: Of all gradients before clipping, by step.
         encoder: Final weights.
         seconds: Per step, median without the first.
     """
 
     wrapped: str
     curve: dict[int, dict[str, float]]
+    norms: list[float]
     encoder: dict[str, Tensor]
     seconds: float
 
@@ -88,7 +90,7 @@ def read(folder: Path, steps: int, output: str) -> Measured:
     """What the run in ``folder`` left and said."""
     history = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())["log_history"]
     curve = {
-        entry["step"]: {key: value for key, value in entry.items() if "loss" in key or "/" in key or key == "grad_norm"}
+        entry["step"]: {key: value for key, value in entry.items() if "loss" in key or "/" in key}
         for entry in history
         if "loss" in entry
     }
@@ -97,18 +99,17 @@ def read(folder: Path, steps: int, output: str) -> Measured:
     return Measured(
         wrapped=f"{wrapped[1]}, {wrapped[2]} sharded" if wrapped else "?",
         curve=curve,
+        norms=[entry["grad_norm"] for entry in history if "grad_norm" in entry],
         encoder=load_file(folder / "encoder" / "model.safetensors"),
         seconds=float(seconds[1]) if seconds else float("nan"),
     )
 
 
 def curve_difference(one: Measured, other: Measured) -> float:
-    """Largest difference of the loss or one of its parts at any step, relative to the step's loss; of the norm of all
-    gradients relative to itself.
-    """
+    """Largest difference of the loss or one of its parts at any step, relative to the step's loss."""
     assert one.curve.keys() == other.curve.keys(), (one.curve.keys(), other.curve.keys())
     return max(
-        abs(value - other.curve[step][key]) / abs(parts["grad_norm" if key == "grad_norm" else "loss"])
+        abs(value - other.curve[step][key]) / abs(parts["loss"])
         for step, parts in one.curve.items()
         for key, value in parts.items()
     )

@@ -95,6 +95,8 @@ def test_two_processes_train_as_one(engine: str, alone: Measured, pretrain: Any)
     assert alone.curve[1] != alone.curve[STEPS]
     assert curve_difference(alone, other.measured) < 1e-4
     assert encoder_difference(alone, other.measured) < 1e-4
+    assert len(alone.norms) == STEPS
+    assert other.measured.norms == pytest.approx(alone.norms, rel=1e-4)
     assert weight_difference(alone, other.measured, but=IDLE["cifar10_ibot_rot"])[0] < 1e-4
     one, two = other.facts
     assert one["buffers"]  # centers
