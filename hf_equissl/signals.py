@@ -136,7 +136,7 @@ def listen_to_launcher() -> None:
 
 
 def end_command(code: int) -> NoReturn:
-    """End a command that trains, by ``faults.end`` if it came so far; nothing is imported for it."""
+    """End a command that trains, by ``faults.stops.end`` if it came so far; nothing is imported for it."""
     end = getattr(sys.modules.get("hf_equissl.faults.stops"), "end", None)
     if end is not None:
         end(code)

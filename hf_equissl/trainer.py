@@ -106,6 +106,11 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             progress = TrainingProgress(0, max(1, args.max_steps), args.epoch_steps)
             model.begin_step(progress)
             last_layer_is_held(args, progress)
+        elif len(self.train_dataset) < args.epoch_multiple:  # type: ignore[arg-type]
+            raise ValueError(
+                f"{len(self.train_dataset)} images are fewer than one optimizer step takes, "  # type: ignore[arg-type]
+                f"{args.global_batch_size}. Use more images, or a smaller batch."
+            )
         if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
             raise ValueError(
                 f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs}, and this model has no prototypes to "

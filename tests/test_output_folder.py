@@ -12,10 +12,12 @@ import pytest
 from hf_equissl.checkpoints import Manifest
 from hf_equissl.engines import Engine
 from hf_equissl.launching.output_folder import (
+    LOCK_FILE,
     check_shared_folder,
     checkpoints_lying,
     disk_need,
     leave_folder,
+    left_if_refused,
     take_folder,
 )
 from hf_equissl.run_plan import schedule
@@ -60,6 +62,22 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     finally:
         leave_folder(tmp_path)
         subprocess.run(["pkill", "-9", "-s", str(other.pid)], check=False)
+
+
+def test_a_refused_start_leaves_the_folder_to_who_has_it(tmp_path: Path) -> None:
+    def refuse() -> None:
+        with left_if_refused(tmp_path):
+            take_folder(tmp_path)
+            raise RecipeError("no")
+
+    with pytest.raises(RecipeError):
+        refuse()
+    assert not list(tmp_path.iterdir())
+    take_folder(tmp_path)
+    with pytest.raises(RecipeError):
+        refuse()
+    assert (tmp_path / LOCK_FILE).read_text().startswith("process ")
+    leave_folder(tmp_path)
 
 
 def test_a_run_that_is_told_to_stop_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

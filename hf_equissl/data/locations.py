@@ -130,7 +130,7 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
     if kind == "images":
         rows = _open_images(source, files, options)
-        return _stream(rows, path, rows["image"]) if options["streaming"] else Opened(rows, path)
+        return _stream(rows, path, rows["image"][:]) if options["streaming"] else Opened(rows, path)
     return _build(source, str(path), options, path, name=hub["config_name"])
 
 

@@ -31,7 +31,6 @@ _FOOTERS_AT_ONCE = 16
 # A remote shard is opened again so often when its connection breaks, each time after twice the pause, in seconds.
 _REOPENINGS = 5
 _PAUSE = 1.0
-_DISCONNECTED = (ConnectionError, TimeoutError)
 
 _Row = TypeVar("_Row")
 
@@ -76,7 +75,7 @@ class Shard:
                     yield row
                 return
             except Exception as error:  # Readers of every format raise their own.
-                if not isinstance(error, _DISCONNECTED) or "://" not in self.name or opened == _REOPENINGS:
+                if not _is_disconnected(error) or "://" not in self.name or opened == _REOPENINGS:
                     raise _unreadable(self.name, error) from error
                 pause = _PAUSE * 2**opened
                 logger.warning(f"{self.name}: {error}. It is opened again at row {first}, in {pause:.0f} s.")
@@ -93,6 +92,13 @@ class Shard:
         # Not iter(stream): that would divide the rows among the workers of a DataLoader once more.
         for batch in stream.iter(_ROWS_AT_ONCE):
             yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def _is_disconnected(error: Exception) -> bool:
+    """Whether another try may help: readers of addresses call a server that is away a missing file, too."""
+    cause = error.__cause__
+    away = isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError)
+    return away or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def list_shards(source: ImageSource, ranks: int) -> list[Shard]:

@@ -237,9 +237,9 @@ def _say(text: str) -> None:
 
 def _stop(error: Exception, code: int, agreed: bool = False) -> int:
     # What can be mended is said once per machine, what stops a run by the first process that says it.
-    from hf_equissl.distributed import speaks_for_all
+    from hf_equissl.distributed import speaks_for_all, world_size
 
-    speaks = speaks_for_all() if code == 1 else os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = speaks_for_all() if code == 1 or world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
     if _is_main() if agreed else speaks:
         message = str(error)
         for key, flag in _FLAGS.items():

@@ -191,7 +191,7 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 stopped the run, with a checkpoint.
-        RuntimeError: one of ``faults.STOPS``: the run stopped.
+        RuntimeError: one of ``faults.stops.STOPS``: the run stopped.
     """
     output = Path(run.settings.output_dir)
     try:

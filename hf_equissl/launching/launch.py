@@ -220,7 +220,7 @@ def pretrain(run: Run, signals: Signals | None = None) -> Path:
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 stopped the run. A checkpoint is written, the encoder is not.
-        RuntimeError: one of ``faults.STOPS``, whose message says what is left of the run.
+        RuntimeError: one of ``faults.stops.STOPS``, whose message says what is left of the run.
     """
     output = Path(str(run.args.output_dir))
     try:

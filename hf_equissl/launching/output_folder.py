@@ -95,15 +95,17 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of the workers it forks
-            if path.exists() and os.path.samestat(os.stat(path), os.fstat(handle)):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
                 break
+        except FileNotFoundError:  # who had it has just left
+            pass
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
             if time.monotonic() > end:
                 os.close(handle)
                 raise RecipeError(
                     f"--output_dir {folder}: another run still writes there ({holder}). Wait for its end or stop it, "
-                    "or name another folder."
+                    f"or name another folder. If its machine is gone for good, delete {path}."
                 ) from error
             if not told:
                 logger.warning(f"Another run still writes in {folder} ({holder}). Waiting for its end.")
@@ -113,9 +115,10 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
             os.close(handle)
             return
         os.close(handle)  # and another try: who had it is gone, or deleted the file
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _locks[path] = handle
+    with suppress(OSError):  # a full disk: it only says who
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def leave_folder(folder: str | Path) -> None:
@@ -123,17 +126,19 @@ def leave_folder(folder: str | Path) -> None:
     path = (Path(folder) / LOCK_FILE).resolve()
     handle = _locks.pop(path, None)
     if handle is not None:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         os.close(handle)
 
 
 @contextmanager
 def left_if_refused(folder: str | Path | None) -> Iterator[None]:
-    """Leave ``folder`` again if what is prepared for a run fails."""
+    """Leave ``folder`` again if what is prepared for a run fails, unless it was taken before."""
+    before = set(_locks)
     try:
         yield
     except BaseException:
-        if folder is not None:
+        if folder is not None and (Path(folder) / LOCK_FILE).resolve() not in before:
             leave_folder(folder)
         raise
 
@@ -152,8 +157,9 @@ def check_shared_folder(folder: str | Path) -> None:
     token, problem, newest = f".shared-{secrets.token_hex(8)}", None, None
     if is_main_process():
         try:
-            if world_size() > 1:
+            if world_size() > 1 or folder.is_dir():
                 check_output_folder(folder)
+            if world_size() > 1:
                 (folder / token).touch()
             if folder.is_dir():
                 take_folder(folder)
