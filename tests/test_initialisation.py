@@ -93,7 +93,7 @@ def load(source: Path, tmp_path: Path, **overrides: Any) -> Recipe:
 
 
 def build(recipe: Recipe, seed: int = 0) -> EquiSSLForPreTraining:
-    """The model as ``launch.pretrain`` makes it."""
+    """The model as ``launching.launch.pretrain`` makes it."""
     run = prepare(recipe, None, dry=True)
     initial = load_initial_weights(run.recipe)
     torch.manual_seed(seed)

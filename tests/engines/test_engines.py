@@ -82,7 +82,6 @@ def vicreg_alone(pretrain: Any) -> Finished:
 
 
 SHARDED = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
-OFFLOADED = ("--fsdp_offload_params", "true")
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "single"])
