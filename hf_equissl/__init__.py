@@ -10,26 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .auto_classes import register_auto_classes
-
-__version__ = "0.1.0.dev0"
+from .utils.versions import __version__
 
 _EXPORTS = {
     "EquiSSLBackbone": "modeling",
     "EquiSSLConfig": "modeling",
     "EquiSSLForImageClassification": "modeling",
     "EquiSSLModel": "modeling",
-    "EquiSSLForPreTraining": "pretraining",
-    "EquiSSLPreTrainingConfig": "pretraining",
-    "EquiSSLTrainer": "trainer",
-    "EquiSSLTrainingArguments": "training_arguments",
+    "EquiSSLForPreTraining": "pretraining.model",
+    "EquiSSLPreTrainingConfig": "pretraining.model",
+    "EquiSSLTrainer": "pretraining.trainer",
+    "EquiSSLTrainingArguments": "pretraining.arguments",
     "EVALUATORS": "evaluation",
     "EQUIVARIANCE_OBJECTIVES": "objectives",
     "INVARIANCE_OBJECTIVES": "objectives",
     "PIPELINES": "views.pipelines",
     "TRANSFORMATIONS": "views",
-    "Recipe": "recipes",
+    "Recipe": "recipes.recipe",
     "load_images": "data",
-    "save_encoder": "hub",
+    "save_encoder": "encoders.export",
 }
 
 __all__ = [
@@ -54,14 +53,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .data import load_images
+    from .encoders import save_encoder
     from .evaluation import EVALUATORS
-    from .hub import save_encoder
     from .modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
     from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
-    from .pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-    from .recipes import Recipe
-    from .trainer import EquiSSLTrainer
-    from .training_arguments import EquiSSLTrainingArguments
+    from .pretraining.arguments import EquiSSLTrainingArguments
+    from .pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+    from .pretraining.trainer import EquiSSLTrainer
+    from .recipes.recipe import Recipe
     from .views import TRANSFORMATIONS
     from .views.pipelines import PIPELINES
 

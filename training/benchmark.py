@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
 
-    from hf_equissl.overrides import parse_overrides
-    from hf_equissl.recipes import Recipe
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.recipes.overrides import parse_overrides
+    from hf_equissl.recipes.recipe import Recipe
     from hf_equissl.training.pretrain import RECIPES, _find_recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     try:
         for name in ("batch_size", "repeats", "loader_images"):
@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for, printed as it comes."""
     from hf_equissl.benchmarking import overhead as benchmark
+    from hf_equissl.benchmarking.timing import environment
     from hf_equissl.data import ImageViewDataset
-    from hf_equissl.timing import choose_device, environment
+    from hf_equissl.utils.devices import choose_device
 
     device = choose_device(options.device)
     source = None if options.data is None else recipe.build_source()

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_equissl.hub.convert import convert_to_folder
+    from hf_equissl.encoders.convert import convert_to_folder
 
     disable_progress_bar()
     folder = options.pop("output_dir")

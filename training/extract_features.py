@@ -16,7 +16,7 @@ from hf_equissl.extraction.cli import main
 if __name__ == "__main__":
     code = main()
     if "torch" in sys.modules:
-        from hf_equissl.distributed import end_process
+        from hf_equissl.distributed.agreement import end_process
 
         end_process(code)
     sys.exit(code)

@@ -14,7 +14,7 @@ if find_spec("hf_equissl") is None:
 from hf_equissl.finetuning.cli import main
 
 if __name__ == "__main__":
-    from hf_equissl.signals import end_command, listen_to_launcher
+    from hf_equissl.distributed.signals import end_command, listen_to_launcher
 
     listen_to_launcher()
     end_command(main())

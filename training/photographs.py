@@ -83,7 +83,7 @@ def cut_tiles(folder: Path, per_photograph: int, seed: int = 0) -> dict[str, int
         Number of crops in either.
     """
     if not folder.exists():
-        from hf_equissl.files import move_into_place
+        from hf_equissl.utils.files import move_into_place
 
         staging = folder.with_name(".tiles")
         shutil.rmtree(staging, ignore_errors=True)

@@ -14,7 +14,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 if TYPE_CHECKING:
-    from hf_equissl.launching.launch import Run
+    from hf_equissl.running.run import Run
 
 DESCRIPTION = """\
 Memory, traffic and time of a step on each device of a cluster, by formula, for one engine or for all; and the largest
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.utils.suggestions import RecipeError
 
     try:
         if options.check_memory:
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recipe(options: argparse.Namespace, rest: list[str], **more: Any) -> Any:
     """The recipe with what the command line sets; ``more`` only where it does not."""
-    from hf_equissl.overrides import parse_overrides
-    from hf_equissl.recipes import Recipe
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.recipes.overrides import parse_overrides
+    from hf_equissl.recipes.recipe import Recipe
     from hf_equissl.training.pretrain import RECIPES, _find_recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     if options.recipe is None:
         raise RecipeError("--recipe is missing. training/pretrain.py --list_recipes shows what there is.")
@@ -68,10 +68,10 @@ def _recipe(options: argparse.Namespace, rest: list[str], **more: Any) -> Any:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
-    from hf_equissl.launching.launch import prepare
     from hf_equissl.planning import report
     from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
     from hf_equissl.planning.step import smallest_batch
+    from hf_equissl.running.run import prepare
 
     names = ("gpus", "gpus_per_node", "memory", "reserve", "link", "network", "host_link")
     cluster = Cluster(**_given(options, *names))
@@ -90,10 +90,10 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
-    from hf_equissl.launching.launch import build_training, prepare
     from hf_equissl.planning import check, report
     from hf_equissl.planning.cluster import is_fused, launched_engine, parse_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase
+    from hf_equissl.running.run import build_training, prepare
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with check.scratch_folder(world) as scratch:
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     code = main()
     if "torch" in sys.modules:
-        from hf_equissl.distributed import end_process
+        from hf_equissl.distributed.agreement import end_process
 
         end_process(code)
     sys.exit(code)

@@ -38,7 +38,7 @@ examples:
 OVERRIDES = """\
 every value of a recipe can be set on the command line, as --section.key VALUE (VALUE is read as YAML):
   --model.*        preset, and the fields of EquiSSLConfig: --model.image_size 96; beside --init_from also
-                   --model.init_revision, --model.init_subfolder: see hf_equissl/launching/initialisation.py
+                   --model.init_revision, --model.init_subfolder: see hf_equissl/running/initial_weights.py
   --objectives.*   --objectives.equivariance.0.weight 0.5, --objectives.equivariance '[]'
   --views.*        --views.transformation.name translation, --views.pipeline.crop_scale '[0.35, 1]'
   --data.*         source, split, column, streaming, max_bad_share ...: --data.column photo
@@ -64,8 +64,8 @@ For Slurm: training/slurm/pretrain.sbatch.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (``EXIT_CODES``)."""
-    from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
+    from hf_equissl.utils.suggestions import RecipeError
 
     try:
         with Signals() as signals:
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read_words(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[Path, dict[str, Any]]:
     """The recipe's file and the overrides. Needs no torch, so that mistakes in words are answered at once."""
-    from hf_equissl.overrides import apply_overrides, parse_overrides, read_recipe
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.recipes.overrides import apply_overrides, parse_overrides, read_recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     overrides = parse_overrides(rest, known_options)
     if options.recipe is None:
@@ -117,8 +117,8 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
 
 
 def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, signals: Any) -> int:
-    from hf_equissl.faults.stops import AGREED, STOPS
-    from hf_equissl.recipes import Recipe
+    from hf_equissl.recipes.recipe import Recipe
+    from hf_equissl.running.stops import AGREED, STOPS
 
     recipe = Recipe.load(path, overrides, search=[RECIPES])
     try:
@@ -132,8 +132,8 @@ def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, sig
 
 
 def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
-    from hf_equissl.faults.stops import explained, together
-    from hf_equissl.launching.launch import prepare, pretrain
+    from hf_equissl.running.run import prepare, pretrain
+    from hf_equissl.running.stops import explained, together
 
     with explained(options.output_dir):
         run = together(lambda: prepare(recipe, options.output_dir, options.resume))
@@ -144,8 +144,8 @@ def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
 
 
 def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
-    from hf_equissl.launching.dry_run import PICTURE, Speed, dry_run_report, save_picture
-    from hf_equissl.launching.launch import prepare
+    from hf_equissl.running.dry_run import PICTURE, Speed, dry_run_report, save_picture
+    from hf_equissl.running.run import prepare
 
     given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
     speed = Speed(**{name: value for name, value in given.items() if value is not None})
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find_recipe(name: str) -> Path:
-    from hf_equissl.strict import RecipeError, nearest
+    from hf_equissl.utils.suggestions import RecipeError, nearest
 
     given = Path(name)
     is_file_name = name.endswith((".yaml", ".yml"))
@@ -231,7 +231,7 @@ def _find_recipe(name: str) -> Path:
 
 
 def _recipe_lines() -> str:
-    from hf_equissl.strict import load_yaml
+    from hf_equissl.utils.strict_yaml import load_yaml
 
     texts = {
         path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
@@ -259,13 +259,14 @@ def _speaks() -> bool:
     """Whether this process is the one that says what stopped all; before they know each other, one per machine."""
     if "torch" not in sys.modules:  # mistakes in words are answered without it
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    from hf_equissl.distributed import speaks_for_all, world_size
+    from hf_equissl.distributed.agreement import speaks_for_all
+    from hf_equissl.distributed.collectives import world_size
 
     return speaks_for_all() if world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":
-    from hf_equissl.signals import end_command, listen_to_launcher
+    from hf_equissl.distributed.signals import end_command, listen_to_launcher
 
     listen_to_launcher()
     end_command(main())

@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `make quickstart`, or `pip install -e '.[quickstart]'`.")
 
-from hf_equissl.files import move_into_place, write_text
 from hf_equissl.training.photographs import (
     TEST_PHOTOGRAPHS,
     PhotographsMissingError,
@@ -31,6 +30,7 @@ from hf_equissl.training.photographs import (
     find_photographs,
 )
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow, share_cores
+from hf_equissl.utils.files import move_into_place, write_text
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPE = SCRIPTS / "recipes" / "quickstart.yaml"
@@ -149,7 +149,7 @@ def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
     """The base method, and the same with reconstruction: same budget, seed, images and views."""
     import torch
 
-    from hf_equissl.recipes import Recipe
+    from hf_equissl.recipes.recipe import Recipe
 
     weight = Recipe.load(RECIPE).objectives.equivariance[0]["weight"]
     capabilities = torch.cpu.get_capabilities()
@@ -204,7 +204,7 @@ def write_results(lanes: Sequence[EncoderLane], output: Path) -> str:
 def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
     """Loss curves of all runs."""
     from hf_equissl.checkpoints import newest_checkpoint
-    from hf_equissl.figures import plot_losses
+    from hf_equissl.utils.figures import plot_losses
 
     histories = {}
     for lane in lanes:
@@ -220,9 +220,9 @@ def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    from hf_equissl.figures import denormalize, plot_image_grid
-    from hf_equissl.needs import Needs
-    from hf_equissl.recipes import Recipe
+    from hf_equissl.recipes.recipe import Recipe
+    from hf_equissl.utils.figures import denormalize, plot_image_grid
+    from hf_equissl.views.needs import Needs
 
     logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(lane.encoder)

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     options, rest = parser.parse_known_args(words)
 
     from hf_equissl.benchmarking import scaling, step_clock
-    from hf_equissl.distributed import end_process
+    from hf_equissl.distributed.agreement import end_process
 
     try:
         task = step_clock.given_task()
@@ -86,10 +86,10 @@ def _read(options: argparse.Namespace, rest: list[str], task: Any, known_options
     from hf_equissl.benchmarking.overhead import check_random_weights
     from hf_equissl.benchmarking.scaling import settings
     from hf_equissl.benchmarking.step_clock import Steps
-    from hf_equissl.overrides import parse_overrides
-    from hf_equissl.recipes import Recipe
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.recipes.overrides import parse_overrides
+    from hf_equissl.recipes.recipe import Recipe
     from hf_equissl.training.pretrain import RECIPES, _find_recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 1), ("profiled", 0), ("repeats", 1)):
         if getattr(options, name) < least:
@@ -115,7 +115,7 @@ def _check(recipe: Any, options: argparse.Namespace, script: Path | None) -> Non
     """Refuse what every measurement would, before the first one."""
     import torch
 
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.utils.suggestions import RecipeError
 
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else None
     if devices is not None and max(options.processes) > devices:
@@ -131,9 +131,10 @@ def _measure(
 ) -> dict[str, Any]:
     """All that was asked for, printed as it comes."""
     from hf_equissl.benchmarking import scaling
-    from hf_equissl.engines import Engine
-    from hf_equissl.timing import choose_device, environment
+    from hf_equissl.benchmarking.timing import environment
+    from hf_equissl.distributed.engines import Engine
     from hf_equissl.training.side_by_side import ENVIRONMENT
+    from hf_equissl.utils.devices import choose_device
 
     device = choose_device("auto")
     args = recipe.build_training_arguments("unused")

@@ -35,7 +35,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 2 for what can be mended before the first run, 1 if a run failed, 75 if stopped."""
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.utils.suggestions import RecipeError
 
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[list[Any], dict[str, Any]]:
     """The chosen members and the overrides for all of them."""
-    from hf_equissl.overrides import parse_overrides
-    from hf_equissl.strict import RecipeError
-    from hf_equissl.sweep import choose, read_sweep
+    from hf_equissl.recipes.overrides import parse_overrides
+    from hf_equissl.recipes.sweep import choose, read_sweep
     from hf_equissl.training.pretrain import _find_recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     overrides = parse_overrides(rest, known_options)
     if options.recipe is None:
@@ -85,8 +85,8 @@ def _read(options: argparse.Namespace, rest: list[str], known_options: list[str]
 
 def _load(members: Sequence[Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The members' recipes: all are checked before the first one runs."""
-    from hf_equissl.recipes import Recipe
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.recipes.recipe import Recipe
+    from hf_equissl.utils.suggestions import RecipeError
 
     recipes = {}
     for member in members:
@@ -105,8 +105,8 @@ def _run_all(
     options: argparse.Namespace,
 ) -> int:
     """One run after another; a run that fails does not stop the next ones, one that was asked to stop does."""
-    from hf_equissl.launching.resuming import is_finished
-    from hf_equissl.signals import EXIT_PREEMPTED, MARKER_FILE
+    from hf_equissl.distributed.signals import EXIT_PREEMPTED, MARKER_FILE
+    from hf_equissl.running.resume import is_finished
 
     failed: list[str] = []
     for number, member in enumerate(members, start=1):
@@ -134,7 +134,7 @@ def _run_all(
 
 def _launch(words: list[str], marker: Path) -> int:
     """Run one member, and pass a request to stop on to it; the code is the launcher's, or ``EXIT_PREEMPTED``."""
-    from hf_equissl.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals, remove_marker
+    from hf_equissl.distributed.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals, remove_marker
 
     remove_marker(marker.parent)  # of an earlier start: this one may end before it removes it
     with Signals() as signals:
@@ -155,7 +155,7 @@ def _launch(words: list[str], marker: Path) -> int:
 
 
 def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
-    from hf_equissl.sweep import Member
+    from hf_equissl.recipes.sweep import Member
 
     everywhere = Member(member.name, member.recipe, overrides).words
     return [str(PRETRAIN), "--recipe", str(member.recipe), "--output_dir", str(folder), *member.words, *everywhere]
@@ -163,9 +163,9 @@ def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
 
 def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
     """A line for each run; of a single one all that pretrain.py says."""
-    from hf_equissl.launching.dry_run import Speed
-    from hf_equissl.strict import RecipeError
+    from hf_equissl.running.dry_run import Speed
     from hf_equissl.training import pretrain
+    from hf_equissl.utils.suggestions import RecipeError
 
     if len(members) == 1:
         _, *words = _command(members[0], overrides, Path(options.output_dir or "") / members[0].name)
@@ -186,8 +186,8 @@ def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argpars
 
 
 def _cost_line(recipe: Any) -> str:
-    from hf_equissl.launching.dry_run import Speed
-    from hf_equissl.launching.launch import prepare
+    from hf_equissl.running.dry_run import Speed
+    from hf_equissl.running.run import prepare
 
     run = prepare(recipe, None, dry=True)
     plan, cost, speed = run.plan, run.cost(), Speed().of(run.args)

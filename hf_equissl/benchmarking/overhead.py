@@ -28,17 +28,18 @@ from torch.utils.data import DataLoader
 from ..data import ImageSource, ImageViewDataset
 from ..data.decoding import ImageDecodeError, decode_image
 from ..data.randomness import sample_generator
-from ..optimization import clip_gradients, optimizer_groups
-from ..pretraining import EquiSSLForPreTraining
-from ..recipes import Recipe
-from ..schedules import TrainingProgress, teacher_momentum
-from ..strict import RecipeError
-from ..timing import Stopwatch, take_turns, timed
-from ..trainer import EquiSSLTrainer
-from ..training_arguments import EquiSSLTrainingArguments
+from ..objectives.progress import TrainingProgress
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
+from ..pretraining.optimizer import clip_gradients, optimizer_groups
+from ..pretraining.schedules import teacher_momentum
+from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.recipe import Recipe
+from ..utils.suggestions import RecipeError
 from ..views.collator import ViewCollator
 from ..views.cropping import Box
 from ..views.pipelines import ViewPipeline
+from .timing import Stopwatch, take_turns, timed
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)

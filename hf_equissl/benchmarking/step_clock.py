@@ -17,12 +17,12 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
-from ..engines import Engine, running_engine
-from ..launching.launch import build_training, prepare
-from ..recipes import Recipe
-from ..strict import RecipeError
-from ..timing import synchronize
-from ..trainer import EquiSSLTrainer
+from ..distributed.engines import Engine, running_engine
+from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.recipe import Recipe
+from ..running.run import build_training, prepare
+from ..utils.devices import synchronize
+from ..utils.suggestions import RecipeError
 
 TASK = "EQUISSL_SCALING_TASK"  # environment variable: what a launched process has to measure
 PATIENCE = timedelta(hours=1)  # with which processes wait for each other; data sets may be slow to open

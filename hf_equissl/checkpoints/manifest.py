@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging
 
-from ..distributed import is_main_process
-from ..engines import Engine
-from ..files import sync_to_disk
+from ..distributed.collectives import is_main_process
+from ..distributed.engines import Engine
+from ..utils.files import sync_to_disk
 from .sharded_files import read_whole
 
 logger = logging.get_logger(__name__)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ..distributed import local_shard
+from ..distributed.collectives import local_shard
 from .manifest import ARGUMENTS_FILE, MODEL_SHARDS, Manifest, weight_files
 from .sharded_files import list_tensors, read_shards, write_shards
 from .whole import WholeCheckpoints

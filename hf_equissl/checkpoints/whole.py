@@ -11,16 +11,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
-from ..distributed import first_message
-from ..engines import running_engine
-from ..files import move_into_place, readable_size, sync_to_disk
-from ..loss_history import LossHistory, check_weights
+from ..distributed.agreement import first_message
+from ..distributed.engines import running_engine
+from ..utils.files import move_into_place, readable_size, sync_to_disk
 from .manifest import STAGING_FOLDER, IncompleteCheckpointError, Manifest, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -39,16 +38,14 @@ class WholeCheckpoints(_Trainer):
     """Stands before ``transformers.Trainer`` among a Trainer's parents. What differs from the latter:
 
     - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete, or not written here;
-    - losses and weights are looked at before: what is not finite stops the run and is not saved;
+    - ``check_finite`` is called before: what it refuses stops the run and is not saved;
     - what cannot be written stops all processes together, and leaves the earlier checkpoints as they are;
     - which checkpoint is never deleted says ``best_checkpoint``; what is not complete is neither counted nor deleted.
 
     Raises:
-        NonFiniteLossError: when it saves.
-        CheckpointError: when it saves.
+        CheckpointError: when it saves; and what ``check_finite`` raises.
     """
 
-    history: LossHistory
     _saving = False
     _write_error: Exception | None = None
 
@@ -89,9 +86,7 @@ class WholeCheckpoints(_Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_finite(self) -> None:
-        """Raise ``NonFiniteLossError`` on all processes if a loss or a weight is not finite on one of them."""
-        self.history.check(self._last_checkpoint)
-        check_weights(cast(nn.Module, self.model), self.state.global_step, self._last_checkpoint, self.args.device)
+        """Raise on all processes if a loss or a weight is not finite on one of them; a Trainer says how it knows."""
 
     # ---- writing ----
 

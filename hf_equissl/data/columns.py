@@ -8,8 +8,7 @@ from typing import Any
 
 import datasets
 
-from hf_equissl.strict import nearest
-
+from ..utils.suggestions import nearest
 from .errors import ImageSourceError
 
 # What Pillow reads and people keep photographs in; also decides which files of a folder are images.

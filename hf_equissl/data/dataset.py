@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from hf_equissl.views.pipelines import ViewPipeline
-
+from ..views.pipelines import ViewPipeline
 from .decoding import decode_image
 from .errors import ImageDecodeError
 from .randomness import order_generator, sample_generator

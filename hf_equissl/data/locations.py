@@ -16,8 +16,7 @@ import pyarrow.dataset
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hf_equissl.strict import nearest
-
+from ..utils.suggestions import nearest
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
 

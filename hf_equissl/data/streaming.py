@@ -11,8 +11,7 @@ import fsspec.asyn
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_equissl.views.pipelines import ViewPipeline
-
+from ..views.pipelines import ViewPipeline
 from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, crop_views, hopeless, image_digest
 from .decoding import decode_image
 from .errors import ImageDecodeError, ImageSourceError

@@ -9,12 +9,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hf_equissl.strict import nearest
-
+from ..utils.suggestions import nearest
 from .base import Evaluator
 from .data import image_set, load_evaluation_data
 from .effective_rank import EffectiveRankEvaluator
-from .encoders import FEATURES, FrozenEncoder, load_encoder
 from .images import EvaluationData, ImageSet
 from .knn import KNNEvaluator
 from .linear import LinearEvaluator
@@ -61,12 +59,10 @@ def _known(name: str, names: Any, what: str) -> str:
 
 __all__ = [
     "EVALUATORS",
-    "FEATURES",
     "PROTOCOLS",
     "EffectiveRankEvaluator",
     "EvaluationData",
     "Evaluator",
-    "FrozenEncoder",
     "ImageSet",
     "KNNEvaluator",
     "LinearEvaluator",
@@ -75,7 +71,6 @@ __all__ = [
     "as_logs",
     "build_evaluator",
     "image_set",
-    "load_encoder",
     "load_evaluation_data",
     "load_records",
     "markdown_table",

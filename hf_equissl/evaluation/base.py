@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .encoders import FrozenEncoder, as_frozen
-from .images import EvaluationData, resized_side
+from ..encoders.base_image import resized_side
+from ..encoders.frozen import FrozenEncoder, as_frozen
+from .images import EvaluationData
 from .results import ResultRecord
 
 

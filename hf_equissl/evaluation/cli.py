@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from hf_equissl.redaction import without_secrets
-from hf_equissl.timing import choose_device
-from hf_equissl.views import TRANSFORMATIONS, build_transformation
-
+from ..encoders.frozen import FEATURES, FrozenEncoder
+from ..utils.devices import choose_device
+from ..utils.redaction import without_secrets
+from ..views import TRANSFORMATIONS, build_transformation
 from . import EVALUATORS, build_evaluator
 from .base import Evaluator
 from .data import load_evaluation_data
-from .encoders import FEATURES, FrozenEncoder
 from .images import EvaluationData
 from .protocols import PROTOCOLS, protocol_for
 from .report import plain_table

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_equissl.data import ImageSource, UnknownSplitError, load_images
-
+from ..data import ImageSource, UnknownSplitError, load_images
 from .images import EvaluationData, ImageSet
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from hf_equissl.monitors import effective_rank, feature_std
-
+from ..encoders.frozen import FrozenEncoder
+from ..utils.feature_statistics import effective_rank, feature_std
 from .base import Evaluator
-from .encoders import FrozenEncoder
 from .images import EvaluationData
 from .results import ResultRecord
 

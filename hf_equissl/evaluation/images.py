@@ -9,56 +9,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_equissl.data import decode_image
-from hf_equissl.signals import guard_workers
-
-from .encoders import FrozenEncoder
+from ..data import decode_image
+from ..distributed.signals import guard_workers
+from ..encoders.base_image import base_image
+from ..encoders.frozen import FrozenEncoder
 
 logger = logging.getLogger(__name__)
 
-# Photographs are resized to 256 and cropped to 224; images that are small already would only lose their border.
-SMALLEST_CROPPED_SIZE = 96
-RESIZE_RATIO = 256 / 224
 # Bad files that an error message lists.
 _LISTED = 10
 # What is computed and kept; "backbone" is put together from the first two when it is asked for.
 _PARTS = {"backbone": ("cls", "patches")}
-
-
-def resized_side(size: int) -> int:
-    """The shorter side before the centre crop of ``size``: 256/224 of it from 96 pixels on, else ``size`` itself.
-
-    The one rule of the probes and of the image processor that is saved beside an encoder. It depends on nothing but
-    ``size``, because the settings of an image processor cannot depend on the picture. Small pictures are not enlarged
-    by 8/7: that would blur a 32-pixel image and then throw a quarter of it away.
-    """
-    return round(size * RESIZE_RATIO) if size >= SMALLEST_CROPPED_SIZE else size
-
-
-def base_image(image: Image.Image, size: int) -> Tensor:
-    """The base image I of an RGB picture: shorter side to ``resized_side(size)``, centre crop, nothing else.
-
-    A picture whose shorter side is that already is only cropped: CIFAR-10 at 32 pixels keeps its pixels. Rounding is
-    that of image processors, so that both make the same pixels.
-
-    Returns:
-        (3, size, size) uint8.
-    """
-    side, (width, height) = resized_side(size), image.size
-    shorter = min(width, height)
-    if shorter != side:
-        width, height = int(side * width / shorter), int(side * height / shorter)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class _BaseImages(Dataset[tuple[int, Tensor | str]]):

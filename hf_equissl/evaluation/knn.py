@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..encoders.frozen import FrozenEncoder
 from .base import Evaluator
-from .encoders import FrozenEncoder
 from .images import EvaluationData
 from .metrics import mean_per_class_accuracy, topk_accuracy
 from .results import ResultRecord

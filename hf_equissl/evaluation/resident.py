@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equissl.distributed import gather, rank, world_size
-
-from .encoders import FrozenEncoder, NonFiniteFeaturesError
+from ..distributed.collectives import gather, rank, world_size
+from ..encoders.frozen import FrozenEncoder, NonFiniteFeaturesError
 from .images import ImageSet
 
 

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_equissl.files import write_text
-from hf_equissl.versions import library_versions
+from ..utils.files import write_text
+from ..utils.versions import library_versions
 
 FORMAT_VERSION = 1
 # What records of hf_equissl.finetuning name as their evaluator.

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hf_equissl.files import write_text
-
+from ..encoders.frozen import FrozenEncoder
+from ..utils.files import write_text
 from .base import Evaluator
-from .encoders import FrozenEncoder
 from .report import markdown_table, plot_r2
 from .results import ResultRecord, load_records, merge_records, save_records
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_equissl.views import TRANSFORMATIONS, build_transformation
-from hf_equissl.views.base import TransformationFamily
-
+from ..encoders.frozen import FrozenEncoder
+from ..views import TRANSFORMATIONS, build_transformation
+from ..views.base import TransformationFamily
 from .base import Evaluator
-from .encoders import FrozenEncoder
 from .images import EvaluationData, ImageSet
 from .metrics import RegressionSums
 from .probes import RegressionProbe, feature_statistics

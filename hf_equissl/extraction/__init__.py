@@ -6,8 +6,7 @@ name and renamed when it is whole, so that the result depends neither on the num
 
 from __future__ import annotations
 
-from .errors import ExtractionError
-from .settings import ExtractionSettings
+from .settings import ExtractionError, ExtractionSettings
 from .work import Extraction, prepare
 
 __all__ = ["Extraction", "ExtractionError", "ExtractionSettings", "prepare"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hf_equissl.files import readable_size, write_text
-from hf_equissl.hub.privacy import is_hub_id, public_command, public_source
-from hf_equissl.strict import dump_yaml
+from ..hub.privacy import is_hub_id, public_command, public_source
+from ..utils.files import readable_size, write_text
+from ..utils.strict_yaml import dump_yaml
 
 CARD = "README.md"
 # Left-out images that the card names.

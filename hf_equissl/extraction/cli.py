@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equissl.data import ImageDecodeError, ImageSourceError
-from hf_equissl.evaluation.encoders import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
-from hf_equissl.evaluation.runner import check_output_dir
-from hf_equissl.files import readable_size
-from hf_equissl.hub.privacy import is_hub_id
-from hf_equissl.hub.push import account
-from hf_equissl.redaction import without_secrets
-from hf_equissl.throughput import NOTABLE_WAIT
-
+from ..data import ImageDecodeError, ImageSourceError
+from ..data.throughput import NOTABLE_WAIT
+from ..encoders.frozen import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
+from ..evaluation.runner import check_output_dir
+from ..hub.privacy import is_hub_id
+from ..hub.push import account
+from ..utils.files import readable_size
+from ..utils.redaction import without_secrets
 from .card import write_card
-from .errors import ExtractionError
 from .processes import Processes
 from .push import push_features
 from .record import begin, check_same, finish
 from .run import extract, summarise
-from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionSettings
+from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionError, ExtractionSettings
 from .shards import remove_leftovers
 from .work import Extraction, prepare
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_equissl.evaluation.encoders import FrozenEncoder, extremes
-
+from ..encoders.frozen import FrozenEncoder, extremes
 from .reading import Batch
 
 # Waits for features of a batch that was begun, and gives them on the CPU.
@@ -97,8 +96,8 @@ def with_features(
 class DataWait:
     """How much of the time the encoder stood still for its images, from the first batch on.
 
-    As ``hf_equissl.throughput`` counts it: on an accelerator, which works on while the host already asks for the next
-    batch, only the time in which the device had nothing left to do.
+    As ``data.throughput`` counts it: on an accelerator, which works on while the host already asks for the next batch,
+    only the time in which the device had nothing left to do.
 
     Args:
         device: Of the encoder.

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from hf_equissl.evaluation.encoders import FrozenEncoder, read_image_settings
-from hf_equissl.evaluation.images import base_image, resized_side
+from ..encoders.base_image import base_image, resized_side
+from ..encoders.frozen import FrozenEncoder, read_image_settings
 
 # Settings of an image processor that change no pixel.
 _WITHOUT_EFFECT = ("image_processor_type", "processor_class", "feature_extractor_type", "_processor_class")

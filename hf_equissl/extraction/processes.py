@@ -12,9 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils.logging import disable_progress_bar
 
-from hf_equissl.evaluation.cli import check_device
-
-from .errors import ExtractionError
+from ..evaluation.cli import check_device
+from .settings import ExtractionError
 
 # Processes wait for each other only at the end; the slowest may have many shards more to do.
 _PATIENCE = timedelta(days=30)

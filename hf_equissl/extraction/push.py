@@ -9,9 +9,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from hf_equissl.hub.privacy import public_command, public_source, public_values
-from hf_equissl.hub.push import create_repository, explain_hub_errors
-
+from ..hub.privacy import public_command, public_source, public_values
+from ..hub.push import create_repository, explain_hub_errors
 from .card import CARD, write_card
 from .record import RECORD
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from hf_equissl.data import ImageSource, decode_image
-from hf_equissl.data.shards import Shard as SourceShard
-
-from .errors import ExtractionError
+from ..data import ImageSource, decode_image
+from ..data.shards import Shard as SourceShard
 from .preprocessing import Preprocessing
+from .settings import ExtractionError
 
 
 @dataclass(frozen=True)

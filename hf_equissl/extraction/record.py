@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_equissl.files import write_text
-from hf_equissl.versions import library_versions
-
-from .errors import ExtractionError
-from .settings import FORMATS
+from ..utils.files import write_text
+from ..utils.versions import library_versions
+from .settings import FORMATS, ExtractionError
 from .shards import INDEX, LABEL, read_record
 from .work import Extraction
 

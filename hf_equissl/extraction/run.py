@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import ExtractionError
 from .pipeline import DataWait, Result, with_features
 from .reading import Batch, Shard, image_batches
 from .record import check_bad_share
+from .settings import ExtractionError
 from .shards import INDEX, LABEL, NAME, ParquetShard, SafetensorsShard, open_shard, remove_leftovers
 from .work import Extraction
 

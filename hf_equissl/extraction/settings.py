@@ -7,7 +7,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_equissl.strict import nearest
+from ..utils.suggestions import nearest
+
+
+class ExtractionError(RuntimeError):
+    """An extraction stopped on its way; the shards that are whole are kept, and the same command goes on."""
+
 
 # What a file of features is called, after the number of its shard.
 FORMATS = {"parquet": ".parquet", "safetensors": ".safetensors"}

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from .errors import ExtractionError
+from .settings import ExtractionError
 
 # Under this key every file says which extraction and which rows it holds, and which images were left out.
 _KEY = "hf_equissl"

@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_equissl.data import ImageDecodeError, ImageSource, decode_image, load_images
-from hf_equissl.evaluation.encoders import FrozenEncoder
-from hf_equissl.files import readable_size
-
-from .errors import ExtractionError
+from ..data import ImageDecodeError, ImageSource, decode_image, load_images
+from ..encoders.frozen import FrozenEncoder
+from ..utils.files import readable_size
 from .pipeline import begin
 from .preprocessing import Preprocessing
 from .reading import Shard, stored_name, stream_rows
-from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionSettings
+from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionError, ExtractionSettings
 from .shards import read_record, shard_features
 
 # Rows by which a source is recognised again, and rows among which one has to decode.

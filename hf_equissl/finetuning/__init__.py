@@ -10,11 +10,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .adapters import LORA_TARGETS, register_lora_targets
 from .settings import METHODS, FineTuningSettings, Method
-from .targets import LORA_TARGETS, register_lora_targets
 
 _EXPORTS = {
-    "FineTuningRun": "run",
+    "FineTuningRun": "prepared",
     "fine_tune": "run",
     "load_finetuned": "adapters",
     "merge_adapter": "publish",
@@ -38,8 +38,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters import load_finetuned
+    from .prepared import FineTuningRun
     from .publish import merge_adapter
-    from .run import FineTuningRun, fine_tune, prepare, train
+    from .run import fine_tune, prepare, train
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_equissl.files import write_text
-from hf_equissl.hub.privacy import public_source
-from hf_equissl.loading import LoadError, explain_load_errors, read_config
-
+from ..hub.privacy import public_source
+from ..utils.files import write_text
+from ..utils.load_errors import LoadError, explain_load_errors, read_config
 from .classifier import (
     architecture_of,
     encoder_digest,
@@ -28,10 +27,39 @@ from .classifier import (
     pooling_of,
 )
 from .settings import FineTuningSettings
-from .targets import LORA_TARGETS
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+_BLOCK_LAYERS = r"(attention\.[qkvo]_proj|mlp\.fc[12])"
+_DINOV2 = rf"(.*\.)?encoder\.layer\.\d+\.{_BLOCK_LAYERS}"
+_VIT = rf"(.*\.)?layers\.\d+\.{_BLOCK_LAYERS}"
+
+# model_type -> regular expression for the full name of a module, as ``LoraConfig.target_modules`` takes it.
+LORA_TARGETS: dict[str, str] = {
+    "equissl": _DINOV2,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "vit": _VIT,
+    "ijepa": _VIT,
+}
+
+
+def register_lora_targets() -> None:
+    """Make PEFT's ``LoraConfig()`` without ``target_modules`` work for the model types of ``LORA_TARGETS``.
+
+    For code that uses PEFT itself; our own functions name the modules. PEFT's choice stays where it has one, and
+    calling this again changes nothing.
+
+    Raises:
+        ImportError: without PEFT.
+    """
+    from peft.utils import constants
+
+    for model_type, pattern in LORA_TARGETS.items():
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, pattern)
+
 
 DESCRIPTION_FILE = "finetuning.json"
 FORMAT_VERSION = 1

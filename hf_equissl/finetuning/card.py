@@ -8,10 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_equissl.evaluation.results import ResultRecord
-from hf_equissl.hub.card_metadata import eval_result
-from hf_equissl.hub.privacy import is_hub_id, public_command, public_source
-
+from ..evaluation.results import ResultRecord
+from ..hub.card.metadata import eval_result
+from ..hub.privacy import is_hub_id, public_command, public_source
 from .adapters import Description
 from .report import comparison_table
 from .settings import METHODS

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from hf_equissl.hub.weights import without_load_report
-from hf_equissl.loading import explain_load_errors, read_config
+from ..encoders.weights import without_load_report
+from ..utils.load_errors import explain_load_errors, read_config
 
 # What the heads of stock classes read, for records; ours say it in their config.
 _STOCK_POOLING = {"dinov2": "cls_patches", "dinov2_with_registers": "cls_patches", "vit": "cls", "ijepa": "patches"}
@@ -71,7 +71,7 @@ def load_classifier(
     if not _has_classifier(config):
         raise ValueError(
             f"{source} is a {config.model_type} model, for which transformers has no image classification class. "
-            "Convert it into an EquiSSL encoder (hf_equissl.hub.convert_encoder), or give another encoder."
+            "Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give another encoder."
         )
     with explain_load_errors(source, "encoder", **hub_options), without_load_report():
         model, report = AutoModelForImageClassification.from_pretrained(

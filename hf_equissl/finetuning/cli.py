@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hf_equissl.redaction import without_secrets
-from hf_equissl.signals import EXIT_PREEMPTED, Preempted, Signals
-
+from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals
+from ..utils.redaction import without_secrets
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
 _DESCRIPTION = """\
@@ -179,8 +178,7 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from hf_equissl.faults.stops import AGREED, STOPS, explained, together
-
+    from ..running.stops import AGREED, STOPS, explained, together
     from .publish import publish as publish_run
     from .report import comparison_table
     from .run import prepare, train
@@ -205,7 +203,7 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
 
 
 def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> None:
-    from hf_equissl.hub.privacy import is_hub_id
+    from ..hub.privacy import is_hub_id
 
     if settings.base_id is not None and not is_hub_id(settings.base_id):
         raise ValueError(f"--base_id {settings.base_id}: expected a Hub id, OWNER/NAME.")
@@ -237,7 +235,8 @@ def _say(text: str) -> None:
 
 def _stop(error: Exception, code: int, agreed: bool = False) -> int:
     # What can be mended is said once per machine, what stops a run by the first process that says it.
-    from hf_equissl.distributed import speaks_for_all, world_size
+    from ..distributed.agreement import speaks_for_all
+    from ..distributed.collectives import world_size
 
     speaks = speaks_for_all() if code == 1 or world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
     if _is_main() if agreed else speaks:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hf_equissl.data import ImageDecodeError, ImageSource, decode_image, load_images
-from hf_equissl.evaluation.data import HELD_OUT, load_test_split
-from hf_equissl.evaluation.images import base_image
-
+from ..data import ImageDecodeError, ImageSource, decode_image, load_images
+from ..encoders.base_image import base_image
+from ..evaluation.data import HELD_OUT, load_test_split
 from .settings import FineTuningSettings
 
 logger = logging.getLogger(__name__)

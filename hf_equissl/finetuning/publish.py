@@ -9,15 +9,14 @@ from typing import Any
 from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
-from hf_equissl.evaluation.results import ResultRecord, load_records, save_records
-from hf_equissl.files import move_into_place
-from hf_equissl.hub.export import check_replaceable
-from hf_equissl.loading import explain_load_errors
-
+from ..encoders.export import check_replaceable
+from ..evaluation.results import ResultRecord, load_records, save_records
+from ..utils.files import move_into_place
+from ..utils.load_errors import explain_load_errors
 from .adapters import DESCRIPTION_FILE, is_adapter, load_finetuned, read_description
 from .card import CARD, write_card
+from .prepared import FineTuningRun
 from .report import RESULTS
-from .run import FineTuningRun
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path | None = None, **options: Any) -> Path:
@@ -102,7 +101,7 @@ def publish(
         )
         lines.append(f"The merged model lies in {folder}.")
     if push_to_hub and repo_id is not None:
-        from hf_equissl.hub.push import push_repository
+        from ..hub.push import push_repository
 
         write_card(folder, run.description, load_records(folder / RESULTS), name=repo_id)
         info = push_repository(folder, repo_id, private=private)

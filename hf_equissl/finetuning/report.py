@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_equissl.evaluation.images import resized_side
-from hf_equissl.evaluation.results import FINE_TUNING, ResultRecord, load_records
-from hf_equissl.figures import plot_losses
-from hf_equissl.files import write_text
-from hf_equissl.hub.privacy import public_source
-from hf_equissl.run_record import RunRecord
-
+from ..encoders.base_image import resized_side
+from ..evaluation.results import FINE_TUNING, ResultRecord, load_records
+from ..hub.privacy import public_source
+from ..pretraining.run_record import RunRecord
+from ..utils.figures import plot_losses
+from ..utils.files import write_text
 from .classifier import count_parameters
 from .settings import METHODS
 
 if TYPE_CHECKING:
-    from .run import FineTuningRun
+    from .prepared import FineTuningRun
 
 logger = logging.getLogger(__name__)
 RESULTS, TABLE, CURVES = "results.json", "results.md", "curves.png"

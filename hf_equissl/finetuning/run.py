@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
-from hf_equissl.checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
-from hf_equissl.data import ImageViewDataset, SkippedImages
-from hf_equissl.distributed import gather_objects, is_main_process
-from hf_equissl.engines import Engine, asked_engine
-from hf_equissl.evaluation.encoders import FrozenEncoder
-from hf_equissl.evaluation.results import ResultRecord, save_records
-from hf_equissl.faults.preemption import PreemptionCallback
-from hf_equissl.faults.stops import explained
-from hf_equissl.files import move_into_place, write_text
-from hf_equissl.hub.export import image_processor
-from hf_equissl.hub.privacy import public_source
-from hf_equissl.launching.output_folder import (
+from ..checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
+from ..data import ImageViewDataset, SkippedImages
+from ..distributed.agreement import gather_objects
+from ..distributed.collectives import is_main_process
+from ..distributed.engines import Engine, asked_engine
+from ..distributed.signals import Signals, remove_marker
+from ..encoders.export import image_processor
+from ..encoders.frozen import FrozenEncoder
+from ..evaluation.results import ResultRecord, save_records
+from ..hub.privacy import public_source
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.run_record import RunRecordCallback, new_record
+from ..running.output_folder import (
     check_output_folder,
     check_shared_folder,
     leave_folder,
@@ -30,85 +31,24 @@ from hf_equissl.launching.output_folder import (
     take_folder,
     trained_steps,
 )
-from hf_equissl.needs import Needs
-from hf_equissl.run_plan import schedule
-from hf_equissl.run_record import RunRecordCallback, new_record
-from hf_equissl.signals import Signals, remove_marker
-from hf_equissl.training_arguments import EquiSSLTrainingArguments
-from hf_equissl.views.pipelines import ViewPipeline
-from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
-
-from .adapters import Description, add_adapters, check_peft, describe
+from ..running.preemption import PreemptionCallback
+from ..running.stops import explained
+from ..utils.files import move_into_place, write_text
+from ..views.needs import Needs
+from ..views.pipelines import ViewPipeline
+from ..views.view_specs import PipelineSpec, ViewSpec
+from .adapters import add_adapters, check_peft, describe
 from .card import public_records, write_card
-from .classifier import commit_of, count_parameters, freeze_encoder, freeze_unused, load_classifier, num_blocks
-from .labelled_images import EvaluationImages, LabelledImages, load_labelled_images
+from .classifier import commit_of, freeze_encoder, freeze_unused, load_classifier, num_blocks
+from .labelled_images import EvaluationImages, load_labelled_images
+from .prepared import FineTuningRun
 from .report import RESULTS, make_records, plot_curves, write_table
-from .settings import METHODS, FineTuningSettings
+from .settings import FineTuningSettings
 from .trainer import FineTuningTrainer, parameter_groups
 
 SETTINGS_FILE = "finetune.json"
 # Up to this side random crops keep more of the image: of 8 % of a 32-pixel picture nobody could tell the class.
 SMALL_IMAGES = 64
-
-
-@dataclass
-class FineTuningRun:
-    """A checked run, ready to train.
-
-    Attributes:
-        settings: With the learning rate filled in.
-        args: Arguments of the Trainer.
-        model: The classifier, or a PEFT model around it.
-        classifier: The classifier itself.
-        description: What the result will be.
-        images: Both splits.
-        pipeline: One training view.
-        encoder_digest: Of the encoder with its input settings, as the probes name it in their records.
-        checkpoint: Where training goes on, or ``None``.
-        finished: The folder of the result, if the run is over already.
-    """
-
-    settings: FineTuningSettings
-    args: EquiSSLTrainingArguments
-    model: Any
-    classifier: PreTrainedModel
-    description: Description
-    images: LabelledImages
-    pipeline: ViewPipeline
-    encoder_digest: str
-    checkpoint: str | None
-
-    @property
-    def folder(self) -> Path:
-        """Where the finished model or adapter goes."""
-        return Path(self.settings.output_dir) / ("adapter" if self.settings.is_adapter else "model")
-
-    @property
-    def finished(self) -> bool:
-        """Whether the checkpoint is that of the last step."""
-        return self.checkpoint is not None and trained_steps(self.checkpoint) >= self.steps
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return schedule(self.args, self.args.world_size, len(self.images.train)).steps or 0
-
-    def summary(self) -> str:
-        """What will happen, for people."""
-        settings, args = self.settings, self.args
-        trained, total = count_parameters(self.model)
-        batch = f"{settings.batch_size} x {args.world_size} x {settings.accumulation}"
-        return "\n".join(
-            [
-                f"{settings.method}: {METHODS[settings.method].description}; {trained:,} of {total:,} weights are "
-                f"trained ({trained / total:.2%}); the head reads {self.description.pooling}",
-                f"{len(self.images.train)} training images, {len(self.images.test)} test images "
-                f"({self.images.test_split}), {len(self.images.classes)} classes, {self.description.image_size} pixels",
-                f"batch {batch} = {args.global_batch_size}, learning rate {settings.learning_rate:.4g}, "
-                f"{settings.epochs:g} epochs = {self.steps} steps",
-                f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {settings.output_dir}",
-            ]
-        )
 
 
 def fine_tune(settings: FineTuningSettings, resume: str = "auto", command: str | None = None) -> list[ResultRecord]:
@@ -191,7 +131,7 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 stopped the run, with a checkpoint.
-        RuntimeError: one of ``faults.stops.STOPS``: the run stopped.
+        RuntimeError: one of ``running.stops.STOPS``: the run stopped.
     """
     output = Path(run.settings.output_dir)
     try:

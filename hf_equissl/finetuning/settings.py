@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hf_equissl.strict import nearest
+from ..utils.suggestions import nearest
 
 # As in modeling.configuration_equissl, without the seconds that its import takes before --help.
 POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from hf_equissl.checkpoints import ARGUMENTS_FILE, WholeCheckpoints
-from hf_equissl.data import ImageViewDataset, SkippedImages, TooManyBadImages
-from hf_equissl.distributed import gather_objects
-from hf_equissl.evaluation.metric_modules import TopKAccuracyMetric
-from hf_equissl.loss_history import LossHistory
-from hf_equissl.signals import guard_workers
-from hf_equissl.training_arguments import EquiSSLTrainingArguments
-from hf_equissl.views.collator import ViewCollator
-from hf_equissl.views.pipelines import ViewPipeline
-
+from ..checkpoints import ARGUMENTS_FILE, WholeCheckpoints
+from ..data import ImageViewDataset, SkippedImages, TooManyBadImages
+from ..distributed.agreement import gather_objects
+from ..distributed.signals import guard_workers
+from ..evaluation.metric_modules import TopKAccuracyMetric
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.loss_history import LossHistory
+from ..views.collator import ViewCollator
+from ..views.pipelines import ViewPipeline
 from .labelled_images import NO_LABEL, EvaluationImages
 
 TOP_K = 5
@@ -168,6 +167,11 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         # In memory: metric files of several processes would have one name.
         metric = TopKAccuracyMetric(keep_in_memory=True)
         return metric.compute(predictions=ranked[known].tolist(), references=labels[known].tolist())
+
+    def check_finite(self) -> None:
+        """Raise ``NonFiniteLossError`` on all processes if a loss or a weight is not finite on one of them."""
+        model = cast(nn.Module, self.model)
+        self.history.check_with_weights(model, self.state.global_step, self._last_checkpoint, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Look at the losses since the last log before the parent reports their mean."""

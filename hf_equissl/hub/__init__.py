@@ -1,4 +1,4 @@
-"""What leaves this machine: encoders as folders that ``AutoModel`` loads, and whole repositories with their card.
+"""What leaves this machine: whole repositories with their card, checked and pushed.
 
 Names are resolved when they are first used: the Trainer imports this package, and a repository is built from its runs.
 """
@@ -13,11 +13,7 @@ _EXPORTS = {
     "PublishError": "publishable",
     "build_repository": "repository",
     "check_publishable": "publishable",
-    "convert_encoder": "convert",
     "push_repository": "push",
-    "save_encoder": "export",
-    "save_native": "native",
-    "to_native": "native",
 }
 
 __all__ = [
@@ -25,17 +21,10 @@ __all__ = [
     "PublishError",
     "build_repository",
     "check_publishable",
-    "convert_encoder",
     "push_repository",
-    "save_encoder",
-    "save_native",
-    "to_native",
 ]
 
 if TYPE_CHECKING:
-    from .convert import convert_encoder
-    from .export import save_encoder
-    from .native import save_native, to_native
     from .publishable import PublishError, check_publishable
     from .push import push_repository
     from .repository import PARTS, build_repository

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import MODEL_SHARDS, read_checkpoint_weights
-from ..pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 
 
 def load_pretraining_state(source: str | Path, **options: Any) -> EquiSSLForPreTraining:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ..redaction import SECRET_NAME, without_secrets, without_tokens
+from ..utils.redaction import SECRET_NAME, without_secrets, without_tokens
 
 # A path from the root, from a home folder, from a folder above, or of another drive. "https://" is none.
 _START = r"(?:file:/+|~[\w.-]*/|/|\.\./|[A-Za-z]:[\\/])"

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor
 
-from ..redaction import TOKEN
+from ..utils.redaction import TOKEN
 
 CARD = "README.md"
 CONFIG = "config.json"
@@ -118,7 +118,7 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_processor(folder: Path) -> None:
-    how = "Write it with hf_equissl.hub.save_encoder, or image_processor(...).save_pretrained(folder)."
+    how = "Write it with hf_equissl.encoders.save_encoder, or image_processor(...).save_pretrained(folder)."
     if not (folder / PROCESSOR).is_file():
         raise PublishError(
             f"{folder / PROCESSOR} is missing: without the image processor everyone has to guess size and "

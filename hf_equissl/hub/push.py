@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from ..redaction import without_tokens
-from ..versions import library_versions
+from ..utils.redaction import without_tokens
+from ..utils.versions import library_versions
 from .publishable import CARD, CONFIG, PublishError, check_publishable, repository_files
 
 logger = logging.get_logger(__name__)

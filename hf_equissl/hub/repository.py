@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 from ..checkpoints import ENCODER_FOLDER
-from ..evaluation.encoders import FrozenEncoder
+from ..encoders.export import save_encoder
+from ..encoders.frozen import FrozenEncoder
+from ..encoders.native import save_native
 from ..evaluation.results import ResultRecord, load_records, merge_records, save_records
-from ..files import move_into_place, write_text
-from ..loading import explain_load_errors
 from ..modeling import EquiSSLModel
-from ..pretraining import EquiSSLForPreTraining
-from ..strict import dump_yaml
-from .card import CardFacts, public_recipe, render_card
-from .card_figures import draw_figures
-from .export import save_encoder
-from .native import save_native
+from ..pretraining.model import EquiSSLForPreTraining
+from ..utils.files import move_into_place, write_text
+from ..utils.load_errors import explain_load_errors
+from ..utils.strict_yaml import dump_yaml
+from .card.figures import draw_figures
+from .card.snippets import run_snippets, snippets
+from .card.text import CardFacts, public_recipe, render_card
 from .pretraining_state import load_pretraining_state
 from .privacy import is_hub_id, last_component, public_command, public_source, public_values
 from .run_folder import RECIPE_FILE, RunFolder
-from .snippets import run_snippets, snippets
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import Any, Self
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, newest_checkpoint
-from ..evaluation.encoders import read_image_settings
-from ..pretraining import EquiSSLPreTrainingConfig
-from ..run_record import RECORD_FILE, RunRecord
-from ..strict import load_yaml
-from ..training_arguments import EquiSSLTrainingArguments
+from ..encoders.frozen import read_image_settings
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLPreTrainingConfig
+from ..pretraining.run_record import RECORD_FILE, RunRecord
+from ..utils.strict_yaml import load_yaml
 from .privacy import last_component
 
 RECIPE_FILE = "recipe.yaml"

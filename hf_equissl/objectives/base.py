@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from ..needs import Needs
+from ..views.needs import Needs
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
-    from ..schedules import TrainingProgress
     from ..views.base import Views
+    from .progress import TrainingProgress
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..distributed import all_reduce_sum, gather
+from ..distributed.collectives import all_reduce_sum, gather
 
 __all__ = ["centered_softmax", "sinkhorn_knopp"]
 

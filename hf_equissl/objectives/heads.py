@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distributed import gather, world_size
+from ..distributed.collectives import gather, world_size
 from ..modeling import EquiSSLStem
 from .base import Features
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import distributed
+from ..distributed.collectives import gather as gather_rows
+from ..distributed.collectives import rank, world_size
 
 __all__ = ["check_neighbours", "koleo_loss"]
 
@@ -41,12 +42,12 @@ def koleo_loss(representations: Tensor, gather: bool = False, eps: float = 1e-8)
         ValueError: With a single image there is no neighbour.
     """
     images = representations.shape[1]
-    check_neighbours(images * (distributed.world_size() if gather else 1))
+    check_neighbours(images * (world_size() if gather else 1))
     with torch.autocast(representations.device.type, enabled=False):  # eps is 0 in fp16
         x = F.normalize(representations.float(), dim=-1, eps=eps)
         others, offset = x, 0
         if gather:  # (B, V, D): one exchange for all views
-            others, offset = distributed.gather(x.transpose(0, 1)).transpose(0, 1), distributed.rank() * images
+            others, offset = gather_rows(x.transpose(0, 1)).transpose(0, 1), rank() * images
         with torch.no_grad():
             cosines = x @ others.transpose(1, 2)  # (V, B, M)
             cosines.diagonal(offset, dim1=1, dim2=2).fill_(-2)  # an image is no neighbour of itself

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import EquiSSLConvDecoder, EquiSSLStem, build_decoder
-from ..needs import Needs
+from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
 
 if TYPE_CHECKING:

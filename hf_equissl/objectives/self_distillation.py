@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed import all_reduce_sum
-from ..needs import Needs
-from ..schedules import linear_ramp
+from ..distributed.collectives import all_reduce_sum
+from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
 from .centering import centered_softmax, sinkhorn_knopp
+from .progress import linear_ramp
 from .prototypes import PrototypeHead, prototype_cross_entropy
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
-    from ..schedules import TrainingProgress
     from ..views.base import Views
+    from .progress import TrainingProgress
 
 __all__ = [
     "Centering",

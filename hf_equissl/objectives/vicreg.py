@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distributed import gather, world_size
+from ..distributed.collectives import gather, world_size
 from .base import Features, LossOutput, Objective
 from .heads import Projector
 

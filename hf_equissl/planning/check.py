@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback
 
-from ..pretraining import EquiSSLForPreTraining
-from ..recipes import Recipe
-from ..strict import RecipeError
+from ..pretraining.model import EquiSSLForPreTraining
+from ..recipes.recipe import Recipe
+from ..utils.suggestions import RecipeError
 
 STEPS = 3  # the first is not counted: it brings the optimizer's state into being
 # A check trains for so long, reads images itself, and leaves nothing behind.

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ..engines import Engine, asked_engine
-from ..run_plan import Schedule
-from ..strict import RecipeError, nearest
-from ..training_arguments import EquiSSLTrainingArguments
+from ..distributed.engines import Engine, asked_engine
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..utils.suggestions import RecipeError, nearest
+from .arithmetic import Schedule
 from .memory import Held, Setup, host_bytes, peak, peaks_by_phase
 from .step import Cost
 from .traffic import Traffic, traffic

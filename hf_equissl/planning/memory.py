@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..engines import Engine
+from ..distributed.engines import Engine
 from .step import ADAM_STATES, FP32_BYTES, Cost
 from .storages import Moment
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..run_plan import Schedule
+from .arithmetic import Schedule
 from .cluster import GIB, Cluster, EnginePlan, Planner
 from .memory import Held
 from .step import Cost

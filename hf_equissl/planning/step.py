@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from ..flop_counts import flop_counter, flops_by_module
-from ..pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from ..training_arguments import EquiSSLTrainingArguments
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..views.base import Views
+from .flop_counts import flop_counter, flops_by_module
 from .processes import Exchanged, as_one_of
 from .storages import KeptStorages, Moment, StepMemory
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engines import Engine
+from ..distributed.engines import Engine
 from .memory import ZERO3_REUSE_DISTANCE, Setup, root_parameters
 from .step import FP32_BYTES, Cost
 

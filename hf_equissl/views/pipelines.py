@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_equissl.needs import Needs
-from hf_equissl.strict import check_keys
-
+from ..utils.suggestions import check_keys
 from . import photometric
 from .base import TransformationFamily, Views
 from .cropping import crop_views
 from .masks import MaskSpec
+from .needs import Needs
 from .view_specs import PIPELINES, LocalSpec, PipelineSpec, ViewSpec
 
 __all__ = ["PIPELINES", "LocalSpec", "MaskSpec", "PipelineSpec", "ViewPipeline", "ViewSpec", "build_pipeline"]

@@ -24,8 +24,8 @@ from hf_equissl.data import (
     TooManyBadImages,
     load_images,
 )
-from hf_equissl.needs import Needs
 from hf_equissl.views.collator import collate_views
+from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import ViewPipeline, build_pipeline
 
 from .image_files import write_folder, write_tar

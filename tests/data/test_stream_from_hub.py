@@ -8,19 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.loopback_hub import LoopbackHub
 from huggingface_hub import HfApi
+
+from tests.hub.loopback_hub import LoopbackHub
 
 from .image_files import write_folder
 from .test_streaming import COUNT, parquets, tars
 
-pytest_plugins = ["hub.fixtures"]
+pytest_plugins = ["tests.hub.fixtures"]
 
 READ = """
 import json, sys
 from itertools import islice
 from pathlib import Path
-from data.test_streaming import WORKERS, RANKS, batches, build_pipeline, Needs
+from tests.data.test_streaming import WORKERS, RANKS, batches, build_pipeline, Needs
 from hf_equissl.data import StreamingViewDataset, load_images
 
 def make(source, rank):
@@ -59,7 +60,7 @@ def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_p
     sources = ["maker/parquets", "hf://datasets/maker/tars/data/*.tar", "maker/images"]
     answer = subprocess.run(
         [sys.executable, "-c", READ, str(tmp_path), *sources],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": "."},
         capture_output=True,
         text=True,

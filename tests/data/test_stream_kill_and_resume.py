@@ -7,11 +7,11 @@ from pathlib import Path
 
 import datasets
 import torch
-from engines import launching
-from engines.test_resume import kill_9
 from safetensors.torch import load_file
 
-from hf_equissl.throughput import LOG_KEYS
+from hf_equissl.data.throughput import LOG_KEYS
+from tests.distributed import launching
+from tests.distributed.test_resume import kill_9
 
 STEPS = 10
 OPTIONS = [
@@ -40,7 +40,7 @@ def test_kill_9_and_resume_on_a_stream(photo_folder: Path, tmp_path: Path) -> No
     kill_9(launching.start("ddp", *options, str(broken), log=log), broken / "checkpoint-4", log)
     assert not (broken / "encoder").exists()
     runs = json.dumps([[*options, str(broken)], [*options, str(unbroken)]])
-    result = launching.run("ddp", runs, script=launching.ROOT / "tests" / "engines" / "several.py")
+    result = launching.run("ddp", runs, script=launching.ROOT / "tests" / "distributed" / "several.py")
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"resuming from {broken / 'checkpoint-4'}" in result.stdout
     assert json.loads((broken / "facts.json").read_text())["wrapped"] == "DistributedDataParallel"

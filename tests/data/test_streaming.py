@@ -16,11 +16,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_equissl import throughput
-from hf_equissl.data import ImageSourceError, StreamingViewDataset, load_images
+from hf_equissl.data import ImageSourceError, StreamingViewDataset, load_images, throughput
 from hf_equissl.data.shards import FILES_PER_RANK, divide, list_shards, shuffled
-from hf_equissl.needs import Needs
 from hf_equissl.views.collator import ViewCollator
+from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import ViewPipeline, build_pipeline
 
 from .image_files import encode, picture, write_folder, write_tar

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_equissl.evaluation import EvaluationData, FrozenEncoder, ImageSet
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.evaluation import EvaluationData, ImageSet
 
 
 class PixelEncoder(nn.Module):

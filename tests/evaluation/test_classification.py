@@ -5,14 +5,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from hf_equissl.evaluation import (
-    EvaluationData,
-    FrozenEncoder,
-    ImageSet,
-    KNNEvaluator,
-    LinearEvaluator,
-    build_evaluator,
-)
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.evaluation import EvaluationData, ImageSet, KNNEvaluator, LinearEvaluator, build_evaluator
 from hf_equissl.evaluation.knn import knn_votes
 from hf_equissl.evaluation.probes import fit_linear_adamw, fit_linear_lbfgs
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_equissl.evaluation import EvaluationData, FrozenEncoder, build_evaluator
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.evaluation import EvaluationData, build_evaluator
 from hf_equissl.evaluation.effective_rank import EffectiveRankEvaluator
 
 from .conftest import ConstantEncoder

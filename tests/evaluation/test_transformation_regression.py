@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_equissl.evaluation import EvaluationData, FrozenEncoder, ImageSet, TransformationRegressionEvaluator
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.evaluation import EvaluationData, ImageSet, TransformationRegressionEvaluator
 from hf_equissl.views import TRANSFORMATIONS
 
 from .conftest import ConstantEncoder, PixelEncoder, gradient_images

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_equissl.data import load_images
-from hf_equissl.evaluation import FrozenEncoder, image_set
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.evaluation import image_set
 
 from .conftest import BROKEN, CLASSES, GOOD
 

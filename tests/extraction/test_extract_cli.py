@@ -9,13 +9,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hub.loopback_hub import LoopbackHub
 from huggingface_hub import DatasetCard, HfApi
 
 from hf_equissl.extraction import work
 from hf_equissl.extraction.cli import main
+from tests.hub.loopback_hub import LoopbackHub
 
-pytest_plugins = ["hub.fixtures"]
+pytest_plugins = ["tests.hub.fixtures"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hf_equissl import EquiSSLModel, save_encoder
 from hf_equissl.data import ImageSource
-from hf_equissl.evaluation import FrozenEncoder
-from hf_equissl.evaluation.encoders import NonFiniteFeaturesError
+from hf_equissl.encoders import FrozenEncoder
+from hf_equissl.encoders.frozen import NonFiniteFeaturesError
 from hf_equissl.extraction import ExtractionSettings, prepare
 from hf_equissl.extraction.pipeline import begin, with_features
 from hf_equissl.extraction.reading import Batch

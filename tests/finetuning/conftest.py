@@ -20,8 +20,8 @@ from transformers import (
     ViTModel,
 )
 
+from hf_equissl.encoders.export import image_processor
 from hf_equissl.finetuning import FineTuningSettings
-from hf_equissl.hub.export import image_processor
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}

@@ -28,7 +28,7 @@ from hf_equissl.finetuning import (
     train,
 )
 from hf_equissl.finetuning.publish import publish
-from hf_equissl.loading import LoadError
+from hf_equissl.utils.load_errors import LoadError
 
 from .conftest import CLASSES, STOCK
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_equissl.distributed.signals import MARKER_FILE, Preempted
 from hf_equissl.finetuning import prepare, train
 from hf_equissl.finetuning.run import build_trainer
-from hf_equissl.signals import MARKER_FILE, Preempted
 
 
 def trained_weights(run: Any) -> dict[str, torch.Tensor]:

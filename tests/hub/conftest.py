@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.register_assert_rewrite("hub.fixtures")  # before the import: modules elsewhere name it as their plugin
+pytest.register_assert_rewrite("tests.hub.fixtures")  # before the import: modules elsewhere name it as their plugin
 
 from .fixtures import api, hub, hub_here  # noqa: E402
 

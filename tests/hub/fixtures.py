@@ -1,4 +1,4 @@
-"""The loopback Hub as fixtures. A test module outside this folder says ``pytest_plugins = ["hub.fixtures"]``."""
+"""The loopback Hub as fixtures. A test module outside this folder says ``pytest_plugins = ["tests.hub.fixtures"]``."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_equissl.hub.card import CardFacts, render_card
-from hf_equissl.hub.card_figures import draw_figures
-from hf_equissl.hub.card_metadata import eval_result
+from hf_equissl.hub.card.figures import draw_figures
+from hf_equissl.hub.card.metadata import eval_result
+from hf_equissl.hub.card.snippets import Snippet, SnippetError, run_snippets, snippets
+from hf_equissl.hub.card.text import CardFacts, render_card
 from hf_equissl.hub.privacy import is_hub_id, public_command, public_source, public_text, public_values
 from hf_equissl.hub.run_folder import RunFolder
-from hf_equissl.hub.snippets import Snippet, SnippetError, run_snippets, snippets
 from hf_equissl.modeling import EquiSSLConfig
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 

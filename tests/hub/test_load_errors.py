@@ -20,10 +20,10 @@ import torch
 from huggingface_hub import HfApi, constants
 from transformers import BertConfig, IJepaConfig, IJepaModel
 
-from hf_equissl.evaluation.encoders import load_encoder
-from hf_equissl.hub.convert import convert_encoder
-from hf_equissl.loading import LoadError, read_config
+from hf_equissl.encoders.convert import convert_encoder
+from hf_equissl.encoders.frozen import load_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.utils.load_errors import LoadError, read_config
 
 from .loopback_handler import Handler
 from .loopback_hub import LoopbackHub

@@ -19,9 +19,9 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_equissl.hub import save_encoder
-from hf_equissl.hub.export import image_processor
-from hf_equissl.hub.native import save_native
+from hf_equissl.encoders import save_encoder
+from hf_equissl.encoders.export import image_processor
+from hf_equissl.encoders.native import save_native
 from hf_equissl.modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
 
 from .environments import ROOT, make_environment, run_there

@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file, save_file
 
-from hf_equissl.hub import PublishError, check_publishable, push_repository, save_encoder, save_native
+from hf_equissl.encoders import save_encoder, save_native
+from hf_equissl.hub import PublishError, check_publishable, push_repository
 from hf_equissl.hub.push import create_repository, describe
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 

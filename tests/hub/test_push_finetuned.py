@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForImageClassification
 
 from hf_equissl.finetuning import cli, load_finetuned
-from hf_equissl.hub import save_encoder
+from hf_equissl.encoders import save_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 root, api = Path(sys.argv[1]), HfApi()

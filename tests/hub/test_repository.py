@@ -19,18 +19,18 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_equissl.data import ImageViewDataset, load_images
-from hf_equissl.evaluation import FrozenEncoder
+from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import load_records, save_records
 from hf_equissl.hub import build_repository, push_repository
-from hf_equissl.hub.snippets import Snippet, SnippetError
+from hf_equissl.hub.card.snippets import Snippet, SnippetError
 from hf_equissl.modeling import EquiSSLConfig
-from hf_equissl.pretraining import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from hf_equissl.recipes import Recipe
-from hf_equissl.run_record import RunRecord
-from hf_equissl.strict import dump_yaml, load_yaml
-from hf_equissl.trainer import EquiSSLTrainer
+from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
+from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from hf_equissl.pretraining.run_record import RunRecord
+from hf_equissl.pretraining.trainer import EquiSSLTrainer
+from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import pretrain
-from hf_equissl.training_arguments import EquiSSLTrainingArguments
+from hf_equissl.utils.strict_yaml import dump_yaml, load_yaml
 from hf_equissl.views.pipelines import build_pipeline
 
 from .tiny_run import copy_of, records_of, run
@@ -195,7 +195,7 @@ def test_without_matplotlib_there_are_no_figures(
 ) -> None:
     """A day of training ends with a repository all the same."""
     monkeypatch.setattr("hf_equissl.hub.repository.run_snippets", lambda *_: None)
-    monkeypatch.setattr("hf_equissl.hub.card_figures.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_equissl.hub.card.figures.find_spec", lambda name: None)
     folder = build_repository(run, tmp_path / "out", repo_id=REPO, parts=["encoder", "figures", "card"])
     assert not (folder / "figures").exists()
     assert "figures/" not in (folder / "README.md").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_equissl.evaluation import FrozenEncoder
+from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.evaluation.results import ResultRecord
 from hf_equissl.training import pretrain
 

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
-from hf_equissl.needs import Needs
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Features, Objective, build_objective
-from hf_equissl.pretraining import EquiSSLForPreTraining
+from hf_equissl.pretraining.model import EquiSSLForPreTraining
 from hf_equissl.views.base import Views
+from hf_equissl.views.needs import Needs
 
 BATCH = 6
 SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
@@ -158,7 +158,7 @@ def run_processes(
     The group meets in a file of ``folder``: no port to be taken. A hanging collective ends with the timeout. The fork
     server imports the libraries once for all launches of a session, which is most of what a launch costs.
     """
-    multiprocessing.set_forkserver_preload(["hf_equissl.pretraining"])
+    multiprocessing.set_forkserver_preload(["hf_equissl.pretraining.model"])
     context = mp.start_processes(
         _enter, args=(worker, processes, str(folder), args), nprocs=processes, join=False, start_method="forkserver"
     )

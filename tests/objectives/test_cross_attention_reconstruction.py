@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_equissl.needs import Needs
 from hf_equissl.objectives.cross_attention_reconstruction import CrossAttentionReconstructionObjective
+from hf_equissl.views.needs import Needs
 
 from .helpers import SMALL, make_views, random_features, tiny_config
 

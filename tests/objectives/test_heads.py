@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_equissl.modeling import EquiSSLStem
-from hf_equissl.needs import Needs
 from hf_equissl.objectives.heads import linear_of_invariant
+from hf_equissl.views.needs import Needs
 
 from . import distillation_reference as reference
 from .helpers import make_views, tiny_config

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_equissl.needs import Needs
 from hf_equissl.objectives.prototypes import PrototypeHead, Prototypes, prototype_cross_entropy
+from hf_equissl.views.needs import Needs
 
 from . import distillation_reference as reference
 from .helpers import make_views, tiny_config

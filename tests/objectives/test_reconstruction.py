@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_equissl.needs import Needs
 from hf_equissl.objectives.reconstruction import ReconstructionObjective, image_errors
+from hf_equissl.views.needs import Needs
 
 from .helpers import encode, make_views, random_features, tiny_config, tiny_encoder
 

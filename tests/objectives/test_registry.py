@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from hf_equissl.needs import Needs
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
+from hf_equissl.views.needs import Needs
 
 from .helpers import make_views, random_features, tiny_config
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_equissl.needs import Needs
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES
+from hf_equissl.objectives.progress import TrainingProgress
 from hf_equissl.objectives.self_distillation import TeacherTemperature, cls_loss, masked_patches
-from hf_equissl.schedules import TrainingProgress
+from hf_equissl.views.needs import Needs
 
 from . import distillation_reference as reference
 from .helpers import encode, make_views, tiny_config, tiny_encoder, tiny_objective

@@ -27,9 +27,9 @@ from hf_equissl.benchmarking.overhead import (
     plain_crops,
     synthetic_images,
 )
+from hf_equissl.benchmarking.timing import take_turns
 from hf_equissl.data import ImageViewDataset
-from hf_equissl.recipes import Recipe
-from hf_equissl.timing import take_turns
+from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import benchmark
 
 TINY = """

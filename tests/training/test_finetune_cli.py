@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import load_records, save_records
 from hf_equissl.finetuning import adapters, cli, load_finetuned
-from hf_equissl.hub import save_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 
 ROOT = Path(__file__).resolve().parents[2]

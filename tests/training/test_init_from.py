@@ -11,14 +11,14 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model, TrainerCallback
 
-from hf_equissl.evaluation.encoders import read_image_settings
-from hf_equissl.launching import launch
-from hf_equissl.launching.resuming import is_finished
-from hf_equissl.recipes import Recipe
-from hf_equissl.trainer import EquiSSLTrainer
+from hf_equissl.encoders.frozen import read_image_settings
+from hf_equissl.pretraining.trainer import EquiSSLTrainer
+from hf_equissl.recipes.recipe import Recipe
+from hf_equissl.running import run as launch
+from hf_equissl.running.resume import is_finished
 from hf_equissl.training import pretrain
 
-pytest_plugins = ["hub.fixtures"]
+pytest_plugins = ["tests.hub.fixtures"]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 RECIPE = """
 model: {preset: vit_tiny_patch16, image_size: 32, feature_size: 24, equivariant_size: 8}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_equissl.throughput import LOG_KEYS
+from hf_equissl.data.throughput import LOG_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

@@ -12,17 +12,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hub.loopback_hub import LoopbackHub
 from huggingface_hub import HfApi
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_equissl.hub.publishable import PublishError
-from hf_equissl.recipes import Recipe
-from hf_equissl.trainer import EquiSSLTrainer
+from hf_equissl.pretraining.trainer import EquiSSLTrainer
+from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import pretrain
+from tests.hub.loopback_hub import LoopbackHub
 
-pytest_plugins = ["hub.fixtures"]
+pytest_plugins = ["tests.hub.fixtures"]
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "training" / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.loopback_hub import LoopbackHub
 from huggingface_hub import HfApi, ModelCard
-from test_trainer import assert_same, make_trainer
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_equissl import EquiSSLForPreTraining
 from hf_equissl.hub import PARTS, repository
 from hf_equissl.training import push_to_hub
+from tests.hub.loopback_hub import LoopbackHub
+from tests.pretraining.test_trainer import assert_same, make_trainer
 
-pytest_plugins = ["hub.fixtures"]
+pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/tiny"
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "push_to_hub.py"
 

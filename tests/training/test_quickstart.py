@@ -15,10 +15,10 @@ from PIL import Image
 from transformers import AutoModel
 
 import hf_equissl  # noqa: F401  (registers the encoder with AutoModel)
-from hf_equissl.figures import denormalize, plot_image_grid, plot_losses
-from hf_equissl.recipes import Recipe
+from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import photographs, quickstart
 from hf_equissl.training.side_by_side import CommandError, Lane, follow, share_cores
+from hf_equissl.utils.figures import denormalize, plot_image_grid, plot_losses
 
 pytest.importorskip("matplotlib")
 SCRIPT = Path(quickstart.__file__)

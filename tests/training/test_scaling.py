@@ -14,11 +14,11 @@ from torch.distributed import TCPStore
 
 from hf_equissl.benchmarking.scaling import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
 from hf_equissl.benchmarking.step_clock import STEP, TASK, Steps, Task, collective_share, measure
-from hf_equissl.engines import Engine
-from hf_equissl.recipes import Recipe
-from hf_equissl.strict import RecipeError
+from hf_equissl.distributed.engines import Engine
+from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import scaling
 from hf_equissl.training.side_by_side import ENVIRONMENT
+from hf_equissl.utils.suggestions import RecipeError
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModel
 
-from hf_equissl.signals import EXIT_PREEMPTED, MARKER_FILE
+from hf_equissl.distributed.signals import EXIT_PREEMPTED, MARKER_FILE
 from hf_equissl.training import sweep
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from hf_equissl.data import ImageViewDataset, load_images
-from hf_equissl.needs import Needs
 from hf_equissl.views.base import Views
 from hf_equissl.views.collator import ViewCollator, collate_views
 from hf_equissl.views.masks import MaskSpec, draw_masks
+from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import PIPELINES, ViewPipeline, build_pipeline
 
 SIDE = 14

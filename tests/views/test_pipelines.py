@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_equissl.needs import Needs
 from hf_equissl.views import TRANSFORMATIONS, build_transformation, photometric
 from hf_equissl.views.collator import collate_views
 from hf_equissl.views.cropping import center_box, random_box
+from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import PIPELINES, VIEW_DRAWS, PipelineSpec, ViewPipeline, ViewSpec, build_pipeline
 
 SIZE = 16

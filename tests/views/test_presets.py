@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_equissl.needs import Needs
 from hf_equissl.views.collator import ViewCollator
+from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import PIPELINES, VIEW_DRAWS, ViewPipeline, build_pipeline
 
 COUNT = 10_000

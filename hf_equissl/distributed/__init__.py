@@ -1,0 +1,1 @@
+"""What several processes do together: exchanges with gradient, agreements, engines, signals."""

@@ -1,0 +1,153 @@
+"""A scheduler's request to stop: SIGTERM and SIGUSR1, kept until the run can stop without losing anything.
+
+Needs no torch, so that a run listens from its first moment.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
+MARKER_FILE = "PREEMPTED"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler signals every process of a job, and a launcher among them passes it on: that is one request.
+ONE_REQUEST_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Preempted(BaseException):
+    """The run was asked to stop and did; the same command goes on. No ``Exception``, as ``KeyboardInterrupt``."""
+
+
+class Signals:
+    """Catches SIGTERM and SIGUSR1 while it is entered, and gives them back to whom they belonged before.
+
+    The first one is remembered (``received``); a loop looks at it where it can stop. Before training there is nothing
+    to lose, so ``Preempted`` is raised at once, if this is the only process: one of several cannot tell a scheduler
+    from a launcher that ends the survivors of a process that failed. A second signal, ``ONE_REQUEST_SECONDS`` or more
+    after the first, ends the process at once with ``EXIT_PREEMPTED``.
+
+    Outside of the main thread, where Python does not allow handlers, nothing is caught.
+
+    Args:
+        output_dir: Where the marker file goes; launchers swallow exit codes.
+
+    Attributes:
+        output_dir: The same; may be set later.
+        received: Name of the first signal, or ``None``.
+        raises: Whether a signal raises ``Preempted``; ``None`` of them do once training begins.
+    """
+
+    def __init__(self, output_dir: str | Path | None = None) -> None:
+        self.received: str | None = None
+        self.raises = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self.output_dir = output_dir
+        self._process = os.getpid()
+        self._since = 0.0
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+
+    def leave_marker(self, text: str) -> None:
+        """Write the marker file, for whoever decides to start the run again; it begins with the signal's name."""
+        if self.output_dir is not None and Path(self.output_dir).is_dir():
+            with contextlib.suppress(OSError):  # on a full disk the exit code must do
+                (Path(self.output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child, whose signals are its own affair
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        name = signal.Signals(number).name
+        if self.received is None:
+            self.received, self._since = name, time.monotonic()
+            if self.raises:
+                text = f"{name} before the first step: nothing to save."
+                self.leave_marker(text)
+                raise Preempted(f"{text} The same command starts again.")
+        elif time.monotonic() - self._since >= ONE_REQUEST_SECONDS:
+            text = f"{name} after {self.received}: stopped at once."
+            self.leave_marker(text)
+            # Not print: the signal may have come while something was being printed.
+            os.write(2, f"preempted: {text} The same command goes on from the last complete checkpoint.\n".encode())
+            os._exit(EXIT_PREEMPTED)
+
+
+def ignore_stop_signals(start: Callable[[int], None] | None, worker: int) -> None:
+    """``worker_init_fn`` of data loaders, before their own ``start``: a scheduler signals workers, too.
+
+    One that died of it would take the run along; so it lives until its loader ends it, or ``kill_workers``.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if start is not None:
+        start(worker)
+
+
+def guard_workers(loader: Any) -> Any:
+    """Let the workers of a ``DataLoader``, plain or accelerate's, outlive a signal, and end with this process."""
+    base = getattr(loader, "base_dataloader", loader)
+    base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
+    if base.num_workers:
+        atexit.register(kill_workers)
+    return loader
+
+
+def kill_workers() -> None:
+    """For ``atexit``: end the workers that ``ignore_stop_signals``, at which Python would wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def listen_to_launcher() -> None:
+    """Let the end of a launcher that started this process count as SIGTERM.
+
+    `accelerate launch` with one process dies of every signal and torchrun of SIGUSR1; the run would go on without them,
+    beside the one that the scheduler starts next.
+    """
+    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_command(code: int) -> NoReturn:
+    """End a command that trains, by ``running.stops.end`` if it came so far; nothing is imported for it."""
+    end = getattr(sys.modules.get("hf_equissl.running.stops"), "end", None)
+    if end is not None:
+        end(code)
+    if "torch" in sys.modules:  # a signal may have come in the middle of an import: nothing can be taken down in order
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def remove_marker(output_dir: str | Path) -> None:
+    """The run goes on: what a stopped one left there no longer holds."""
+    with contextlib.suppress(OSError):  # whether the folder can be written is found out later
+        (Path(output_dir) / MARKER_FILE).unlink()

@@ -1,0 +1,45 @@
+"""Encoders in and out: loaded frozen, converted from public checkpoints, saved as folders that ``AutoModel`` loads.
+
+Names are resolved when they are first used, so that who only exports does not load what evaluation needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "FEATURES": "frozen",
+    "FrozenEncoder": "frozen",
+    "convert_encoder": "convert",
+    "load_encoder": "frozen",
+    "save_encoder": "export",
+    "save_native": "native",
+    "to_native": "native",
+}
+
+__all__ = [
+    "FEATURES",
+    "FrozenEncoder",
+    "convert_encoder",
+    "load_encoder",
+    "save_encoder",
+    "save_native",
+    "to_native",
+]
+
+if TYPE_CHECKING:
+    from .convert import convert_encoder
+    from .export import save_encoder
+    from .frozen import FEATURES, FrozenEncoder, load_encoder
+    from .native import save_native, to_native
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,99 @@
+"""Write an encoder as a folder that ``AutoModel`` and ``AutoImageProcessor`` load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import BitImageProcessorPil
+
+from ..modeling import EquiSSLModel
+from ..utils.files import move_into_place
+from .base_image import resized_side
+
+# Files of a saved encoder, sharded ones and stock types included.
+_SAVED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model*.json", "*_equissl.py")
+
+
+def image_processor(image_size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> BitImageProcessorPil:
+    """The evaluation transform: shorter side to ``resized_side``, centre crop, normalise.
+
+    Its pixels are those of ``hf_equissl.evaluation.images.base_image``: who loads the encoder sees what was measured.
+    """
+    return BitImageProcessorPil(
+        size={"shortest_edge": resized_side(image_size)},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+    )
+
+
+def check_replaceable(directory: str | Path, also: Sequence[str] = ()) -> None:
+    """Make sure that nothing but a saved model, with files ``also``, is deleted when another one takes its place.
+
+    Raises:
+        ValueError: ``directory`` is a file, or holds what no saved encoder does.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file. Name a folder for the encoder.")
+    names = sorted(path.name for path in directory.glob("[!.]*") if not any(map(path.match, (*_SAVED, *also))))
+    if names:
+        raise ValueError(
+            f"{directory} holds {names[0]}, which is no part of a saved encoder and would be deleted with the folder. "
+            "Move it away, or name a new folder."
+        )
+
+
+def save_encoder(
+    encoder: EquiSSLModel,
+    directory: str | Path,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> Path:
+    """Save encoder, its code and its image processor into ``directory``; an older one there is replaced as a whole.
+
+    Raises:
+        ValueError: as ``check_replaceable``; if the encoder was trained on images that are not square: the processor
+            crops squares; if code that its config names is not beside it, as of a class that a script defines.
+    """
+    size = encoder.config.image_size
+    if not isinstance(size, int) and len(set(size)) > 1:
+        raise ValueError(
+            f"The image processor crops squares, but the encoder's image_size is {tuple(size)}. "
+            "Train on square images, or save the encoder with its own save_pretrained and no image processor."
+        )
+    directory = Path(directory)
+    check_replaceable(directory)
+    staging = directory.with_name(f".saving-{directory.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        encoder.save_pretrained(staging)
+        image_processor(size if isinstance(size, int) else size[0], image_mean, image_std).save_pretrained(staging)
+        _check_code(staging)
+        move_into_place(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+def _check_code(folder: Path) -> None:
+    """Every module that ``auto_map`` names is there, and what those import of each other."""
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    needed = {name.rpartition(".")[0] for name in entries.values()}
+    seen: set[str] = set()
+    while needed - seen:
+        module = min(needed - seen)
+        seen.add(module)
+        path = folder / f"{module}.py"
+        if not path.is_file():
+            raise ValueError(
+                f"The encoder's config names {path.name}, which was not saved beside it: without this package it would "
+                "not load. A class of your own must live in a module, not in a script or notebook."
+            )
+        needed |= set(re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE))
+    if not seen:
+        raise ValueError("The encoder's config has no auto_map: without this package it would not load.")

@@ -1,0 +1,394 @@
+"""One way to read features off any frozen encoder, whoever trained it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..utils.load_errors import LoadError, explain_load_errors, read_config
+
+logger = logging.getLogger(__name__)
+
+# Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, "invariant" and "equivariant"
+# that of a slice, of which the names that follow are the halves.
+FEATURES = (
+    *("cls", "patches", "backbone", "invariant", "equivariant"),
+    *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
+)
+# All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
+PATCH_TOKENS = "patch_tokens"
+# Weights that no feature depends on: their absence from a checkpoint does no harm.
+_UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteFeaturesError(ValueError):
+    """An encoder gives features that are infinite or not a number."""
+
+
+def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_options: Any) -> nn.Module:
+    """Load an encoder from a folder or a Hub id with ``AutoModel``, in float32.
+
+    Args:
+        source: Folder with ``config.json`` and weights, or Hub id.
+        trust_remote_code: Whether code stored beside the weights may run.
+        **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token`` as in ``AutoModel.from_pretrained``.
+
+    Raises:
+        LoadError: if there is no encoder there, if it cannot be read, if it does not read images, or if weights are
+            missing: features of half-initialised networks would be reported as if they meant something.
+    """
+    options = {"trust_remote_code": trust_remote_code, **hub_options}
+    config = read_config(source, what="encoder", **options)
+    keywords = {}
+    if type(config) in AutoModel._model_mapping:
+        model_class: Any = AutoModel._model_mapping[type(config)]
+        _check_reads_images(model_class, source)
+        if "add_pooling_layer" in inspect.signature(model_class).parameters:
+            keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
+    with explain_load_errors(source, **options):
+        model, report = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
+        )
+    _check_reads_images(type(model), source)
+    missing = sorted(key for key in report["missing_keys"] if not any(name in key for name in _UNUSED_WEIGHTS))
+    if missing:
+        raise LoadError(
+            f"{len(missing)} weights of {type(model).__name__} are missing from {str(source)!r}, e.g. {missing[:3]}: "
+            "this is not a checkpoint of that encoder. Give the folder that holds the exported encoder."
+        )
+    return model
+
+
+def _check_reads_images(model_class: type[nn.Module], source: str | Path) -> None:
+    name = getattr(model_class, "main_input_name", "pixel_values")
+    if name != "pixel_values":
+        raise LoadError(
+            f"{model_class.__name__} at {str(source)!r} reads {name!r}, not images. "
+            "Give a vision encoder (of a two-tower model, its vision tower)."
+        )
+
+
+def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any]:
+    """Image size, mean and std from the image processor beside an encoder; empty where there is none.
+
+    Returns:
+        ``image_size`` (pixels, may be absent), ``image_mean``, ``image_std`` (three floats each).
+
+    Raises:
+        ValueError: if the processor makes images that are not square, or is there and cannot be read: with another
+            mean and std every number would be wrong.
+    """
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source), **hub_options)
+    except OSError as error:
+        if not isinstance(error.__context__, ValueError):  # JSON or UTF-8 that is damaged
+            return {}
+        raise LoadError(
+            f"The image processor of {str(source)!r} cannot be read: preprocessor_config.json is cut short or damaged. "
+            "Copy or download it again, or export the encoder again."
+        ) from error
+    normalise = settings.get("do_normalize", True)
+    found: dict[str, Any] = {
+        "image_mean": list(settings.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalise else [0.0] * 3,
+        "image_std": list(settings.get("image_std") or IMAGENET_DEFAULT_STD) if normalise else [1.0] * 3,
+    }
+    crop = settings.get("crop_size") if settings.get("do_center_crop", "crop_size" in settings) else None
+    size = crop or settings.get("size")
+    if isinstance(size, dict):
+        sides = {size[name] for name in ("height", "width", "shortest_edge") if size.get(name)}
+        if len(sides) > 1:
+            raise ValueError(f"The image processor of {str(source)!r} makes {size} images; pass image_size=<one side>.")
+        size = sides.pop() if sides else None
+    if size:
+        found["image_size"] = int(size)
+    return found
+
+
+class FrozenEncoder:
+    """Features of an encoder that stays as it is: eval mode, no gradients, weights and training mode untouched.
+
+    Reads every vision encoder that ``AutoModel`` loads and every module that maps ``pixel_values`` (B, C, H, W) to
+    tokens (B, T, D), a map (B, D, h, w), a vector (B, D), or an object with such a ``last_hidden_state``. How many
+    tokens stand before the patches follows from their number: T - N. Where no CLS exists (I-JEPA, SigLIP, maps),
+    ``cls`` is the mean of the patches, and a log line says so. ViT-MAE is read unmasked, with its patches in order.
+
+    Feature names, each (B, .), float32:
+        cls: The CLS token after the final norm, D.
+        patches: The mean of the patch tokens after the final norm, D.
+        backbone: [cls ; patches], 2 D.
+        invariant, equivariant: [CLS ; mean patch] of that slice of the linear stem (EquiSSL encoders), twice its width.
+        invariant_cls, invariant_patches, equivariant_cls, equivariant_patches: One half of these.
+
+    ``features`` and ``encode`` also give ``patch_tokens``, (B, N, D): the patch tokens after the final norm.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | str | Path,
+        *,
+        image_size: int | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        name: str | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        batch_size: int = 256,
+        device: str | torch.device | None = None,
+        **load_options: Any,
+    ) -> None:
+        """Wrap an encoder.
+
+        Args:
+            encoder: A module (it stays on its device), or a folder or Hub id for ``load_encoder``.
+            image_size: Side of the square images; default: the image processor's, else ``config.image_size``.
+            image_mean: Default: the image processor's, else ImageNet's.
+            image_std: Likewise.
+            name: What records call the encoder; default: its path or id, or the class of the module.
+            precision: "bf16" and "fp16" run the encoder under autocast; features are returned in float32 either way.
+            batch_size: Images per forward pass.
+            device: Where an encoder given by path is put; default: CUDA if there is one.
+            **load_options: ``trust_remote_code``, ``revision``, ``subfolder``, ... for an encoder given by path.
+        """
+        if precision not in _AUTOCAST:
+            raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        saved: dict[str, Any] = {}
+        if isinstance(encoder, nn.Module):
+            if device is not None or load_options:
+                raise ValueError("device and load options are for encoders given by path; move a module yourself.")
+            self.module, self.name = encoder, name or type(encoder).__name__
+        else:
+            self.module = load_encoder(encoder, **load_options)
+            self.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.name = name or str(encoder)
+            hub_options = {key: value for key, value in load_options.items() if key != "trust_remote_code"}
+            saved = read_image_settings(encoder, **hub_options)
+            if not saved and (image_mean is None or image_std is None):
+                logger.info("No image processor beside %s: ImageNet mean and std, image size of the config.", self.name)
+        self.precision, self.batch_size = precision, batch_size
+        self.image_mean = [float(value) for value in image_mean or saved.get("image_mean") or IMAGENET_DEFAULT_MEAN]
+        self.image_std = [float(value) for value in image_std or saved.get("image_std") or IMAGENET_DEFAULT_STD]
+        self.image_size = _square(image_size or saved.get("image_size") or self._setting("image_size"))
+        if image_size is not None:
+            self._check_patches()
+        self._digest: tuple[tuple[int, ...], str] | None = None
+        self._inputs = set(inspect.signature(self.module.forward).parameters)
+
+    def _setting(self, name: str) -> Any:
+        return getattr(getattr(self.module, "config", self.module), name, None)
+
+    def _patch_size(self) -> int | None:
+        size = self._setting("patch_size")
+        size = size[0] if isinstance(size, (list, tuple)) else size
+        return size if isinstance(size, int) else None
+
+    def _check_patches(self) -> None:
+        """Refuse a chosen size that patches do not fill; the encoder's own size is its maker's business."""
+        patch = self._patch_size()
+        if patch and self.image_size % patch and self.image_size not in _sides(self._setting("image_size")):
+            lower = self.image_size // patch * patch
+            near = f"{lower} or {lower + patch}" if lower else f"{patch}"
+            raise ValueError(
+                f"image_size (--image_size) is {self.image_size}, not a multiple of the {patch}-pixel patches of "
+                f"{self.name}. Give {near}."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The features that this encoder has."""
+        stem = callable(getattr(self.module, "stem", None)) and self._setting("equivariant_size")
+        return FEATURES if stem else FEATURES[:3]
+
+    def check_features(self, names: Sequence[str], *, tokens: bool = False) -> None:
+        """Raise ``ValueError`` for names that this encoder does not have; ``tokens`` allows ``patch_tokens``, too."""
+        known = (*self.feature_names, PATCH_TOKENS) if tokens else self.feature_names
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(
+                f"{self.name} ({type(self.module).__name__}) has no features {unknown}: choose among "
+                f"{', '.join(known)}."
+            )
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes when weights or buffers are written to: what was cached of this encoder is then stale."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of SHA-256 over weights, buffers, and the image settings."""
+        version = self.version
+        if self._digest is not None and self._digest[0] == version:
+            return self._digest[1]
+        sha = hashlib.sha256(json.dumps([self.image_size, self.image_mean, self.image_std]).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            data = tensor.detach().cpu().contiguous()
+            sha.update(f"{name}{data.dtype}{tuple(data.shape)}".encode())
+            sha.update(data.view(-1).view(torch.uint8).numpy().data)
+        self._digest = version, sha.hexdigest()[:16]
+        return self._digest[1]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Eval mode, no gradients, MAE unmasked; every module's own mode is restored afterwards."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        config: Any = getattr(self.module, "config", None)
+        mask_ratio = getattr(config, "mask_ratio", None)
+        self.module.eval()
+        if mask_ratio is not None:
+            config.mask_ratio = 0.0
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if mask_ratio is not None:
+                config.mask_ratio = mask_ratio
+            for module, training in modes:
+                module.training = training
+
+    def features(self, pixel_values: Tensor, names: Sequence[str] = ("cls", "patches")) -> dict[str, Tensor]:
+        """Features of normalised images.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised with this encoder's mean and std.
+            names: Which features; the encoder runs once for all of them.
+
+        Returns:
+            name -> (B, .) float32, on the encoder's device; ``patch_tokens`` (B, N, D).
+
+        Raises:
+            ValueError: for features that the encoder does not have.
+            NonFiniteFeaturesError: when features are not finite.
+        """
+        chosen = self.unchecked_features(pixel_values, names)
+        self.check_finite(extremes(chosen))
+        return chosen
+
+    def unchecked_features(self, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """``features`` that may not be finite: the device is not waited for. Raises ``ValueError`` only."""
+        self.check_features(names, tokens=True)
+        dtype = _AUTOCAST[self.precision]
+        with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            cls, patches, tokens = self._read(pixel_values)
+            made = {"cls": cls, "patches": patches}
+            if "backbone" in names:
+                made["backbone"] = torch.cat([cls, patches], 1)
+            if PATCH_TOKENS in names:
+                if tokens is None:
+                    raise ValueError(f"{self.name} gives one vector per image: it has no {PATCH_TOKENS}.")
+                made[PATCH_TOKENS] = tokens
+            for part in ("invariant", "equivariant"):
+                if any(name.startswith(part) for name in names):
+                    # The stem is linear: the stem of the mean patch is the mean of the patches' stems.
+                    rows = self.module.stem(torch.stack([cls, patches], 1), part=part)  # type: ignore[operator]
+                    made[part] = rows.flatten(1)
+                    made[f"{part}_cls"], made[f"{part}_patches"] = rows.unbind(1)
+        return {name: made[name].float() for name in names}
+
+    def check_finite(self, extremes: Tensor) -> None:
+        """Raise ``NonFiniteFeaturesError`` for features whose ``extremes`` are not finite."""
+        if bool(torch.isfinite(extremes).all()):
+            return
+        reason = "its training has diverged."
+        if self.precision == "fp16":
+            reason = "fp16 holds no number above 65504. Give the precision (--precision) bf16 or fp32."
+        raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: {reason}")
+
+    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
+        options: dict[str, Any] = {}
+        rows, columns = pixel_values.shape[-2:]
+        if "interpolate_pos_encoding" in self._inputs and _square(self._setting("image_size")) not in (rows, columns):
+            options["interpolate_pos_encoding"] = True
+        patch_size = self._patch_size()
+        num_patches = (rows // patch_size) * (columns // patch_size) if patch_size else None
+        if "noise" in self._inputs and num_patches is not None:  # ViT-MAE sorts patches by it
+            options["noise"] = (
+                torch.arange(num_patches, device=pixel_values.device).float().expand(len(pixel_values), -1)
+            )
+        if "output_features" in self._inputs:
+            options["output_features"] = False  # the stem of every token is not needed
+        weight = next(self.module.parameters(), pixel_values)
+        output = self.module(pixel_values.to(weight.device, weight.dtype), **options)
+        tokens = output if isinstance(output, Tensor) else output.last_hidden_state
+        if tokens.ndim == 2:
+            return tokens, tokens, None
+        if tokens.ndim == 4:
+            mean = tokens.mean((2, 3))
+            return mean, mean, tokens.flatten(2).transpose(1, 2)
+        prefix = getattr(self.module, "num_prefix_tokens", None)
+        if prefix is None:
+            prefix = tokens.shape[1] - num_patches if num_patches else 1
+        if not 0 <= prefix < tokens.shape[1]:
+            raise ValueError(f"{self.name}: {tokens.shape[1]} tokens for {num_patches} patches; cannot tell CLS apart.")
+        mean = tokens[:, prefix:].mean(1)
+        if prefix == 0:
+            logger.info("%s has no CLS token: its mean patch token stands in.", self.name)
+        return (tokens[:, 0] if prefix else mean), mean, tokens[:, prefix:]
+
+    def encode(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Features of images as they are: (B, C, H, W), uint8 or floats in [0, 1], on any device, any B.
+
+        Returns:
+            name -> (B, .) float32 on the CPU; ``patch_tokens`` (B, N, D).
+
+        Raises:
+            ValueError: for features that the encoder does not have.
+            NonFiniteFeaturesError: when features are not finite.
+        """
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for chunk in images.split(self.batch_size):
+            for name, value in self.features(self.normalise(chunk), names).items():
+                # Always a copy: one row of tokens, as a view, would keep all of them.
+                parts[name].append(value.to("cpu", copy=True, memory_format=torch.contiguous_format))
+        return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items()}
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What ``features`` reads, on the encoder's device, of images as for ``encode``. CUDA is not waited for."""
+        device, constants = self.device, (torch.tensor(self.image_mean), torch.tensor(self.image_std))
+        pixels, mean, std = (value.to(device, non_blocking=device.type == "cuda") for value in (images, *constants))
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def extremes(features: dict[str, Tensor]) -> Tensor:
+    """The least and the greatest number of each feature, (F, 2); NaN where there is one. Checks need no more."""
+    ends = [torch.stack(value.aminmax()) if value.numel() else value.new_zeros(2) for value in features.values()]
+    return torch.stack(ends)
+
+
+def as_frozen(encoder: FrozenEncoder | nn.Module | str | Path) -> FrozenEncoder:
+    """``encoder`` itself if it is frozen already, otherwise wrapped with the default settings."""
+    return encoder if isinstance(encoder, FrozenEncoder) else FrozenEncoder(encoder)
+
+
+def _sides(size: Any) -> tuple[Any, ...]:
+    return tuple(size) if isinstance(size, (list, tuple)) else (size,)
+
+
+def _square(size: Any) -> int:
+    """One side of a square image from an int or a pair."""
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"The image size must be one positive side in pixels, got {size!r}. Pass image_size=<pixels>.")
+    return size

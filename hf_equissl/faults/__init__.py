@@ -1,1 +1,0 @@
-"""What stops a run: signals, which end it for a while, and faults, which end it for good."""

@@ -1,0 +1,123 @@
+"""Figures of a published run, each with the sentence that says what to see."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...evaluation.report import plot_r2
+from ...evaluation.results import ResultRecord, merge_records
+from ...utils.figures import plot_losses
+from ..privacy import public_source
+from ..run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+MONITOR_FILE = "monitor.png"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the card: its file name, what it is, and what to see in it."""
+
+    file: str
+    title: str
+    caption: str
+
+
+def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | Path) -> list[Figure]:
+    """Draw what the run and its records give into ``folder``.
+
+    Args:
+        run: Logs come from its Trainer, the monitor's picture from its folder.
+        records: Of the published encoder.
+        folder: Created where there is something to draw.
+
+    Returns:
+        Figures in the order in which a card shows them; none for a run that has logged nothing. Without matplotlib,
+        which a run may lack, a warning and none.
+    """
+    folder = Path(folder)
+    if find_spec("matplotlib") is None:
+        logger.warning("The repository gets no figures: they need matplotlib, pip install 'hf-equissl[plots]'.")
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[Figure] = []
+    losses = [entry for entry in run.history if "loss" in entry and "loss_ssl" in entry]
+    if losses:
+        found.append(_losses(run, losses, folder))
+    if any("effective_rank" in entry for entry in run.history):
+        found.append(_features(run, folder))
+    if any(record.metric == "r2" for record in records):
+        found.append(_r2(records, folder))
+    if (run.path / MONITOR_FILE).is_file():
+        shutil.copyfile(run.path / MONITOR_FILE, folder / MONITOR_FILE)
+        found.append(_monitor(run))
+    if not found:
+        folder.rmdir()
+    return found
+
+
+def _losses(run: RunFolder, entries: Sequence[Mapping[str, Any]], folder: Path) -> Figure:
+    panels = {"loss": "loss", "loss_ssl": f"invariance: {run.config.invariance['name']}"}
+    for entry in run.objectives()["equivariance"]:
+        panels[f"loss_{entry['name']}"] = f"{entry.get('weight', 1.0):g} x {entry['name']}"
+    changes = [f"{title} from {_span(entries, key)}" for key, title in panels.items()]
+    if any("learning_rate" in entry for entry in entries):
+        panels["learning_rate"] = "learning rate"
+    plot_losses({run.name: entries}, panels, folder / "losses.png", columns=2)
+    span = f"step {entries[0]['step']} to step {entries[-1]['step']}"
+    return Figure(
+        "losses.png", "Training losses", f"From {span}: {', '.join(changes)}. Weighted parts add up to the loss."
+    )
+
+
+def _span(entries: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = [entry[key] for entry in entries if key in entry]
+    return f"{values[0]:.4g} to {values[-1]:.4g}"
+
+
+def _features(run: RunFolder, folder: Path) -> Figure:
+    entries = [entry for entry in run.history if "effective_rank" in entry and "feature_std" in entry]
+    panels = {"effective_rank": "effective rank", "feature_std": "standard deviation"}
+    plot_losses({run.name: entries}, panels, folder / "features.png")
+    lowest = min(entries, key=lambda entry: entry["effective_rank"])
+    caption = (
+        "CLS features of one training batch, student network. A collapse would bring the rank to 1: it is lowest at "
+        f"step {lowest['step']} with {lowest['effective_rank']:.1f} and ends at {entries[-1]['effective_rank']:.1f}."
+    )
+    return Figure("features.png", "Collapse monitors", caption)
+
+
+def _monitor(run: RunFolder) -> Figure:
+    entries = [entry for entry in run.history if "monitor/knn_top1" in entry]
+    knn = f" kNN accuracy from {_span(entries, 'monitor/knn_top1')}." if entries else ""
+    source = run.section("monitor").get("source")
+    images = f"images of `{public_source(source)}`" if source else "training images"
+    caption = f"The encoder on a fixed set of {images}, measured during training without changing it.{knn}"
+    return Figure(MONITOR_FILE, "What the monitor saw", caption)
+
+
+def _r2(records: Sequence[ResultRecord], folder: Path) -> Figure:
+    plot_r2(records, folder / "r2.png")
+    primary = [record for record in merge_records(records) if record.metric == "r2" and record.primary]
+    shown = primary or [record for record in merge_records(records) if record.metric == "r2"]
+    best, worst = (choose(shown, key=lambda record: record.value) for choose in (max, min))
+    caption = (
+        "How much of a transformation can be read off the frozen features of an image and its transformed copy: 1 is "
+        f"all of it, 0 nothing. Best: {_words(best)}, least: {_words(worst)}, "
+        f"mean {statistics.fmean(record.value for record in shown):.3f}."
+    )
+    if any(record.protocol.get("family", {}).get("fill") for record in shown):
+        caption += " In brackets: what fills the image where nothing was."
+    return Figure("r2.png", "R2 of transformation parameters", caption)
+
+
+def _words(record: ResultRecord) -> str:
+    return f"{record.task.replace('_', ' ')} {record.value:.3f}"

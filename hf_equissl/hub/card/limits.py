@@ -1,0 +1,78 @@
+"""What a published encoder can be used for and what is not known about it, each sentence from a fact of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...evaluation.results import FINE_TUNING, ResultRecord
+from ...modeling import EquiSSLConfig
+from ..run_folder import RunFolder
+
+SHORT_TRAINING = 100  # passes over the images: what the shortest published runs of these methods take
+
+
+def limits(
+    run: RunFolder, encoder: EquiSSLConfig, steps: int, dataset: str | None, records: Sequence[ResultRecord]
+) -> list[str]:
+    """Sentences for the card's section on use and limits.
+
+    Args:
+        run: What was trained.
+        encoder: Config of the published encoder.
+        steps: Optimizer steps behind its weights.
+        dataset: Name of the training data for readers.
+        records: What was measured.
+    """
+    found = [
+        "For: frozen image features, probing what self-supervised features keep, and as a start for fine-tuning.",
+        _resolution(encoder),
+        _data(run, dataset),
+    ]
+    if steps < run.planned_steps:
+        found.append(f"The run is unfinished: {steps:,} of {run.planned_steps:,} planned steps.")
+    passes = run.passes(steps)
+    if passes is not None and passes < SHORT_TRAINING:
+        found.append(
+            f"Short training: each image was seen about {passes:.2g} times, in published runs of such methods "
+            "hundreds of times. Numbers of this encoder say nothing about what those reach."
+        )
+    found += [_transformation(run), "One training run with one seed: how much another seed would change is not known."]
+    if run.record is not None and run.record.hardware.get("device") == run.record.hardware.get("cpu"):
+        found.append("Trained on a CPU, without a GPU.")
+    found.append(_measured(records))
+    return [sentence for sentence in found if sentence]
+
+
+def _resolution(encoder: EquiSSLConfig) -> str:
+    patch = encoder.patch_side
+    height, width = (count * patch for count in encoder.grid_size)
+    return (
+        f"Trained at {height} x {width} pixels. Other sizes in multiples of {patch} run with interpolated position "
+        "embeddings; how good they are was not measured."
+    )
+
+
+def _data(run: RunFolder, dataset: str | None) -> str:
+    count = f" ({run.record.num_images:,} images)" if run.record and run.record.num_images else ""
+    name = f"`{dataset}`{count}" if dataset else "one data set"
+    seen = "All it has seen is" if run.base_model is None else "Beside its starting point's data it has seen"
+    return (
+        f"{seen} {name}, as it is: neither filtered nor balanced here. What these images leave out or show "
+        "one-sidedly, the features do, too. Not for decisions about people."
+    )
+
+
+def _transformation(run: RunFolder) -> str:
+    if run.transformation is None or not run.objectives()["equivariance"]:
+        return ""
+    return f"The reconstruction was trained with one family of transformations, `{run.transformation}`."
+
+
+def _measured(records: Sequence[ResultRecord]) -> str:
+    if not records:
+        return "Nothing was measured: judge it on your own task before you rely on it."
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(record.evaluator for record in records))
+    sets = ", ".join(f"`{name}`" for name in dict.fromkeys(record.dataset for record in records))
+    measured = {record.evaluator for record in records}
+    others = "dense tasks and robustness" if FINE_TUNING in measured else "dense tasks, fine-tuning and robustness"
+    return f"Measured by {names} on {sets} only; {others} were not measured."

@@ -1,0 +1,362 @@
+"""Model cards: every sentence follows from a run's folder, its result records, and what was built from them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from jinja2 import Environment, StrictUndefined
+
+from ...evaluation.report import markdown_table, table_rows
+from ...evaluation.results import FINE_TUNING, ResultRecord, merge_records
+from ...modeling import EquiSSLConfig
+from ...objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from ...utils.strict_yaml import dump_yaml
+from ..privacy import public_command, public_text, public_values
+from ..run_folder import RunFolder
+from .figures import Figure
+from .limits import limits
+from .metadata import card_data
+from .snippets import Snippet
+
+_TEMPLATE, _PAPER = "card_template.md", "paper_figures.yaml"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    Attributes:
+        repo_id: Name on the Hub.
+        license: Identifier of the licence of code and weights.
+        run: The run's folder.
+        encoder: Config of the published encoder.
+        encoder_steps: Optimizer steps behind its weights.
+        num_parameters: Of the encoder, without its decoder.
+        parts: What was built.
+        records: Of this encoder, free of local paths.
+        figures: In ``figures/``.
+        snippets: Executed.
+        dataset: Name of the training data for readers.
+        native_reason: Why there is no native export although one was asked for.
+        description: The user's own words.
+    """
+
+    repo_id: str
+    license: str
+    run: RunFolder
+    encoder: EquiSSLConfig
+    encoder_steps: int
+    num_parameters: int
+    parts: Sequence[str]
+    records: Sequence[ResultRecord] = ()
+    figures: Sequence[Figure] = ()
+    snippets: Sequence[Snippet] = ()
+    dataset: str | None = None
+    native_reason: str | None = None
+    description: str | None = None
+    objectives: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", self.run.objectives())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the planned steps were taken."""
+        return self.encoder_steps >= self.run.planned_steps
+
+    @property
+    def objective_names(self) -> list[str]:
+        """Registry keys of the objectives that were trained."""
+        return [self.objectives["invariance"]["name"], *(entry["name"] for entry in self.objectives["equivariance"])]
+
+
+def render_card(facts: CardFacts) -> ModelCard:
+    """Write the card. Equal facts give an equal text.
+
+    Raises:
+        ValueError: the head is no valid YAML of a model card, which says what is wrong with the user's words in it.
+    """
+    template = (resources.files(__package__) / _TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    return ModelCard(environment.from_string(template).render(_context(facts)))
+
+
+def _context(facts: CardFacts) -> dict[str, Any]:
+    run = facts.run
+    head = card_data(
+        repo_id=facts.repo_id,
+        license=facts.license,
+        objectives=facts.objective_names,
+        data=facts.dataset,
+        base_model=facts.run.base_model,
+        records=facts.records,
+    )
+    settings = public_recipe(run, facts.dataset) or _settings(facts)
+    return {
+        "card_data": head.to_yaml(),
+        "name": facts.repo_id.rpartition("/")[2],
+        "summary": _summary(facts),
+        "purpose": _purpose(facts),
+        "description": public_text(facts.description.strip()) if facts.description else "",
+        "finished": facts.finished,
+        "steps": f"{facts.encoder_steps:,}",
+        "planned_steps": f"{run.planned_steps:,}",
+        "snippets": facts.snippets,
+        **_continuing(facts),
+        "contents": _contents(facts),
+        "native_reason": public_text(facts.native_reason) if facts.native_reason else "",
+        **_results(facts),
+        "training": _training(facts),
+        "figures": facts.figures,
+        "settings_title": f"Recipe `{run.name}`, as run" if run.recipe else "Settings that differ from the defaults",
+        "settings": dump_yaml(settings),
+        "limits": limits(run, facts.encoder, facts.encoder_steps, facts.dataset, facts.records),
+        "licence": _licence(facts),
+        **_citations(facts),
+    }
+
+
+def public_recipe(run: RunFolder, dataset: str | None) -> dict[str, Any]:
+    """The run's recipe as others may read it, its data by the name ``dataset``; empty for a run without one."""
+    recipe: dict[str, Any] = public_values(run.recipe or {})
+    if dataset and (recipe.get("data") or {}).get("source"):
+        recipe["data"]["source"] = dataset
+    return recipe
+
+
+def _size(config: EquiSSLConfig) -> str:
+    height, width = (count * config.patch_side for count in config.grid_size)
+    blocks = "1 block" if config.num_hidden_layers == 1 else f"{config.num_hidden_layers} blocks"
+    return f"ViT of {blocks}, width {config.hidden_size}, {config.patch_side}-pixel patches at {height} x {width}"
+
+
+def _summary(facts: CardFacts) -> str:
+    family = facts.run.transformation
+    of_family = f" of transformed images (`{family}`; its parameters are never shown)" if family else ""
+    added = "".join(
+        f" and `{entry['name']}`{of_family}, weight {entry.get('weight', 1.0):g}"
+        for entry in facts.objectives["equivariance"]
+    )
+    data = f" on {_named(facts.dataset)}" if facts.dataset else ""
+    start = f", starting from {_named(facts.run.base_model)}" if facts.run.base_model else ""
+    return (
+        f"A vision encoder ({_size(facts.encoder)}, {facts.num_parameters:,} parameters), pretrained "
+        f"without labels{data}{start}, with the objective{'s' if added else ''} "
+        f"`{facts.objectives['invariance']['name']}`{added}."
+    )
+
+
+def _purpose(facts: CardFacts) -> str:
+    if not facts.objectives["equivariance"]:
+        return "No equivariance objective was trained: it is the base method alone, for comparison."
+    return (
+        "The reconstruction asks the features to keep how an image is transformed, beside what it shows. "
+        "Made with `hf_equissl`, an implementation of EquiSSL for the Hugging Face libraries."
+    )
+
+
+def _named(name: str) -> str:
+    return f"`{name}`"
+
+
+def _continuing(facts: CardFacts) -> dict[str, str]:
+    if "pretraining" not in facts.parts or facts.run.recipe is None:
+        return {"continue_command": "", "continue_note": ""}
+    folder = facts.repo_id.rpartition("/")[2]
+    command = (
+        f"hf download {facts.repo_id} pretraining/recipe.yaml --local-dir {folder}\n"
+        f"python training/pretrain.py --recipe {folder}/pretraining/recipe.yaml --init_from {facts.repo_id} \\\n"
+        "    --model.init_subfolder pretraining --data ./photos --output_dir runs/continued"
+    )
+    note = "Student, teacher, heads and decoders go on; the optimizer and the schedules start anew."
+    return {"continue_command": command, "continue_note": note}
+
+
+def _contents(facts: CardFacts) -> list[tuple[str, str]]:
+    state = "the whole training state: student, teacher, heads, decoders; no optimizer"
+    if facts.run.steps != facts.encoder_steps:  # the run did not keep its last checkpoint
+        state += f"; of step {facts.run.steps:,}, the encoder is of step {facts.encoder_steps:,}"
+    said = {
+        "encoder": ("root", "the encoder with its code and image processor"),
+        "native": ("`native/`", "the same encoder as a stock type of transformers, with its image processor"),
+        "pretraining": ("`pretraining/`", state),
+        "figures": ("`figures/`", "the pictures of this card"),
+    }
+    rows = [said[part] for part in said if part in facts.parts]
+    return [*rows, ("`results.json`", "every measurement with its protocol")] if facts.records else rows
+
+
+def _results(facts: CardFacts) -> dict[str, Any]:
+    records = merge_records(facts.records)
+    regression = [record for record in records if record.metric == "r2"]
+    finetuned = [record for record in records if record.evaluator == FINE_TUNING]
+    others = [r for r in records if not r.metric.startswith("r2") and r.evaluator != FINE_TUNING]
+    notes = markdown_table(records).partition("\n\n")[2].strip() if records else ""
+    seeds = max((len(record.seeds) for record in records), default=1)
+    spread = "mean and standard deviation over probe seeds" if seeds > 1 else "one probe seed"
+    tables = [_table(group) for group in (regression, others) if group]
+    return {
+        "tables": [*tables, *([_finetuned_table(finetuned)] if finetuned else [])],
+        "results_note": f"Of the frozen encoder, {spread}. R2: 1 is perfect, 0 knows nothing. Accuracies in percent."
+        + (" The last table is of the encoder fine-tuned, for each row anew." if finetuned else ""),
+        "protocols": notes,
+        "commands": list(dict.fromkeys(record.command for record in records if record.command)),
+        "paper": _paper(facts, regression),
+    }
+
+
+def _table(records: Sequence[ResultRecord]) -> str:
+    """Rows: kinds of features. Columns: what was measured, and for R2 the mean over families."""
+    header, rows = table_rows(records)
+    header, rows = header[1:], [row[1:] for row in rows]
+    if records[0].metric == "r2" and len(header) > 2:
+        header = [*header, "mean r2"]
+        for row in rows:
+            values = [record.value for record in records if record.features == row[0]]
+            row.append(f"{statistics.fmean(values):.4f}")
+    return _markdown([[name.replace("_", " ") for name in header], *rows])
+
+
+def _finetuned_table(records: Sequence[ResultRecord]) -> str:
+    """Rows: ways of fine-tuning. Columns: what was measured."""
+    metrics = list(dict.fromkeys(record.metric for record in records))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for record in records:
+        protocol = record.protocol
+        settings = (protocol["method"], record.features, f"{protocol['epochs']:g}", f"{protocol['learning_rate']:.4g}")
+        std = "" if record.std is None else f" +- {100 * record.std:.2f}"
+        cells.setdefault(settings, {})[record.metric] = f"{100 * record.value:.2f}{std}"
+    rows = [[*settings, *(row.get(metric, "") for metric in metrics)] for settings, row in cells.items()]
+    return _markdown([["fine-tuned", "head reads", "epochs", "learning rate", *metrics], *rows])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _paper(facts: CardFacts, records: Sequence[ResultRecord]) -> dict[str, str] | None:
+    """The paper's figures for the same objectives, views and transformation; ``None`` where it has none."""
+    entries = facts.objectives["equivariance"]
+    if not records or [entry["name"] for entry in entries] != ["reconstruction"]:
+        return None
+    mine = {
+        "invariance": facts.objectives["invariance"]["name"],
+        "pipeline": (facts.run.section("views").get("pipeline") or {}).get("name"),
+        "transformation": facts.run.transformation,
+    }
+    listed = yaml.safe_load((resources.files(__package__) / _PAPER).read_text(encoding="utf-8"))
+    found = next((entry for entry in listed if mine.items() <= entry.items()), None)
+    ours = {record.task: record for record in records if record.primary}
+    if found is None or not (common := [task for task in found["r2"] if task in ours]):
+        return None
+    rows = [
+        ["R2", *(task.replace("_", " ") for task in common)],
+        ["the paper", *(f"{found['r2'][task]:.4g}" for task in common)],
+        ["this encoder", *(f"{ours[task].value:.3f}" for task in common)],
+    ]
+    difference = (
+        f"{found['backbone']} on ImageNet-1k, with the paper's schedule and probes. They say what the method has "
+        "reached there, not what this encoder should reach."
+    )
+    return {"row": found["row"], "table": found["table"], "difference": difference, "text": _markdown(rows)}
+
+
+def _training(facts: CardFacts) -> list[tuple[str, str]]:
+    run, record = facts.run, facts.run.record
+    steps = f"{facts.encoder_steps:,}" + ("" if facts.finished else f" of {run.planned_steps:,} planned")
+    rows = [("objectives", _objectives(facts)), ("data", _data(facts)), ("optimizer steps", steps)]
+    if (passes := run.passes(facts.encoder_steps)) is not None:
+        rows.append(("passes over the images", f"{passes:.3g}"))
+    if record is not None:
+        batch = record.batch
+        arithmetic = f"{batch['per_device']} x {batch['processes']} process(es) x accumulation {batch['accumulation']}"
+        rows += [
+            ("images per step", f"{arithmetic} = {record.global_batch}"),
+            ("precision", record.precision),
+            ("hardware", _hardware(record.hardware)),
+            ("wall time", _duration(record.seconds) + (f", in {record.starts} starts" if record.starts > 1 else "")),
+            ("date", (record.finished or record.started)[:10]),
+            ("seed", str(record.seed)),
+            ("command", f"`{public_command(record.command, _names(facts))}`"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+        ]
+    last = next((entry for entry in reversed(run.history) if "loss_ssl" in entry), None)
+    if last is not None:
+        parts = [f"{key} {last[key]:.4g}" for key in last if key.startswith("loss")]
+        rows.append((f"losses at step {last['step']:,}", ", ".join(parts)))
+    return [(name, text.replace("|", "\\|")) for name, text in rows if text]
+
+
+def _names(facts: CardFacts) -> dict[str, str]:
+    """The training data as it stands in commands -> its name for readers."""
+    return {facts.run.data: facts.dataset} if facts.run.data and facts.dataset else {}
+
+
+def _objectives(facts: CardFacts) -> str:
+    entries = [f"{entry.get('weight', 1.0):g} x `{entry['name']}`" for entry in facts.objectives["equivariance"]]
+    return " + ".join([f"`{facts.objectives['invariance']['name']}`", *entries])
+
+
+def _data(facts: CardFacts) -> str:
+    record = facts.run.record
+    split = record.data.rpartition(" (")[2].rstrip(")") if record and " (" in record.data else None
+    count = f"{record.num_images:,} images" if record and record.num_images else "a stream" if record else None
+    return ", ".join(
+        [_named(facts.dataset or "not recorded"), *([f"split {split}"] if split else []), *filter(None, [count])]
+    )
+
+
+def _hardware(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    if found.get("device") == found.get("cpu"):
+        each = f", {found['threads']} thread(s) each" if found.get("threads") else ""
+        return f"CPU only: {found['cpu']}, {found.get('devices', 1)} process(es){each}"
+    return f"{found.get('devices', 1)} x {found.get('device')}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _settings(facts: CardFacts) -> dict[str, Any]:
+    """What a recipe would say, for a run that had none."""
+    config, default = facts.run.config.encoder_config, EquiSSLConfig()
+    names = [item.name for item in fields(EquiSSLConfig) if not item.name.startswith("_")]
+    values = {name: (getattr(config, name), getattr(default, name)) for name in names}
+    return public_values(
+        {
+            "model": {name: value for name, (value, usual) in values.items() if value != usual},
+            "objectives": facts.objectives,
+            "training": dict(facts.run.arguments),
+        }
+    )
+
+
+def _licence(facts: CardFacts) -> str:
+    data = f" of `{facts.dataset}`" if facts.dataset else ""
+    return (
+        f"Weights: {facts.license}, as the publisher of this repository states. The code files `*_equissl.py` are part "
+        f"of `hf_equissl`: apache-2.0. Whether the terms{data or ' of the training images'} allow a use of weights "
+        "trained on them is for the user to find out."
+    )
+
+
+def _citations(facts: CardFacts) -> dict[str, Any]:
+    used = [INVARIANCE_OBJECTIVES[facts.objective_names[0]]]
+    used += [EQUIVARIANCE_OBJECTIVES[name] for name in facts.objective_names[1:]]
+    own = EQUIVARIANCE_OBJECTIVES["reconstruction"].citation  # EquiSSL's
+    citations = dict.fromkeys([own, *(objective.citation for objective in used)])
+    names = ", ".join(f"`{name}`" for name in facts.objective_names)
+    return {"citations": list(citations), "citation_note": f"EquiSSL, and the papers of {names}:"}

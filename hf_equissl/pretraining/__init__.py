@@ -1,0 +1,1 @@
+"""The pretraining model and the Trainer that trains it."""

@@ -1,0 +1,205 @@
+"""Arguments of a pretraining run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_tf32_available, logging
+
+from ..distributed.engines import check_engine, load_models_whole
+
+logger = logging.get_logger(__name__)
+LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
+GRADIENT_CLIPPINGS = ("global", "parameter", "module")
+LAST_LAYER_HOLDS = ("learning_rate", "gradient")
+
+
+@dataclass
+class EquiSSLTrainingArguments(TrainingArguments):
+    r"""``transformers.TrainingArguments`` with what self-supervised pretraining needs beside it.
+
+    Learning rate. Papers state a base value and a rule: ``learning_rate = base_learning_rate * s(batch / reference)``
+    with the *global* batch (per device x processes x accumulation) and s linear (iBOT, SIE: reference 256) or the
+    square root (DINOv2: reference 1024). Without ``base_learning_rate``, ``learning_rate`` is used as it stands.
+
+    Args:
+        base_learning_rate: Learning rate at the reference batch; sets ``learning_rate``.
+        learning_rate_scaling: "linear", "sqrt" or "none".
+        learning_rate_reference_batch: Global batch at which the base value holds.
+        monitor_features: Log feature standard deviation and effective rank at every logging step.
+        weight_decay_end: Weight decay follows half a cosine from ``weight_decay`` to this; ``None``: constant.
+        teacher_momentum: The EMA teacher's momentum in the first step, and
+        teacher_momentum_end: towards the last, along half a cosine. Without a teacher neither is used.
+        epoch_steps: Steps of an epoch, for what is stated in epochs (temperatures, held layers). ``None``: those of a
+            pass over the data; DINOv2 has 1250, whatever the data.
+        layer_decay: Learning rate of a block, relative to the block above it (``optimizer.parameter_group``).
+        patch_embedding_lr_multiplier: Times the patch embedding's learning rate, beside ``layer_decay``.
+        freeze_last_layer_epochs: The prototypes stay as they are for so many epochs.
+        freeze_last_layer_by: "learning_rate", which is 0 meanwhile (DINOv2), or "gradient", which is dropped (DINO,
+            iBOT): there the optimizer's moments start only afterwards. DeepSpeed needs the first.
+        grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
+            "module", encoder, heads, stem and decoders apart (DINOv2).
+
+    With ``push_to_hub`` the run is published as ``hf_equissl.hub.build_repository`` lays it out: by
+    ``trainer.push_to_hub()`` after training (``hub_strategy`` "end"), with "every_save" also after each checkpoint.
+
+    Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
+    incomplete batches dropped, workers kept between epochs, losses logged every 10 steps and never replaced when they
+    are not finite, columns kept, ``hub_strategy`` "end", CPU and gloo chosen where there is no accelerator, no
+    ``find_unused_parameters``, no broadcast of buffers (centers and statistics are made from all processes' batches).
+    With ``bf16`` or ``fp16``, what stays in fp32 (prototypes) is multiplied in TF32 on GPUs that have it, unless
+    ``tf32`` says otherwise.
+
+    Raises:
+        ValueError: for an unknown scaling rule, a number out of its range, a setting that pretraining cannot have, or
+            a launch that contradicts the arguments (``engines.check_engine``).
+    """
+
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate at the reference batch size; sets learning_rate."}
+    )
+    learning_rate_scaling: str = field(
+        default="linear", metadata={"help": "How base_learning_rate follows the global batch: linear, sqrt or none."}
+    )
+    learning_rate_reference_batch: int = field(
+        default=256, metadata={"help": "Global batch at which base_learning_rate holds."}
+    )
+    monitor_features: bool = field(
+        default=True, metadata={"help": "Log feature standard deviation and effective rank."}
+    )
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Weight decay at the end of a cosine from weight_decay; none: constant."}
+    )
+    teacher_momentum: float = field(default=0.996, metadata={"help": "Momentum of the EMA teacher, first step."})
+    teacher_momentum_end: float = field(default=1.0, metadata={"help": "Momentum of the EMA teacher, last step."})
+    epoch_steps: int | None = field(
+        default=None, metadata={"help": "Steps of an epoch in schedules; none: those of a pass over the data."}
+    )
+    layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a block relative to the next one."})
+    patch_embedding_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Times the learning rate of the patch embedding."}
+    )
+    freeze_last_layer_epochs: float = field(default=0.0, metadata={"help": "Epochs for which prototypes are held."})
+    freeze_last_layer_by: str = field(
+        default="learning_rate", metadata={"help": "How prototypes are held: learning_rate or gradient."}
+    )
+    grad_clipping: str = field(
+        default="global", metadata={"help": "What max_grad_norm bounds: global, parameter or module."}
+    )
+
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and 1-D parameters."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Bound of grad_clipping; 0 means no clipping."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule; e.g. cosine, cosine_with_min_lr."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a bad loss must be seen."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Keep workers between epochs; none: where there are workers."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the pipeline reads them all."})
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to publish: end or every_save."})
+    label_names: list[str] | None = field(default_factory=list, metadata={"help": "Pretraining has none."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "They are the same by construction."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+
+    def __post_init__(self) -> None:
+        self._validate()
+        if not self.use_cpu and not torch.accelerator.is_available():
+            self.use_cpu = True
+        check_engine(self)
+        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.ddp_backend = "gloo"
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
+        elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
+            self.tf32 = True
+        super().__post_init__()
+        if cast(Any, torch.backends).fp32_precision == "tf32":
+            # The same said in PyTorch's older words: parts of torch.compile still ask for them, and refuse a mixture.
+            torch.set_float32_matmul_precision("high")
+        if self.deepspeed_plugin is not None:
+            load_models_whole()
+        if self.n_gpu > 1:
+            logger.warning("Only one of %d GPUs is used: start with `accelerate launch` to use all.", self.n_gpu)
+            self._n_gpu = 1  # more would mean DataParallel, which cannot split views
+        if not self.use_cpu and self.dataloader_pin_memory:
+            # Else each copy of a batch waits for the step before.
+            cast(AcceleratorConfig, self.accelerator_config).non_blocking = True
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self.learning_rate_factor
+
+    def _validate(self) -> None:
+        if self.learning_rate_scaling not in LEARNING_RATE_SCALINGS:
+            raise ValueError(
+                f"learning_rate_scaling must be one of {', '.join(LEARNING_RATE_SCALINGS)}, "
+                f"got {self.learning_rate_scaling!r}."
+            )
+        if self.grad_clipping not in GRADIENT_CLIPPINGS:
+            raise ValueError(
+                f"grad_clipping must be one of {', '.join(GRADIENT_CLIPPINGS)}, got {self.grad_clipping!r}."
+            )
+        if self.freeze_last_layer_by not in LAST_LAYER_HOLDS:
+            raise ValueError(
+                f"freeze_last_layer_by must be one of {', '.join(LAST_LAYER_HOLDS)}, got {self.freeze_last_layer_by!r}."
+            )
+        if self.grad_clipping != "global" and not self.max_grad_norm:
+            raise ValueError(
+                f"grad_clipping is {self.grad_clipping!r}, and max_grad_norm 0 clips nothing. Set max_grad_norm, "
+                "e.g. to 3."
+            )
+        if self.learning_rate_reference_batch < 1:
+            raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1 (no decay), got {self.layer_decay}.")
+        if self.epoch_steps is not None and self.epoch_steps < 1:
+            raise ValueError(f"epoch_steps must be >= 1, got {self.epoch_steps}.")
+        not_negative = ("learning_rate", "base_learning_rate", "dataloader_num_workers", "weight_decay_end")
+        for name in (*not_negative, "patch_embedding_lr_multiplier", "freeze_last_layer_epochs", "max_grad_norm"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.save_steps <= 0:
+            raise ValueError(f"save_steps must be > 0, got {self.save_steps}. To save nothing: save_strategy no.")
+        strategy = HubStrategy(self.hub_strategy)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is {strategy.value!r}, which would upload pickled optimizer states. Use end or "
+                "every_save: `pretraining/` in the repository holds what others need to go on."
+            )
+        if self.hub_always_push:
+            raise ValueError("hub_always_push must stay false: uploads would queue up. The next save publishes.")
+        if self.save_on_each_node:
+            raise ValueError("save_on_each_node must stay false: all machines write into one shared folder.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter must stay false: it would hide a loss that is not finite.")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer step: per device x processes x accumulation."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def epoch_multiple(self) -> int:
+        """An epoch's images are a multiple of this: without an incomplete last step, unless that is wanted."""
+        return self.global_batch_size if self.dataloader_drop_last else 1
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What ``base_learning_rate`` is multiplied by."""
+        ratio = self.global_batch_size / self.learning_rate_reference_batch
+        return {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.learning_rate_scaling]

@@ -1,0 +1,324 @@
+"""EquiSSLForPreTraining: student, objectives with their heads, and one forward that is the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from ..distributed.collectives import gather, is_gathered, local_shard, wait_for_shards
+from ..modeling import EquiSSLConfig, EquiSSLModel
+from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
+from ..objectives.base import Features, Objective
+from ..objectives.progress import TrainingProgress
+from ..utils.feature_statistics import effective_rank, feature_std
+from ..views.base import Views
+from ..views.needs import Needs
+
+
+@strict
+class EquiSSLPreTrainingConfig(PreTrainedConfig):
+    """What is pretrained, and by which objectives: L = L_inv + sum_j weight_j L_equi,j.
+
+    Attributes:
+        encoder: The student's ``EquiSSLConfig``, or its fields. It carries no decoder: objectives own theirs.
+        invariance: ``{"name": key of INVARIANCE_OBJECTIVES, **keyword arguments}``.
+        equivariance: Each ``{"name": key of EQUIVARIANCE_OBJECTIVES, "weight": lambda, **keyword arguments}``. An entry
+            with weight 0 is not built at all, so that lambda = 0 is exactly the base method.
+    """
+
+    model_type = "equissl_pretraining"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"encoder": EquiSSLConfig}
+
+    encoder: dict | EquiSSLConfig | None = None
+    invariance: dict = field(default_factory=lambda: {"name": "vicreg"})
+    equivariance: list[dict] = field(default_factory=list)
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.encoder is None:
+            self.encoder = EquiSSLConfig()
+        elif isinstance(self.encoder, dict):
+            self.encoder = EquiSSLConfig(**self.encoder)
+        super().__post_init__(**kwargs)
+
+    @property
+    def encoder_config(self) -> EquiSSLConfig:
+        """``encoder``, which is no longer a dictionary once the config is built."""
+        return cast(EquiSSLConfig, self.encoder)
+
+    def validate_objectives(self) -> None:
+        """Every entry has a name, weights are finite and not negative, and objectives own the decoders."""
+        for entry in (self.invariance, *self.equivariance):
+            if "name" not in entry:
+                raise ValueError(f"An objective needs a `name`, got {entry}.")
+        names = [entry["name"] for entry in self.equivariance]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each equivariance objective may be named once, got {names}.")
+        for entry in self.equivariance:
+            weight = entry.get("weight", 1.0)
+            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                raise ValueError(
+                    f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, "
+                    f"got {weight!r}."
+                )
+        if self.encoder_config.decoder_type is not None:
+            raise ValueError(
+                f"The encoder of a pretraining model must not have a decoder, got decoder_type="
+                f"{self.encoder_config.decoder_type!r}. Name an objective under `equivariance`: it brings its decoder."
+            )
+
+
+@dataclass
+class EquiSSLPreTrainingOutput(ModelOutput):
+    """One step's result.
+
+    Attributes:
+        loss: Scalar with gradient, fp32.
+        logs: Detached scalars. ``loss_ssl`` and one weighted ``loss_<objective>`` each add up to ``loss``; the
+            objectives' own parts follow as ``<objective>/<part>``, then monitors where they were asked for.
+    """
+
+    loss: Tensor | None = None
+    logs: dict[str, Tensor] | None = None
+
+
+class EquiSSLForPreTraining(PreTrainedModel):
+    """Everything that learns or remembers during pretraining. ``forward`` is the whole step: wrappers see one module.
+
+    Published beside an encoder it lets anyone continue the training. Takes an ``EquiSSLPreTrainingConfig``; raises
+    ``ValueError`` for unknown objectives or arguments, and for two objectives whose needs cannot be met together.
+    """
+
+    config: EquiSSLPreTrainingConfig
+    config_class = EquiSSLPreTrainingConfig
+    base_model_prefix = "student"
+    main_input_name = "views"
+    accepts_loss_kwargs = False  # the loss is a batch mean: the Trainer divides by the accumulation steps
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _no_split_modules = ["EquiSSLLayer"]
+
+    def __init__(self, config: EquiSSLPreTrainingConfig) -> None:
+        super().__init__(config)
+        # The student comes first: with one seed, runs that differ in their objectives start from the same encoder.
+        self.student = EquiSSLModel(config.encoder_config)
+        self.invariance = self._build(INVARIANCE_OBJECTIVES, config.invariance, config.encoder_config)
+        active = [entry for entry in config.equivariance if entry.get("weight", 1.0) > 0]
+        sizes = self.invariance.feature_config
+        self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes) for entry in active)
+        self.equivariance_names = [entry["name"] for entry in active]
+        self.weights = [float(entry.get("weight", 1.0)) for entry in active]
+        self.needs = Needs()
+        for objective in (self.invariance, *self.equivariance):
+            self.needs = self.needs | objective.needs
+        self._check_needs()
+        self.teacher = deepcopy(self.student) if self.needs.teacher else None
+        self.post_init()
+        self.freeze_unused()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, for a complete state only.
+
+        Raises:
+            ValueError: The checkpoint lacks weights of the objectives that the config names. They would be left
+                uninitialised: heads follow their papers, not one rule for all.
+        """
+        loaded: Any = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights that its objectives need, the first is {missing[0]}. "
+                "Load it with the objectives it was trained with, or take only its encoder."
+            )
+        model.freeze_unused()
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    def _check_needs(self) -> None:
+        """Refuse objectives that ask for what ``encode`` does not give them."""
+        if self.needs.extra:
+            raise ValueError(f"An objective needs {self.needs.extra}, which EquiSSLForPreTraining does not provide.")
+        if self.needs.masks and not self.config.encoder_config.use_mask_token:
+            raise ValueError(
+                f"{self.config.invariance['name']} masks patches, and this encoder has no token to put in their place. "
+                "Set model.use_mask_token: true."
+            )
+
+    def check_batch(self, images: int, processes: int) -> None:
+        """Raise ``ValueError`` if an objective cannot use batches of ``images`` on each of so many processes."""
+        for objective in self._objectives():
+            objective.check_batch(images, processes)
+
+    def freeze_unused(self) -> None:
+        """Freeze what no gradient trains. ``from_pretrained`` forgets this: the Trainer calls it again."""
+        if not self.needs.masks and self.student.embeddings.mask_token is not None:
+            self.student.embeddings.mask_token.requires_grad_(False)
+        for _, follower in self.ema_pairs():
+            follower.requires_grad_(False)
+
+    def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Pairs (student's module, teacher's copy), of the encoder first, then of the objectives' heads."""
+        if self.teacher is not None:
+            yield self.student, self.teacher
+        for objective in self._objectives():
+            yield from objective.ema_pairs()
+
+    def train(self, mode: bool = True) -> Self:
+        """As the parent's; teachers stay in evaluation mode."""
+        super().train(mode)
+        for _, follower in self.ema_pairs():
+            follower.eval()
+        return self
+
+    def begin_step(self, progress: TrainingProgress) -> None:
+        """Tell the objectives where the run stands; before the first micro-batch of each optimizer step."""
+        for objective in self._objectives():
+            objective.begin_step(progress)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers; after an optimizer step.
+
+        All tensors in one fused call, in the teacher's fp32, each process its shards; buffers that count are copied.
+        """
+        leading: list[Tensor] = []
+        following: list[Tensor] = []
+        for leader, follower in self.ema_pairs():
+            for source, target in _pairs_of(leader, follower):
+                if target.is_floating_point():
+                    leading.append(source)
+                    following.append(target)
+                else:
+                    target.copy_(source)
+        if following:
+            torch._foreach_lerp_(following, leading, 1.0 - momentum)
+            wait_for_shards(next(self.parameters()))
+
+    def _objectives(self) -> Iterator[Objective]:
+        yield self.invariance
+        yield from cast(Iterable[Objective], self.equivariance)
+
+    @staticmethod
+    def _build(registry: dict[str, type[Objective]], entry: dict, sizes: EquiSSLConfig) -> Objective:
+        arguments = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+        return build_objective(registry, entry["name"], sizes, **arguments)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
+
+    def encode(self, views: Views) -> Features:
+        """Student features: all global crops in one pass, masked where there are masks; all local crops in another."""
+        masks = None if views.masks is None else views.masks.flatten(0, 1)
+        features = self._encode(self.student, views.global_crops, masks, self.needs.hidden_layers)
+        features.stem = self.invariance.split(features.stem)
+        if self.needs.local_crops:
+            if views.local_crops is None:
+                raise ValueError(f"{self.config.invariance['name']} needs local crops, and the views have none.")
+            features.local_tokens = self._encode(self.student, views.local_crops, output_patches=False).tokens
+        return features
+
+    @torch.no_grad()
+    def encode_teacher(self, views: Views) -> Features | None:
+        """Teacher features of the global crops, not masked and without gradient; ``None`` without a teacher."""
+        if self.teacher is None:
+            return None
+        return self._encode(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
+
+    def _encode(
+        self,
+        encoder: EquiSSLModel,
+        crops: Tensor,
+        masks: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        output_patches: bool = True,
+    ) -> Features:
+        """Crops of one size, (V, B, C, H, W), in one pass."""
+        output = encoder(
+            crops.flatten(0, 1),
+            bool_masked_pos=masks,
+            output_features=False,
+            output_patches=output_patches,
+            output_hidden_states=bool(layers),
+        )
+        shape, patch = crops.shape[:2], encoder.config.patch_side
+        return Features(
+            tokens=output.last_hidden_state.unflatten(0, shape),
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            grid=(crops.shape[-2] // patch, crops.shape[-1] // patch),
+            stem=encoder.stem,
+            hidden={layer: output.hidden_states[layer].unflatten(0, shape) for layer in layers},
+        )
+
+    def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
+        """Loss of one batch of ``views``; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
+        # First, so that its large intermediate results are gone when the student's are kept.
+        teacher = self.encode_teacher(views)
+        student = self.encode(views)
+        invariance = self.invariance(student, teacher, views)
+        loss, logs = invariance.loss, {"loss_ssl": invariance.loss.detach()}
+        parts = {self.config.invariance["name"]: invariance.logs}
+        for name, weight, objective in zip(self.equivariance_names, self.weights, self.equivariance, strict=True):
+            output = objective(student, teacher, views)
+            loss = loss + weight * output.loss
+            logs[f"loss_{name}"] = weight * output.loss.detach()
+            parts[name] = output.logs
+        logs |= {f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
+        if monitor:
+            logs |= self.monitor(student)
+        return EquiSSLPreTrainingOutput(loss=loss, logs=logs)
+
+    @torch.no_grad()
+    def monitor(self, student: Features) -> dict[str, Tensor]:
+        """Feature standard deviation and effective rank of view 1's CLS over the global batch: collapse shows."""
+        representation = gather(student.cls[0].detach().float())
+        return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
+
+    def export_encoder(
+        self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None, weights_of: str | None = None
+    ) -> EquiSSLModel:
+        """The encoder as a model of its own, on the CPU.
+
+        Args:
+            with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works. An
+                encoder without a stem (the logits are split) goes without: the decoder would read the head.
+            state_dict: Full (gathered) state of this model, where its own parameters are sharded.
+            weights_of: "teacher" or "student"; by default the teacher's where there is a teacher.
+
+        Raises:
+            ValueError: Unknown ``weights_of``, or "teacher" where there is none.
+        """
+        weights_of = weights_of or ("student" if self.teacher is None else "teacher")
+        if weights_of not in ("student", "teacher") or (weights_of == "teacher" and self.teacher is None):
+            there_are = "student" if self.teacher is None else "student, teacher"
+            raise ValueError(f"`weights_of` is {weights_of!r}, this model has: {there_are}.")
+        state = self.state_dict() if state_dict is None else state_dict
+        prefix = f"{weights_of}."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        config = deepcopy(self.config.encoder_config)
+        for index, objective in enumerate(self.equivariance):
+            if with_decoder and config.feature_size and hasattr(objective, "decoder_config"):
+                config = deepcopy(cast(EquiSSLConfig, objective.decoder_config))
+                prefix = f"equivariance.{index}.decoder."
+                weights |= {f"decoder.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
+                break
+        encoder = EquiSSLModel(config)
+        encoder.load_state_dict({key: value.detach().cpu() for key, value in weights.items()}, strict=True)
+        return encoder.eval()
+
+
+def _pairs_of(leader: nn.Module, follower: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters and buffers of both, as far as this process holds them."""
+    tensors = ((*module.parameters(), *module.buffers()) for module in (leader, follower))
+    for source, target in zip(*tensors, strict=True):
+        yield local_shard(source), local_shard(target)
+        if is_gathered(target):  # ZeRO-3 keeps small ones gathered beside their shards, and reads those
+            yield source.data, target.data

@@ -1,0 +1,214 @@
+"""What a training run was: kept beside its checkpoints, so that a model card can say it truthfully."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from ..utils.files import write_text
+from ..utils.redaction import without_secrets
+from ..utils.versions import library_versions
+from .arguments import EquiSSLTrainingArguments
+
+if TYPE_CHECKING:
+    from ..data import ImageSource
+    from ..views.pipelines import ViewPipeline
+
+logger = logging.get_logger(__name__)
+RECORD_FILE = "run.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One pretraining run, over all its interruptions.
+
+    Attributes:
+        command: The command line of the last start.
+        data: What the user named, with the split.
+        num_images: Images of the data set; ``None`` for a stream.
+        image_size: Side of the global crops, pixels.
+        image_mean, image_std: Normalisation of the views, three numbers each.
+        seed: Of weights and views.
+        batch: ``per_device``, ``processes``, ``accumulation``; their product is an optimizer step's batch.
+        precision: "fp32", "bf16" or "fp16".
+        hardware: ``device`` (name), ``devices`` (how many), ``cpu``, ``threads`` (per process).
+        versions: Of Python and the libraries.
+        started: First start, UTC, ISO 8601.
+        starts: How often it was started: 1 for a run without interruption.
+        steps: Optimizer steps taken.
+        seconds: Wall time of training, without what an interruption lost.
+        finished: End of the last step, or ``None``: still running, or stopped on the way.
+        preempted: When a signal stopped it, or ``None``: it goes on, or ended in another way.
+    """
+
+    command: str
+    data: str
+    num_images: int | None
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    seed: int
+    batch: dict[str, int]
+    precision: str
+    hardware: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    starts: int = 1
+    steps: int = 0
+    seconds: float = 0.0
+    finished: str | None = None
+    preempted: str | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Images per optimizer step."""
+        return self.batch["per_device"] * self.batch["processes"] * self.batch["accumulation"]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``run.json`` into ``folder``, in one step."""
+        path = Path(folder) / RECORD_FILE
+        write_text(path, json.dumps({"format": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: no training run has begun in ``folder``.
+            ValueError: the file is not such a file.
+        """
+        path = Path(folder) / RECORD_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}). It is written anew when the run is continued.") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
+            raise ValueError(f"{path} is not a run record of format {FORMAT_VERSION}.")
+        names = {item.name for item in fields(cls)}
+        if unknown := sorted(content.keys() - names):
+            raise ValueError(f"{path} holds unknown entries {unknown}: it was written by another version.")
+        return cls(**{**content, "image_mean": tuple(content["image_mean"]), "image_std": tuple(content["image_std"])})
+
+
+def command_line() -> str:
+    """The command of this process as one would type it, without tokens."""
+    script = sys.argv[0]
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    start = ["-m", module.name.removesuffix(".__main__")] if module is not None and module.name else [script]
+    return shlex.join(["python", *without_secrets([*start, *sys.argv[1:]])])
+
+
+def hardware(args: EquiSSLTrainingArguments) -> dict[str, Any]:
+    """The devices of a run."""
+    cpu = _cpu_name()
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else cpu if args.device.type == "cpu" else None
+    return {
+        "device": name or args.device.type,
+        "devices": args.world_size,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] not in ("", "unknown") else platform.processor() or platform.machine()
+
+
+class RunRecordCallback(TrainerCallback):
+    """Writes ``run.json`` when training begins, with every checkpoint, and when it ends."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self._since = 0.0
+        self._before = 0.0
+
+    def on_train_begin(  # type: ignore[override]
+        self, args: EquiSSLTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on with the record of the run that is resumed."""
+        self._since = time.monotonic()
+        if state.global_step > 0:
+            try:
+                earlier = RunRecord.load(str(args.output_dir))
+            except (OSError, ValueError):
+                pass  # the checkpoint is what counts; its record is lost
+            else:
+                self._before = earlier.seconds
+                self.record = replace(self.record, started=earlier.started, starts=earlier.starts + 1)
+        self._write(args, state)
+
+    def on_save(  # type: ignore[override]
+        self, args: EquiSSLTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note how far the run is, after the checkpoint."""
+        self._write(args, state)
+
+    def on_train_end(  # type: ignore[override]
+        self, args: EquiSSLTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the end, if it is one and not a stop on the way."""
+        self._write(args, state, finished=_now() if state.global_step >= state.max_steps else None)
+
+    def _write(self, args: EquiSSLTrainingArguments, state: TrainerState, finished: str | None = None) -> None:
+        if not state.is_world_process_zero:
+            return
+        seconds = self._before + time.monotonic() - self._since
+        record = replace(self.record, steps=state.global_step, seconds=round(seconds, 1), finished=finished)
+        try:
+            record.save(os.fspath(str(args.output_dir)))
+        except OSError as error:  # a full disk: what was trained weighs more
+            logger.warning(f"{RECORD_FILE} cannot be written in {args.output_dir} ({error}). The run goes on.")
+
+
+def new_record(args: EquiSSLTrainingArguments, pipeline: ViewPipeline, source: ImageSource) -> RunRecord:
+    """The record of a run that begins now, with a view pipeline and an image source."""
+    return RunRecord(
+        command=command_line(),
+        data=source.name,
+        num_images=source.num_rows,
+        image_size=pipeline.image_size,
+        image_mean=tuple(float(value) for value in pipeline.image_mean),
+        image_std=tuple(float(value) for value in pipeline.image_std),
+        seed=args.seed,
+        batch={
+            "per_device": args.per_device_train_batch_size,
+            "processes": args.world_size,
+            "accumulation": args.gradient_accumulation_steps,
+        },
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        hardware=hardware(args),
+        versions=library_versions(("accelerate",)),
+        started=_now(),
+    )
+
+
+def note_preemption(folder: str | Path) -> None:
+    """Say in ``run.json`` that a signal stopped the run now."""
+    try:
+        record = RunRecord.load(folder)
+    except (OSError, ValueError):
+        return  # stopped before it was written
+    replace(record, preempted=_now()).save(folder)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,160 @@
+"""Values of recipes and options as the types that the code wants, checked one by one."""
+
+from __future__ import annotations
+
+import builtins
+import enum
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from ..utils.strict_yaml import load_yaml
+from ..utils.suggestions import RecipeError, check_keys
+
+
+class _Names(dict[str, Any]):
+    """Names that only a type checker imports stand for anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def hints_of(owner: Callable[..., Any]) -> dict[str, Any]:
+    """Resolved annotations of a function, or of a class's own fields (those of its parents are left out)."""
+    names = _Names(vars(builtins) | vars(sys.modules[owner.__module__]))
+    own = types.SimpleNamespace(__annotations__=dict(owner.__annotations__))
+    return typing.get_type_hints(own, globalns={}, localns=names)
+
+
+def parameters_of(function: Callable[..., Any], *, skip: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
+    """Named parameters of ``function`` (for a class: of its constructor), with annotations resolved."""
+    target = function.__init__ if inspect.isclass(function) else function
+    hints = hints_of(target)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in named and name not in ("self", *skip)
+    }
+
+
+def check_arguments(
+    given: Mapping[str, Any], function: Callable[..., Any], where: str, *, skip: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Keyword arguments for ``function``: unknown names, missing names and wrong types are refused.
+
+    Args:
+        given: Name -> value, as YAML gave it.
+        function: The function or class that will be called.
+        where: Place in the recipe, for messages.
+        skip: Parameters that the library fills in and a recipe may not give.
+
+    Returns:
+        The arguments, lists turned into tuples where the annotation says so.
+    """
+    parameters = parameters_of(function, skip=skip)
+    check_keys(given, parameters, where)
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in given]
+    if missing:
+        raise RecipeError(f"{where}: {', '.join(missing)} must be given.")
+    return {name: coerce(value, parameters[name].annotation, f"{where}.{name}") for name, value in given.items()}
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words that fit an error message."""
+    if annotation is type(None):
+        return "null"
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(a) for a in typing.get_args(annotation)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
+    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        return "one of " + ", ".join(repr(member.value) for member in annotation)
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a mapping"}
+    if (kind := origin or annotation) not in (str, dict) and inspect.isclass(kind) and issubclass(kind, Sequence):
+        items = [a for a in typing.get_args(annotation) if a is not Ellipsis]
+        return "a list" + (f" of ({', '.join(map(describe, items))})" if items else "")
+    return names.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def coerce(value: Any, annotation: Any, where: str) -> Any:
+    """``value`` as ``annotation`` wants it: a list becomes a tuple where it must; an integer counts as a number.
+
+    Raises:
+        RecipeError: names the place, the value and the expected type.
+    """
+    try:
+        return _coerce(value, annotation)
+    except TypeError:
+        kind = {type(None): "null", dict: "a mapping"}.get(type(value), repr(value))
+        quoted = " Write it without quotes." if isinstance(value, str) and _is_scalar(value, annotation) else ""
+        raise RecipeError(f"{where}: expected {describe(annotation)}, got {kind}.{quoted}") from None
+
+
+def _is_scalar(text: str, annotation: Any) -> bool:
+    try:
+        _coerce(load_yaml(text, "value"), annotation)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _coerce(value: Any, annotation: Any) -> Any:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any or isinstance(annotation, typing.TypeVar):
+        return value
+    if origin is typing.Annotated:
+        return _coerce(value, args[0])
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, args)
+    if origin is Literal:
+        return _accept(value, any(value == choice and type(value) is type(choice) for choice in args))
+    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        return _accept(value, value in [member.value for member in annotation])
+    kind = origin or annotation
+    if kind is float:
+        return _accept(value, isinstance(value, int | float) and not isinstance(value, bool))
+    if kind is int:
+        return _accept(value, isinstance(value, int) and not isinstance(value, bool))
+    if kind is Path:
+        return Path(_accept(value, isinstance(value, str)))
+    if kind is tuple and args:
+        return _coerce_tuple(value, args)
+    if inspect.isclass(kind) and issubclass(kind, Sequence) and not issubclass(kind, str):
+        _accept(value, isinstance(value, list | tuple))
+        items = [_coerce(item, args[0]) if args else item for item in value]
+        return tuple(items) if kind is tuple else items
+    if inspect.isclass(kind) and issubclass(kind, Mapping):
+        return _accept(value, isinstance(value, dict))
+    return _accept(value, isinstance(value, kind)) if inspect.isclass(kind) else value
+
+
+def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
+    enums = [m for m in members if inspect.isclass(m) and issubclass(m, enum.Enum)]
+    if enums and isinstance(value, str):  # transformers writes "SchedulerType | str" where only the enum's values do
+        members = tuple(m for m in members if m is not str)
+    for member in sorted(members, key=lambda m: m is not type(value)):  # 1 stays an integer in "float | int"
+        try:
+            return _coerce(value, member)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def _coerce_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    _accept(value, isinstance(value, list | tuple))
+    if args[-1] is Ellipsis:
+        return tuple(_coerce(item, args[0]) for item in value)
+    _accept(value, len(value) == len(args))
+    return tuple(_coerce(item, kind) for item, kind in zip(value, args, strict=True))
+
+
+def _accept(value: Any, condition: bool) -> Any:
+    if not condition:
+        raise TypeError
+    return value

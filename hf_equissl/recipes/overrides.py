@@ -1,0 +1,146 @@
+"""Dotted overrides, and recipes merged over the ones that they extend: plain data before anything is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from ..utils.strict_yaml import load_yaml
+from ..utils.suggestions import RecipeError, check_keys, nearest
+from .coercion import coerce
+
+SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
+TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
+
+
+def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in ``path`` merged over the one that it extends.
+
+    Mappings merge key by key, lists are replaced, and so is a mapping whose ``name`` changes.
+
+    Args:
+        path: YAML file.
+        search: Folders in which ``extends`` may find a file that is not beside ``path``.
+        chain: Files that led here.
+
+    Raises:
+        RecipeError: a file is missing or no YAML, has an unknown section, or extends itself in the end.
+    """
+    path = path.resolve()
+    if path in chain:
+        raise RecipeError(f"extends goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: the recipe cannot be read ({reason}).") from error
+    raw = as_mapping(load_yaml(text, str(path)), str(path))
+    if "sweep" in raw:
+        raise RecipeError(
+            f"{path.name} is a sweep of many runs. List and run them with: python training/sweep.py --recipe "
+            f"{path.stem} --list"
+        )
+    check_keys(raw, ("extends", *TOP_KEYS), str(path))
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    parent = coerce(parent, str, f"{path.name}: extends")
+    candidates = [folder / parent for folder in (path.parent, *search)]
+    found = next((c for c in candidates if c.is_file()), None)
+    if found is None:
+        places = " or ".join(str(candidate.parent) for candidate in candidates)
+        raise RecipeError(f"{path}: extends {parent!r}, which is not in {places}.")
+    base = read_recipe(found, search, (*chain, path))
+    for key in ("name", "description"):  # they speak of the other recipe
+        base.pop(key, None)
+    return _merge(base, raw, top=True)
+
+
+def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
+    """Turn ``["--training.max_steps", "100", "--data.streaming=true"]`` into dotted keys with values read as YAML.
+
+    Args:
+        words: What the command line says beyond the command's own options.
+        options: Those options, to guess what a misspelt one was meant to be.
+
+    Raises:
+        RecipeError: for a word that is not a dotted option, an option without value, one given twice.
+    """
+    result: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        option, has_value, text = word.partition("=")
+        key = option.removeprefix("--")
+        section = key.partition(".")[0]
+        if not option.startswith("--") or "." not in key or section not in SECTIONS:
+            dotted = {f"--{known}.{key.partition('.')[2]}" for known in SECTIONS} if "." in key else set()
+            guess = nearest(option, [*options, *dotted])
+            hint = f" Did you mean {guess}?" if guess else ""
+            raise RecipeError(f"{word!r} is not an option of this command.{hint} See --help.")
+        if not has_value:
+            if not queue or queue[0].startswith("--"):
+                raise RecipeError(f"{option}: a value must follow, e.g. {option} VALUE.")
+            text = queue.pop(0)
+        if key in result:
+            raise RecipeError(f"{option} is given twice.")
+        result[key] = load_yaml(text, option)
+    return result
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``raw`` with dotted keys set. A number in a key is a position in a list."""
+    changed = deepcopy(dict(raw))
+    # Names first: a name that changes drops the settings of the entry that it replaces, never those that come with it.
+    for key in sorted(overrides, key=lambda k: not k.endswith(".name")):
+        _set(changed, key, overrides[key])
+    return changed
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place: Any = raw
+    for depth, part in enumerate(parents):
+        place = _step(place, part, ".".join(parents[:depth]), key)
+    if isinstance(place, list):
+        place[_position(last, place, ".".join(parents), key)] = value
+    elif isinstance(place, dict):
+        if last == "name" and len(parents) > 1 and place.get("name") != value:
+            place.clear()
+        place[last] = value
+    else:
+        raise RecipeError(f"--{key}: {'.'.join(parents)} holds the value {place!r}, not keys.")
+
+
+def _step(place: Any, part: str, where: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(part, place, where, key)]
+    if not isinstance(place, dict):
+        raise RecipeError(f"--{key}: {where} holds the value {place!r}, not keys.")
+    if place.get(part) is None:
+        place[part] = {}
+    return place[part]
+
+
+def _position(part: str, items: list[Any], where: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise RecipeError(
+            f"--{key}: {where} is a list of {len(items)}, so {part!r} must be a position from 0 to {len(items) - 1}."
+            if items
+            else f"--{key}: {where} is an empty list. Set the whole list, e.g. --{where} '[{{name: ...}}]'."
+        )
+    return int(part)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = False) -> dict[str, Any]:
+    if not top and over.get("name", base.get("name")) != base.get("name"):
+        return over
+    both = (key for key in over if isinstance(base.get(key), dict) and isinstance(over[key], dict))
+    return base | over | {key: _merge(base[key], over[key]) for key in both}
+
+
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
+    """``value`` if it is a mapping, an empty one for ``None``, a ``RecipeError`` for anything else."""
+    return coerce({} if value is None else value, dict, where)

@@ -1,0 +1,383 @@
+"""Recipes: one YAML file says what is trained, on which views, with which data and arguments.
+
+```yaml
+name: my_run                     # optional, the file's name otherwise
+description: One line.           # optional
+extends: other.yaml              # optional: start from another recipe, then apply what stands here
+num_processes: 16                # optional: how many processes the batch arithmetic was written for
+model: {preset: vit_small_patch16, feature_size: 512, equivariant_size: 256}     # preset, any EquiSSLConfig field
+objectives:
+  invariance: {name: vicreg}                                                     # key and keyword arguments
+  equivariance: [{name: reconstruction, weight: 1.0}]                            # each with its lambda
+views:
+  pipeline: {name: vicreg}                                                       # preset and its settings
+  transformation: {name: rotation, max_degrees: 45}                              # the family g, or null
+  image_mean: [0.485, 0.456, 0.406]                                              # and image_std; ImageNet's otherwise
+data: {source: ./photos}                       # arguments of load_images; num_images: for plans without the data set
+training: {max_steps: 1000}                                                      # any EquiSSLTrainingArguments field
+monitor: {every_steps: 500}                # optional: kNN accuracy and effective rank during training, MonitorSettings
+```
+
+``model: {init_from: facebook/dinov2-small}`` starts from an encoder that exists, with ``init_revision`` and
+``init_subfolder`` beside it. Its architecture takes the place of the fields that say what to train from scratch.
+
+Mappings merge key by key, lists are replaced. A mapping whose ``name`` changes is replaced too: the settings of one
+transformation mean nothing to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..data import load_images
+from ..modeling import EquiSSLConfig
+from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLPreTrainingConfig
+from ..utils.files import write_text
+from ..utils.strict_yaml import dump_yaml
+from ..utils.suggestions import RecipeError, check_keys, nearest
+from ..utils.versions import __version__
+from ..views import TRANSFORMATIONS, build_transformation
+from ..views.pipelines import PIPELINES, build_pipeline
+from .coercion import check_arguments, coerce, hints_of, parameters_of
+from .monitor_settings import MonitorSettings
+from .overrides import TOP_KEYS, apply_overrides, as_mapping, read_recipe
+
+if TYPE_CHECKING:
+    from ..data import ImageSource
+    from ..views.base import TransformationFamily
+    from ..views.needs import Needs
+    from ..views.pipelines import ViewPipeline
+
+INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
+# What the section `data` says beside the arguments of `load_images`.
+_DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
+# What the section `model` says beside the fields of the encoder's config: the last is the run's, not stored with it.
+_MODEL_KEYS = {**dict.fromkeys(INIT_KEYS, str | None), "preset": str, "attn_implementation": str}
+_HUB_STRATEGIES = ("end", "every_save")
+_NOT_IN_RECIPES = {
+    "hub_always_push": "A save during a running upload is left to the next one.",
+    "output_dir": "Give the folder with --output_dir.",
+    "resume_from_checkpoint": "Use --resume.",
+    "hub_token": "A recipe is stored with each run and must hold no secret. Log in with `hf auth login`.",
+    "learning_rate_and_base": "`learning_rate` would be replaced by `base_learning_rate`. Set one of them to null.",
+}
+
+
+@dataclass(frozen=True)
+class ObjectivesSection:
+    """One invariance objective and any number of equivariance objectives, each ``{"name", **keyword arguments}``."""
+
+    invariance: dict[str, Any]
+    equivariance: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ViewsSection:
+    """The base method's augmentation pipeline, the transformation family g (``None``: no g), the normalisation."""
+
+    pipeline: dict[str, Any]
+    transformation: dict[str, Any] | None = None
+    image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every key is known and every value has its type. See the module for the shape of the file.
+
+    Raises:
+        RecipeError: from ``load`` and ``from_dict`` for unknown keys, wrong types, missing files, ``extends`` in a
+            circle; from ``build_*`` for values that do not go together.
+    """
+
+    name: str
+    model: dict[str, Any]
+    objectives: ObjectivesSection
+    views: ViewsSection
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
+    description: str = ""
+    num_processes: int | None = None
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # dotted keys that were set over the file
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, Any] | None = None,
+        search: Sequence[str | Path] = (),
+    ) -> Recipe:
+        """Read a recipe with everything it extends, then apply ``overrides``.
+
+        Args:
+            path: YAML file.
+            overrides: Dotted key -> value, e.g. ``{"training.max_steps": 100, "objectives.equivariance.0.weight": 0}``.
+            search: Further folders in which ``extends`` may find a file.
+        """
+        raw = read_recipe(Path(path), [Path(folder) for folder in search])
+        raw.setdefault("name", Path(path).stem)
+        overrides = overrides or {}
+        model = raw.get("model")
+        if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
+            raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder
+        recipe = cls.from_dict(apply_overrides(raw, overrides), origin=str(path))
+        return replace(recipe, given=frozenset(overrides))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+        """Check plain data, as YAML gives it."""
+        check_keys(raw, TOP_KEYS, origin)
+        for section in ("model", "objectives", "views"):
+            if section not in raw:
+                raise RecipeError(f"{origin}: the section {section!r} is missing.")
+        hints = get_type_hints(cls)
+        top = {key: coerce(raw[key], hints[key], key) for key in ("name", "description", "num_processes") if key in raw}
+        if (processes := top.get("num_processes")) is not None and processes < 1:
+            raise RecipeError(f"num_processes: expected 1 or more, got {processes}.")
+        recipe = cls(
+            **{"name": "recipe", **top},
+            model=_check_model(as_mapping(raw["model"], "model")),
+            objectives=_check_objectives(as_mapping(raw["objectives"], "objectives")),
+            views=_check_views(as_mapping(raw["views"], "views")),
+            data=_check_data(as_mapping(raw.get("data"), "data")),
+            training=_check_training(as_mapping(raw.get("training"), "training")),
+            monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
+        )
+        if "init_from" not in recipe.model:  # else the encoder decides whether values go together
+            recipe.build_pretraining_config()  # those that do not fail here, not minutes later
+        recipe.build_transformation()
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back."""
+        plain = {
+            "name": self.name,
+            "description": self.description,
+            "num_processes": self.num_processes,
+            "model": self.model,
+            "objectives": vars(self.objectives),
+            "views": vars(self.views),
+            "data": self.data,
+            "training": self.training,
+            "monitor": self.monitor or None,
+        }
+        return _plain({key: value for key, value in plain.items() if value not in ("", None)})
+
+    def to_yaml(self) -> str:
+        """The recipe with ``extends`` and overrides resolved."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``recipe.yaml`` into ``directory``; returns its path."""
+        path = Path(directory) / "recipe.yaml"
+        write_text(path, f"# As run by hf_equissl {__version__}.\n{self.to_yaml()}")
+        return path
+
+    def build_encoder_config(self) -> EquiSSLConfig:
+        """Build the encoder's configuration; with ``init_from`` of a recipe that ``settle`` returned."""
+        values = {key: value for key, value in self.model.items() if key not in INIT_KEYS}
+        preset = values.pop("preset", None)
+        with naming_section("model"):
+            return EquiSSLConfig.from_preset(preset, **values) if preset else EquiSSLConfig(**values)
+
+    def build_pretraining_config(self) -> EquiSSLPreTrainingConfig:
+        """Encoder and objectives."""
+        encoder = self.build_encoder_config()
+        run: dict[str, Any] = {"attn_implementation": self.model.get("attn_implementation")}
+        with naming_section("objectives"):
+            return EquiSSLPreTrainingConfig(
+                encoder=encoder,
+                invariance=deepcopy(self.objectives.invariance),
+                equivariance=deepcopy(self.objectives.equivariance),
+                **run,
+            )
+
+    def build_transformation(self) -> TransformationFamily | None:
+        """The family g, if any."""
+        if self.views.transformation is None:
+            return None
+        with naming_section("views.transformation"):
+            return build_transformation(**self.views.transformation)
+
+    def build_pipeline(self, needs: Needs) -> ViewPipeline:
+        """The pipeline that makes what ``needs`` asks for, at the encoder's image size."""
+        encoder = self.build_encoder_config()
+        size: Any = encoder.image_size  # a pair is refused by the pipeline: crops are squares
+        with naming_section("views.pipeline"):
+            pipeline = build_pipeline(
+                image_size=size,
+                transformation=self.build_transformation(),
+                needs=needs,
+                image_mean=self.views.image_mean,
+                image_std=self.views.image_std,
+                patch_size=encoder.patch_side,
+                **self.views.pipeline,
+            )
+        local = pipeline.local
+        if local is not None and (local.size % encoder.patch_side or local.size > size):
+            raise RecipeError(
+                f"views.pipeline.local.size: expected a multiple of model.patch_size, {encoder.patch_side}, and no "
+                f"more than model.image_size, {size}, got {local.size}."
+            )
+        return pipeline
+
+    def build_source(self) -> ImageSource:
+        """The data set. Its own errors say what is wrong with it."""
+        if not self.data.get("source"):
+            raise RecipeError("data.source: no data set is named. Give one with --data (a folder, a file, a Hub id).")
+        return load_images(**self.source_arguments)
+
+    @property
+    def source_arguments(self) -> dict[str, Any]:
+        """Arguments of ``load_images``: the section ``data`` without what it says beside them."""
+        return {key: value for key, value in self.data.items() if key not in _DATA_KEYS}
+
+    @property
+    def expected_images(self) -> int | None:
+        """Images of the data set that the recipe was written for: plans without a data set count with them."""
+        return self.data.get("num_images")
+
+    @property
+    def max_bad_share(self) -> float:
+        """Share of images that may fail to decode before the run stops."""
+        return self.data.get("max_bad_share", 0.01)
+
+    def build_training_arguments(self, output_dir: str | Path, **extra: Any) -> EquiSSLTrainingArguments:
+        """Arguments of the run; ``extra`` goes on top."""
+        with naming_section("training"):
+            return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
+
+
+def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
+    hints = encoder_fields() | _MODEL_KEYS
+    check_keys(raw, hints, "model")
+    model = {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
+    model = {key: value for key, value in model.items() if key not in INIT_KEYS or value not in (None, "")}
+    if (alone := model.keys() & set(INIT_KEYS)) and "init_from" not in model:
+        raise RecipeError(f"model.{min(alone)}: there is no model.init_from (--init_from) that it would belong to.")
+    return model
+
+
+def encoder_fields() -> dict[str, Any]:
+    """Fields of an encoder's config that a recipe may set -> their types: neither decoders, which are the objectives'
+    own, nor what classifiers and backbones read.
+    """
+    others = ("decoder_", "num_intermediate_images", "pooling", "apply_layernorm", "reshape_", "equissl_version", "_")
+    return {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(others)}
+
+
+def _check_entry(
+    raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = (), beside: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``{"name": key of registry, **arguments of its constructor}`` without the keys ``beside`` those, if any."""
+    entry = as_mapping(raw, where)
+    name = _check_name(entry, registry, where)
+    own = ("name", *beside)
+    # With all keys, so that a misspelt `weight` finds its neighbour.
+    check_keys(entry, (*own, *parameters_of(registry[name], skip=skip)), f"{where} ({name})")
+    arguments = {key: value for key, value in entry.items() if key not in own}
+    return {"name": name} | check_arguments(arguments, registry[name], f"{where} ({name})", skip=skip)
+
+
+def _check_name(entry: dict[str, Any], registry: Mapping[str, Any], where: str) -> str:
+    valid = ", ".join(sorted(registry))
+    if "name" not in entry:
+        raise RecipeError(f"{where}: `name` must be given, one of {valid}.")
+    name = coerce(entry["name"], str, f"{where}.name")
+    if name not in registry:
+        guess = nearest(name, registry)
+        raise RecipeError(
+            f"{where}.name: there is no {name!r}.{f' Did you mean {guess!r}?' if guess else ''} Valid: {valid}."
+        )
+    return name
+
+
+def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
+    check_keys(raw, [f.name for f in fields(ObjectivesSection)], "objectives")
+    entries = []
+    for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
+        where = f"objectives.equivariance.{index}"
+        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=("config",), beside=("weight",))
+        weight = coerce(item.get("weight", 1.0), float, f"{where}.weight")
+        entries.append({"name": entry.pop("name"), "weight": weight, **entry})
+    invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=("config",))
+    return ObjectivesSection(invariance, entries)
+
+
+def _check_views(raw: dict[str, Any]) -> ViewsSection:
+    check_keys(raw, [f.name for f in fields(ViewsSection)], "views")
+    pipeline = as_mapping(raw.get("pipeline"), "views.pipeline")
+    name = _check_name(pipeline, PIPELINES, "views.pipeline")
+    with naming_section("views.pipeline"):
+        settings = {key: value for key, value in pipeline.items() if key != "name"}
+        PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
+    family = raw.get("transformation")
+    if family is not None:
+        family = _check_entry(family, TRANSFORMATIONS, "views.transformation")
+    hints = get_type_hints(ViewsSection)
+    numbers = {k: coerce(raw[k], hints[k], f"views.{k}") for k in ("image_mean", "image_std") if k in raw}
+    return ViewsSection(pipeline, family, **numbers)
+
+
+def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
+    hints = {name: parameter.annotation for name, parameter in parameters_of(load_images).items()}
+    hints |= {**_DATA_KEYS, "source": str | None}  # a shipped recipe may leave the source to --data
+    check_keys(raw, hints, "data")
+    data = {key: coerce(value, hints[key], f"data.{key}") for key, value in raw.items()}
+    if not 0 <= data.get("max_bad_share", 0.0) <= 1:
+        raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
+    if data.get("shuffle_buffer", 0) < 0:
+        raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
+    if data.get("num_images", 1) < 1:
+        raise RecipeError(f"data.num_images: expected 1 or more, got {data['num_images']}.")
+    return data
+
+
+def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(EquiSSLTrainingArguments)
+    for key in raw.keys() & _NOT_IN_RECIPES.keys():
+        raise RecipeError(f"training: {key!r} does not belong into a recipe. {_NOT_IN_RECIPES[key]}")
+    valid = [item.name for item in fields(EquiSSLTrainingArguments) if item.init and item.name not in _NOT_IN_RECIPES]
+    check_keys(raw, valid, "training")
+    if (strategy := raw.get("hub_strategy", "end")) not in _HUB_STRATEGIES:
+        raise RecipeError(f"training.hub_strategy: expected one of {', '.join(_HUB_STRATEGIES)}, got {strategy!r}.")
+    if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
+        raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
+    return {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
+
+
+def _check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
+    settings = check_arguments(raw, MonitorSettings, "monitor")
+    with naming_section("monitor"):
+        MonitorSettings(**settings)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def naming_section(where: str) -> Iterator[None]:
+    """Errors of constructors, with the section that they come from."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except StrictDataclassError as error:  # wraps what a check raised in a second sentence about the check's name
+        raise RecipeError(f"{where}: {error.__cause__ or error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{where}: {error}") from error

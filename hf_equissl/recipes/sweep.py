@@ -1,0 +1,167 @@
+"""Sweeps: one YAML file that names many runs, each a recipe with some values set.
+
+```yaml
+description: One line.
+sweep:
+  - name: "weight-{weight}_size-{equivariant_size}"      # {last word of a key below}: the run's name and folder
+    extends: vits16_ibot_se2.yaml                        # the recipe that the runs start from
+    set: {training.num_train_epochs: 100}                # optional: values of all its runs
+    cross:                                               # every combination; the last key changes fastest
+      objectives.equivariance.0.weight: [0.1, 1]
+      model.equivariant_size: [256, 2048]
+  - name: "between-{num_intermediate_images}"
+    extends: vits16_vicreg_rot.yaml
+    zip:                                                 # the first values together, then the second ones
+      objectives.equivariance.0.num_intermediate_images: [1, 2, 3]
+```
+
+Needs no torch: a sweep is listed at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..utils.strict_yaml import load_yaml
+from ..utils.suggestions import RecipeError, check_keys, nearest
+from .coercion import coerce
+from .overrides import SECTIONS, apply_overrides, as_mapping, read_recipe
+
+_GRIDS = ("cross", "zip")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+        name: Of the run and its folder.
+        recipe: File that it starts from.
+        overrides: Dotted key -> value.
+    """
+
+    name: str
+    recipe: Path
+    overrides: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The overrides as words of a command line."""
+        return [word for key, value in self.overrides.items() for word in (f"--{key}", json.dumps(value))]
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether the YAML file ``path`` names a sweep."""
+    path = Path(path)
+    raw = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    return isinstance(raw, dict) and "sweep" in raw
+
+
+def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Member]:
+    """The runs of a sweep, in the order of the file.
+
+    Args:
+        path: YAML file.
+        search: Further folders in which ``extends`` may find a file.
+
+    Raises:
+        RecipeError: the file is no sweep or has unknown keys; a recipe is missing; a key does not exist in it; two runs
+            share a name.
+    """
+    path = Path(path)
+    try:
+        raw = as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the sweep cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    if "sweep" not in raw:
+        raise RecipeError(f"{path.name} is the recipe of one run: start it with training/pretrain.py.")
+    check_keys(raw, ("description", "sweep"), str(path))
+    members: list[Member] = []
+    for index, grid in enumerate(coerce(raw["sweep"] or [], list, f"{path.name}: sweep")):
+        members += _read_grid(as_mapping(grid, f"sweep.{index}"), f"{path.name}: sweep.{index}", (path.parent, *search))
+    if not members:
+        raise RecipeError(f"{path.name}: sweep is an empty list. Name at least one grid.")
+    names = [member.name for member in members]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(
+            f"{path.name}: two runs are called {twice[0]!r}. Put the keys that tell them apart into `name`, as {{key}}."
+        )
+    return members
+
+
+def choose(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
+    """The members called ``names``, in the sweep's order; all of them where no name is given.
+
+    Raises:
+        RecipeError: a name does not exist; the nearest one is named.
+    """
+    known = [member.name for member in members]
+    for name in names:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise RecipeError(f"--only {name}: no run of this name.{hint} Runs: {', '.join(known)}.")
+    return [member for member in members if member.name in names or not names]
+
+
+def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) -> list[Member]:
+    check_keys(grid, ("name", "extends", "set", *_GRIDS), where)
+    kinds = [kind for kind in _GRIDS if kind in grid]
+    for key in ("name", "extends"):
+        if key not in grid:
+            raise RecipeError(f"{where}: `{key}` must be given.")
+    if len(kinds) != 1:
+        raise RecipeError(f"{where}: expected `cross` (every combination) or `zip` (side by side), got {len(kinds)}.")
+    pattern, parent = (coerce(grid[key], str, f"{where}.{key}") for key in ("name", "extends"))
+    candidates = [Path(folder) / parent for folder in folders]
+    recipe = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if recipe is None:
+        places = " or ".join(str(candidate.parent) for candidate in candidates)
+        raise RecipeError(f"{where}: extends {parent!r}, which is not in {places}.")
+    fixed = as_mapping(grid.get("set"), f"{where}.set")
+    varied = {
+        key: coerce(values, list, f"{where}.{kinds[0]}.{key}")
+        for key, values in as_mapping(grid[kinds[0]], f"{where}.{kinds[0]}").items()
+    }
+    _check_grid(fixed, varied, kinds[0], where)
+    raw = read_recipe(recipe, [Path(folder) for folder in folders])
+    combine = product if kinds[0] == "cross" else zip
+    members = []
+    for values in combine(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        apply_overrides(raw, fixed | chosen)  # for its errors
+        members.append(Member(_name(pattern, chosen, where), recipe, fixed | chosen))
+    return members
+
+
+def _check_grid(fixed: Mapping[str, Any], varied: Mapping[str, list[Any]], kind: str, where: str) -> None:
+    for key in (*fixed, *varied):
+        section, _, rest = key.partition(".")
+        if section not in SECTIONS or not rest:
+            raise RecipeError(f"{where}: {key!r} is no dotted key such as training.max_steps. Sections: {SECTIONS}.")
+    if both := fixed.keys() & varied.keys():
+        raise RecipeError(f"{where}: {min(both)!r} stands under `set` and under `{kind}`. Keep one of them.")
+    lengths = {key: len(values) for key, values in varied.items()}
+    if not lengths or min(lengths.values()) == 0:
+        raise RecipeError(f"{where}.{kind}: expected keys with lists of at least one value, got {dict(varied)}.")
+    if kind == "zip" and len(set(lengths.values())) > 1:
+        raise RecipeError(f"{where}.zip: the lists must be equally long, got {lengths}.")
+
+
+def _name(pattern: str, chosen: Mapping[str, Any], where: str) -> str:
+    words = {key.rpartition(".")[2]: value for key, value in chosen.items()}
+    try:
+        name = pattern.format(**{k: v if isinstance(v, str) else json.dumps(v) for k, v in words.items()})
+    except (KeyError, IndexError, ValueError) as error:
+        fields = ", ".join(f"{{{word}}}" for word in words)
+        raise RecipeError(f"{where}.name: {pattern!r} may hold {fields}; {error} is none of them.") from error
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"{where}.name: {name!r} cannot be a folder's name. Use letters, digits and . _ + - only.")
+    return name

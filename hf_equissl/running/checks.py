@@ -1,0 +1,87 @@
+"""What is refused before a run begins: no step to take, batches that a loss cannot use, schedules without a clock."""
+
+from __future__ import annotations
+
+from ..objectives.progress import TrainingProgress
+from ..planning.arithmetic import Schedule
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
+from ..pretraining.optimizer import is_last_layer
+from ..pretraining.schedules import last_layer_is_held
+from ..utils.suggestions import RecipeError
+
+
+def check_length(args: EquiSSLTrainingArguments) -> None:
+    """Refuse a run of no steps, which the Trainer would end with a division by zero or export untrained."""
+    if args.max_steps == 0:
+        raise RecipeError("training.max_steps: expected 1 or more, or -1 to count epochs instead, got 0.")
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
+        raise RecipeError(
+            f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
+            "--training.num_train_epochs N or --training.max_steps N."
+        )
+
+
+def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
+    """Refuse what the Trainer would: schedules in epochs of unknown length."""
+    progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
+    try:
+        model.begin_step(progress)
+        last_layer_is_held(args, progress)
+    except ValueError as error:
+        raise RecipeError(f"training: {error}") from error
+
+
+def check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
+    """Refuse to hold a last layer that is not there."""
+    if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
+        raise RecipeError(
+            f"training.freeze_last_layer_epochs: {args.freeze_last_layer_epochs:g}, and this model has no prototypes "
+            "to hold. Set it to 0."
+        )
+
+
+def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:
+    """Refuse runs that have no step to take.
+
+    Raises:
+        RecipeError: a stream without ``max_steps``, or fewer images than one batch.
+    """
+    if num_images is None:
+        if args.max_steps <= 0:
+            raise RecipeError("training.max_steps: a stream has no length. Say how long: --training.max_steps N.")
+        return
+    accumulation = args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * processes * accumulation
+    accumulated = f" x {accumulation}" if accumulation > 1 else ""
+    if num_images == 0 or (args.dataloader_drop_last and num_images < batch):
+        raise RecipeError(
+            f"data: {num_images} images are fewer than one batch of {args.per_device_train_batch_size} x "
+            f"{processes}{accumulated} = {batch}. Use more images, a smaller --training.per_device_train_batch_size"
+            f"{', or fewer processes (in a dry run: --num_processes 1)' if processes > 1 else ''}."
+        )
+
+
+def check_batches(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
+    """Refuse batches, or a last batch, that are too small for an objective.
+
+    Raises:
+        RecipeError: names the objective, the number and the remedy.
+    """
+    sizes = [plan.per_device]
+    # The last batch of several processes is filled up with images from the beginning.
+    if not args.dataloader_drop_last and plan.processes == 1 and plan.images is not None:
+        sizes += [rest] if (rest := plan.images % plan.per_device) else []
+    for size in sizes:
+        try:
+            model.check_batch(size, plan.processes)
+        except ValueError as error:
+            batch = (
+                f"{size} images per process on {plan.processes}"
+                if size == plan.per_device
+                else (
+                    f"the last batch of an epoch, {plan.images} images modulo {plan.per_device} = {size}: "
+                    "set --training.dataloader_drop_last true"
+                )
+            )
+            raise RecipeError(f"training.per_device_train_batch_size: {batch}. {error}") from error

@@ -1,0 +1,203 @@
+"""The report of ``--dry_run``: what would be trained and what it would cost, and the first views as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..objectives import Objective
+from ..planning import Cost, batch_of, without_weights
+from ..planning.arithmetic import milestones
+from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
+from ..planning.optimizer_table import optimizer_rows
+from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
+from ..pretraining.optimizer import parameter_rules
+from ..views.base import Views
+from ..views.pipelines import ViewPipeline
+from .run import Run
+
+PICTURE = "views.png"
+PICTURE_ROWS = 6
+SMALLEST_CELL = 96  # pixels; smaller views are enlarged by whole factors so that people see something
+HEADING = 14
+GAP = 2
+
+
+def dry_run_report(run: Run, speed: Speed | None = None) -> str:
+    """Everything that a person would want to know before starting ``run``."""
+    cost, speed = run.cost(), (speed or Speed()).of(run.args)
+    _, model = without_weights(run.config)
+    sections = {
+        f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
+        "Batch, learning rate, steps": _plan_lines(run),
+        "Schedules": _schedule_lines(run, model.invariance),
+        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
+        "Encoder": [*_encoder_lines(run), *run.notes],
+        "Optimizer": table(optimizer_rows(parameter_rules(model, run.args)), left=4),
+        "Parameters and compute": _cost_lines(cost),
+        "Time (estimate)": _time_lines(run, cost, speed),
+        **_engine_sections(run, cost, speed),
+        "Logged loss parts": [", ".join(cost.logs)],
+        "Data": _data_lines(run),
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+
+def save_picture(views: Views, pipeline: ViewPipeline, path: str | Path) -> Path:
+    """A grid of the first images: one row each; its views, then the reconstruction targets."""
+    columns = [(f"view {number}", crop) for number, crop in enumerate(views.global_crops, start=1)]
+    if views.intermediate_images is not None:
+        fractions = pipeline.needs.fractions
+        targets = views.intermediate_images.unbind(1)
+        columns += [(f"target {fraction:.2f} g", t) for fraction, t in zip(fractions, targets, strict=True)]
+    columns += [(f"local {number}", crop) for number, crop in enumerate(views.local_crops or (), start=1)]
+    rows = min(PICTURE_ROWS, views.batch_size)
+    cell = max(crop.shape[-1] for _, crop in columns)
+    cell *= max(1, -(-SMALLEST_CELL // cell))
+    sheet = Image.new("RGB", (len(columns) * (cell + GAP), HEADING + rows * (cell + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (title, crops) in enumerate(columns):
+        pen.text((column * (cell + GAP) + 2, 1), title, fill="black")
+        for row in range(rows):
+            tile = _to_image(crops[row], pipeline).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (column * (cell + GAP), HEADING + row * (cell + GAP)))
+    sheet.save(path)
+    return Path(path)
+
+
+def _to_image(crop: Tensor, pipeline: ViewPipeline) -> Image.Image:
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (pipeline.image_mean, pipeline.image_std))
+    pixels = (crop.cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _plan_lines(run: Run) -> list[str]:
+    plan, args = run.plan, run.args
+    decay = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    lines = [
+        f"batch          {plan.per_device} per device x {plan.processes} processes x accumulation {plan.accumulation} "
+        f"= {plan.batch} images per step",
+        f"learning rate  {_learning_rate(run)}, then {decay}",
+    ]
+    if plan.images is not None:
+        lines.append(f"pass           {plan.images} images / {plan.batch} = {plan.steps_per_epoch} steps")
+    if plan.steps:
+        epochs = [f"{plan.steps / args.epoch_steps:.4g} epochs of {args.epoch_steps} steps"] if args.epoch_steps else []
+        passes = [f"{plan.epochs:.4g} {'passes over the data' if epochs else 'epochs'}"] if plan.epochs else []
+        length = " = ".join([str(plan.steps), *epochs, *passes])
+        lines.append(f"steps          {length}, the first {plan.warmup_steps} warm up")
+    else:
+        lines.append(f"steps          {args.num_train_epochs:g} epochs; how many steps follows from the data (--data)")
+    expected = run.recipe.num_processes
+    if expected and expected != plan.processes:
+        lines.append(f"note           written for {expected} processes: --num_processes {expected} plans with them")
+    elif expected and plan.processes > 1:
+        lines.append("note           planned for the recipe's processes: --num_processes 1 plans for one")
+    return lines
+
+
+def _schedule_lines(run: Run, objective: Objective) -> list[str]:
+    titles = ("step", "learning rate", "weight decay", "teacher momentum", "teacher temperature")
+    rows = milestones(run.args, run.plan, objective)
+    if not rows:
+        return ["follow from the number of steps, which is not known"]
+    values = [tuple(vars(row).values())[1:] for row in rows]
+    known = [index for index in range(len(titles)) if any(value[index] is not None for value in values)]
+    lines = table(
+        [
+            ("", *(titles[index] for index in known)),
+            *((row.name, *(f"{value[index]:.6g}" for index in known)) for row, value in zip(rows, values, strict=True)),
+        ]
+    )
+    epoch, held = run.args.epoch_steps or run.plan.steps_per_epoch, run.args.freeze_last_layer_epochs
+    if epoch is None and objective.needs.teacher:
+        lines.append("what is stated in epochs follows from their length: --data, or --training.epoch_steps")
+    elif epoch is not None and held > 0:
+        lines.append(f"the last layer is held for {held:g} epoch{'s' * (held != 1)} = {held * epoch:g} steps")
+    return lines
+
+
+def _learning_rate(run: Run) -> str:
+    args, plan = run.args, run.plan
+    if args.base_learning_rate is None or args.learning_rate_scaling == "none":
+        return f"{plan.learning_rate:.4g}"
+    ratio = f"{plan.batch}/{args.learning_rate_reference_batch}"
+    rule = f"sqrt({ratio})" if args.learning_rate_scaling == "sqrt" else ratio
+    return f"{args.base_learning_rate:g} x {rule} = {plan.learning_rate:.4g}"
+
+
+def _shape_lines(views: Views, batch: int) -> list[str]:
+    lines = ["shapes for the batch of one device:"]
+    with torch.device("meta"):
+        views = batch_of(views, batch)
+    for item in fields(Views):
+        value = getattr(views, item.name)
+        for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+            if tensor is not None:
+                name = f"{item.name}.{key}" if key else item.name
+                lines.append(f"  {name:<24} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    return lines
+
+
+def _encoder_lines(run: Run) -> list[str]:
+    config = run.recipe.build_encoder_config()
+    stem = "no stem"
+    if config.feature_size is not None:
+        stem = f"stem {config.feature_size} = {config.invariant_size} invariant + {config.equivariant_size} equivariant"
+    return [
+        f"ViT: width {config.hidden_size}, {config.num_hidden_layers} blocks, {config.num_attention_heads} heads, "
+        f"patch {config.patch_size}, image {config.image_size}, registers {config.num_register_tokens}",
+        stem,
+    ]
+
+
+def _cost_lines(cost: Cost) -> list[str]:
+    teacher = "; of the teacher the forward pass" if any(part.kind == "teacher" for part in cost.parts) else ""
+    return [*table(parameter_rows(cost)), f"forward and backward over all crops{teacher}"]
+
+
+def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
+    plan = run.plan
+    device = cost.flops * plan.per_device * plan.accumulation / 1e12
+    seconds = device / (speed.utilisation * speed.peak)
+    lines = [
+        f"a step         {device:.3f} TFLOP on a device, {device * plan.processes:.3f} TFLOP on all",
+        f"assumed        {speed.describe()}; others: --utilisation, --device_tflops",
+        f"               {seconds:.3g} s per step, {plan.batch / seconds:.4g} images/s",
+    ]
+    hours = plan.hours(cost.flops, speed.utilisation, speed.peak)
+    if hours is not None:
+        devices = f"on {plan.processes} devices = {hours * plan.processes:.4g} device hours"
+        lines.append(f"the run        {plan.steps} steps: {hours:.3g} hours {devices}")
+    return lines
+
+
+def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]:
+    """Memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
+    name = launched_engine(run.args, run.plan.processes)
+    cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
+    planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))
+    plan = planner.plan(name, search=False)
+    precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
+    memory = memory_lines(plan, precision)
+    if run.args.activation_checkpointing:
+        memory.append("activation checkpointing: blocks are computed again in the backward pass")
+    memory.append("other engines, and the largest batch that fits: training/plan.py")
+    sections = {"Memory of one device (estimate)": memory}
+    if run.plan.processes > 1:
+        sections["Sent by one device in a step (estimate)"] = traffic_lines(plan, cluster)
+    return sections
+
+
+def _data_lines(run: Run) -> list[str]:
+    if run.dataset is None:
+        return ["none named (--data): shapes were found with blank images"]
+    size = "a stream" if run.plan.images is None else f"{run.plan.images} images"
+    lines = [f"{run.recipe.data['source']}: {size}; the first {run.first.batch_size} were decoded"]
+    if run.unreadable:
+        lines.append(f"not readable and replaced: {', '.join(run.unreadable)}")
+    return lines

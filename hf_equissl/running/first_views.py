@@ -1,0 +1,83 @@
+"""The data set of a run, and the views of its first images: what cannot be read is found before training."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from ..data import ImageViewDataset, StreamingViewDataset
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..recipes.recipe import Recipe
+from ..utils.suggestions import RecipeError
+from ..views.base import Views
+from ..views.collator import ViewCollator
+from ..views.pipelines import ViewPipeline
+
+FIRST_IMAGES = 8
+ViewDataset = ImageViewDataset | StreamingViewDataset
+
+
+def build_dataset(
+    recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingArguments
+) -> tuple[ViewDataset, ViewDataset]:
+    """The data set of ``recipe`` for training, and one to look at the first images: a stream in its own order."""
+    try:
+        source = recipe.build_source()
+    except (OSError, ValueError, DatasetsError) as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"data: {error}") from error
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if not source.streaming:
+        dataset = ImageViewDataset(source, pipeline, seed)
+        return dataset, dataset
+    buffer = {key: recipe.data[key] for key in ("shuffle_buffer",) if key in recipe.data}
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    return (
+        StreamingViewDataset(source, pipeline, seed, **buffer, **ranks),
+        StreamingViewDataset(source, pipeline, seed, shuffle_buffer=0, repeat=False),
+    )
+
+
+def first_views(
+    dataset: ViewDataset, pipeline: ViewPipeline, count: int = FIRST_IMAGES
+) -> tuple[Views, tuple[str, ...]]:
+    """Views of the first images, as epoch 0 makes them, and the names of images that do not decode.
+
+    Raises:
+        RecipeError: there are no images, or none of the first ones can be read.
+    """
+    try:
+        if isinstance(dataset, IterableDataset):
+            samples = list(islice(dataset, count))
+        else:
+            samples = [dataset[0, index] for index in range(min(count, len(dataset)))]
+    except (OSError, ValueError, DatasetsError) as error:
+        raise RecipeError(f"data: the first images cannot be read. {error}") from error
+    if not samples:
+        raise RecipeError("data: the data set is empty.")
+    batch = ViewCollator(pipeline)(samples)
+    skipped = batch.pop("skipped")
+    return _make_views(pipeline, batch), tuple(record.name for record in skipped)
+
+
+def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
+    """Views of grey images: what a data set would give, as far as shapes go."""
+    rng = np.random.default_rng(0)
+    image = Image.new("RGB", (2 * pipeline.image_size, 2 * pipeline.image_size), (128, 128, 128))
+    samples = [
+        {"draws": torch.rand(pipeline.num_draws), **pipeline.crop(image, rng), "index": index, "label": 0}
+        for index in range(count)
+    ]
+    return _make_views(pipeline, ViewCollator(pipeline)(samples))
+
+
+def _make_views(pipeline: ViewPipeline, batch: dict[str, Any]) -> Views:
+    try:
+        return pipeline(batch)
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"views: {error}") from error

@@ -1,0 +1,262 @@
+"""Where a run goes on or starts: which checkpoint continues it, and under which launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import ENCODER_FOLDER, IncompleteCheckpointError, Manifest, checkpoint_step, newest_checkpoint
+from ..distributed.engines import Engine, asked_engine
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.run_record import RunRecord
+from ..recipes.overrides import as_mapping
+from ..recipes.recipe import Recipe
+from ..utils.strict_yaml import load_yaml
+from ..utils.suggestions import RecipeError
+from .initial_weights import InitialWeights, load_initial_weights, settle
+
+# What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
+_IDENTITY = ("model", "objectives", "views")
+# So do these: which images meet in which step, how the optimizer's groups are cut (its state follows them), what the
+# teacher averages, what schedules call an epoch. And the global batch, which the checkpoint knows: how it is split over
+# processes may change, and so may how many steps there are: runs are prolonged.
+_IDENTITY_TRAINING = (
+    "seed",
+    "data_seed",
+    "epoch_steps",
+    "layer_decay",
+    "patch_embedding_lr_multiplier",
+    "freeze_last_layer_epochs",
+    "freeze_last_layer_by",
+    "teacher_momentum",
+    "teacher_momentum_end",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a start brings to a run beside its recipe.
+
+    Attributes:
+        per_device, processes, accumulation: Their product is the global batch.
+        engine: ``None`` in a dry run, which knows none.
+    """
+
+    per_device: int
+    processes: int
+    accumulation: int
+    engine: Engine | None = None
+
+    @classmethod
+    def of(cls, args: EquiSSLTrainingArguments, processes: int, dry: bool = False) -> Launch:
+        """The launch of these arguments on so many processes."""
+        engine = None if dry else asked_engine(args)
+        return cls(args.per_device_train_batch_size, processes, args.gradient_accumulation_steps, engine)
+
+    @property
+    def batch(self) -> int:
+        """Images per optimizer step."""
+        return self.per_device * self.processes * self.accumulation
+
+
+def is_finished(recipe: Recipe, folder: str | Path) -> bool:
+    """Whether ``folder`` holds the encoder of exactly this recipe: written after the recipe that a run starts with."""
+    stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
+    if not (stored.is_file() and encoder.is_file()):
+        return False
+    recipe = _settle_as_stored(recipe, Path(folder)) or recipe
+    return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == recipe.to_dict()
+
+
+def find_start(
+    recipe: Recipe, output_dir: str | Path | None, resume: str, launch: Launch
+) -> tuple[Recipe, str | None, InitialWeights | None]:
+    """Where a run goes on or starts. A run that goes on needs nothing of the encoder that it once started from.
+
+    Returns:
+        The recipe, settled if it starts from an encoder; the checkpoint to go on from, or ``None``; the weights to
+        start from, or ``None`` with a checkpoint or for random weights.
+
+    Raises:
+        RecipeError: as ``find_checkpoint``, ``load_initial_weights`` and ``settle``.
+    """
+    settled = recipe if recipe.model.get("init_from") is None else None
+    checkpoint = None
+    if output_dir is not None:
+        settled = settled or _settle_as_stored(recipe, Path(resume).parent if _is_folder(resume) else Path(output_dir))
+        checkpoint = find_checkpoint(settled or recipe, output_dir, resume, launch)
+    if recipe.model.get("init_from") is None or (settled is not None and checkpoint is not None):
+        return settled or recipe, checkpoint, None
+    initial = load_initial_weights(recipe)
+    settled = settle(recipe, initial.encoder.config, initial.normalisation, initial.revision)
+    if output_dir is not None:
+        find_checkpoint(
+            settled, output_dir, resume, launch
+        )  # the encoder may not be what it was for the run that lies there
+    return settled, checkpoint, None if checkpoint else initial
+
+
+def _settle_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
+    """``recipe`` as ``settle`` made it for the run in ``folder``; ``None`` if that started from something else."""
+    if recipe.model.get("init_from") is None or not (folder / "recipe.yaml").is_file():
+        return None
+    before = Recipe.load(folder / "recipe.yaml")
+    asked, used = recipe.model, before.model
+    revision = used.get("init_revision")
+    same = all(asked.get(key) == used.get(key) for key in ("init_from", "init_subfolder"))
+    if not same or asked.get("init_revision") not in (None, revision):
+        return None
+    normalisation = before.views.image_mean, before.views.image_std
+    return settle(recipe, before.build_encoder_config(), normalisation, revision)
+
+
+def _is_folder(resume: str) -> bool:
+    return resume not in ("auto", "never")
+
+
+def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch: Launch) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        RecipeError: ``resume`` names no complete checkpoint; the folder holds checkpoints or the encoder of another
+            recipe, or holds checkpoints although none shall be used: a later resume would find the wrong ones; or the
+            checkpoint cannot be continued by this launch.
+    """
+    found = newest_checkpoint(output_dir)
+    if resume == "never" and found:
+        raise RecipeError(f"--resume never: {output_dir} holds {Path(found).name} already. Name a new folder.")
+    _check_same_run(recipe, Path(output_dir), launch)
+    if resume == "never":
+        return None
+    chosen = found
+    if resume != "auto":
+        try:
+            Manifest.read(resume)
+        except IncompleteCheckpointError as error:
+            raise RecipeError(
+                f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
+            ) from error
+        _check_same_run(recipe, Path(resume).parent, launch)
+        chosen = str(Path(resume))
+        if found and checkpoint_step(found) > Manifest.read(resume).step:
+            raise RecipeError(
+                f"--resume {resume}: {output_dir} holds {Path(found).name}, which is further. Name a new --output_dir "
+                "to start a branch from the older checkpoint, or --resume auto to go on."
+            )
+    if chosen is not None:
+        _check_launch(chosen, launch)
+    return chosen
+
+
+def _check_launch(checkpoint: str, launch: Launch) -> None:
+    """Refuse what the engine of this launch cannot read. What is not DeepSpeed's goes by names, and fits any other."""
+    saved, engine = Manifest.read(checkpoint), launch.engine
+    anew = f"start anew from its weights: --init_from {checkpoint} and a new --output_dir"
+    if saved.format == "weights":
+        raise RecipeError(
+            f"{checkpoint} was saved with save_only_model: it has no optimizer state and cannot be continued. Name a "
+            f"new --output_dir, or {anew}."
+        )
+    if engine is None or not (saved.engine.is_deepspeed or engine.is_deepspeed):
+        return
+    if (saved.engine, saved.world_size) != (engine, launch.processes):
+        remedy = (
+            f"Start it on {_count(saved.world_size)} under {saved.engine} as before"
+            if saved.engine.is_deepspeed
+            else f"Start it under {saved.engine} as before (or another engine that is not DeepSpeed)"
+        )
+        raise RecipeError(
+            f"{checkpoint} was written by {saved.engine} on {_count(saved.world_size)}, and this launch is {engine} on "
+            f"{_count(launch.processes)}. DeepSpeed continues only what the same stage wrote on as many processes. "
+            f"{remedy}, or {anew}."
+        )
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process{'es' if processes != 1 else ''}"
+
+
+def describe_resume(checkpoint: str | None, launch: Launch) -> tuple[str, ...]:
+    """Lines that say what a change of launch means for a run that goes on, for people."""
+    if checkpoint is None or launch.engine is None:
+        return ()
+    saved = Manifest.read(checkpoint)
+    if (saved.engine, saved.world_size) == (launch.engine, launch.processes):
+        return ()
+    lines = [
+        f"note: {Path(checkpoint).name} was written by {saved.engine} on {_count(saved.world_size)}; this launch goes "
+        f"on as {launch.engine} on {_count(launch.processes)}"
+    ]
+    if saved.world_size != launch.processes:
+        lines.append("note: drop path, if the model has it, draws anew: each process had random numbers of its own")
+    return tuple(lines)
+
+
+def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
+    """Refuse a folder with checkpoints or an encoder of another run; one without results is anybody's."""
+    stored, checkpoint = folder / "recipe.yaml", newest_checkpoint(folder)
+    if not stored.is_file() or not (checkpoint or (folder / ENCODER_FOLDER).is_dir()):
+        return
+    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), recipe.to_dict()))
+    for key in before | now:  # in their order: a seed before the data's seed, which follows it
+        if key != "model.attn_implementation" and before.get(key) != now.get(key):
+            raise RecipeError(
+                f"{folder} holds a run with {key} = {before.get(key)!r}, and this recipe says {now.get(key)!r}. "
+                "Name a new --output_dir, or go on with the same recipe."
+            )
+    batch = _trained_batch(folder, checkpoint)
+    if batch is not None and batch != launch.batch:
+        raise RecipeError(
+            f"{folder} holds a run with a global batch of {batch} images, and this launch makes {launch.per_device} "
+            f"per device x {_count(launch.processes)} x {launch.accumulation} accumulated = {launch.batch}. "
+            f"{_same_batch(batch, launch)}or name a new --output_dir."
+        )
+
+
+def _trained_batch(folder: Path, checkpoint: str | None) -> int | None:
+    """Images per optimizer step of the run in ``folder``; ``None`` where nothing says."""
+    if checkpoint is not None:
+        return Manifest.read(checkpoint).global_batch
+    try:
+        return RunRecord.load(folder).global_batch
+    except (OSError, ValueError):
+        return None
+
+
+def _same_batch(batch: int, launch: Launch) -> str:
+    """How this launch would make ``batch``, in words."""
+    share, rest = divmod(batch, launch.processes)
+    if rest or not share:
+        return f"Start it on a number of processes that divides {batch}, "
+    per_device = math.gcd(share, launch.per_device)
+    return (
+        f"Set --training.per_device_train_batch_size {per_device} --training.gradient_accumulation_steps "
+        f"{share // per_device}, "
+    )
+
+
+def _identity(plain: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a recipe that its weights follow from, defaults filled in: to name a default changes nothing."""
+    defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
+    training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
+    if training["data_seed"] is None:
+        training["data_seed"] = training["seed"]
+    return {
+        **{key: plain.get(key) for key in _IDENTITY},
+        "training": {key: training[key] for key in _IDENTITY_TRAINING},
+        "data": {"split": as_mapping(plain.get("data"), "data").get("split", "train")},
+    }
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    return as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}

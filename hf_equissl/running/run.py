@@ -1,0 +1,341 @@
+"""From a recipe to a finished encoder: everything that can be wrong is found before the first step.
+
+``prepare`` checks in the order in which a check costs: configurations, output folder, first images, one step on fake
+tensors. ``pretrain`` trains and exports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, set_seed
+from transformers.activations import ACT2FN
+
+from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
+from ..data import SkippedImages, StreamingViewDataset
+from ..distributed.agreement import first_message, gather_objects
+from ..distributed.collectives import is_main_process
+from ..distributed.signals import Signals, remove_marker
+from ..encoders import save_encoder
+from ..hub.pretraining_state import load_pretraining_state
+from ..hub.publishable import PublishError
+from ..modeling import EquiSSLModel
+from ..planning import Cost, checkpoint_bytes, measure, without_weights
+from ..planning.arithmetic import Schedule, schedule
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.recipe import Recipe
+from ..utils.suggestions import RecipeError, nearest
+from ..views.base import Views
+from ..views.masks import draw_masks
+from ..views.pipelines import ViewPipeline
+from .checks import check_batches, check_last_layer, check_length, check_schedules, check_steps
+from .first_views import ViewDataset, blank_views, build_dataset, first_views
+from .initial_weights import InitialWeights
+from .online_monitor import OnlineMonitor, build_monitor
+from .output_folder import (
+    check_disk_space,
+    check_output_folder,
+    check_shared_folder,
+    checkpoints_lying,
+    disk_need,
+    leave_folder,
+    left_if_refused,
+    take_folder,
+    trained_steps,
+)
+from .preemption import PreemptionCallback
+from .publishing import Publisher
+from .resume import Launch, describe_resume, find_start
+from .stops import ExportError, explained
+
+TYPICAL_IMAGES = 256  # of which masks are drawn to count them
+
+
+@dataclass
+class Run:
+    """A checked run, ready to train.
+
+    Attributes:
+        recipe: Resolved.
+        args: Arguments of the Trainer.
+        config: Student and objectives.
+        pipeline: Makes the views.
+        dataset: ``None`` in a dry run without data.
+        plan: Batch, learning rate and steps.
+        first: Views of the first images.
+        checkpoint: Where training goes on, or ``None``.
+        unreadable: Names of those first images that do not decode.
+        monitor: The online monitor, if the recipe asks for it.
+        initial: What the run starts from, if not from random weights; dropped once it is used.
+        notes: Lines that say so.
+    """
+
+    recipe: Recipe
+    args: EquiSSLTrainingArguments
+    config: EquiSSLPreTrainingConfig
+    pipeline: ViewPipeline
+    dataset: ViewDataset | None
+    plan: Schedule
+    first: Views
+    checkpoint: str | None
+    unreadable: tuple[str, ...] = ()
+    monitor: OnlineMonitor | None = None
+    initial: InitialWeights | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is that of the last step: nothing is left to train."""
+        return self.checkpoint is not None and trained_steps(self.checkpoint) == self.plan.steps
+
+    @property
+    def typical(self) -> Views:
+        """``first`` with as many masked patches as many batches have on average."""
+        masks = self.pipeline.masks
+        if masks is None:
+            return self.first
+        drawn = draw_masks(masks, range(TYPICAL_IMAGES), len(self.pipeline.spec.views), self.pipeline.grid_side)
+        count = round(drawn.sum() / TYPICAL_IMAGES * self.first.batch_size)
+        return replace(self.first, mask_indices=torch.zeros(count, dtype=torch.int64))
+
+    def cost(self, batch: int | None = None) -> Cost:
+        """Run one step on fake tensors, of ``batch`` images per device in place of those of ``args``.
+
+        Raises:
+            RecipeError: what the model says of shapes that do not fit.
+        """
+        try:
+            return measure(self.config, self.typical, self.args, batch, self.plan.processes)
+        except ValueError as error:
+            raise RecipeError(f"The first step would fail: {error}") from error
+
+
+def prepare(
+    recipe: Recipe, output_dir: str | Path | None, resume: str = "auto", processes: int | None = None, dry: bool = False
+) -> Run:
+    """Build and check everything but the weights; those that the run starts from are read.
+
+    Args:
+        recipe: Names the data set in ``data.source``.
+        output_dir: Created where it does not exist, and this run's alone until ``pretrain`` ends. ``None`` in a dry
+            run: nothing is written.
+        resume: "auto" (the newest complete checkpoint in ``output_dir``, if any), "never", or a checkpoint's folder.
+        processes: Plan for so many. ``None``: those of this launch; in a dry run without a launcher, those that the
+            recipe was written for.
+        dry: Without a data set, go on with blank images.
+
+    Raises:
+        RecipeError: names what is wrong and what to do.
+    """
+    with left_if_refused(output_dir):
+        return _prepare(recipe, output_dir, resume, processes, dry)
+
+
+def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, processes: int | None, dry: bool) -> Run:
+    if output_dir is not None and not str(output_dir):
+        raise RecipeError("--output_dir is empty. Name a folder.")
+    if processes is not None and processes < 1:
+        raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
+    args = recipe.build_training_arguments(output_dir or "output")
+    check_length(args)
+    if output_dir is not None and not dry:
+        check_shared_folder(output_dir)
+        remove_marker(output_dir)
+    if processes is None:
+        launched = not dry or "WORLD_SIZE" in os.environ
+        processes = args.world_size if launched else recipe.num_processes or 1
+    launch = Launch.of(args, processes, dry)
+    recipe, checkpoint, initial = find_start(recipe, output_dir, resume, launch)
+    # What is no path is another process's failure, which it tells by itself.
+    if not dry and len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
+        raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
+    config = recipe.build_pretraining_config()
+    try:
+        _, model = without_weights(config)
+    except ValueError as error:
+        raise RecipeError(f"objectives: {error}") from error
+    except KeyError as error:
+        name = config.encoder_config.hidden_act
+        if name in ACT2FN:
+            raise
+        guess = nearest(name, ACT2FN)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise RecipeError(
+            f"model.hidden_act: there is no {name!r}.{hint} Valid: {', '.join(sorted(ACT2FN))}."
+        ) from error
+    check_last_layer(args, model)
+    pipeline = recipe.build_pipeline(model.needs)
+    notes = describe_resume(checkpoint, launch) + (() if initial is None else tuple(initial.describe(model, recipe)))
+    if output_dir is not None:
+        check_output_folder(output_dir)
+        if is_main_process() and not dry:
+            take_folder(output_dir)
+    if dry and not recipe.data.get("source"):
+        plan = schedule(args, processes, recipe.expected_images)
+        check_batches(args, model, plan)
+        if args.epoch_steps or plan.steps_per_epoch:
+            check_schedules(args, model, plan)
+        return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
+    dataset, unshuffled = build_dataset(recipe, pipeline, args)
+    num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
+    if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
+        notes += (note,)
+    check_steps(args, num_images, processes)
+    plan = schedule(args, processes, num_images)
+    check_batches(args, model, plan)
+    check_schedules(args, model, plan)
+    if checkpoint is not None and plan.steps is not None and (done := trained_steps(checkpoint)) > plan.steps:
+        raise RecipeError(
+            f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
+            "train longer: a larger --training.max_steps or --training.num_train_epochs."
+        )
+    if output_dir is not None and (checkpoint is None or trained_steps(checkpoint) != plan.steps):
+        need = disk_need(args, plan, checkpoint_bytes(config), checkpoints_lying(output_dir))
+        check_disk_space(output_dir, need)
+    first, unreadable = first_views(unshuffled, pipeline)
+    monitor = build_monitor(recipe, dataset.source)
+    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
+    if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
+        run.cost()
+    return run
+
+
+def pretrain(run: Run, signals: Signals | None = None) -> Path:
+    """Train, export the encoder, publish it if asked. A finished run does not train: that would be one step more.
+
+    Args:
+        run: As ``prepare`` made it.
+        signals: Entered already, where signals shall be caught before training, too.
+
+    Returns:
+        The encoder's folder, which ``AutoModel.from_pretrained`` loads.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 stopped the run. A checkpoint is written, the encoder is not.
+        RuntimeError: one of ``running.stops.STOPS``, whose message says what is left of the run.
+    """
+    output = Path(str(run.args.output_dir))
+    try:
+        with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+            return _pretrain(run, caught, output)
+    finally:
+        leave_folder(output)
+
+
+def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
+    if run.dataset is None:
+        raise RecipeError("data.source: no data set is named. Give one with --data.")
+    if run.checkpoint is not None and run.finished:
+        return _export_checkpoint(run, run.checkpoint, output)
+    preemption = PreemptionCallback(signals)
+    model, trainer = build_training(run, preemption)
+    if is_main_process():
+        run.recipe.save(output)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    if preemption.stopped:
+        preemption.stop(trainer.state, output)
+    trainer.check_finite()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    folder = output / ENCODER_FOLDER
+    _export(run, lambda: model.export_encoder(state_dict=state), folder)
+    if run.args.push_to_hub:
+        _publish(trainer, folder)
+    return folder
+
+
+def _export(run: Run, build: Callable[[], EquiSSLModel], folder: Path) -> None:
+    """Write the encoder that ``build`` gives, on the main process.
+
+    Raises:
+        ExportError: on all processes.
+    """
+    problem = None
+    if is_main_process():
+        try:
+            save_encoder(build(), folder, run.pipeline.image_mean, run.pipeline.image_std)
+        except (OSError, SafetensorError) as error:
+            problem = f"The run is trained, and its encoder cannot be written in {folder}: {error}."
+    if (problem := first_message(problem)) is not None:
+        last = newest_checkpoint(folder.parent)
+        again = f"The last complete checkpoint is {last}: make room and start the same command again; " if last else ""
+        raise ExportError(f"{problem} {again or 'There is no checkpoint: '}nothing else was lost.")
+
+
+def build_training(run: Run, *callbacks: TrainerCallback) -> tuple[EquiSSLForPreTraining, EquiSSLTrainer]:
+    """The run's model, random or as it starts, and the Trainer that trains it, with ``callbacks``.
+
+    Raises:
+        RecipeError: the Trainer refuses what it cannot do.
+    """
+    set_seed(run.args.seed)
+    model = EquiSSLForPreTraining(run.config)
+    if run.initial is not None:
+        run.initial.load(model)
+        run.initial = None
+    trainer = _build_trainer(run, model, *callbacks)
+    if run.monitor is not None:
+        run.monitor.log = trainer.log
+        trainer.add_callback(run.monitor)
+    return model, trainer
+
+
+def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
+    """Publish a finished run.
+
+    Raises:
+        PublishError: it cannot be built or uploaded.
+    """
+    try:
+        trainer.push_to_hub()
+    except (ValueError, OSError) as error:
+        raise PublishError(
+            f"The run is finished, its encoder lies in {folder}, and it is not published. {error}"
+        ) from error
+
+
+def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCallback) -> EquiSSLTrainer:
+    """The run's Trainer, which refuses what it cannot do; with ``push_to_hub`` also a Hub that it cannot write to."""
+    dataset = cast(ViewDataset, run.dataset)
+    skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
+    try:
+        return EquiSSLTrainer(
+            model,
+            run.args,
+            run.pipeline,
+            train_dataset=dataset,
+            skipped_images=skipped,
+            publisher=Publisher(str(run.args.output_dir)) if run.args.push_to_hub else None,
+            callbacks=list(callbacks),  # before those that publish
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
+            raise
+        raise RecipeError(f"training: {error}") from error
+
+
+def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
+    """Export and publish the encoder of a checkpoint as ``pretrain`` does after the last step."""
+    folder = output / ENCODER_FOLDER
+    if is_main_process() or run.args.push_to_hub:
+        try:
+            model = load_pretraining_state(checkpoint)
+        except OSError as error:
+            raise RecipeError(
+                f"{checkpoint}: the run is finished, but its weights cannot be read for the export ({error})."
+            ) from error
+    if is_main_process():
+        run.recipe.save(output)
+    _export(run, lambda: model.export_encoder(), folder)
+    if run.args.push_to_hub:
+        _publish(_build_trainer(run, model), folder)
+    return folder

@@ -1,0 +1,80 @@
+"""Strict reading of what people write: YAML without surprises, types that are checked, errors that name a remedy.
+
+YAML is read by the core schema of YAML 1.2: ``1e-3`` is a float, ``no`` and ``on`` are strings, ``1:30`` is not a
+number of seconds, and a key that is given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from .suggestions import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 core schema, duplicate keys refused."""
+
+    yaml_implicit_resolvers = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not a word.")
+            if key in seen:
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_CORE_SCHEMA = [
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+]
+for _tag, _pattern, _first in _CORE_SCHEMA:
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(node.value))
+
+
+def _to_float(text: str) -> float:
+    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that either version of YAML would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(rf"^(?:{_CORE_SCHEMA[3][1]})$"), list("-+0123456789.")
+)
+
+
+def load_yaml(text: str, origin: str) -> Any:
+    """Read YAML ``text``; errors name ``origin`` (a file, an option) and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{origin}{line}: this is not valid YAML ({getattr(error, 'problem', error)}).") from error
+    except RecipeError as error:
+        raise RecipeError(f"{origin}, {error}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain data as YAML, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)

@@ -1,0 +1,121 @@
+"""A folder is that of one run at a time, whatever ends it; the room that it needs is what it will still write."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_equissl.checkpoints import Manifest
+from hf_equissl.distributed.engines import Engine
+from hf_equissl.planning.arithmetic import schedule
+from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
+from hf_equissl.running.output_folder import (
+    LOCK_FILE,
+    check_shared_folder,
+    checkpoints_lying,
+    disk_need,
+    leave_folder,
+    left_if_refused,
+    take_folder,
+)
+from hf_equissl.utils.suggestions import RecipeError
+
+HOLDER = """
+import os, sys, time
+from hf_equissl.running.output_folder import take_folder
+take_folder(sys.argv[1])
+if sys.argv[2] == "fork" and os.fork() == 0:
+    time.sleep(60)  # a loader's worker that outlives its run for a while
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+def hold(folder: Path, how: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", HOLDER, str(folder), how]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "taken\n"
+    return process
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    saving = tmp_path / ".saving" / "checkpoint-2"
+    saving.mkdir(parents=True)
+    other = hold(tmp_path, "fork")
+    try:
+        with pytest.raises(RecipeError, match=rf"another run still writes there \(process {other.pid} on .*\)"):
+            take_folder(tmp_path, patience=0.0)
+        assert saving.is_dir()
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        check_shared_folder(tmp_path)  # the killed run's; its child keeps nothing
+        assert not saving.exists()
+        take_folder(tmp_path, patience=0.0)
+        leave_folder(tmp_path)
+        third = hold(tmp_path, "alone")
+        third.kill()
+    finally:
+        leave_folder(tmp_path)
+        subprocess.run(["pkill", "-9", "-s", str(other.pid)], check=False)
+
+
+def test_a_refused_start_leaves_the_folder_to_who_has_it(tmp_path: Path) -> None:
+    def refuse() -> None:
+        with left_if_refused(tmp_path):
+            take_folder(tmp_path)
+            raise RecipeError("no")
+
+    with pytest.raises(RecipeError):
+        refuse()
+    assert not list(tmp_path.iterdir())
+    take_folder(tmp_path)
+    with pytest.raises(RecipeError):
+        refuse()
+    assert (tmp_path / LOCK_FILE).read_text().startswith("process ")
+    leave_folder(tmp_path)
+
+
+def test_a_run_that_is_told_to_stop_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = HOLDER.replace("time.sleep(60)\n", "time.sleep(1)\n")
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "alone"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "taken\n"
+    try:
+        take_folder(tmp_path, patience=60.0)
+        assert f"process {other.pid} on " in caplog.text
+    finally:
+        leave_folder(tmp_path)
+        other.wait()
+
+
+def test_what_lies_there_needs_no_more_room(tmp_path: Path) -> None:
+    args = EquiSSLTrainingArguments(
+        output_dir=str(tmp_path), max_steps=10, save_steps=2, per_device_train_batch_size=4, save_total_limit=2
+    )
+    plan = schedule(args, 1, 100)
+    assert disk_need(args, plan, 1000) == 4000  # two that stay, one that is written, and the encoder
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(900))
+        Manifest(Engine.SINGLE, 1, 4, step, "full", {"model.safetensors": 900}).write(folder)
+    (tmp_path / "checkpoint-6").mkdir()  # not complete: nobody deletes it
+    assert checkpoints_lying(tmp_path) == 1800
+    assert disk_need(args, plan, 1000, 1800) == 2200
+    assert disk_need(args, plan, 100, 1800) == 0
+
+
+@pytest.mark.parametrize("split", [(32, 1, 1), (16, 2, 1), (4, 2, 4), (1, 1, 32)])
+def test_an_epoch_has_as_many_steps_however_they_are_split(split: tuple[int, int, int], tmp_path: Path) -> None:
+    per_device, processes, accumulation = split
+    args = EquiSSLTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation
+    )
+    assert schedule(args, processes, 250).steps_per_epoch == 7
+    args.dataloader_drop_last = False
+    assert schedule(args, processes, 250).steps_per_epoch == 8
