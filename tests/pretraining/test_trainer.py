@@ -19,6 +19,7 @@ from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.loss_history import NonFiniteLossError
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.pretraining.trainer import EquiSSLTrainer
+from hf_equissl.running.publishing import Publisher
 from hf_equissl.views import build_transformation
 from hf_equissl.views.pipelines import build_pipeline
 
@@ -78,7 +79,12 @@ def make_trainer(
     args = EquiSSLTrainingArguments(**{**defaults, **arguments})
     dataset = ImageViewDataset(load_images(str(photos)), pipeline, seed=args.seed)
     return EquiSSLTrainer(
-        model=model, args=args, pipeline=pipeline, train_dataset=dataset, skipped_images=SkippedImages(max_bad_share)
+        model=model,
+        args=args,
+        pipeline=pipeline,
+        train_dataset=dataset,
+        skipped_images=SkippedImages(max_bad_share),
+        publisher=Publisher(output),
     )
 
 

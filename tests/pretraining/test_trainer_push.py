@@ -172,7 +172,7 @@ from pathlib import Path
 
 from tests.pretraining.test_trainer import make_trainer
 
-from hf_equissl.distributed import end_process
+from hf_equissl.distributed.agreement import end_process
 from hf_equissl.hub import PublishError, repository
 
 repository.run_snippets = lambda chosen: None
@@ -198,7 +198,7 @@ def test_two_processes(hub: LoopbackHub, photo_folder: Path, tmp_path: Path) -> 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     command += [str(tmp_path / "script.py"), str(photo_folder), str(tmp_path / "run")]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr

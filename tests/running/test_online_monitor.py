@@ -26,7 +26,7 @@ from hf_equissl.pretraining.trainer import EquiSSLTrainer
 from hf_equissl.recipes.monitor_settings import MonitorSettings
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running import online_monitor
-from hf_equissl.running.online_monitor import OnlineMonitor, load_monitor_images, load_records
+from hf_equissl.running.online_monitor import OnlineMonitor, build_monitor, load_monitor_images, load_records
 from hf_equissl.running.run import prepare, pretrain
 from hf_equissl.utils.feature_statistics import effective_rank, feature_std
 from hf_equissl.utils.suggestions import RecipeError
@@ -474,16 +474,16 @@ def test_a_recipe_is_read_strictly(values: dict[str, Any], message: str) -> None
 
 def test_a_recipe_switches_it_on(labelled: Path) -> None:
     source = load_images(str(labelled))
-    assert Recipe.load(RECIPE).build_monitor(source) is None
+    assert build_monitor(Recipe.load(RECIPE), source) is None
     assert "monitor" not in Recipe.load(RECIPE).to_dict()
     recipe = Recipe.load(RECIPE, {"monitor.every_steps": 5, "monitor.train_images": 40, "monitor.test_images": 10})
     assert Recipe.from_dict(recipe.to_dict()).monitor == recipe.monitor
-    monitor = recipe.build_monitor(source)
+    monitor = build_monitor(recipe, source)
     assert monitor is not None
     assert len(monitor._is_query) == 50
     lost = Recipe.load(RECIPE, {"monitor.every_steps": 5, "monitor.split": "holiday", "data.source": str(labelled)})
     with pytest.raises(RecipeError, match=r"monitor: .*holiday"):
-        lost.build_monitor(source)
+        build_monitor(lost, source)
 
 
 def test_the_command_runs_it(labelled: Path, tmp_path: Path) -> None:

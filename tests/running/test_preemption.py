@@ -125,7 +125,7 @@ def test_two_signals_are_one_request_or_end_at_once(tmp_path: Path) -> None:
     """A job's signal reaches a process twice, from the scheduler and its launcher; one that comes later means it."""
     code = f"""
 import os, signal, time
-from hf_equissl import signals
+from hf_equissl.distributed import signals
 with signals.Signals({str(tmp_path)!r}) as caught:
     caught.raises = False
     os.kill(os.getpid(), signal.SIGUSR1)
