@@ -16,6 +16,7 @@ from .effective_rank import EffectiveRankEvaluator
 from .images import EvaluationData, ImageSet
 from .knn import KNNEvaluator
 from .linear import LinearEvaluator
+from .metrics import Metric
 from .protocols import PROTOCOLS
 from .report import markdown_table, plain_table, plot_r2
 from .results import ResultRecord, as_logs, load_records, merge_records, save_records
@@ -66,6 +67,7 @@ __all__ = [
     "ImageSet",
     "KNNEvaluator",
     "LinearEvaluator",
+    "Metric",
     "ResultRecord",
     "TransformationRegressionEvaluator",
     "as_logs",

@@ -1,5 +1,6 @@
-"""Metrics as plain functions. Sums are float64, and a set that comes in parts is judged by its sums, never by averages.
+"""What a metric is, and metrics as plain functions.
 
+Sums are float64, and a set that comes in parts is judged by its sums, never by averages.
 ``RegressionSums`` is the form for batches and ranks: add up what each part saw, then ask for R2 once.
 """
 
@@ -12,6 +13,50 @@ import torch
 from torch import Tensor
 
 ArrayLike = Tensor | np.ndarray | list
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is, so that tables, records and cards can show one that they have never heard of.
+
+    Attributes:
+        name: As records and logs call it, in snake_case.
+        unit: "%" for shares from 0 to 1, which are shown times 100; otherwise what stands behind the number.
+        digits: Decimals that are shown.
+        higher_is_better: Direction, for choosing the best of several.
+        hub_type: Name of the metric in the ``model-index`` of a card; ``None`` keeps the number out of it.
+        library: Package that computes it; records keep its version.
+    """
+
+    name: str
+    unit: str = ""
+    digits: int = 4
+    higher_is_better: bool = True
+    hub_type: str | None = None
+    library: str = "hf_equissl"
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by when it is shown."""
+        return 100.0 if self.unit == "%" else 1.0
+
+    def text(self, value: float, std: float | None = None) -> str:
+        """A value for readers, with its standard deviation where there is one: "71.25 +- 0.31"."""
+        numbers = [value] if std is None else [value, std]
+        text = " +- ".join(f"{number * self.scale:.{self.digits}f}" for number in numbers)
+        return text if self.unit in ("", "%") else f"{text} {self.unit}"
+
+    def rounded(self, value: float) -> float:
+        """A value, not scaled, with no more digits than ``text`` shows."""
+        return round(value, self.digits + (2 if self.unit == "%" else 0))
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Whether ``value`` beats ``than``."""
+        return value > than if self.higher_is_better else value < than
+
+
+TOP1 = Metric("top1", "%", digits=2, hub_type="accuracy")
+TOP5 = Metric("top5", "%", digits=2, hub_type="top5")
 
 
 def _float64(name: str, values: ArrayLike) -> Tensor:
