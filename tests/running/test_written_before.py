@@ -1,0 +1,63 @@
+"""Runs and repositories that an earlier version wrote still load and go on.
+
+``tests/written_before`` was written by commit f01d9bf: ``training/pretrain.py --recipe cifar10_ibot_rot`` for 4 steps of 4
+pictures, the first 16 of ``photo_folder``, with a tiny model (``run/recipe.yaml`` has all settings); ``run/encoder`` is
+the encoder after step 4, ``published`` what ``training/push_to_hub.py --output_dir`` made of the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from hf_equissl import EquiSSLForPreTraining, Recipe
+from hf_equissl.hub import build_repository
+from hf_equissl.running.run import prepare, pretrain
+
+WRITTEN = Path(__file__).resolve().parents[1] / "written_before"
+
+
+@pytest.fixture
+def earlier_run(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stopped run beside its pictures, under the path that its recipe names, as working directory."""
+    (tmp_path / "photos").mkdir()
+    for picture in sorted(photo_folder.iterdir())[:16]:
+        shutil.copy(picture, tmp_path / "photos")
+    shutil.copytree(WRITTEN / "run", tmp_path / "run", ignore=shutil.ignore_patterns("encoder"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def test_a_stopped_run_goes_on_to_the_same_encoder(earlier_run: Path) -> None:
+    run = prepare(Recipe.load(earlier_run / "recipe.yaml"), earlier_run)
+    assert Path(str(run.checkpoint)).name == "checkpoint-2"
+    pretrain(run)
+    weights, expected = (load_file(folder / "encoder/model.safetensors") for folder in (earlier_run, WRITTEN / "run"))
+    begun = load_file(WRITTEN / "run" / "checkpoint-2" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    moved = 0.0
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)  # CPUs round differently
+        moved = max(moved, float((value - begun[f"teacher.{name}"]).abs().max()))
+    assert moved > 1e-4  # the two steps did change something
+    assert (
+        build_repository(earlier_run, earlier_run.parent / "published", parts=["encoder"]) / "config.json"
+    ).is_file()
+
+
+def test_a_published_repository_loads_whole_and_in_part() -> None:
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = AutoModel.from_pretrained(WRITTEN / "published").eval()
+    native = AutoModel.from_pretrained(WRITTEN / "published" / "native").eval()
+    state = EquiSSLForPreTraining.from_pretrained(WRITTEN / "published" / "pretraining").eval()
+    with torch.no_grad():
+        tokens = [model(pixels).last_hidden_state for model in (encoder, native, state.export_encoder())]
+    torch.testing.assert_close(tokens[1], tokens[0])
+    torch.testing.assert_close(tokens[2], tokens[0])
+    stored = load_file(WRITTEN / "published" / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in encoder.state_dict().items())
