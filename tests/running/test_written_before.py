@@ -1,6 +1,6 @@
 """Runs and repositories that an earlier version wrote still load and go on.
 
-``tests/written_before`` was written by commit f01d9bf: ``training/pretrain.py --recipe cifar10_ibot_rot`` for 4 steps of 4
+``tests/written_before`` is of commit f01d9bf: ``training/pretrain.py --recipe cifar10_ibot_rot`` for 4 steps of 4
 pictures, the first 16 of ``photo_folder``, with a tiny model (``run/recipe.yaml`` has all settings); ``run/encoder`` is
 the encoder after step 4, ``published`` what ``training/push_to_hub.py --output_dir`` made of the run.
 """
@@ -40,14 +40,13 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(earlier_run: Path) -> None:
     weights, expected = (load_file(folder / "encoder/model.safetensors") for folder in (earlier_run, WRITTEN / "run"))
     begun = load_file(WRITTEN / "run" / "checkpoint-2" / "model.safetensors")
     assert weights.keys() == expected.keys()
-    moved = 0.0
-    for name, value in expected.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)  # CPUs round differently
-        moved = max(moved, float((value - begun[f"teacher.{name}"]).abs().max()))
-    assert moved > 1e-4  # the two steps did change something
-    assert (
-        build_repository(earlier_run, earlier_run.parent / "published", parts=["encoder"]) / "config.json"
-    ).is_file()
+    # A bias of attention's keys has no gradient but rounding, of which Adam makes whole steps.
+    names = [name for name in expected if f"teacher.{name}" in begun and not name.endswith("k_proj.bias")]
+    way = sum((expected[name] - begun[f"teacher.{name}"]).square().sum() for name in names)
+    missed = sum((expected[name] - weights[name]).square().sum() for name in names)
+    assert missed < 1e-4 * way  # less than 1 % of the way, since CPUs round differently
+    build_repository(earlier_run, earlier_run.parent / "published", parts=["encoder"])
+    assert (earlier_run.parent / "published" / "config.json").is_file()
 
 
 def test_a_published_repository_loads_whole_and_in_part() -> None:
