@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(earlier_run: Path) -> None:
     way = sum((expected[name] - begun[f"teacher.{name}"]).square().sum() for name in names)
     missed = sum((expected[name] - weights[name]).square().sum() for name in names)
     assert missed < 1e-4 * way  # less than 1 % of the way, since CPUs round differently
-    build_repository(earlier_run, earlier_run.parent / "published", parts=["encoder"])
+    build_repository(earlier_run, earlier_run.parent / "published", repo_id="lab/tiny", parts=["encoder"])
     assert (earlier_run.parent / "published" / "config.json").is_file()
 
 
