@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .dataset import EpochSampler, ImageViewDataset, SkippedImage
+from .dataset import EpochSampler, ImageViewDataset, SampleDataset, SkippedImage
 from .decoding import decode_image
 from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages, UnknownSplitError
 from .health import SkippedImages
@@ -16,6 +16,7 @@ __all__ = [
     "ImageSource",
     "ImageSourceError",
     "ImageViewDataset",
+    "SampleDataset",
     "SkippedImage",
     "SkippedImages",
     "StreamingViewDataset",

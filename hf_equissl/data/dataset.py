@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from .errors import ImageDecodeError
 from .randomness import order_generator, sample_generator
 from .sources import ImageSource
 
-__all__ = ["EpochSampler", "ImageViewDataset", "SkippedImage"]
+__all__ = ["EpochSampler", "ImageViewDataset", "SampleDataset", "SkippedImage"]
 
 # Substitutes that are tried for one bad file before the data set is given up.
 MAX_ATTEMPTS = 20
@@ -75,30 +76,44 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((epoch, index) for index in order[: self.length].tolist())
 
 
-class ImageViewDataset(Dataset[dict[str, Any]]):
-    """Crops of the images of a source, by ``(epoch, index)``.
+class SampleDataset(ABC, Dataset[dict[str, Any]]):
+    """Samples by ``(epoch, index)``, each made with a generator that depends on (seed, epoch, index) alone.
 
-    The views of image i in epoch e depend on (seed, e, i) alone. An image that does not decode is replaced by another,
-    drawn from (seed, epoch, index, attempt), and reported under ``skipped``.
+    A sample that does not decode is replaced by another, drawn from (seed, epoch, index, attempt), and reported under
+    ``skipped``.
 
     Args:
-        source: A source that is not streamed.
-        pipeline: Crops, and says how many draws a sample carries.
+        name: Of the samples, for messages.
+        count: Of the samples.
         seed: Of the run.
     """
 
-    def __init__(self, source: ImageSource, pipeline: ViewPipeline, seed: int) -> None:
-        if source.streaming:
-            raise ValueError(f"{source.name} is streamed. Use StreamingViewDataset, or load it with streaming=False.")
-        self.source, self.pipeline, self.seed = source, pipeline, seed
+    def __init__(self, name: str, count: int, seed: int) -> None:
+        self.name, self.count, self.seed = name, count, seed
         self._samplers: list[EpochSampler] = []
 
+    @abstractmethod
+    def read(self, index: int) -> Any:
+        """Decode one sample.
+
+        Raises:
+            ImageDecodeError: it does not decode.
+        """
+
+    @abstractmethod
+    def make(self, sample: Any, rng: np.random.Generator) -> dict[str, Any]:
+        """Turn what ``read`` returned into what a collator takes; all that is random comes from ``rng``."""
+
+    @abstractmethod
+    def item_name(self, index: int) -> str:
+        """Return what messages call a sample."""
+
     def __len__(self) -> int:
-        """Images."""
-        return len(self.source)
+        """Return the number of samples."""
+        return self.count
 
     def sampler(self, shuffle: bool = True, multiple: int = 1) -> EpochSampler:
-        """A sampler over this data set that follows ``set_epoch``; ``multiple`` as in ``EpochSampler``."""
+        """Make a sampler over this data set that follows ``set_epoch``; ``multiple`` as in ``EpochSampler``."""
         sampler = EpochSampler(len(self), self.seed, shuffle, multiple)
         self._samplers.append(sampler)
         return sampler
@@ -114,14 +129,13 @@ class ImageViewDataset(Dataset[dict[str, Any]]):
             sampler.set_epoch(epoch)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """One sample for ``ViewCollator``.
+        """Make one sample.
 
         Returns:
-            What ``ViewPipeline.crop`` returns, ``draws`` (n,), ``index`` (of the image that is shown), ``skipped``,
-            ``seconds`` (that it took) and, where the source has labels, ``label``.
+            What ``make`` returns, ``index`` (of the sample that was read), ``skipped``, and ``seconds`` (that it took).
 
         Raises:
-            ImageDecodeError: Neither this image nor any of the substitutes decodes.
+            ImageDecodeError: Neither this sample nor any of the substitutes decodes.
         """
         if not isinstance(key, tuple):
             raise TypeError(f"Expected (epoch, index), got {key!r}. Read this data set with its own sampler().")
@@ -129,19 +143,51 @@ class ImageViewDataset(Dataset[dict[str, Any]]):
         epoch, slot = key
         index, skipped = slot, []
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            row = self.source.row(index)
             try:
-                image = decode_image(self.source.content(row))
+                sample = self.read(index)
                 break
             except ImageDecodeError as error:
-                skipped.append(SkippedImage(self.source.item_name(row, index), str(error)))
+                skipped.append(SkippedImage(self.item_name(index), str(error)))
             substitute = sample_generator(self.seed, epoch, slot, attempt)
             index = int(substitute.integers(len(self)))
         else:
-            raise hopeless(self.source.name, skipped)
+            raise hopeless(self.name, skipped)
         # The slot's generator, not the substitute's: that image may come up in this epoch on its own.
-        sample = crop_views(self.pipeline, image, sample_generator(self.seed, epoch, slot))
-        return complete_sample(sample, index, self.source.label(row), skipped, begin)
+        made = self.make(sample, sample_generator(self.seed, epoch, slot))
+        return complete_sample(made, index, None, skipped, begin)
+
+
+class ImageViewDataset(SampleDataset):
+    """Crops of the images of a source, by ``(epoch, index)``; a sample is what ``ViewCollator`` takes.
+
+    It holds what ``ViewPipeline.crop`` returns, ``draws`` (n,) and, where the source has labels, ``label``.
+
+    Args:
+        source: A source that is not streamed.
+        pipeline: Crops, and says how many draws a sample carries.
+        seed: Of the run.
+    """
+
+    def __init__(self, source: ImageSource, pipeline: ViewPipeline, seed: int) -> None:
+        if source.streaming:
+            raise ValueError(f"{source.name} is streamed. Use StreamingViewDataset, or load it with streaming=False.")
+        super().__init__(source.name, len(source), seed)
+        self.source, self.pipeline = source, pipeline
+
+    def read(self, index: int) -> tuple[Image.Image, int | None]:
+        """Decode one image; with its label, if there are labels."""
+        row = self.source.row(index)
+        return decode_image(self.source.content(row)), self.source.label(row)
+
+    def make(self, sample: tuple[Image.Image, int | None], rng: np.random.Generator) -> dict[str, Any]:
+        """Crop one image."""
+        image, label = sample
+        crops = crop_views(self.pipeline, image, rng)
+        return crops if label is None else {**crops, "label": label}
+
+    def item_name(self, index: int) -> str:
+        """Return the path of an image, or the data set and row."""
+        return self.source.item_name(self.source.row(index), index)
 
 
 def image_digest(content: bytes) -> int:

@@ -198,7 +198,15 @@ def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuning
     if trainer.is_world_process_zero():
         text = json.dumps(settings.to_dict(), indent=2) + "\n"
         write_text(Path(settings.output_dir) / SETTINGS_FILE, text)
-    trainer.add_callback(RunRecordCallback(new_record(run.args, run.pipeline, run.images.train)))
+    record = new_record(
+        run.args,
+        data=run.images.train.name,
+        num_images=len(run.images.train),
+        image_size=run.pipeline.image_size,
+        image_mean=run.pipeline.image_mean,
+        image_std=run.pipeline.image_std,
+    )
+    trainer.add_callback(RunRecordCallback(record))
     return trainer
 
 

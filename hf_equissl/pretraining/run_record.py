@@ -8,10 +8,11 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -21,10 +22,6 @@ from ..utils.files import write_text
 from ..utils.redaction import without_secrets
 from ..utils.versions import library_versions
 from .arguments import EquiSSLTrainingArguments
-
-if TYPE_CHECKING:
-    from ..data import ImageSource
-    from ..views.pipelines import ViewPipeline
 
 logger = logging.get_logger(__name__)
 RECORD_FILE = "run.json"
@@ -179,15 +176,23 @@ class RunRecordCallback(TrainerCallback):
             logger.warning(f"{RECORD_FILE} cannot be written in {args.output_dir} ({error}). The run goes on.")
 
 
-def new_record(args: EquiSSLTrainingArguments, pipeline: ViewPipeline, source: ImageSource) -> RunRecord:
-    """The record of a run that begins now, with a view pipeline and an image source."""
+def new_record(
+    args: EquiSSLTrainingArguments,
+    *,
+    data: str,
+    num_images: int | None,
+    image_size: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> RunRecord:
+    """Make the record of a run that begins now; the arguments are called as the attributes of ``RunRecord``."""
     return RunRecord(
         command=command_line(),
-        data=source.name,
-        num_images=source.num_rows,
-        image_size=pipeline.image_size,
-        image_mean=tuple(float(value) for value in pipeline.image_mean),
-        image_std=tuple(float(value) for value in pipeline.image_std),
+        data=data,
+        num_images=num_images,
+        image_size=image_size,
+        image_mean=tuple(map(float, image_mean)),
+        image_std=tuple(map(float, image_std)),
         seed=args.seed,
         batch={
             "per_device": args.per_device_train_batch_size,

@@ -111,7 +111,15 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         torch.manual_seed(args.seed + args.process_index)
         self.schedules = ScheduleCallback()
         self.add_callback(self.schedules)
-        self.add_callback(RunRecordCallback(new_record(args, pipeline, train_dataset.source)))
+        record = new_record(
+            args,
+            data=train_dataset.source.name,
+            num_images=train_dataset.source.num_rows,
+            image_size=pipeline.image_size,
+            image_mean=pipeline.image_mean,
+            image_std=pipeline.image_std,
+        )
+        self.add_callback(RunRecordCallback(record))
         if publisher is not None and args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE:
             self.add_callback(publisher.callback(self._start_push))  # after run.json is written
         if not args.disable_tqdm:
