@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "encoders": {"modeling", "utils"},
     "checkpoints": {"distributed", "utils"},
     "data": {"distributed", "utils", "views"},
-    "objectives": {"distributed", "modeling", "views"},
+    "objectives": {"distributed", "modeling", "utils", "views"},
     "pretraining": {"checkpoints", "data", "distributed", "modeling", "objectives", "utils", "views"},
     "evaluation": {"data", "distributed", "encoders", "utils", "views"},
     "recipes": {"data", "modeling", "objectives", "pretraining", "utils", "views"},

@@ -9,6 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
+from hf_equissl.utils.files import write_text
+
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
 another recipe (views, forward, backward, optimizer; in turns, on one device). With --data also time the loader
@@ -28,38 +32,25 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-
-    from hf_equissl.recipes.overrides import parse_overrides
-    from hf_equissl.recipes.recipe import Recipe
-    from hf_equissl.training.pretrain import RECIPES, _find_recipe
-    from hf_equissl.utils.suggestions import RecipeError
-
     try:
-        for name in ("batch_size", "repeats", "loader_images"):
-            if getattr(options, name) < 1:
-                raise RecipeError(f"--{name} {getattr(options, name)}: expected at least 1.")
-        overrides = parse_overrides(rest, [name for action in parser._actions for name in action.option_strings])
+        options, overrides = parse_words(_parser(), argv)
+        check_at_least(options, batch_size=1, repeats=1, loader_images=1)
         if options.data is not None:
             overrides |= {"data.source": options.data, "data.streaming": False}
-        recipe = Recipe.load(_find_recipe(options.recipe), overrides, search=[RECIPES])
+        recipe = load_recipe(options.recipe, overrides)
         common = {key: value for key, value in overrides.items() if not key.startswith("objectives.")}
-        base = options.base and Recipe.load(_find_recipe(options.base), common, search=[RECIPES])
-        report = _measure(recipe, base, options)
+        report = _measure(recipe, options.base and load_recipe(options.base, common), options)
         if options.output_dir is not None:
             path = Path(options.output_dir) / "benchmark.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            print(f"\nWritten to {path}")
+            write_text(path, json.dumps(report, indent=2) + "\n")
+            say(f"\nWritten to {path}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     return 0
 
 
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """All that was asked for, printed as it comes."""
+    """Measure all that was asked for, and print it as it comes."""
     from hf_equissl.benchmarking import overhead as benchmark
     from hf_equissl.benchmarking.timing import environment
     from hf_equissl.data import ImageViewDataset
@@ -87,18 +78,18 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
         "environment": environment(device),
         "steps": {},
     }
-    _say(_header(report))
+    say(_header(report))
     for dtype in options.dtype:
         timing = benchmark.time_steps(sides, dtype, options.repeats)
         timing["peak_memory_mib"] = (
             benchmark.peak_memory(recipes, sides, dtype) if options.memory else "not asked for (--memory)"
         )
         report["steps"][dtype] = timing
-        _say("\n".join([*_step_lines(dtype, timing), _paper_line(recipe.objectives.invariance["name"])]))
+        say("\n".join([*_step_lines(dtype, timing), _paper_line(recipe.objectives.invariance["name"])]))
     if source is not None:
         dataset = ImageViewDataset(source, sides[benchmark.FULL].pipeline, seed=0)
         report["loader"] = benchmark.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
-        _say(_loader_line(report["loader"]))
+        say(_loader_line(report["loader"]))
     return report
 
 
@@ -165,14 +156,8 @@ def _loader_line(loader: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        usage="benchmark.py --recipe NAME|PATH [options] [--section.key VALUE ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "benchmark.py --recipe NAME|PATH [options] [--section.key VALUE ...]"
+    parser = command_parser("benchmark.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
     add("--base", metavar="NAME|PATH", help="a recipe to compare with; default: the same with lambda = 0")
@@ -185,10 +170,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
     add("--output_dir", metavar="DIR", help="benchmark.json goes here")
     return parser
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+from hf_equissl.utils.commands import command_parser, log_plainly, say, stop
 
 DESCRIPTION = """\
 Convert an encoder that exists: weights stay the same, and so do outputs. Reads stock transformers encoders (dinov2,
@@ -30,8 +31,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
     options = vars(_parser().parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_plainly()
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -42,26 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         encoder = convert_to_folder(options.pop("source"), folder, **options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     config = encoder.config
-    print(
+    say(
         f"{folder}: ViT of width {config.hidden_size}, {config.num_hidden_layers} blocks, patch {config.patch_side}, "
         f"{config.num_register_tokens} registers."
     )
     needs = "" if options["native"] else " after `import hf_equissl`"
-    print(f"Load it with AutoModel.from_pretrained({folder!r}){needs}.")
+    say(f"Load it with AutoModel.from_pretrained({folder!r}){needs}.")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("convert.py", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, Hub id, or .pth file")
     add("--output_dir", required=True, metavar="DIR", help="a new folder")

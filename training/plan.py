@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.utils.commands import command_parser, say, stop
+from hf_equissl.utils.suggestions import RecipeError
+
 if TYPE_CHECKING:
     from hf_equissl.running.run import Run
 
@@ -38,36 +42,18 @@ every value of the recipe can be set as for training/pretrain.py, as --section.k
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    from hf_equissl.utils.suggestions import RecipeError
-
     try:
+        options, overrides = parse_words(_parser(), argv)
         if options.check_memory:
-            _check(options, rest)
+            _check(options, overrides)
         else:
-            _plan(options, rest)
+            _plan(options, overrides)
     except RecipeError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     return 0
 
 
-def _recipe(options: argparse.Namespace, rest: list[str], **more: Any) -> Any:
-    """The recipe with what the command line sets; ``more`` only where it does not."""
-    from hf_equissl.recipes.overrides import parse_overrides
-    from hf_equissl.recipes.recipe import Recipe
-    from hf_equissl.training.pretrain import RECIPES, _find_recipe
-    from hf_equissl.utils.suggestions import RecipeError
-
-    if options.recipe is None:
-        raise RecipeError("--recipe is missing. training/pretrain.py --list_recipes shows what there is.")
-    overrides = parse_overrides(rest, [name for act in _parser()._actions for name in act.option_strings])
-    return Recipe.load(_find_recipe(options.recipe), overrides | more, search=[RECIPES])
-
-
-def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import report
     from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
     from hf_equissl.planning.step import smallest_batch
@@ -78,18 +64,17 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     speed = Speed(**_given(options, "utilisation", "device_tflops"))
     if options.engine is not None:
         parse_engine(options.engine)
-    run = prepare(_recipe(options, rest), None, processes=cluster.gpus, dry=True)
+    run = prepare(load_recipe(options.recipe, overrides), None, processes=cluster.gpus, dry=True)
     smallest = smallest_batch(run.config, cluster.gpus, run.plan.per_device)
     planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), is_fused(run.args), smallest)
     plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
     if options.json:
-        print(json.dumps(report.plan_data(run.recipe.name, planner, plans, _precision(run)), indent=2))
-        return
-    for line in report.plan_lines(run.recipe.name, planner, plans, _precision(run), _recipe_batch(run)):
-        print(line)
+        say(json.dumps(report.plan_data(run.recipe.name, planner, plans, _precision(run)), indent=2))
+    else:
+        say("\n".join(report.plan_lines(run.recipe.name, planner, plans, _precision(run), _recipe_batch(run))))
 
 
-def _check(options: argparse.Namespace, rest: list[str]) -> None:
+def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import check, report
     from hf_equissl.planning.cluster import is_fused, launched_engine, parse_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase
@@ -98,7 +83,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with check.scratch_folder(world) as scratch:
         images = scratch / os.environ.get("RANK", "0") / "images"
-        recipe = _recipe(options, rest, **check.OVERRIDES, **{"data.source": str(images)})
+        recipe = load_recipe(options.recipe, overrides | check.OVERRIDES | {"data.source": str(images)})
         check.noise_images(images, check.images_needed(recipe, world))
         run = prepare(recipe, scratch / "run", resume="never")
         cost = run.cost()
@@ -115,10 +100,8 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
             import deepspeed  # noqa: F401  its code takes memory too, which is none of the step's
 
         measured = check.measure_phases(lambda: build_training(run), check.PeakMeter(run.args.device))
-    if os.environ.get("RANK", "0") == "0":
-        words = f"{engine.value}, {world} processes, {cost.batch} images each, {_precision(run)}"
-        for line in report.check_lines(run.recipe.name, peaks_by_phase(cost, setup), measured, words):
-            print(line)
+    words = f"{engine.value}, {world} processes, {cost.batch} images each, {_precision(run)}"
+    say("\n".join(report.check_lines(run.recipe.name, peaks_by_phase(cost, setup), measured, words)))
 
 
 def _engines(options: argparse.Namespace, gpus: int) -> list[str]:
@@ -130,7 +113,9 @@ def _engines(options: argparse.Namespace, gpus: int) -> list[str]:
 
 
 def _precision(run: Run) -> str:
-    return "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
+    if run.args.bf16:
+        return "bf16 autocast"
+    return "fp16 autocast" if run.args.fp16 else "fp32"
 
 
 def _recipe_batch(run: Run) -> int:
@@ -143,14 +128,8 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plan.py",
-        usage="plan.py --recipe NAME|PATH [--gpus N] [--memory GIB] [--engine NAME] [options] [--section.key VALUE]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "plan.py --recipe NAME|PATH [--gpus N] [--memory GIB] [--engine NAME] [options] [--section.key VALUE]"
+    parser = command_parser("plan.py", usage=usage, description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", help="a recipe that ships (pretrain.py --list_recipes), or a YAML file")
     add("--gpus", type=int, metavar="N", help="devices in all, one process each (8)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,7 +12,19 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+from hf_equissl.distributed.signals import (
+    EXIT_PREEMPTED,
+    Preempted,
+    Signals,
+    end_command,
+    listen_to_launcher,
+    speaks_for_failure,
+)
+from hf_equissl.recipes.overrides import resolve_recipe
+from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
+from hf_equissl.utils.commands import command_parser, is_first_process, say, stop
+from hf_equissl.utils.strict_yaml import load_yaml
+from hf_equissl.utils.suggestions import RecipeError
 
 EXAMPLES = """\
 examples:
@@ -64,48 +75,34 @@ For Slurm: training/slurm/pretrain.sbatch.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (``EXIT_CODES``)."""
-    from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
-    from hf_equissl.utils.suggestions import RecipeError
-
     try:
         with Signals() as signals:
-            parser = _parser()
-            options, rest = parser.parse_known_args(argv)
+            options, overrides = parse_words(_parser(), argv)
             if options.list_recipes:
-                _say(_recipe_lines())
+                say(_recipe_lines())
                 return 0
             signals.output_dir = None if options.dry_run else options.output_dir
-            names = [name for action in parser._actions for name in action.option_strings]
-            path, overrides = _read_words(options, rest, names)
-            return _run(path, overrides, options, signals)
+            return _run(*_read(options, overrides), options, signals)
     except RecipeError as error:
-        return _stop(error, code=2)
+        return stop(error, code=2, speaks=speaks_for_failure())
     except Preempted as stopped:
-        return _stop(stopped, code=EXIT_PREEMPTED)
+        return stop(stopped, code=EXIT_PREEMPTED, word="preempted", speaks=is_first_process())
     except KeyboardInterrupt:
-        return _stop("The same command goes on from the last complete checkpoint.", code=130)
+        reason = "The same command goes on from the last complete checkpoint."
+        return stop(reason, code=130, word="interrupted", speaks=is_first_process())
 
 
-def _read_words(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[Path, dict[str, Any]]:
-    """The recipe's file and the overrides. Needs no torch, so that mistakes in words are answered at once."""
-    from hf_equissl.recipes.overrides import apply_overrides, parse_overrides, read_recipe
-    from hf_equissl.utils.suggestions import RecipeError
+def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Read the recipe as plain data: its file, what it says, the overrides in it.
 
-    overrides = parse_overrides(rest, known_options)
-    if options.recipe is None:
-        raise RecipeError("--recipe is missing. --list_recipes shows what there is.")
-    if options.data is not None:
-        if "data.source" in overrides:
-            raise RecipeError("--data and --data.source say the same: give one of them.")
-        overrides["data.source"] = options.data
-    if options.init_from is not None:
-        if "model.init_from" in overrides:
-            raise RecipeError("--init_from and --model.init_from say the same: give one of them.")
-        if not options.init_from:
-            raise RecipeError("--init_from is empty. Name an encoder: a Hub id, a folder or a .pth file.")
-        overrides["model.init_from"] = options.init_from
-    path = _find_recipe(options.recipe)
-    apply_overrides(read_recipe(path, [RECIPES]), overrides)
+    Needs no torch, so that mistakes in words are answered at once.
+    """
+    set_value(overrides, "data.source", "--data", options.data)
+    set_value(overrides, "model.init_from", "--init_from", options.init_from)
+    if options.init_from == "":
+        raise RecipeError("--init_from is empty. Name an encoder: a Hub id, a folder or a .pth file.")
+    path = find_recipe(options.recipe)
+    raw = resolve_recipe(path, overrides, [RECIPES])
     if options.num_processes is not None and not options.dry_run:
         raise RecipeError("--num_processes belongs to --dry_run. To train on several, use `accelerate launch`.")
     for name in ("utilisation", "device_tflops"):
@@ -113,21 +110,24 @@ def _read_words(options: argparse.Namespace, rest: list[str], known_options: lis
             raise RecipeError(f"--{name} belongs to --dry_run: it is an assumption about time.")
     if options.output_dir is None and not options.dry_run:
         raise RecipeError("--output_dir is missing: checkpoints and the encoder need a place.")
-    return path, overrides
+    return path, raw, overrides
 
 
-def _run(path: Path, overrides: dict[str, Any], options: argparse.Namespace, signals: Any) -> int:
+def _run(
+    path: Path, raw: dict[str, Any], overrides: dict[str, Any], options: argparse.Namespace, signals: Signals
+) -> int:
     from hf_equissl.recipes.recipe import Recipe
     from hf_equissl.running.stops import AGREED, STOPS
 
-    recipe = Recipe.load(path, overrides, search=[RECIPES])
+    recipe = Recipe.from_dict(raw, str(path), overrides)
     try:
         if options.dry_run:
             _dry_run(recipe, options)
         else:
             _train(recipe, options, signals)
     except STOPS as error:
-        return _stop(error, code=1, agreed=isinstance(error, AGREED))
+        speaks = speaks_for_failure()  # all ask: the process that answers stays until they have
+        return stop(error, code=1, speaks=is_first_process() if isinstance(error, AGREED) else speaks)
     return 0
 
 
@@ -137,10 +137,10 @@ def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
 
     with explained(options.output_dir):
         run = together(lambda: prepare(recipe, options.output_dir, options.resume))
-    _say(_summary(run))
+    say(_summary(run))
     folder = pretrain(run, signals)
     load = f"AutoModel.from_pretrained({str(folder)!r})"
-    _say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
+    say(f"The encoder lies in {folder}. Load it with {load} after `import hf_equissl`.")
 
 
 def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
@@ -150,11 +150,10 @@ def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
     speed = Speed(**{name: value for name, value in given.items() if value is not None})
     run = prepare(recipe, options.output_dir, options.resume, processes=options.num_processes, dry=True)
-    _say(dry_run_report(run, speed))
-    if options.output_dir is not None and run.dataset is not None and os.environ.get("RANK", "0") == "0":
-        _say(
-            f"\nPicture of the first views: {save_picture(run.first, run.pipeline, Path(options.output_dir) / PICTURE)}"
-        )
+    say(dry_run_report(run, speed))
+    if options.output_dir is not None and run.dataset is not None and is_first_process():
+        picture = save_picture(run.first, run.pipeline, Path(options.output_dir) / PICTURE)
+        say(f"\nPicture of the first views: {picture}")
 
 
 def _summary(run: Any) -> str:
@@ -176,13 +175,11 @@ def _summary(run: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+    parser = command_parser(
+        "pretrain.py",
         usage="pretrain.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...]",
         description="Pretrain an encoder from a recipe. Everything that can be wrong is checked before the first step.",
         epilog=f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")
@@ -211,28 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _find_recipe(name: str) -> Path:
-    from hf_equissl.utils.suggestions import RecipeError, nearest
-
-    given = Path(name)
-    is_file_name = name.endswith((".yaml", ".yml"))
-    if os.sep in name or (is_file_name and given.is_file()):
-        return given
-    name = given.stem if is_file_name else name
-    path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(item.stem for item in RECIPES.glob("*.yaml"))
-        guess = nearest(name, names)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise RecipeError(
-            f"--recipe {name}: no recipe of this name.{hint} Recipes: {', '.join(names)}; or give a YAML file."
-        )
-    return path
-
-
 def _recipe_lines() -> str:
-    from hf_equissl.utils.strict_yaml import load_yaml
-
     texts = {
         path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
     }
@@ -241,32 +217,6 @@ def _recipe_lines() -> str:
     return "\n".join(f"  {name:<{width}}  {kinds[name]}{raw.get('description', '')}" for name, raw in texts.items())
 
 
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
-def _stop(reason: BaseException | str, code: int, agreed: bool = False) -> int:
-    # All know of a stop that they agreed on, or that the terminal sent to all.
-    speaks = code in (75, 130) or _speaks()  # with code 1 all ask: the first one stays until they have
-    if os.environ.get("RANK", "0") == "0" if agreed or code in (75, 130) else speaks:
-        word = {75: "preempted", 130: "interrupted"}.get(code, "error")
-        print(f"{word}: {reason}", file=sys.stderr, flush=True)
-    return code
-
-
-def _speaks() -> bool:
-    """Whether this process is the one that says what stopped all; before they know each other, one per machine."""
-    if "torch" not in sys.modules:  # mistakes in words are answered without it
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    from hf_equissl.distributed.agreement import speaks_for_all
-    from hf_equissl.distributed.collectives import world_size
-
-    return speaks_for_all() if world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 if __name__ == "__main__":
-    from hf_equissl.distributed.signals import end_command, listen_to_launcher
-
     listen_to_launcher()
     end_command(main())

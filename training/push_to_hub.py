@@ -12,6 +12,8 @@ from pathlib import Path
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.utils.commands import command_parser, say, stop
+
 # As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
 PARTS = ("encoder", "native", "pretraining", "figures", "card")
 _BUILDING = ("parts", "results", "license", "description", "dataset", "output_dir")
@@ -44,13 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     except KeyboardInterrupt:
-        print(
-            "interrupted: nothing is half-published. Run the same command again to go on.", file=sys.stderr, flush=True
-        )
-        return 130
+        return stop("nothing is half-published. Run the same command again to go on.", code=130, word="interrupted")
     return 0
 
 
@@ -62,24 +60,24 @@ def _run(options: argparse.Namespace) -> None:
     if ready and (given := [name for name in _BUILDING if getattr(options, name) not in (None, [])]):
         raise ValueError(f"{source} is a repository that was built already: --{given[0]} belongs to building one.")
     if options.output_dir is None and not options.dry_run:
-        print(f"logged in as {account(options.repo_id)}", flush=True)
+        say(f"logged in as {account(options.repo_id)}")
     with tempfile.TemporaryDirectory(prefix="push-") as folder:
         target = Path(folder, "repository") if options.output_dir is None else Path(options.output_dir)
         built = source if ready else _build(options, target)
         if options.dry_run:
-            print(describe(built))
-            print(f"\nThis would be published as {options.repo_id}. Nothing was sent.")
+            say(describe(built))
+            say(f"\nThis would be published as {options.repo_id}. Nothing was sent.")
         elif options.output_dir is not None:
-            print(f"The repository lies in {built}. Publish it with this command: give it as RUN_DIR.")
+            say(f"The repository lies in {built}. Publish it with this command: give it as RUN_DIR.")
         else:
             words = {} if options.commit_message is None else {"commit_message": options.commit_message}
             private = True if options.private else None
             commit = push_repository(built, options.repo_id, private=private, revision=options.revision, **words)
-            print(f"published: {commit.commit_url}")
+            say(f"published: {commit.commit_url}")
 
 
 def _is_repository(source: Path) -> bool:
-    """A card beside a model, and no checkpoints: not a run."""
+    """Whether a folder holds a card beside a model, and no checkpoints, so that it is not a run."""
     from hf_equissl.checkpoints import newest_checkpoint
 
     models = (source, source / "native", source / "pretraining")
@@ -103,14 +101,8 @@ def _build(options: argparse.Namespace, target: Path) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options with their help."""
-    parser = argparse.ArgumentParser(
-        prog="push_to_hub.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Make the parser of all options with their help."""
+    parser = command_parser("push_to_hub.py", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("run_dir", metavar="RUN_DIR", help="a run's folder (--output_dir of pretrain.py), or a repository built before")
     add("--repo_id", required=True, metavar="NAME/MODEL", help="repository on the Hub; created if it does not exist")

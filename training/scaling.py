@@ -14,6 +14,11 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
+from hf_equissl.utils.files import write_text
+from hf_equissl.utils.suggestions import RecipeError
+
 CONFIGS = Path(__file__).resolve().parent / "accelerate_configs"
 QUIET = 0.95  # of a core's time, for a process that waits for nothing
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -53,15 +58,14 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
         script: What is launched to measure: it calls this function. By default this file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options, rest = parser.parse_known_args(words)
-
-    from hf_equissl.benchmarking import scaling, step_clock
-    from hf_equissl.distributed.agreement import end_process
-
     try:
+        options, overrides = parse_words(_parser(), words)
+
+        from hf_equissl.benchmarking import scaling, step_clock
+        from hf_equissl.distributed.agreement import end_process
+
         task = step_clock.given_task()
-        recipe, steps = _read(options, rest, task, [name for act in parser._actions for name in act.option_strings])
+        recipe, steps = _read(options, overrides, task)
         if task is not None:
             step_clock.measure(recipe, task, steps)
             end_process(0)
@@ -69,34 +73,22 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
         report = _measure(recipe, steps, options, script or Path(__file__).resolve(), words)
         if options.output_dir is not None:
             path = Path(options.output_dir) / "scaling.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            _say(f"\nWritten to {path}")
+            write_text(path, json.dumps(report, indent=2) + "\n")
+            say(f"\nWritten to {path}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     except scaling.MeasurementError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return stop(error, code=1)
     return 0
 
 
-def _read(options: argparse.Namespace, rest: list[str], task: Any, known_options: list[str]) -> tuple[Any, Any]:
-    """The recipe as it is measured, and the steps."""
+def _read(options: argparse.Namespace, overrides: dict[str, Any], task: Any) -> tuple[Any, Any]:
+    """Read the recipe as it is measured, and the steps."""
     from hf_equissl.benchmarking.overhead import check_random_weights
     from hf_equissl.benchmarking.scaling import settings
     from hf_equissl.benchmarking.step_clock import Steps
-    from hf_equissl.recipes.overrides import parse_overrides
-    from hf_equissl.recipes.recipe import Recipe
-    from hf_equissl.training.pretrain import RECIPES, _find_recipe
-    from hf_equissl.utils.suggestions import RecipeError
 
-    for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 1), ("profiled", 0), ("repeats", 1)):
-        if getattr(options, name) < least:
-            raise RecipeError(f"--{name} {getattr(options, name)}: expected at least {least}.")
-    if min(options.processes) < 1:
-        raise RecipeError(f"--processes {min(options.processes)}: expected at least 1.")
-    overrides = parse_overrides(rest, known_options)
+    check_at_least(options, batch_size=1, steps=1, warmup=1, profiled=0, repeats=1, processes=1)
     steps = Steps(options.warmup, options.steps, options.profiled)
     own = settings(steps, options.batch_size)
     if clash := overrides.keys() & (own.keys() | {"data.source"}):
@@ -106,7 +98,7 @@ def _read(options: argparse.Namespace, rest: list[str], task: Any, known_options
         hint = f" Use {options_of[key]}." if key in options_of else ""
         raise RecipeError(f"--{key}: the measurement sets this itself.{hint}")
     source = options.data or (task and task.images)
-    recipe = Recipe.load(_find_recipe(options.recipe), overrides | own | {"data.source": source}, search=[RECIPES])
+    recipe = load_recipe(options.recipe, overrides | own | {"data.source": source})
     check_random_weights(recipe)
     return recipe, steps
 
@@ -114,8 +106,6 @@ def _read(options: argparse.Namespace, rest: list[str], task: Any, known_options
 def _check(recipe: Any, options: argparse.Namespace, script: Path | None) -> None:
     """Refuse what every measurement would, before the first one."""
     import torch
-
-    from hf_equissl.utils.suggestions import RecipeError
 
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else None
     if devices is not None and max(options.processes) > devices:
@@ -129,7 +119,7 @@ def _check(recipe: Any, options: argparse.Namespace, script: Path | None) -> Non
 def _measure(
     recipe: Any, steps: Any, options: argparse.Namespace, script: Path, words: Sequence[str]
 ) -> dict[str, Any]:
-    """All that was asked for, printed as it comes."""
+    """Measure all that was asked for, and print it as it comes."""
     from hf_equissl.benchmarking import scaling
     from hf_equissl.benchmarking.timing import environment
     from hf_equissl.distributed.engines import Engine
@@ -152,16 +142,16 @@ def _measure(
         },
         "environment": {**environment(device), "threads": 1},
     }
-    _say(_header(report, options))
+    say(_header(report, options))
     with tempfile.TemporaryDirectory(prefix="equissl-scaling-") as folder:
         files = None
         if options.data is None:
             count = options.batch_size * max(setup.count for setup in wanted) * args.gradient_accumulation_steps
             files = scaling.write_images(Path(folder) / "images", count, recipe.build_encoder_config().image_size)
-        launcher = scaling.Launcher(script, words, CONFIGS, Path(folder), files, ENVIRONMENT, _say)
+        launcher = scaling.Launcher(script, words, CONFIGS, Path(folder), files, ENVIRONMENT, say)
         results = scaling.measure_rounds(launcher, wanted, options.repeats)
     report["setups"] = scaling.summarize(results, images)
-    _say("\n".join(_table(report["setups"])))
+    say("\n".join(_table(report["setups"])))
     return report
 
 
@@ -212,14 +202,8 @@ def _share(row: dict[str, Any], name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scaling.py",
-        usage="scaling.py --recipe NAME|PATH [options] [--section.key VALUE ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "scaling.py --recipe NAME|PATH [options] [--section.key VALUE ...]"
+    parser = command_parser("scaling.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
     add("--engines", nargs="+", default=["ddp"], choices=ENGINES, help="default: ddp")
@@ -239,10 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="SOURCE", help="images as pretrain.py takes them; without: synthetic ones")
     add("--output_dir", metavar="DIR", help="scaling.json goes here")
     return parser
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
+from hf_equissl.utils.commands import command_parser, say, stop
+from hf_equissl.utils.suggestions import RecipeError
+
 PRETRAIN = Path(__file__).resolve().parent / "pretrain.py"
-RECIPES = PRETRAIN.parent / "recipes"
 SECONDS_TO_SAVE = 120
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 
@@ -35,16 +38,13 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 2 for what can be mended before the first run, 1 if a run failed, 75 if stopped."""
-    from hf_equissl.utils.suggestions import RecipeError
-
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    parser = _parser()
-    options, rest = parser.parse_known_args(words[:split])
     try:
-        members, overrides = _read(options, rest, [name for act in parser._actions for name in act.option_strings])
+        options, overrides = parse_words(_parser(), words[:split])
+        members = _read(options, overrides)
         if options.list:
-            print(_listing(members))
+            say(_listing(members))
             return 0
         if options.dry_run:
             return _dry_run(members, overrides, options)
@@ -52,41 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError("--output_dir is missing: each run gets a folder in it.")
         recipes = _load(members, overrides)
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     try:
         return _run_all(members, recipes, overrides, words[split + 1 :], options)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
+        return stop("the same command goes on from here", code=130, word="stopped")
 
 
-def _read(options: argparse.Namespace, rest: list[str], known_options: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """The chosen members and the overrides for all of them."""
-    from hf_equissl.recipes.overrides import parse_overrides
+def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> list[Any]:
+    """Read the chosen members, and put ``--data`` among the overrides for all of them."""
     from hf_equissl.recipes.sweep import choose, read_sweep
-    from hf_equissl.training.pretrain import _find_recipe
-    from hf_equissl.utils.suggestions import RecipeError
 
-    overrides = parse_overrides(rest, known_options)
-    if options.recipe is None:
-        raise RecipeError("--recipe is missing: the name of a sweep that ships, or a YAML file.")
-    members = choose(read_sweep(_find_recipe(options.recipe), [RECIPES]), options.only or [])
+    members = choose(read_sweep(find_recipe(options.recipe), [RECIPES]), options.only or [])
     for member in members:
         if clash := overrides.keys() & member.overrides.keys():
             key = min(clash)
             raise RecipeError(f"--{key} would replace what {member.name} sets: {member.overrides[key]!r}.")
-    if options.data is not None:
-        if "data.source" in overrides:
-            raise RecipeError("--data and --data.source say the same: give one of them.")
-        overrides["data.source"] = options.data
-    return members, overrides
+    set_value(overrides, "data.source", "--data", options.data)
+    return members
 
 
 def _load(members: Sequence[Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The members' recipes: all are checked before the first one runs."""
+    """Load the members' recipes, so that all are checked before the first one runs."""
     from hf_equissl.recipes.recipe import Recipe
-    from hf_equissl.utils.suggestions import RecipeError
 
     recipes = {}
     for member in members:
@@ -104,7 +92,7 @@ def _run_all(
     launch_options: list[str],
     options: argparse.Namespace,
 ) -> int:
-    """One run after another; a run that fails does not stop the next ones, one that was asked to stop does."""
+    """Run one member after another; one that fails does not stop the next ones, one that was asked to stop does."""
     from hf_equissl.distributed.signals import EXIT_PREEMPTED, MARKER_FILE
     from hf_equissl.running.resume import is_finished
 
@@ -113,22 +101,21 @@ def _run_all(
         folder = Path(options.output_dir) / member.name
         head = f"[{number}/{len(members)}] {member.name}"
         if is_finished(recipes[member.name], folder):
-            _say(f"{head}: finished before, skipped ({folder})")
+            say(f"{head}: finished before, skipped ({folder})")
             continue
-        _say(f"{head}: running in {folder}")
+        say(f"{head}: running in {folder}")
         start = time.monotonic()
         code = _launch([*LAUNCHER, *launch_options, *_command(member, overrides, folder)], folder / MARKER_FILE)
         minutes = (time.monotonic() - start) / 60
         if code == EXIT_PREEMPTED:
-            _say(f"{head}: stopped by a signal after {minutes:.1f} min; the same command goes on from here")
+            say(f"{head}: stopped by a signal after {minutes:.1f} min; the same command goes on from here")
             return EXIT_PREEMPTED
-        _say(f"{head}: {'done' if code == 0 else f'failed with code {code}'} after {minutes:.1f} min")
+        say(f"{head}: {'done' if code == 0 else f'failed with code {code}'} after {minutes:.1f} min")
         if code != 0:
             failed.append(member.name)
     if failed:
-        print(f"error: {len(failed)} of {len(members)} runs failed: {', '.join(failed)}", file=sys.stderr, flush=True)
-        return 1
-    _say(f"all {len(members)} runs are finished")
+        return stop(f"{len(failed)} of {len(members)} runs failed: {', '.join(failed)}", code=1)
+    say(f"all {len(members)} runs are finished")
     return 0
 
 
@@ -162,26 +149,25 @@ def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    """A line for each run; of a single one all that pretrain.py says."""
+    """Print a line for each run; of a single one all that pretrain.py says."""
     from hf_equissl.running.dry_run import Speed
     from hf_equissl.training import pretrain
-    from hf_equissl.utils.suggestions import RecipeError
 
     if len(members) == 1:
         _, *words = _command(members[0], overrides, Path(options.output_dir or "") / members[0].name)
         if options.output_dir is None:
             at = words.index("--output_dir")
             del words[at : at + 2]
-        _say(f"[1/1] {members[0].name}")
+        say(f"[1/1] {members[0].name}")
         return pretrain.main([*words, "--dry_run"])
     width = max(len(member.name) for member in members)
     for name, recipe in _load(members, overrides).items():
         try:
-            _say(f"{name:<{width}}  {_cost_line(recipe)}")
+            say(f"{name:<{width}}  {_cost_line(recipe)}")
         except RecipeError as error:
             raise RecipeError(f"{name}: {error}") from error
     share = f"{100 * Speed().utilisation:g} %"
-    _say(f"{len(members)} runs, times at {share} of an A100's peak; --only NAME shows the whole plan of one")
+    say(f"{len(members)} runs, times at {share} of an A100's peak; --only NAME shows the whole plan of one")
     return 0
 
 
@@ -206,14 +192,9 @@ def _listing(members: Sequence[Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep.py",
-        usage="sweep.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]",
-        description="Run the members of a sweep one after another, each in a folder of its own.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "sweep.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]"
+    description = "Run the members of a sweep one after another, each in a folder of its own."
+    parser = command_parser("sweep.py", usage=usage, description=description, epilog=EPILOG)
     add = parser.add_argument
     add("--recipe", metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
     add("--data", metavar="SOURCE", help="as pretrain.py's, for all runs")
@@ -222,10 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="NAME", help="these runs alone")
     add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")
     return parser
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "hf_equissl": __version__,
         **{name: version(name) for name in packages},
-        "commit": _commit(Path(__file__).resolve().parent.parent),
+        "commit": _commit(Path(__file__).resolve().parents[2]),
     }
 
 

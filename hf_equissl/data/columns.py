@@ -8,12 +8,13 @@ from typing import Any
 
 import datasets
 
-from ..utils.suggestions import nearest
+from ..utils.suggestions import did_you_mean
 from .errors import ImageSourceError
 
 # What Pillow reads and people keep photographs in; also decides which files of a folder are images.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm avif jp2 j2k jpx"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split(" "))
+_HOW = "--image_column, or data.column of a recipe"
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P4", b"P5", b"P6")
 
 
@@ -49,14 +50,12 @@ def find_image_column(features: datasets.Features, row: Mapping[str, Any], colum
     for test in tests:
         found = [name for name in features if test(name)]
         if len(found) > 1:
-            raise ImageSourceError(
-                f"{source}: several columns hold images: {', '.join(found)}. Choose one with data.column."
-            )
+            raise ImageSourceError(f"{source}: several columns hold images: {', '.join(found)}. Choose one: {_HOW}.")
         if found:
             return found[0]
     raise ImageSourceError(
         f"{source}: no column holds images. Columns: {list_columns(features)}. Expected a datasets.Image feature, "
-        "encoded bytes, or paths of image files; name the column with data.column."
+        f"encoded bytes, or paths of image files; name the image column: {_HOW}."
     )
 
 
@@ -89,8 +88,7 @@ def list_columns(features: Mapping[str, Any]) -> str:
 def _check_exists(column: str, features: datasets.Features, source: str, what: str) -> None:
     if column in features:
         return
-    near = nearest(column, features)
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = did_you_mean(column, features)
     raise ImageSourceError(f"{source}: there is no {what} {column!r}.{hint} Columns: {list_columns(features)}.")
 
 

@@ -95,7 +95,7 @@ class SkippedImages:
             raise TooManyBadImages(
                 f"{self.count} of {self._distinct_seen()} images seen ({self.share:.1%}) did not decode; "
                 f"{self.max_share:.1%} are allowed. The first:\n{listed}\n"
-                "Repair or remove these files, or raise data.max_bad_share if their loss is acceptable."
+                "Repair or remove these files, or raise max_bad_share if their loss is acceptable."
             )
 
     def _distinct_seen(self) -> int:

@@ -16,7 +16,7 @@ import pyarrow.dataset
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ..utils.suggestions import nearest
+from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
 
@@ -277,8 +277,7 @@ def _check_splits(source: str, names: Iterable[str], known: Iterable[str]) -> No
     known = sorted(known)
     for name in names:
         if name not in known:
-            near = nearest(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise UnknownSplitError(f"{source}: there is no split {name!r}.{hint} Splits: {', '.join(known)}.")
 
 

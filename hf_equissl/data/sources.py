@@ -233,7 +233,7 @@ def _features_and_first_row(rows: Rows, name: str) -> tuple[datasets.Features, d
     except Exception as error:  # Readers of every format raise their own.
         raise ImageSourceError(f"{name}: the first row cannot be read: {type(error).__name__}: {error}") from error
     if row is None:
-        raise ImageSourceError(f"{name} holds no rows. Point data.source at the images, or choose another split.")
+        raise ImageSourceError(f"{name} holds no rows. Point --data at the images, or choose another split.")
     if features is None:  # Streams of some formats know their columns only once they are read.
         features = datasets.Dataset.from_list([row]).features
     return features, row

@@ -135,6 +135,17 @@ def listen_to_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def speaks_for_failure() -> bool:
+    """Whether this process is the one that says what stopped all of them.
+
+    Mistakes in words are answered before torch is imported and the processes know each other: one per machine speaks.
+    """
+    agreement = sys.modules.get("hf_equissl.distributed.agreement")
+    if agreement is None or agreement.world_size() == 1:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return bool(agreement.speaks_for_all())
+
+
 def end_command(code: int) -> NoReturn:
     """End a command that trains, by ``running.stops.end`` if it came so far; nothing is imported for it."""
     end = getattr(sys.modules.get("hf_equissl.running.stops"), "end", None)

@@ -110,7 +110,9 @@ def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any
     if isinstance(size, dict):
         sides = {size[name] for name in ("height", "width", "shortest_edge") if size.get(name)}
         if len(sides) > 1:
-            raise ValueError(f"The image processor of {str(source)!r} makes {size} images; pass image_size=<one side>.")
+            raise ValueError(
+                f"The image processor of {str(source)!r} makes {size} images; give one side as image_size."
+            )
         size = sides.pop() if sides else None
     if size:
         found["image_size"] = int(size)

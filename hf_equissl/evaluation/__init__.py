@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..utils.suggestions import nearest
+from ..utils.suggestions import check_keys, check_known
 from .base import Evaluator
 from .data import image_set, load_evaluation_data
 from .effective_rank import EffectiveRankEvaluator
@@ -42,20 +42,12 @@ def build_evaluator(name: str, data: EvaluationData, *, protocol: str = "full", 
     Raises:
         ValueError: for unknown names, with the nearest known one.
     """
-    evaluator = EVALUATORS[_known(name, EVALUATORS, "evaluator")]
-    merged = {**PROTOCOLS[_known(protocol, PROTOCOLS, "protocol")].get(name, {}), **settings}
-    arguments = [key for key in inspect.signature(evaluator).parameters if key != "data"]
-    for key in merged:
-        _known(key, arguments, f"setting of {name}")
+    check_known(name, EVALUATORS, "evaluator")
+    check_known(protocol, PROTOCOLS, "protocol")
+    evaluator = EVALUATORS[name]
+    merged = {**PROTOCOLS[protocol].get(name, {}), **settings}
+    check_keys(merged, [key for key in inspect.signature(evaluator).parameters if key != "data"], f"evaluator {name!r}")
     return evaluator(data, **merged)
-
-
-def _known(name: str, names: Any, what: str) -> str:
-    if name not in names:
-        guess = nearest(name, names)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.")
-    return name
 
 
 __all__ = [

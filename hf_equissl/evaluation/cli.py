@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,8 @@ from typing import Any
 import torch
 
 from ..encoders.frozen import FEATURES, FrozenEncoder
+from ..utils.commands import command_parser, log_plainly, typed_command
 from ..utils.devices import choose_device
-from ..utils.redaction import without_secrets
 from ..views import TRANSFORMATIONS, build_transformation
 from . import EVALUATORS, build_evaluator
 from .base import Evaluator
@@ -32,9 +29,6 @@ Measure frozen encoders: how well transformations of an image can be read off th
 classes can (linear probe, k nearest neighbours). Prints a table and writes results.json, results.md and r2.png. Results
 that are already in the output folder (same weights, data and settings) are not computed again."""
 
-# Other rooms speak of a recipe's keys; here the same things are flags.
-_FLAGS = {"data.column": "--image_column", "data.source": "--data"}
-
 _EXAMPLES = """\
 examples:
   # four transformations, linear probe and kNN on a labelled set, three seeds
@@ -47,14 +41,8 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options with their help."""
-    parser = argparse.ArgumentParser(
-        prog="probe.py",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Make the parser of all options with their help."""
+    parser = command_parser("probe.py", description=_DESCRIPTION, epilog=_EXAMPLES)
     add = parser.add_argument
     add(
         "--encoder",
@@ -256,17 +244,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user end in one clear line and exit status 2."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    # As it was typed: paths stay relative where they were, and no working directory is recorded.
-    command = shlex.join(["python", "training/probe.py", *without_secrets(sys.argv[1:] if argv is None else argv)])
+    log_plainly()
+    command = typed_command("probe.py", argv)
     try:
         records = run(arguments, command)
     except (ValueError, OSError) as error:
-        message = str(error)
-        for key, flag in _FLAGS.items():
-            message = message.replace(key, flag)
-        parser.exit(2, f"probe.py: error: {message}\n")
+        parser.exit(2, f"probe.py: error: {error}\n")
     print(plain_table(records))
     # Of all that the folder holds by now, earlier commands' included.
     everything = load_records(Path(arguments.output_dir) / RESULTS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from ..encoders.frozen import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
 from ..evaluation.runner import check_output_dir
 from ..hub.privacy import is_hub_id
 from ..hub.push import account
+from ..utils.commands import command_parser, log_plainly, say, stop, typed_command
 from ..utils.files import readable_size
-from ..utils.redaction import without_secrets
 from .card import write_card
 from .processes import Processes
 from .push import push_features
@@ -53,24 +50,15 @@ examples:
   accelerate launch training/extract_features.py --encoder me/my-encoder --data "./shards/*.tar" --streaming \\
       --features equivariant_cls equivariant_patches --output_dir stem --push_to_hub --repo_id me/stem --private
 """
-# Other rooms speak of a recipe's keys and of keywords; here the same things are flags.
-_FLAGS = {
-    "data.column": "--image_column",
-    "data.source": "--data",
-    "data.max_bad_share": "--max_bad_share",
-    "image_size=<one side>": "--image_size PIXELS",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options with their help."""
-    parser = argparse.ArgumentParser(
-        prog="extract_features.py",
+    """Make the parser of all options with their help."""
+    parser = command_parser(
+        "extract_features.py",
         usage="extract_features.py --encoder PATH_OR_ID --data SOURCE --output_dir DIR [options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -127,20 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if interrupted.
     """
     options = vars(build_parser().parse_args(argv))
-    words = without_secrets(sys.argv[1:] if argv is None else argv)
-    command = shlex.join(["python", "training/extract_features.py", *words])
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    command = typed_command("extract_features.py", argv)
+    log_plainly()
     try:
         processes = Processes()
     except ExtractionError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return stop(error, code=2)
     try:
         return _run(processes, options, command)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on, finished shards are kept.", file=sys.stderr, flush=True)
-        return 130
+        return stop("the same command goes on, finished shards are kept.", code=130, word="interrupted")
 
 
 def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
@@ -152,7 +136,7 @@ def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
             work = prepare(settings, processes.device(settings.device))
             plan = _plan(work, command, processes, dry_run)
         except (ValueError, OSError, ImportError, ExtractionError) as error:
-            plan = {"error": _stop(error, code=2)}
+            plan = {"error": stop(_message(error), code=2)}
     try:
         plan = processes.from_main(plan)
         if "error" in plan or dry_run:
@@ -170,16 +154,17 @@ def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
             run = summarise(work, shares, workers)
             record = finish(work, command, run)
             write_card(Path(work.settings.output_dir), record)
-            print(_report(work, record, run), flush=True)
+            say(_report(work, record, run))
             if publish:
-                print(f"Published: {push_features(Path(work.settings.output_dir), record, **publish)}", flush=True)
+                say(f"Published: {push_features(Path(work.settings.output_dir), record, **publish)}")
     except (ExtractionError, ImageDecodeError, ImageSourceError, NonFiniteFeaturesError, OSError, ValueError) as error:
-        return _stop(error, code=1, process=processes)
+        who = f"process {processes.rank}: " if processes.count > 1 else ""
+        return stop(f"{who}{_message(error)}", code=1)
     return 0
 
 
 def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[ExtractionSettings, dict[str, Any]]:
-    """The settings, and what ``push_features`` needs; the latter empty where nothing is published."""
+    """Read the settings, and what ``push_features`` needs; the latter empty where nothing is published."""
     options = dict(options)
     publish = {name: options.pop(name, None) for name in ("push_to_hub", "repo_id", "private")}
     names = {"image_column": "column", "data_revision": "revision"}
@@ -209,7 +194,7 @@ def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -
     """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
     check_same(work)
     remaining = work.remaining()
-    print(work.describe(remaining, processes.count, work.settings.workers(processes.local_count)), flush=True)
+    say(work.describe(remaining, processes.count, work.settings.workers(processes.local_count)))
     work.check_disk(remaining, processes.count)
     if not dry_run:
         check_output_dir(work.folder)
@@ -220,7 +205,7 @@ def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -
 
 
 def _check_same_sight(work: Extraction, plan: dict[str, Any]) -> None:
-    """On another machine a path may lead elsewhere."""
+    """Refuse to go on where this process, on another machine, reads something else than the main process."""
     if work.digest != plan["digest"]:
         raise ExtractionError(
             f"this process reads another encoder or other images at {work.settings.encoder} and {work.settings.data} "
@@ -246,12 +231,8 @@ def _report(work: Extraction, record: dict[str, Any], run: dict[str, Any] | None
     return "\n".join([*lines, wait])
 
 
-def _stop(error: Exception, code: int, process: Processes | None = None) -> int:
+def _message(error: Exception) -> str:
     message = str(error)
     if "Original Traceback" in message:  # from a worker; the same error again, with its message at the end
         message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
-    for key, flag in _FLAGS.items():
-        message = message.replace(key, flag)
-    who = f"process {process.rank}: " if process is not None and process.count > 1 else ""
-    print(f"error: {who}{message}", file=sys.stderr, flush=True)
-    return code
+    return message

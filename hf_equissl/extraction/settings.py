@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils.suggestions import nearest
+from ..utils.suggestions import did_you_mean
 
 
 class ExtractionError(RuntimeError):
@@ -76,8 +76,7 @@ class ExtractionSettings:
             ("--precision", self.precision, PRECISIONS),
         ):
             if value not in known:
-                near = nearest(value, known)
-                hint = f" Did you mean {near!r}?" if near else ""
+                hint = did_you_mean(value, known)
                 raise ValueError(f"{flag} {value}: expected one of {', '.join(known)}.{hint}")
         for flag, number in (
             ("--shard_size", self.shard_size),

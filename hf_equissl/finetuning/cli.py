@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals
-from ..utils.redaction import without_secrets
+from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
+from ..utils.commands import command_parser, is_first_process, log_plainly, say, stop, typed_command
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
 _DESCRIPTION = """\
@@ -39,25 +36,21 @@ examples:
   # one table over finished runs and the linear probe of training/probe.py
   python training/finetune.py --compare runs/linear runs/lora runs/full results
 """
-# Other rooms speak of a recipe's keys; here the same things are flags.
-_FLAGS = {"data.column": "--image_column", "data.source": "--data", "data.max_bad_share": "--max_bad_share"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options with their help."""
+    """Make the parser of all options with their help."""
     methods = "\n".join(
         f"  {name:<8}{method.description}; learning rate {method.base_learning_rate:g} x sqrt(batch/256), weight decay "
         f"{method.weight_decay:g}, label smoothing {method.label_smoothing:g}"
         + (f", layer decay {method.layer_decay:g}" if method.layer_decay < 1 else "")
         for name, method in METHODS.items()
     )
-    parser = argparse.ArgumentParser(
-        prog="finetune.py",
+    parser = command_parser(
+        "finetune.py",
         usage="finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD --output_dir DIR [options]",
         description=_DESCRIPTION,
         epilog=f"methods:\n{methods}\n\n{_EXAMPLES}\n{_EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -147,28 +140,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM or SIGUSR1, 130 if interrupted.
     """
     options = vars(build_parser().parse_args(argv))
-    command = shlex.join(["python", "training/finetune.py", *without_secrets(sys.argv[1:] if argv is None else argv)])
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    command = typed_command("finetune.py", argv)
+    log_plainly()
     try:
         with Signals(options.get("output_dir")) as signals:
             return _run(options, command, signals)
     except Preempted as stopped:
-        if _is_main():
-            print(f"preempted: {stopped}", file=sys.stderr, flush=True)
-        return EXIT_PREEMPTED
+        return stop(stopped, code=EXIT_PREEMPTED, word="preempted", speaks=is_first_process())
     except (ValueError, OSError, ImportError) as error:
-        return _stop(error, code=2)
+        return stop(error, code=2, speaks=speaks_for_failure())
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-        return 130
+        reason = "the same command goes on from the last checkpoint."
+        return stop(reason, code=130, word="interrupted", speaks=is_first_process())
 
 
 def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     from .report import compare
 
     if "compare" in options:
-        _say(compare(options["compare"]))
+        say(compare(options["compare"]))
         return 0
     resume = options.pop("resume", "auto")
     publish = {name: options.pop(name, None) for name in ("merge", "push_to_hub", "repo_id", "private")}
@@ -187,18 +177,19 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         with explained(settings.output_dir):
             run = together(lambda: prepare(settings, resume), (ValueError, OSError, ImportError))
     except STOPS as error:
-        return _stop(error, code=1)
-    _say(run.summary())
+        return stop(error, code=1, speaks=speaks_for_failure())
+    say(run.summary())
     try:
         records = train(run, command, signals)
     except (*STOPS, ValueError, OSError) as error:
-        return _stop(error, code=1, agreed=isinstance(error, AGREED))
-    if _is_main():
-        _say(comparison_table(records))
+        speaks = speaks_for_failure()  # all ask: the process that answers stays until they have
+        return stop(error, code=1, speaks=is_first_process() if isinstance(error, AGREED) else speaks)
+    if is_first_process():
+        say(comparison_table(records))
         try:
-            _say(publish_run(run, **publish))
+            say(publish_run(run, **publish))
         except (ValueError, OSError) as error:
-            return _stop(error, code=1)
+            return stop(error, code=1, speaks=speaks_for_failure())
     return 0
 
 
@@ -222,26 +213,3 @@ def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> 
             f"--push_to_hub: others cannot load an adapter whose base is the folder {settings.encoder}. Publish the "
             "encoder and say where with --base_id OWNER/NAME, or publish one plain model with --merge."
         )
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _is_main() and text:
-        print(text, flush=True)
-
-
-def _stop(error: Exception, code: int, agreed: bool = False) -> int:
-    # What can be mended is said once per machine, what stops a run by the first process that says it.
-    from ..distributed.agreement import speaks_for_all
-    from ..distributed.collectives import world_size
-
-    speaks = speaks_for_all() if code == 1 or world_size() > 1 else os.environ.get("LOCAL_RANK", "0") == "0"
-    if _is_main() if agreed else speaks:
-        message = str(error)
-        for key, flag in _FLAGS.items():
-            message = message.replace(key, flag)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return code

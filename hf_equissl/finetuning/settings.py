@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..utils.suggestions import nearest
+from ..utils.suggestions import did_you_mean
 
 # As in modeling.configuration_equissl, without the seconds that its import takes before --help.
 POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")
@@ -214,6 +214,5 @@ class FineTuningSettings:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        guess = nearest(value, choices)
-        hint = f" Did you mean {guess!r}?" if guess else ""
+        hint = did_you_mean(value, choices)
         raise ValueError(f"--{name} {value}: there is no such {name}.{hint} Choose among {', '.join(choices)}.")

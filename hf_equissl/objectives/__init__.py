@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..utils.suggestions import check_keys, check_known
 from .base import Features, LossOutput, Objective
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
@@ -60,21 +60,11 @@ def build_objective(
     Raises:
         ValueError: For an unknown name or keyword, with the nearest and all valid ones; for a missing keyword.
     """
-    if name not in registry:
-        raise ValueError(_unknown("objective", name, registry))
+    check_known(name, registry, "objective")
     cls = registry[name]
     parameters = dict(list(inspect.signature(cls).parameters.items())[1:])  # without config
-    for key in kwargs:
-        if key not in parameters:
-            raise ValueError(_unknown(f"argument of objective {name!r}", key, parameters))
+    check_keys(kwargs, parameters, f"objective {name!r}")
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in kwargs]
     if missing:
         raise ValueError(f"Objective {name!r} needs a value for {', '.join(missing)}.")
     return cls(config, **kwargs)
-
-
-def _unknown(kind: str, name: str, valid: Iterable[str]) -> str:
-    names = sorted(valid)
-    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"Unknown {kind}: {name!r}{hint} Valid: {', '.join(names)}."

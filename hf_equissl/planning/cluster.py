@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
-from ..utils.suggestions import RecipeError, nearest
+from ..utils.suggestions import RecipeError, did_you_mean
 from .arithmetic import Schedule
 from .memory import Held, Setup, host_bytes, peak, peaks_by_phase
 from .step import Cost
@@ -181,8 +181,7 @@ def parse_engine(text: str) -> tuple[Engine, bool]:
         RecipeError: There is none of this name.
     """
     if text not in ENGINES:
-        guess = nearest(text, ENGINES)
-        hint = f" Did you mean {guess!r}?" if guess else ""
+        hint = did_you_mean(text, ENGINES)
         raise RecipeError(f"--engine {text}: there is no such engine.{hint} Valid: {', '.join(ENGINES)}.")
     name, offload, _ = text.partition(OFFLOAD)
     return Engine(name), bool(offload)

@@ -13,10 +13,25 @@ from .coercion import coerce
 
 SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
+# What the section `model` says of an encoder to start from.
+INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
+
+
+def resolve_recipe(path: Path, overrides: Mapping[str, Any], search: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a recipe with everything that it extends and set ``overrides`` (dotted key -> value); checks no value.
+
+    Raises:
+        RecipeError: As ``read_recipe`` and ``apply_overrides``.
+    """
+    raw = {"name": path.stem, **read_recipe(path, search)}
+    model = raw.get("model")
+    if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
+        raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder
+    return apply_overrides(raw, overrides)
 
 
 def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in ``path`` merged over the one that it extends.
+    """Read the mapping in ``path`` and merge it over the one that it extends.
 
     Mappings merge key by key, lists are replaced, and so is a mapping whose ``name`` changes.
 
@@ -26,7 +41,7 @@ def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...]
         chain: Files that led here.
 
     Raises:
-        RecipeError: a file is missing or no YAML, has an unknown section, or extends itself in the end.
+        RecipeError: A file is missing or not YAML, has an unknown section, or extends itself in the end.
     """
     path = path.resolve()
     if path in chain:
@@ -63,10 +78,10 @@ def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[s
 
     Args:
         words: What the command line says beyond the command's own options.
-        options: Those options, to guess what a misspelt one was meant to be.
+        options: The command's own options, to guess what a misspelt one was meant to be.
 
     Raises:
-        RecipeError: for a word that is not a dotted option, an option without value, one given twice.
+        RecipeError: A word is not a dotted option, an option has no value, or one is given twice.
     """
     result: dict[str, Any] = {}
     queue = list(words)
@@ -91,7 +106,7 @@ def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[s
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``raw`` with dotted keys set. A number in a key is a position in a list."""
+    """Return a copy of ``raw`` with dotted keys set. A number in a key is a position in a list."""
     changed = deepcopy(dict(raw))
     # Names first: a name that changes drops the settings of the entry that it replaces, never those that come with it.
     for key in sorted(overrides, key=lambda k: not k.endswith(".name")):
@@ -142,5 +157,5 @@ def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = False) -> dic
 
 
 def as_mapping(value: Any, where: str) -> dict[str, Any]:
-    """``value`` if it is a mapping, an empty one for ``None``, a ``RecipeError`` for anything else."""
+    """Return ``value`` if it is a mapping, an empty one for ``None``; raise ``RecipeError`` for anything else."""
     return coerce({} if value is None else value, dict, where)

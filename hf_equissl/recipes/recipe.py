@@ -27,10 +27,10 @@ transformation mean nothing to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -44,13 +44,13 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.files import write_text
 from ..utils.strict_yaml import dump_yaml
-from ..utils.suggestions import RecipeError, check_keys, nearest
+from ..utils.suggestions import RecipeError, check_keys, check_known
 from ..utils.versions import __version__
 from ..views import TRANSFORMATIONS, build_transformation
 from ..views.pipelines import PIPELINES, build_pipeline
 from .coercion import check_arguments, coerce, hints_of, parameters_of
 from .monitor_settings import MonitorSettings
-from .overrides import TOP_KEYS, apply_overrides, as_mapping, read_recipe
+from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, resolve_recipe
 
 if TYPE_CHECKING:
     from ..data import ImageSource
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from ..views.needs import Needs
     from ..views.pipelines import ViewPipeline
 
-INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
 # What the section `data` says beside the arguments of `load_images`.
 _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
 # What the section `model` says beside the fields of the encoder's config: the last is the run's, not stored with it.
@@ -125,18 +124,19 @@ class Recipe:
             overrides: Dotted key -> value, e.g. ``{"training.max_steps": 100, "objectives.equivariance.0.weight": 0}``.
             search: Further folders in which ``extends`` may find a file.
         """
-        raw = read_recipe(Path(path), [Path(folder) for folder in search])
-        raw.setdefault("name", Path(path).stem)
         overrides = overrides or {}
-        model = raw.get("model")
-        if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
-            raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder
-        recipe = cls.from_dict(apply_overrides(raw, overrides), origin=str(path))
-        return replace(recipe, given=frozenset(overrides))
+        raw = resolve_recipe(Path(path), overrides, [Path(folder) for folder in search])
+        return cls.from_dict(raw, str(path), overrides)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-        """Check plain data, as YAML gives it."""
+    def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe", given: Iterable[str] = ()) -> Recipe:
+        """Check plain data, as YAML gives it.
+
+        Args:
+            raw: Section -> its mapping.
+            origin: Where the data are from, for messages.
+            given: Dotted keys that were set over the file.
+        """
         check_keys(raw, TOP_KEYS, origin)
         for section in ("model", "objectives", "views"):
             if section not in raw:
@@ -153,6 +153,7 @@ class Recipe:
             data=_check_data(as_mapping(raw.get("data"), "data")),
             training=_check_training(as_mapping(raw.get("training"), "training")),
             monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
+            given=frozenset(given),
         )
         if "init_from" not in recipe.model:  # else the encoder decides whether values go together
             recipe.build_pretraining_config()  # those that do not fail here, not minutes later
@@ -291,15 +292,10 @@ def _check_entry(
 
 
 def _check_name(entry: dict[str, Any], registry: Mapping[str, Any], where: str) -> str:
-    valid = ", ".join(sorted(registry))
     if "name" not in entry:
-        raise RecipeError(f"{where}: `name` must be given, one of {valid}.")
-    name = coerce(entry["name"], str, f"{where}.name")
-    if name not in registry:
-        guess = nearest(name, registry)
-        raise RecipeError(
-            f"{where}.name: there is no {name!r}.{f' Did you mean {guess!r}?' if guess else ''} Valid: {valid}."
-        )
+        raise RecipeError(f"{where}: `name` must be given, one of {', '.join(sorted(registry))}.")
+    name: str = coerce(entry["name"], str, f"{where}.name")
+    check_known(name, sorted(registry), f"{where}.name")
     return name
 
 

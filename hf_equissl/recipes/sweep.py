@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.strict_yaml import load_yaml
-from ..utils.suggestions import RecipeError, check_keys, nearest
+from ..utils.suggestions import RecipeError, check_keys, did_you_mean
 from .coercion import coerce
 from .overrides import SECTIONS, apply_overrides, as_mapping, read_recipe
 
@@ -105,8 +105,7 @@ def choose(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
     known = [member.name for member in members]
     for name in names:
         if name not in known:
-            guess = nearest(name, known)
-            hint = f" Did you mean {guess!r}?" if guess else ""
+            hint = did_you_mean(name, known)
             raise RecipeError(f"--only {name}: no run of this name.{hint} Runs: {', '.join(known)}.")
     return [member for member in members if member.name in names or not names]
 

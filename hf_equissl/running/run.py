@@ -34,7 +34,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
-from ..utils.suggestions import RecipeError, nearest
+from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.masks import draw_masks
 from ..views.pipelines import ViewPipeline
@@ -164,15 +164,10 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         _, model = without_weights(config)
     except ValueError as error:
         raise RecipeError(f"objectives: {error}") from error
-    except KeyError as error:
+    except KeyError:
         name = config.encoder_config.hidden_act
-        if name in ACT2FN:
-            raise
-        guess = nearest(name, ACT2FN)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise RecipeError(
-            f"model.hidden_act: there is no {name!r}.{hint} Valid: {', '.join(sorted(ACT2FN))}."
-        ) from error
+        check_known(name, sorted(ACT2FN), "model.hidden_act")
+        raise
     check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
     notes = describe_resume(checkpoint, launch) + (() if initial is None else tuple(initial.describe(model, recipe)))

@@ -1,4 +1,4 @@
-"""What went wrong while something was loaded from a folder or from the Hub, said in one place and in plain words.
+"""Errors of loading from a folder or from the Hub, in plain words.
 
 huggingface_hub, transformers, safetensors and torch each raise errors of their own, wrap each other's, and cannot know
 what was meant: ``explain_load_errors`` looks at the whole chain and at the files, and raises one ``LoadError``.
@@ -6,15 +6,16 @@ what was meant: ``explain_load_errors`` looks at the whole chain and at the file
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+from .suggestions import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,7 +48,7 @@ def read_config(
         **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token``, ... as in ``AutoConfig.from_pretrained``.
 
     Raises:
-        LoadError: if there is no config, or one that nobody here knows, or a damaged one.
+        LoadError: There is no config, or it is damaged or of a kind that no class here is made for.
     """
     from transformers import AutoConfig
 
@@ -61,7 +62,7 @@ def explain_load_errors(
 ) -> Iterator[None]:
     """Turn errors of the loading libraries inside the block into one ``LoadError``.
 
-    What is no failure of loading (memory that runs out, a bug, an interruption) passes as it is.
+    Other failures (memory that runs out, a bug, an interruption) pass as they are.
 
     Args:
         source: Folder or Hub id that is being loaded.
@@ -71,14 +72,16 @@ def explain_load_errors(
             are read to say more, the rest is ignored.
 
     Raises:
-        LoadError: in one paragraph, with the original error as its cause.
+        LoadError: It says in one paragraph what is wrong; the original error is its cause.
     """
     try:
         yield
     except LoadError:
         raise
     except Exception as error:
-        message = _explain(error, _Place(str(source), what, config_name, **_known(hub_options)))
+        names = ("revision", "subfolder", "cache_dir", "token")  # token=False says something, None and "" do not
+        known = {name: hub_options[name] for name in names if hub_options.get(name) not in (None, "")}
+        message = _explain(error, _Place(str(source), what, config_name, **known))
         if message is None:
             raise
         raise LoadError(message) from error
@@ -86,11 +89,11 @@ def explain_load_errors(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where something should be."""
+    """The folder or repository that something is loaded from."""
 
     source: str
     what: str
-    config_name: str = _CONFIG
+    config_name: str
     revision: str | None = None
     subfolder: str = ""
     cache_dir: str | Path | None = None
@@ -109,59 +112,40 @@ class _Place:
         """The folder on this machine: the local one, or that of the cached revision if its config is there."""
         if self.is_local:
             return Path(self.source, self.subfolder)
-        found = self._cached(self.config_name)
+        found = self.cached_config()
         return Path(found).parent if isinstance(found, str) else None
 
-    @property
-    def known_to_lack_a_config(self) -> bool:
-        """Whether the Hub was asked for the config and has none (as opposed to: could not be asked)."""
-        return not self.is_local and self._cached(self.config_name) is not None and self.folder is None
-
-    @property
-    def has_token(self) -> bool:
-        from huggingface_hub import get_token
-
-        return self.token is not False and (isinstance(self.token, str) or get_token() is not None)
-
-    def _cached(self, name: str) -> Any:
-        """Path of a cached file, a marker if the repository is known to lack it, None if nothing is known."""
+    def cached_config(self) -> Any:
+        """Find the config in the cache: its path, a marker if the repository has none, ``None`` if nothing is known."""
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
-        name = f"{self.subfolder}/{name}" if self.subfolder else name
+        name = str(PurePosixPath(self.subfolder, self.config_name))
         try:
             return try_to_load_from_cache(self.source, name, cache_dir=self.cache_dir, revision=self.revision)
         except HFValidationError:
             return None
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "subfolder", "cache_dir", "token")  # token=False says something, None and "" do not
-    return {name: options[name] for name in names if options.get(name) not in (None, "")}
-
-
 def _explain(error: Exception, place: _Place) -> str | None:
-    """The message for an error, None where the error speaks for itself."""
-    chain = _chain(error)
+    """Say what an error means; ``None`` where it speaks for itself."""
     from huggingface_hub.errors import StrictDataclassError
 
-    for rule in (_source_problem, _hub_problem, _config_problem, _weights_problem):
-        if message := rule(chain, place):
-            return message
-    # A config that its own class refuses, and whatever else was said well; a full disk or no memory is not ours.
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if problem := _source_problem(chain, place) or (None if place.is_local else _hub_problem(chain, place)):
+        return f"No {place.what} at {place}: {problem}"
+    if problem := _config_problem(chain, place):
+        return f"No {place.what} can be loaded from {place}: {problem}"
+    if problem := _weights_problem(chain, place):
+        return f"The weights at {place} cannot be read: {problem}"
+    # A config that its own class refuses, and whatever else was said well. An error of the disk is not of loading.
     if isinstance(error, (OSError, ValueError, StrictDataclassError)) and getattr(error, "errno", None) is None:
         return f"No {place.what} can be loaded from {place}: {_first_line(error)}"
     return None
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error, what it was raised from, what that was raised from, ..."""
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
-    return chain
 
 
 def _first_line(error: BaseException) -> str:
@@ -170,56 +154,46 @@ def _first_line(error: BaseException) -> str:
 
 
 def _source_problem(chain: list[BaseException], place: _Place) -> str | None:
-    """A folder that does not exist, or that is no model's folder."""
+    """Find a folder that does not exist, or that holds something else."""
     from huggingface_hub.errors import HFValidationError
 
     path, wanted = Path(place.source), place.config_name
     invalid = any(isinstance(link, (HFValidationError, json.JSONDecodeError, UnicodeDecodeError)) for link in chain)
-    nothing = f"No {place.what} at {place}:"
     expected = f"Expected a folder with {wanted} and the weights, or a Hub id such as 'name/model'."
     if not place.source.strip() or not path.exists():
-        if not invalid and not _looks_like_a_path(place.source):
-            return None
-        return f"{nothing} there is no such folder.{_nearest_sibling(path)} {expected}"
+        is_path = place.source.startswith((".", "~", os.sep)) or place.source.count("/") > 1
+        return f"there is no such folder.{_nearest_sibling(path)} {expected}" if invalid or is_path else None
     if path.is_file():
-        return f"{nothing} that is a file. Give the folder that it lies in, with {wanted}." if invalid else None
+        return f"that is a file. Give the folder that it lies in, with {wanted}." if invalid else None
     folder = path / place.subfolder
     if (folder / wanted).is_file():
         return None
     if not folder.is_dir():
-        return f"{nothing} no such subfolder. With a model in them: {_listed(_model_folders(path), path)}."
+        return f"no such subfolder. With a model in them: {_listed(_model_folders(path), path)}."
     if (folder / _ADAPTER).is_file():
         return (
-            f"{nothing} the folder holds a PEFT adapter, not a model. Load the model that it was made for, then "
+            "the folder holds a PEFT adapter, not a model. Load the model that it was made for, then "
             "peft.PeftModel.from_pretrained(model, folder)."
         )
     if inside := _model_folders(folder):
-        return f"{nothing} the folder has no {wanted}. Did you mean {_listed(inside)}?"
-    content = _listed(sorted(folder.iterdir()), folder)
-    return f"{nothing} the folder has no {wanted} (what it has: {content}). {expected}"
-
-
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "~", os.sep)) or source.count("/") > 1
+        return f"the folder has no {wanted}. Did you mean {_listed(inside)}?"
+    return f"the folder has no {wanted} (what it has: {_listed(sorted(folder.iterdir()), folder)}). {expected}"
 
 
 def _nearest_sibling(path: Path) -> str:
-    """A hint at the folder whose name is closest to the first part of a path that does not exist."""
+    """Hint at the folder whose name is closest to the first part of a path that does not exist."""
     missing = path
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
-    if not missing.parent.is_dir():
-        return ""
-    names = [found.name for found in missing.parent.iterdir() if found.is_dir()]
-    near = difflib.get_close_matches(missing.name, names, n=1)
-    return f" Did you mean {str(missing.with_name(near[0]) / path.relative_to(missing))!r}?" if near else ""
+    folders = [found.name for found in missing.parent.iterdir() if found.is_dir()] if missing.parent.is_dir() else []
+    near = nearest(missing.name, folders)
+    return f" Did you mean {str(missing.with_name(near) / path.relative_to(missing))!r}?" if near else ""
 
 
 def _model_folders(folder: Path) -> list[Path]:
-    """Folders below ``folder`` that hold a model, the likeliest first."""
+    """List the folders below ``folder`` that hold a model, the likeliest first."""
     found = [path for pattern in _FOLDERS for path in sorted(folder.glob(pattern))]
-    found += sorted(path for path in folder.glob("*/") if path not in found)
-    return [path for path in found if (path / _CONFIG).is_file()]
+    return [path for path in dict.fromkeys([*found, *sorted(folder.glob("*/"))]) if (path / _CONFIG).is_file()]
 
 
 def _listed(paths: list[Path], base: Path | None = None) -> str:
@@ -228,127 +202,108 @@ def _listed(paths: list[Path], base: Path | None = None) -> str:
 
 
 def _hub_problem(chain: list[BaseException], place: _Place) -> str | None:
-    """A repository that is absent, out of bounds or out of reach, or lacks the revision or the files."""
-    from huggingface_hub import constants, errors
+    """Find out why a repository cannot be read: absent, out of bounds or out of reach, or without revision or files."""
+    from huggingface_hub import constants, errors, get_token
 
     def raised(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
-    if place.is_local:
-        return None
-    nothing = f"No {place.what} at {place}:"
+    hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{place.source}"
+    has_token = place.token is not False and (isinstance(place.token, str) or get_token() is not None)
     statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
     if raised(errors.GatedRepoError):
-        ask = "your token's account was not granted access" if place.has_token else "no token is set"
-        return (
-            f"{nothing} the repository is gated and {ask}. Ask for access on {constants.ENDPOINT}/{place.source}, then "
-            "log in with `hf auth login` or set HF_TOKEN."
-        )
-    if raised(errors.DisabledRepoError):
-        return f"{nothing} the Hub has disabled this repository."
+        ask = "your token's account was not granted access" if has_token else "no token is set"
+        return f"the repository is gated and {ask}. Ask for access on {page}, then {log_in}."
     if raised(errors.RevisionNotFoundError):
         return (
-            f"{nothing} the repository has no revision {place.revision!r}. Give a branch, a tag or a full commit hash "
-            f"of {constants.ENDPOINT}/{place.source}/commits/main, or leave the revision out."
+            f"the repository has no revision {place.revision!r}. Give a branch, a tag or a full commit hash of "
+            f"{page}/commits/main, or leave the revision out."
         )
     if raised(errors.RepositoryNotFoundError) or (404 in statuses and not raised(errors.RemoteEntryNotFoundError)):
-        rights = "your token may not read it" if place.has_token else "no token is set"
+        rights = "your token may not read it" if has_token else "no token is set"
         folder = "" if "/" in place.source else f" There is no folder {place.source!r} here either."
         return (
-            f"{nothing} {constants.ENDPOINT} has no such repository, or it is private and {rights}. Check the spelling "
-            f"('name/model'); for a private one log in with `hf auth login` or set HF_TOKEN.{folder}"
+            f"{hub} has no such repository, or it is private and {rights}. Check the spelling ('name/model'); for a "
+            f"private one {log_in}.{folder}"
         )
-    if statuses & {401, 403}:
-        token = "the token was refused" if 401 in statuses else "the token does not allow it"
-        return (
-            f"{nothing} {constants.ENDPOINT} answers {' and '.join(str(s) for s in statuses & {401, 403})}: {token}. "
-            "Log in again with `hf auth login`, or set HF_TOKEN to a token that may read this repository."
-        )
+    if refused := sorted(statuses & {401, 403}):
+        token = "the token was refused" if 401 in refused else "the token does not allow it"
+        return f"{hub} answers {refused[0]}: {token}. For another token {log_in}."
     if raised(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reach = (
-            "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        ) + f" ({_first_line(chain[-1])})" * (not constants.HF_HUB_OFFLINE)
+        reach = f"{hub} cannot be reached ({_first_line(chain[-1])})"
+        reach = "HF_HUB_OFFLINE=1 is set" if constants.HF_HUB_OFFLINE else reach
         return (
-            f"{nothing} it is not in the cache ({place.cache_dir or constants.HF_HUB_CACHE}), nor a folder here, and "
-            f"{reach}. Load it once with network access, with the same revision and subfolder, or give a folder."
+            f"it is not in the cache ({place.cache_dir or constants.HF_HUB_CACHE}), nor a folder here, and {reach}. "
+            "Load it once with network access, with the same revision and subfolder, or give a folder."
         )
-    broken = next((link for link in chain if _is_of_the_network(link)), None)
-    if broken is not None:
-        return (
-            f"{nothing} the connection to {constants.ENDPOINT} broke off ({_first_line(broken)}). Load again: what is "
-            "complete is kept, the rest is fetched."
-        )
-    if place.known_to_lack_a_config:
-        where = f"no {place.subfolder}/{_CONFIG}" if place.subfolder else f"no {_CONFIG}"
-        return (
-            f"{nothing} the repository has {where}. See {constants.ENDPOINT}/{place.source}/tree/"
-            f"{place.revision or 'main'} for its subfolders, and give the one that holds the model."
-        )
+    for link in chain:  # whichever HTTP library huggingface_hub is built on (httpx, httpx2)
+        if any(kind.__name__ == "TransportError" for kind in type(link).__mro__):
+            return f"the connection to {hub} broke off ({_first_line(link)}). Load again: what is complete is kept."
+    if place.folder is None and place.cached_config() is not None:
+        where = PurePosixPath(place.subfolder, _CONFIG)
+        return f"the repository has no {where}. {page}/tree/{place.revision or 'main'} shows its subfolders: give one."
     return None
 
 
-def _is_of_the_network(error: BaseException) -> bool:
-    """Whether it is a ``TransportError`` of the HTTP library, whichever huggingface_hub is built on (httpx, httpx2)."""
-    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-
-
 def _config_problem(chain: list[BaseException], place: _Place) -> str | None:
-    """A config that is damaged or that nobody here knows."""
+    """Find a config that is damaged or that no class here is made for."""
     folder, name, text = place.folder, place.config_name, "\n".join(str(link) for link in chain)
     if folder is None or not (folder / name).is_file():
         return None
-    here = f"No {place.what} can be loaded from {place}:"
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        return f"{here} {name} is not JSON ({_first_line(error)}): it is cut short or damaged.{_again(place)}"
+        return f"{name} is not JSON ({_first_line(error)}): it is cut short or damaged.{_again(place)}"
     kind = config.get("model_type") if isinstance(config, dict) else None
     if "contains custom code which must be executed" in text:
         native = " Its subfolder 'native' needs none of that." if (folder / "native" / _CONFIG).is_file() else ""
         return (
-            f"{here} its model_type {kind!r} comes with code of its own. Read that code, then pass "
-            f"trust_remote_code=True (--trust_remote_code).{native}"
+            f"its model_type {kind!r} comes with code of its own. Read that code, then pass trust_remote_code=True "
+            f"(--trust_remote_code).{native}"
         )
     if not any(phrase in text for phrase in _UNKNOWN_KIND):
         return None
     if kind is None:
-        return f"{here} its {name} has no model_type, so it is not a model that transformers can build."
+        return f"its {name} has no model_type, so it is not a model that transformers can build."
     if kind == "equissl_pretraining":
         return (
-            f"{here} this is a whole pretraining state. Give the run's folder 'encoder' (of a repository: its root), "
-            "or load the state with EquiSSLForPreTraining.from_pretrained."
+            "this is a whole pretraining state. Give the run's folder 'encoder' (of a repository: its root), or load "
+            "the state with EquiSSLForPreTraining.from_pretrained."
         )
     return (
-        f"{here} its {name} has model_type {kind!r}, a type that transformers cannot build as this here. Give another "
-        "model, or upgrade what this one needs: pip install -U transformers hf-equissl."
+        f"its {name} has model_type {kind!r}, a type that transformers cannot build as this here. Give another model, "
+        "or upgrade what this one needs: pip install -U transformers hf-equissl."
     )
 
 
 def _weights_problem(chain: list[BaseException], place: _Place) -> str | None:
-    """Weights that are missing, damaged, or of another network than the config says."""
+    """Find weights that are missing, damaged, or of another network than the config says."""
     from safetensors import SafetensorError
 
-    folder, text = place.folder, "\n".join(str(link) for link in chain)
-    weights = f"The weights at {place} cannot be read:"
+    def raised(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    text = "\n".join(str(link) for link in chain)
     if "ignore_mismatched_sizes" in text or "size mismatch" in text:
         return (
-            f"{weights} their shapes are not those of the model that {place.config_name} describes, so the two do not "
-            "belong together. Copy or export both again."
+            f"their shapes are not those of the model that {place.config_name} describes, so the two do not belong "
+            "together. Copy or export both again."
         )
-    damaged = any(isinstance(link, (SafetensorError, pickle.UnpicklingError, EOFError)) for link in chain)
+    damaged = raised(SafetensorError, pickle.UnpicklingError, EOFError)
     damaged = damaged or "PytorchStreamReader" in text or "Invalid magic number" in text
-    absent = any(isinstance(link, (FileNotFoundError, json.JSONDecodeError)) for link in chain)
+    absent = raised(FileNotFoundError, json.JSONDecodeError)
     absent = absent or "Error no file named" in text or "does not appear to have" in text
-    found = _damaged_file(folder, place.config_name) if folder is not None and (damaged or absent) else None
-    if found is None and any(isinstance(link, pickle.UnpicklingError) for link in chain):
+    found = _damaged_file(place.folder, place.config_name) if place.folder and (damaged or absent) else None
+    if found is None and raised(pickle.UnpicklingError):
         found = "the file is damaged, or a pickle of more than tensors, which is never opened. Ask for safetensors."
     elif found is None and damaged:
         found = f"the file is damaged or of another kind ({_first_line(chain[0])})."
-    return found and f"{weights} {found}{_again(place)}"
+    return found and f"{found}{_again(place)}"
 
 
 def _damaged_file(folder: Path, config_name: str) -> str | None:
-    """What is wrong with the first weight file of a folder (or with that file) that is missing or does not open."""
+    """Find the first weight file of a folder (or that file) that is missing or does not open, and say why."""
     if folder.is_file():
         return _damage(folder)
     present = sorted(folder.glob("*.safetensors"))
@@ -365,7 +320,7 @@ def _damaged_file(folder: Path, config_name: str) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with one file of weights, None if it opens or if only torch can tell."""
+    """Say what is wrong with one file of weights; ``None`` if it opens or if only torch can tell."""
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb") as file:
@@ -384,14 +339,11 @@ def _damage(path: Path) -> str | None:
 
 
 def _again(place: _Place) -> str:
-    """How to come by a whole file."""
+    """Say how to come by a whole file."""
     from huggingface_hub import constants
 
     if place.is_local:
         return " Copy or download it again, or export it again."
     if constants.HF_HUB_OFFLINE:
         return " HF_HUB_OFFLINE=1 is set: load it once with network access, which completes the cache."
-    return (
-        " Download it again with force_download=True; if that does not help, what was published is damaged: tell its "
-        "author."
-    )
+    return " Download it again with force_download=True; if that does not help, what was published is damaged."

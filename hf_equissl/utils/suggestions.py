@@ -13,26 +13,42 @@ class RecipeError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The member of ``valid`` that ``name`` was probably meant to be, or ``None``."""
+    """Find the member of ``valid`` that ``name`` was probably meant to be; ``None`` if none is like it."""
     matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest member of ``valid``; nothing if none is like ``name``."""
+    guess = nearest(name, valid)
+    return f" Did you mean {guess!r}?" if guess else ""
+
+
+def check_known(name: str, valid: Iterable[str], where: str) -> None:
+    """Refuse a name that is not among the ``valid`` ones.
+
+    Raises:
+        RecipeError: It says ``where`` the name stands (an option, a key, a registry), the nearest one and all of them.
+    """
+    valid = list(valid)
+    if name not in valid:
+        raise RecipeError(
+            f"{where}: there is no {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid) or 'none'}."
+        )
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     """Refuse keys that mean nothing.
 
     Raises:
-        RecipeError: names the first unknown key, its nearest neighbour and the valid ones, or where they are very
-            many those that look alike.
+        RecipeError: It names the first unknown key, its nearest neighbour and the valid ones; where those are very
+            many, the ones that look alike.
     """
     valid = list(valid)
     for key in given:
         if key not in valid:
-            guess = nearest(key, valid)
-            hint = f" Did you mean {guess!r}?" if guess else ""
+            listed = f"Valid keys: {', '.join(sorted(valid))}."
             if len(valid) > LONGEST_LIST:
                 close = difflib.get_close_matches(key, valid, n=10, cutoff=0.4)
                 listed = f"Close ones of the {len(valid)} valid keys: {', '.join(close) or 'none'}."
-            else:
-                listed = f"Valid keys: {', '.join(sorted(valid))}."
-            raise RecipeError(f"{where}: unknown key {key!r}.{hint} {listed}")
+            raise RecipeError(f"{where}: unknown key {key!r}.{did_you_mean(key, valid)} {listed}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
+from ..utils.suggestions import check_keys, check_known
 from .base import TransformationFamily, Views
 from .color_jitter import ColorJitterFamily
 from .crop import CropFamily
@@ -41,15 +40,6 @@ __all__ = [
 ]
 
 
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name in known:
-        return
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(f"unknown {what} {name!r}: {hint}Valid: {', '.join(known) or 'none'}.")
-
-
 def build_transformation(name: str, **kwargs: Any) -> TransformationFamily:
     """Build the family registered as ``name``.
 
@@ -60,8 +50,7 @@ def build_transformation(name: str, **kwargs: Any) -> TransformationFamily:
     Raises:
         ValueError: unknown name or keyword (the nearest valid one is named), or an impossible value.
     """
-    _check_known("transformation", name, TRANSFORMATIONS)
+    check_known(name, TRANSFORMATIONS, "transformation")
     family = TRANSFORMATIONS[name]
-    for key in kwargs:
-        _check_known(f"option of transformation {name!r}:", key, inspect.signature(family).parameters)
+    check_keys(kwargs, inspect.signature(family).parameters, f"transformation {name!r}")
     return family(**kwargs)

@@ -18,14 +18,14 @@ def test_arguments_reach_the_objective():
 
 
 def test_an_unknown_name_meets_its_nearest_and_all_valid_ones():
-    with pytest.raises(ValueError, match=r"'vicrg'; did you mean 'vicreg'\? Valid: .*vicreg"):
+    with pytest.raises(ValueError, match=r"there is no 'vicrg'\. Did you mean 'vicreg'\? Valid: .*vicreg"):
         build_objective(INVARIANCE_OBJECTIVES, "vicrg", tiny_config())
     with pytest.raises(ValueError, match=r"Valid: cross_attention_reconstruction, reconstruction\.$"):
         build_objective(EQUIVARIANCE_OBJECTIVES, "reconstrution", tiny_config())
 
 
 def test_an_unknown_argument_meets_its_nearest_and_all_valid_ones():
-    with pytest.raises(ValueError, match=r"'variance_wieght'; did you mean 'variance_weight'\?.*covariance_weight"):
+    with pytest.raises(ValueError, match=r"'variance_wieght'\. Did you mean 'variance_weight'\?.*covariance_weight"):
         build_objective(INVARIANCE_OBJECTIVES, "vicreg", tiny_config(), variance_wieght=1)
 
 

@@ -1,0 +1,67 @@
+"""What the command lines share: how they are parsed, who speaks, what they say and how they end. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .redaction import without_secrets
+from .suggestions import RecipeError
+
+
+def command_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
+    """Make a parser that keeps the line breaks of its texts and takes no abbreviated option."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """List the options that ``parser`` knows, as they are typed."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def check_at_least(options: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are too small; of an option with several numbers, the smallest one.
+
+    Raises:
+        RecipeError: It names the option, the number and the ``least`` one.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        value = min(value) if isinstance(value, list) else value
+        if value < bound:
+            raise RecipeError(f"--{name} {value}: expected at least {bound}.")
+
+
+def typed_command(script: str, argv: Sequence[str] | None) -> str:
+    """Write a command as it was typed, without secrets: paths stay relative where they were."""
+    return shlex.join(["python", f"training/{script}", *without_secrets(sys.argv[1:] if argv is None else argv)])
+
+
+def log_plainly() -> None:
+    """Let the library's log messages appear as plain lines, without those of the HTTP client."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def is_first_process() -> bool:
+    """Whether a launcher started this process as the first of a run; also without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print ``text`` at once, on the first process of a run."""
+    if is_first_process() and text:
+        print(text, flush=True)
+
+
+def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks: bool = True) -> int:
+    """Say on the error stream why a command ends, unless another process ``speaks``; returns ``code``."""
+    if speaks:
+        print(f"{word}: {reason}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,72 @@
+"""Recipes as the scripts are told of them: by name or file, with values from the command line. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_equissl.recipes.overrides import parse_overrides
+from hf_equissl.utils.commands import option_names
+from hf_equissl.utils.suggestions import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from hf_equissl.recipes.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def parse_words(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Split a command line into the options of ``parser`` and the values of the recipe, ``--section.key VALUE``.
+
+    Raises:
+        RecipeError: A word is neither.
+    """
+    options, rest = parser.parse_known_args(argv)
+    return options, parse_overrides(rest, option_names(parser))
+
+
+def set_value(overrides: dict[str, Any], key: str, option: str, value: Any) -> None:
+    """Set a value of the recipe that has an ``option`` of its own, if it was given.
+
+    Raises:
+        RecipeError: It was given as ``--key VALUE`` too.
+    """
+    if value is not None:
+        if key in overrides:
+            raise RecipeError(f"{option} and --{key} say the same: give one of them.")
+        overrides[key] = value
+
+
+def find_recipe(name: str | None) -> Path:
+    """Find the file of ``--recipe NAME|PATH``.
+
+    Raises:
+        RecipeError: None is named, or no recipe that ships has this name.
+    """
+    if name is None:
+        raise RecipeError("--recipe is missing: a name (training/pretrain.py --list_recipes) or a YAML file.")
+    given = Path(name)
+    is_file_name = name.endswith((".yaml", ".yml"))
+    if os.sep in name or (is_file_name and given.is_file()):
+        return given
+    name = given.stem if is_file_name else name
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(item.stem for item in RECIPES.glob("*.yaml"))
+        raise RecipeError(
+            f"--recipe {name}: no recipe of this name.{did_you_mean(name, names)} Recipes: {', '.join(names)}; or give "
+            "a YAML file."
+        )
+    return path
+
+
+def load_recipe(name: str | None, overrides: dict[str, Any]) -> Recipe:
+    """Read the recipe of ``--recipe NAME|PATH`` and set ``overrides`` in it."""
+    from hf_equissl.recipes.recipe import Recipe
+
+    return Recipe.load(find_recipe(name), overrides, search=[RECIPES])
