@@ -31,7 +31,7 @@ from ..data.randomness import sample_generator
 from ..objectives.progress import TrainingProgress
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
-from ..pretraining.optimizer import clip_gradients, optimizer_groups
+from ..pretraining.optimizer import clip_gradients, clipping_parts, optimizer_groups
 from ..pretraining.schedules import teacher_momentum
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
@@ -109,7 +109,7 @@ class Side:
             if self.args.grad_clipping == "global":
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
             else:
-                clip_gradients(self.model.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
+                clip_gradients(clipping_parts(self.model, self.args.grad_clipping), self.args.max_grad_norm)
 
     def equivariance_alone(self, dtype: str) -> dict[str, Any]:
         """The equivariance objectives on given tokens: their forward, and their backward up to those tokens."""

@@ -79,11 +79,18 @@ class LossOutput:
 class Objective(nn.Module, ABC):
     """A term of L = L_inv + sum_j lambda_j L_equi,j with its heads. It owns its heads, never the encoder.
 
-    Subclasses set ``citation`` (BibTeX), may override ``needs`` and ``ema_pairs``, and implement ``forward``. The
-    constructor takes the encoder's config first and the recipe's keyword arguments after it.
+    Subclasses set ``citation`` (BibTeX) and implement ``forward``; everything else has a default. Whatever the rest of
+    the package has to know about an objective, the objective says itself. The constructor takes the encoder's config
+    first and the recipe's keyword arguments after it.
+
+    Attributes:
+        citation: BibTeX of the paper.
+        decoder_config: Set by an objective that owns a ``decoder``: the encoder's config with the decoder's fields. The
+            decoder of the first such objective is exported with the encoder.
     """
 
     citation: ClassVar[str]
+    decoder_config: EquiSSLConfig | None = None
 
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__()
@@ -116,6 +123,25 @@ class Objective(nn.Module, ABC):
 
     def begin_step(self, progress: TrainingProgress) -> None:
         """Set what changes from step to step; called before the first micro-batch of each optimizer step."""
+
+    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+        """Return by name the values that ``begin_step`` would set; dry runs show them.
+
+        Raises:
+            ValueError: A schedule is stated in epochs, and the length of an epoch is not known.
+        """
+        return {}
+
+    def is_last_layer(self, name: str) -> bool:
+        """Return whether the own parameter ``name`` is held during the first ``freeze_last_layer_epochs``."""
+        return False
+
+    def clipping_part(self, name: str) -> str | None:
+        """Return the part in which the own parameter ``name`` is clipped by the rule "module".
+
+        ``None`` means all of this objective together.
+        """
+        return None
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs (student head, teacher head): the second follows the first by exponential moving average."""

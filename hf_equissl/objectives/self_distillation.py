@@ -200,8 +200,20 @@ class SelfDistillationObjective(Objective):
         if self.patch_schedule is not None:
             self.patch_temperature = self.patch_schedule.at(progress)
 
+    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+        """Return the temperature of the teacher's CLS targets."""
+        return {"teacher_temperature": self.cls_schedule.at(progress)}
+
+    def is_last_layer(self, name: str) -> bool:
+        """Return whether ``name`` belongs to the student's prototypes."""
+        return name.startswith(("head.prototypes.", "head.patch_prototypes."))
+
+    def clipping_part(self, name: str) -> str | None:
+        """Return "patches" for what patches have of their own: DINOv2 clips its second head apart."""
+        return "patches" if name.startswith(("head.patch_mlp.", "head.patch_prototypes.")) else None
+
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """The head and its copy."""
+        """Yield the head and its copy."""
         yield self.head, self.teacher_head
 
     # ---- loss ----

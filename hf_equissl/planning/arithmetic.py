@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -13,10 +13,8 @@ from transformers import get_scheduler
 
 from ..objectives.progress import TrainingProgress
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.schedules import teacher_momentum, weight_decay
-
-if TYPE_CHECKING:
-    from ..objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Milestone:
         learning_rate: Of a group with multiplier 1.
         weight_decay: Of the groups with decay.
         teacher_momentum: Of the update that ends the step.
-        teacher_temperature: Of CLS targets.
+        scheduled: What the objectives change over the run, by name, e.g. the teacher's temperature.
     """
 
     name: str
@@ -79,7 +77,7 @@ class Milestone:
     learning_rate: float | None
     weight_decay: float
     teacher_momentum: float | None
-    teacher_temperature: float | None
+    scheduled: dict[str, float]
 
 
 def schedule(args: EquiSSLTrainingArguments, processes: int, images: int | None) -> Schedule:
@@ -108,13 +106,13 @@ def schedule(args: EquiSSLTrainingArguments, processes: int, images: int | None)
     )
 
 
-def milestones(args: EquiSSLTrainingArguments, plan: Schedule, objective: Objective) -> list[Milestone]:
-    """Values of all schedules at the first step, the end of the warm-up, the middle and the last step.
+def milestones(args: EquiSSLTrainingArguments, plan: Schedule, model: EquiSSLForPreTraining) -> list[Milestone]:
+    """List the values of all schedules at the first step, the end of the warm-up, the middle and the last step.
 
     Args:
         args: State the schedules.
         plan: Says how many steps there are; without known steps there are no milestones.
-        objective: The invariance objective. Its temperature is set to that of the last step.
+        model: Its objectives say what they schedule, and whether there is a teacher.
     """
     if not plan.steps:
         return []
@@ -129,8 +127,8 @@ def milestones(args: EquiSSLTrainingArguments, plan: Schedule, objective: Object
                 step=step,
                 learning_rate=None if rate is None else rate(step),
                 weight_decay=weight_decay(args, progress),
-                teacher_momentum=teacher_momentum(args, progress) if objective.needs.teacher else None,
-                teacher_temperature=_temperature(objective, progress),
+                teacher_momentum=teacher_momentum(args, progress) if model.needs.teacher else None,
+                scheduled={} if progress.steps_per_epoch is None else model.scheduled(progress),
             )
         )
     return rows
@@ -144,10 +142,3 @@ def _learning_rate(args: EquiSSLTrainingArguments, plan: Schedule) -> Callable[[
     if not isinstance(scheduler, LambdaLR):
         return None
     return lambda step: float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step))
-
-
-def _temperature(objective: Objective, progress: TrainingProgress) -> float | None:
-    if progress.steps_per_epoch is None or not hasattr(objective, "cls_temperature"):
-        return None
-    objective.begin_step(progress)
-    return float(cast(float, objective.cls_temperature))

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from ..pretraining.optimizer import ParameterRule, module_of
+from ..pretraining.optimizer import ParameterRule
 
 Row = tuple[str, str, str, str, str]
 
 
 def optimizer_rows(rules: Sequence[ParameterRule]) -> list[Row]:
-    """A table with a heading: learning-rate multiplier, decay, tensors, parameters, names.
+    """Build a table with a heading: learning-rate multiplier, decay, tensors, parameters, names.
 
     Args:
         rules: One per trained parameter, as ``pretraining.optimizer.parameter_rules`` gives them.
 
     Returns:
         One line per optimizer group and module, in the order of the model. Expanding the braces of its names as a shell
-        does gives each parameter once. Prototypes that are held for the first epochs are marked in the second column.
+        does gives each parameter once. Layers that are held for the first epochs are marked in the second column.
     """
     lines: dict[tuple[int, str], list[ParameterRule]] = {}
     for rule in rules:
-        lines.setdefault((rule.number, module_of(rule.name)), []).append(rule)
+        lines.setdefault((rule.number, rule.module), []).append(rule)
     rows: list[Row] = [("lr x", "decay", "tensors", "parameters", "names")]
     for members in lines.values():
         group = members[0].group

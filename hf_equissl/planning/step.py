@@ -103,23 +103,20 @@ class Cost:
         return sum(part.flops for part in self.parts)
 
 
-def parts_of(config: EquiSSLPreTrainingConfig) -> dict[str, str]:
-    """Prefixes of parameter names -> name of the part, most specific first."""
-    active = [entry["name"] for entry in config.equivariance if entry.get("weight", 1.0) > 0]
-    equivariance = {}
-    for index, name in enumerate(active):
-        equivariance[f"equivariance.{index}.decoder"] = f"{name}: decoders"
-        equivariance[f"equivariance.{index}"] = f"{name}: heads"
-    return {
+def parts_of(model: EquiSSLForPreTraining) -> dict[str, str]:
+    """Map prefixes of parameter names to the name of the part, most specific first."""
+    parts = {
         "student.embeddings": "encoder: embeddings",
         "student.stem": "encoder: stem",
         "student": "encoder: blocks",
         "teacher": "teacher: encoder",
-        "invariance.teacher_head": "teacher: heads",
-        "invariance": f"{config.invariance['name']}: heads",
-        **equivariance,
-        "": "loss",
+        **{name: "teacher: heads" for name in _followers(model) if name != "teacher"},
+        "invariance": f"{model.config.invariance['name']}: heads",
     }
+    for index, name in enumerate(model.equivariance_names):
+        parts[f"equivariance.{index}.decoder"] = f"{name}: decoders"
+        parts[f"equivariance.{index}"] = f"{name}: heads"
+    return {**parts, "": "loss"}
 
 
 def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, EquiSSLForPreTraining]:
@@ -202,7 +199,7 @@ def measure(
     flops = flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts(), _followers(model))
     return Cost(
         batch=size,
-        parts=_parts(model, config, {name: value / size for name, value in flops.items()}),
+        parts=_parts(model, {name: value / size for name, value in flops.items()}),
         trained_layers=_sizes(trained),
         frozen_layers=_sizes(frozen),
         trained_calls=tuple(calls[layer] for layer in trained),
@@ -245,8 +242,8 @@ def _followers(model: EquiSSLForPreTraining) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in followers]
 
 
-def _parts(model: EquiSSLForPreTraining, config: EquiSSLPreTrainingConfig, flops: dict[str, float]) -> tuple[Part, ...]:
-    prefixes = parts_of(config)
+def _parts(model: EquiSSLForPreTraining, flops: dict[str, float]) -> tuple[Part, ...]:
+    prefixes = parts_of(model)
     parts = {label: Part(label, 0, 0) for label in prefixes.values()}
 
     def add(name: str, parameters: int = 0, trainable: int = 0, flops: float = 0.0) -> None:

@@ -13,12 +13,13 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
 from ..distributed.engines import load_models_whole
-from .optimizer import clipping_coefficients, part_of
+from .optimizer import clipping_coefficients, clipping_parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from .arguments import EquiSSLTrainingArguments
+    from .model import EquiSSLForPreTraining
 
 # Elements of a bucket of gradients. DeepSpeed's 500 million are more than most models have: nothing would be sent
 # before the backward pass is over.
@@ -87,7 +88,7 @@ def restricted_loading() -> Iterator[None]:
             os.environ[_RESTRICT] = before
 
 
-def clip_by_parts(accelerator: Accelerator, model: nn.Module, args: EquiSSLTrainingArguments) -> None:
+def clip_by_parts(accelerator: Accelerator, model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> None:
     """Let ``accelerator.backward``, which also steps under DeepSpeed, clip by ``grad_clipping`` between the two.
 
     Args:
@@ -100,20 +101,19 @@ def clip_by_parts(accelerator: Accelerator, model: nn.Module, args: EquiSSLTrain
 
 
 @torch.no_grad()
-def clip_partitions(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float, rule: str) -> Tensor:
+def clip_partitions(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> Tensor:
     """``optimizer.clip_gradients`` for gradients that DeepSpeed has reduced and shared out, in one exchange.
 
     Call it on every process between the backward pass and the optimizer's step.
 
     Args:
-        parameters: Names and parameters of the pretraining model.
+        parameters: Each parameter with the part that it is clipped in, as ``clipping_parts`` gives them.
         max_norm: Largest norm of each part.
-        rule: "parameter" or "module".
 
     Returns:
         Norm of all gradients together before clipping, scalar fp32.
     """
-    trained = [(part_of(name, rule), parameter) for name, parameter in parameters if parameter.requires_grad]
+    trained = [(part, parameter) for part, parameter in parameters if parameter.requires_grad]
     numbers = {part: number for number, part in enumerate(dict.fromkeys(part for part, _ in trained))}
     owned = [(numbers[part], parameter, _own_gradient(parameter)) for part, parameter in trained]
     squares = torch.zeros(len(numbers), device=trained[0][1].device)
@@ -147,7 +147,7 @@ def _own_gradient(parameter: nn.Parameter) -> Tensor | None:
 class _ClippingEngine(DeepSpeedEngineWrapper):
     """accelerate's handle of a DeepSpeed engine, which clips between backward pass and step."""
 
-    def __init__(self, engine: Any, model: nn.Module, max_norm: float, rule: str) -> None:
+    def __init__(self, engine: Any, model: EquiSSLForPreTraining, max_norm: float, rule: str) -> None:
         super().__init__(engine)
         self._model, self._max_norm, self._rule = model, max_norm, rule
         self._norm = torch.zeros(())
@@ -157,7 +157,7 @@ class _ClippingEngine(DeepSpeedEngineWrapper):
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
-            self._norm = clip_partitions(self._model.named_parameters(), self._max_norm, self._rule)
+            self._norm = clip_partitions(clipping_parts(self._model, self._rule), self._max_norm)
             self.engine.step()
 
     def get_global_grad_norm(self) -> Any:

@@ -147,15 +147,22 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Refuse objectives that ask for what ``encode`` does not give them."""
         if self.needs.extra:
             raise ValueError(f"An objective needs {self.needs.extra}, which EquiSSLForPreTraining does not provide.")
-        if self.needs.masks and not self.config.encoder_config.use_mask_token:
+        encoder = self.config.encoder_config
+        if self.needs.masks and not encoder.use_mask_token:
             raise ValueError(
-                f"{self.config.invariance['name']} masks patches, and this encoder has no token to put in their place. "
+                f"{self._asking('masks')} masks patches, and this encoder has no token to put in their place. "
                 "Set model.use_mask_token: true."
             )
+        for layer in self.needs.hidden_layers:
+            if not 1 <= layer <= encoder.num_hidden_layers:
+                raise ValueError(
+                    f"{self._asking('hidden_layers')} reads the tokens after block {layer}, and this encoder has "
+                    f"blocks 1 to {encoder.num_hidden_layers}. Choose one of them."
+                )
 
     def check_batch(self, images: int, processes: int) -> None:
         """Raise ``ValueError`` if an objective cannot use batches of ``images`` on each of so many processes."""
-        for objective in self._objectives():
+        for objective in self.objectives():
             objective.check_batch(images, processes)
 
     def freeze_unused(self) -> None:
@@ -169,7 +176,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Pairs (student's module, teacher's copy), of the encoder first, then of the objectives' heads."""
         if self.teacher is not None:
             yield self.student, self.teacher
-        for objective in self._objectives():
+        for objective in self.objectives():
             yield from objective.ema_pairs()
 
     def train(self, mode: bool = True) -> Self:
@@ -181,8 +188,15 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     def begin_step(self, progress: TrainingProgress) -> None:
         """Tell the objectives where the run stands; before the first micro-batch of each optimizer step."""
-        for objective in self._objectives():
+        for objective in self.objectives():
             objective.begin_step(progress)
+
+    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+        """Return by name what the objectives change over the run, as it will be at ``progress``."""
+        values: dict[str, float] = {}
+        for objective in self.objectives():
+            values |= objective.scheduled(progress)
+        return values
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -203,9 +217,29 @@ class EquiSSLForPreTraining(PreTrainedModel):
             torch._foreach_lerp_(following, leading, 1.0 - momentum)
             wait_for_shards(next(self.parameters()))
 
-    def _objectives(self) -> Iterator[Objective]:
+    def objectives(self) -> Iterator[Objective]:
+        """Yield the invariance objective, then the equivariance objectives that are trained."""
         yield self.invariance
         yield from cast(Iterable[Objective], self.equivariance)
+
+    def owner_of(self, name: str) -> tuple[str, Objective, str] | None:
+        """Find the objective that the parameter or module ``name`` belongs to.
+
+        Returns:
+            The objective's place in this model ("invariance", "equivariance.0"), the objective, and what follows the
+            place in ``name``; ``None`` for a part of student or teacher.
+        """
+        places = ("invariance", *(f"equivariance.{index}" for index in range(len(self.equivariance))))
+        for place, objective in zip(places, self.objectives(), strict=True):
+            if f"{name}.".startswith(f"{place}."):
+                return place, objective, name.removeprefix(place).removeprefix(".")
+        return None
+
+    def _asking(self, need: str) -> str:
+        """Name the objectives whose declaration has ``need``."""
+        names = (self.config.invariance["name"], *self.equivariance_names)
+        pairs = zip(names, self.objectives(), strict=True)
+        return " and ".join(name for name, objective in pairs if getattr(objective.needs, need))
 
     @staticmethod
     def _build(registry: dict[str, type[Objective]], entry: dict, sizes: EquiSSLConfig) -> Objective:
@@ -216,13 +250,21 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
 
     def encode(self, views: Views) -> Features:
-        """Student features: all global crops in one pass, masked where there are masks; all local crops in another."""
+        """Student features: all global crops in one pass, masked where there are masks; all local crops in another.
+
+        Raises:
+            ValueError: The views lack local crops or masks that an objective asks for, which it names.
+        """
+        for need in ("masks", "local_crops"):
+            if getattr(self.needs, need) and getattr(views, need) is None:
+                raise ValueError(
+                    f"{self._asking(need)} needs {need.replace('_', ' ')}, and the views have none. Build the view "
+                    "pipeline with this model's `needs`."
+                )
         masks = None if views.masks is None else views.masks.flatten(0, 1)
         features = self._encode(self.student, views.global_crops, masks, self.needs.hidden_layers)
         features.stem = self.invariance.split(features.stem)
-        if self.needs.local_crops:
-            if views.local_crops is None:
-                raise ValueError(f"{self.config.invariance['name']} needs local crops, and the views have none.")
+        if views.local_crops is not None and self.needs.local_crops:
             features.local_tokens = self._encode(self.student, views.local_crops, output_patches=False).tokens
         return features
 
@@ -247,7 +289,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
             bool_masked_pos=masks,
             output_features=False,
             output_patches=output_patches,
-            output_hidden_states=bool(layers),
+            output_hidden_states=list(layers) or False,
         )
         shape, patch = crops.shape[:2], encoder.config.patch_side
         return Features(
@@ -305,8 +347,9 @@ class EquiSSLForPreTraining(PreTrainedModel):
         weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         config = deepcopy(self.config.encoder_config)
         for index, objective in enumerate(self.equivariance):
-            if with_decoder and config.feature_size and hasattr(objective, "decoder_config"):
-                config = deepcopy(cast(EquiSSLConfig, objective.decoder_config))
+            decoder_config = cast(Objective, objective).decoder_config
+            if with_decoder and config.feature_size and decoder_config is not None:
+                config = deepcopy(decoder_config)
                 prefix = f"equivariance.{index}.decoder."
                 weights |= {f"decoder.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
                 break

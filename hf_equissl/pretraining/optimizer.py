@@ -45,21 +45,23 @@ class ParameterRule:
 
     Attributes:
         name: In ``named_parameters``.
+        module: The part of the model that it belongs to (``module_of``).
         shape: Of the whole parameter, also where it is sharded.
         group: How it is trained.
         number: The group's place in the optimizer's ``param_groups``.
     """
 
     name: str
+    module: str
     shape: tuple[int, ...]
     group: ParameterGroup
     number: int
 
 
 def parameter_group(
-    name: str, shape: tuple[int, ...], num_layers: int, args: EquiSSLTrainingArguments
+    name: str, shape: tuple[int, ...], model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments
 ) -> ParameterGroup:
-    """The rules of iBOT and DINOv2.
+    """Say how a parameter is trained, by the rules of iBOT and DINOv2.
 
     Weight decay spares biases and whatever else has one dimension (norms, layer scale). Layer-wise decay d gives block
     i of n, counted from 0, the multiplier d^(n - i), the embeddings (patches, positions, CLS, registers, mask token)
@@ -68,10 +70,10 @@ def parameter_group(
     Args:
         name: In the pretraining model.
         shape: Of the whole parameter.
-        num_layers: n.
+        model: Has n blocks, and objectives that say which of their parameters are a last layer.
         args: ``layer_decay``, ``patch_embedding_lr_multiplier``, ``freeze_last_layer_epochs``.
     """
-    multiplier = 1.0
+    multiplier, num_layers = 1.0, model.config.encoder_config.num_hidden_layers
     if name.startswith("student.embeddings."):
         multiplier = args.layer_decay ** (num_layers + 1)
         if ".patch_embeddings." in name:
@@ -81,30 +83,50 @@ def parameter_group(
     return ParameterGroup(
         lr_multiplier=multiplier,
         decayed=len(shape) > 1 and not name.endswith(".bias"),
-        last_layer=args.freeze_last_layer_epochs > 0 and is_last_layer(name),
+        last_layer=args.freeze_last_layer_epochs > 0 and is_last_layer(model, name),
     )
 
 
-def is_last_layer(name: str) -> bool:
-    """Whether a parameter belongs to prototypes, the last layer of a DINO head."""
-    return any(word.endswith("prototypes") for word in name.split("."))
+def is_last_layer(model: EquiSSLForPreTraining, name: str) -> bool:
+    """Ask the objective that owns the parameter ``name``, if one does, whether it is a last layer that can be held."""
+    if (owner := model.owner_of(_WRAPPERS.sub("", name))) is None:
+        return False
+    _, objective, own_name = owner
+    return objective.is_last_layer(own_name)
+
+
+def check_last_layer(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> None:
+    """Refuse to hold a last layer that no objective has.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if args.freeze_last_layer_epochs > 0 and not any(
+        is_last_layer(model, name) for name, _ in model.named_parameters()
+    ):
+        raise ValueError(
+            f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs:g}, and this model has no prototypes (or "
+            "another last layer) to hold. Set it to 0."
+        )
 
 
 def parameter_rules(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> list[ParameterRule]:
-    """One row for each parameter that is trained, in the model's order; works on parameters without memory.
+    """List one row for each parameter that is trained, in the model's order; works on parameters without memory.
 
     Groups are numbered from the output down: number 0 has the full learning rate, which is what gets logged.
     """
-    layers = model.config.encoder_config.num_hidden_layers
     # Under ZeRO-3 a parameter is an empty placeholder that remembers its shape.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
-    groups = {name: parameter_group(_WRAPPERS.sub("", name), shape, layers, args) for name, shape in shapes.items()}
+    groups = {name: parameter_group(_WRAPPERS.sub("", name), shape, model, args) for name, shape in shapes.items()}
     order = sorted(set(groups.values()), key=lambda g: (g.last_layer, -g.lr_multiplier, not g.decayed))
-    return [ParameterRule(name, shape, groups[name], order.index(groups[name])) for name, shape in shapes.items()]
+    return [
+        ParameterRule(name, module_of(model, name), shape, groups[name], order.index(groups[name]))
+        for name, shape in shapes.items()
+    ]
 
 
 def optimizer_groups(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> list[dict[str, Any]]:
-    """``param_groups`` of the optimizer, each with the fields of its ``ParameterGroup`` beside PyTorch's own keys."""
+    """Build ``param_groups`` of the optimizer: the fields of each ``ParameterGroup`` beside PyTorch's own keys."""
     parameters = dict(model.named_parameters())
     members: dict[tuple[int, Any], dict[str, Any]] = {}
     for rule in sorted(parameter_rules(model, args), key=lambda rule: rule.number):
@@ -123,7 +145,7 @@ def optimizer_groups(model: EquiSSLForPreTraining, args: EquiSSLTrainingArgument
 
 
 def need_own_groups(args: EquiSSLTrainingArguments) -> list[str]:
-    """Names of the settings in ``args`` that act through the optimizer's groups."""
+    """Name the settings in ``args`` that act through the optimizer's groups."""
     neutral = {
         "layer_decay": 1.0,
         "patch_embedding_lr_multiplier": 1.0,
@@ -137,29 +159,21 @@ def need_own_groups(args: EquiSSLTrainingArguments) -> list[str]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float, rule: str) -> Tensor:
+def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> Tensor:
     """Scale gradients down to ``max_norm`` in place, without making the host wait.
 
     Args:
-        parameters: Names and parameters of the pretraining model; those without a gradient are passed over. Sharded
-            gradients (DTensor) count as a whole.
+        parameters: Each parameter with the part that it is clipped in, as ``clipping_parts`` gives them; those without
+            a gradient are passed over. Sharded gradients (DTensor) count as a whole.
         max_norm: Largest norm of each part.
-        rule: What a part is. "parameter": each tensor (iBOT, which has query, key and value in one). "module": encoder,
-            invariance objective (a head for patches apart), stem, and each equivariance objective (DINOv2, which knows
-            encoder and heads).
 
     Returns:
         Norm of all gradients together before clipping, scalar fp32.
-
-    Raises:
-        ValueError: ``rule`` is another one.
     """
-    if rule not in ("parameter", "module"):
-        raise ValueError(f"`rule` must be parameter or module, got {rule!r}.")
     parts: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters:
+    for part, parameter in parameters:
         if parameter.grad is not None:
-            parts.setdefault(part_of(name, rule), []).append(parameter.grad)
+            parts.setdefault(part, []).append(parameter.grad)
     if not parts:
         return torch.zeros(())
     gradients = [gradient for part in parts.values() for gradient in part]
@@ -172,32 +186,41 @@ def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: flo
 
 
 def clipping_coefficients(squares: Tensor, max_norm: float) -> Tensor:
-    """What gradients are multiplied by, at most 1, for parts with these squared norms."""
+    """Return what gradients are multiplied by, at most 1, for parts with these squared norms."""
     return (max_norm / (squares.sqrt() + CLIP_EPSILON)).clamp(max=1.0)
 
 
-def part_of(name: str, rule: str) -> str:
-    """The part that a parameter is clipped with under ``rule``, "parameter" or "module"."""
-    return tensor_of(name) if rule == "parameter" else module_of(name)
+def clipping_parts(model: EquiSSLForPreTraining, rule: str) -> list[tuple[str, nn.Parameter]]:
+    """Pair each parameter of ``model`` with the part that it is clipped in.
+
+    Args:
+        model: The pretraining model.
+        rule: What a part is. "parameter": each tensor (iBOT, which has query, key and value in one). "module": encoder,
+            stem, and each objective (DINOv2, which knows encoder and heads), or parts that the objective names.
+
+    Raises:
+        ValueError: ``rule`` is another one.
+    """
+    if rule not in ("parameter", "module"):
+        raise ValueError(f"`rule` must be parameter or module, got {rule!r}.")
+    return [
+        (_PROJECTIONS.sub(".qkv_proj.", name) if rule == "parameter" else module_of(model, name), parameter)
+        for name, parameter in model.named_parameters()
+    ]
 
 
-def tensor_of(name: str) -> str:
-    """The tensor that a parameter is clipped with under the rule "parameter": its own, or iBOT's fused projection."""
-    return _PROJECTIONS.sub(".qkv_proj.", name)
-
-
-def module_of(name: str) -> str:
-    """The part of the model that a parameter is clipped with under the rule "module"."""
-    words = _WRAPPERS.sub("", name).split(".")
-    if words[:2] == ["student", "stem"] or words[0] == "equivariance":
-        return ".".join(words[:2])
-    if words[0] == "invariance" and words[2:3] in (["patch_mlp"], ["patch_prototypes"]):
-        return "invariance.patches"  # DINOv2's second head
-    return words[0]
+def module_of(model: EquiSSLForPreTraining, name: str) -> str:
+    """Return the part of the model that the parameter ``name`` is clipped in by the rule "module"."""
+    name = _WRAPPERS.sub("", name)
+    if (owner := model.owner_of(name)) is not None:
+        place, objective, own_name = owner
+        part = objective.clipping_part(own_name)
+        return place if part is None else f"{place}.{part}"
+    return "student.stem" if name.startswith("student.stem.") else name.split(".")[0]
 
 
 def _squared_norms(gradients: list[Tensor]) -> Tensor:
-    """Squared norm of each gradient, (n,), fp32; over all shards, in one exchange per kind of sharding."""
+    """Return the squared norm of each gradient, (n,), fp32; over all shards, in one exchange per kind of sharding."""
     norms = torch._foreach_norm([local_shard(gradient) for gradient in gradients], 2, dtype=torch.float32)
     kinds: dict[Any, list[int]] = {}
     for index, gradient in enumerate(gradients):

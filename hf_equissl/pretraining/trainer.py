@@ -33,7 +33,14 @@ from .data_feed import DataFeed
 from .deepspeed import adapt_config, clip_by_parts, restricted_loading
 from .loss_history import LossHistory
 from .model import EquiSSLForPreTraining
-from .optimizer import clip_gradients, is_last_layer, need_own_groups, optimizer_groups, parameter_rules
+from .optimizer import (
+    check_last_layer,
+    clip_gradients,
+    clipping_parts,
+    need_own_groups,
+    optimizer_groups,
+    parameter_rules,
+)
 from .run_record import RunRecordCallback, new_record
 from .schedules import last_layer_is_held
 
@@ -138,11 +145,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
                 f"{len(self.train_dataset)} images are fewer than one optimizer step takes, "  # type: ignore[arg-type]
                 f"{args.global_batch_size}. Use more images, or a smaller batch."
             )
-        if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
-            raise ValueError(
-                f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs}, and this model has no prototypes to "
-                "hold. Set it to 0."
-            )
+        check_last_layer(model, args)
         held = args.freeze_last_layer_epochs > 0
         if self.is_deepspeed_enabled and held and args.freeze_last_layer_by == "gradient":
             raise ValueError(
@@ -173,7 +176,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         running = running_engine(self.accelerator, self.model_wrapped)
         check_same(asked_engine(self.args), running, self.accelerator.device.type)
         if running.is_deepspeed and self.args.grad_clipping != "global":
-            clip_by_parts(self.accelerator, cast(nn.Module, self.model), self.args)
+            clip_by_parts(self.accelerator, cast(EquiSSLForPreTraining, self.model), self.args)
         if self.args.torch_compile:
             compile_layers(self.model_wrapped, self.args)
         return prepared
@@ -254,8 +257,8 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         if self.args.grad_clipping == "global" or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        own = cast(nn.Module, self.model)
-        return clip_gradients(own.named_parameters(), self.args.max_grad_norm, self.args.grad_clipping)
+        own = cast(EquiSSLForPreTraining, self.model)
+        return clip_gradients(clipping_parts(own, self.args.grad_clipping), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The parent's, in steps that are logged: without clipping it is one more pass over all gradients."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
+from ..pretraining import optimizer
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
-from ..pretraining.optimizer import is_last_layer
 from ..pretraining.schedules import last_layer_is_held
 from ..utils.suggestions import RecipeError
 
@@ -34,11 +34,10 @@ def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining
 
 def check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
     """Refuse to hold a last layer that is not there."""
-    if args.freeze_last_layer_epochs > 0 and not any(is_last_layer(name) for name, _ in model.named_parameters()):
-        raise RecipeError(
-            f"training.freeze_last_layer_epochs: {args.freeze_last_layer_epochs:g}, and this model has no prototypes "
-            "to hold. Set it to 0."
-        )
+    try:
+        optimizer.check_last_layer(model, args)
+    except ValueError as error:
+        raise RecipeError(f"training: {error}") from error
 
 
 def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:

@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..objectives import Objective
 from ..planning import Cost, batch_of, without_weights
 from ..planning.arithmetic import milestones
 from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
 from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
+from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.optimizer import parameter_rules
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
@@ -34,7 +34,7 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
     sections = {
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
         "Batch, learning rate, steps": _plan_lines(run),
-        "Schedules": _schedule_lines(run, model.invariance),
+        "Schedules": _schedule_lines(run, model),
         "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
         "Encoder": [*_encoder_lines(run), *run.notes],
         "Optimizer": table(optimizer_rows(parameter_rules(model, run.args)), left=4),
@@ -100,21 +100,21 @@ def _plan_lines(run: Run) -> list[str]:
     return lines
 
 
-def _schedule_lines(run: Run, objective: Objective) -> list[str]:
-    titles = ("step", "learning rate", "weight decay", "teacher momentum", "teacher temperature")
-    rows = milestones(run.args, run.plan, objective)
+def _schedule_lines(run: Run, model: EquiSSLForPreTraining) -> list[str]:
+    rows = milestones(run.args, run.plan, model)
     if not rows:
         return ["follow from the number of steps, which is not known"]
-    values = [tuple(vars(row).values())[1:] for row in rows]
-    known = [index for index in range(len(titles)) if any(value[index] is not None for value in values)]
+    columns = ("step", "learning_rate", "weight_decay", "teacher_momentum")
+    values = [{**{name: getattr(row, name) for name in columns}, **row.scheduled} for row in rows]
+    known = [name for name, value in values[0].items() if value is not None]
     lines = table(
         [
-            ("", *(titles[index] for index in known)),
-            *((row.name, *(f"{value[index]:.6g}" for index in known)) for row, value in zip(rows, values, strict=True)),
+            ("", *(name.replace("_", " ") for name in known)),
+            *((row.name, *(f"{value[name]:.6g}" for name in known)) for row, value in zip(rows, values, strict=True)),
         ]
     )
     epoch, held = run.args.epoch_steps or run.plan.steps_per_epoch, run.args.freeze_last_layer_epochs
-    if epoch is None and objective.needs.teacher:
+    if epoch is None and model.needs.teacher:
         lines.append("what is stated in epochs follows from their length: --data, or --training.epoch_steps")
     elif epoch is not None and held > 0:
         lines.append(f"the last layer is held for {held:g} epoch{'s' * (held != 1)} = {held * epoch:g} steps")

@@ -256,6 +256,6 @@ def test_clipping_without_shards_is_what_it_was() -> None:
     weights = {name: torch.nn.Parameter(torch.zeros(3)) for name in ("a", "b")}
     for factor, weight in enumerate(weights.values(), start=1):
         weight.grad = factor * torch.tensor([2.0, 0.0, 0.0])
-    total = clip_gradients(weights.items(), max_norm=1.0, rule="parameter")
+    total = clip_gradients(weights.items(), max_norm=1.0)
     torch.testing.assert_close(total, torch.tensor(20.0).sqrt())
     torch.testing.assert_close(torch.stack([w.grad.norm() for w in weights.values()]), torch.ones(2))  # type: ignore[union-attr]

@@ -288,7 +288,7 @@ def test_hours_and_milestones_by_hand() -> None:
     # 100 steps x 6 images x 3e12 operations at half of 10 TFLOP/s: 360 s.
     assert run.plan.hours(3e12, utilisation=0.5, device_tflops=10) == pytest.approx(0.1)
     _, model = without_weights(run.config)
-    rows = {row.name: row for row in milestones(run.args, run.plan, model.invariance)}
+    rows = {row.name: row for row in milestones(run.args, run.plan, model)}
     assert [row.step for row in rows.values()] == [0, 20, 50, 99]
 
     def half_cosine(start: float, end: float, share: float) -> float:
@@ -301,7 +301,7 @@ def test_hours_and_milestones_by_hand() -> None:
     assert rows["middle"].teacher_momentum == pytest.approx(0.95)
     assert rows["end"].teacher_momentum == pytest.approx(half_cosine(0.9, 1.0, 0.99))
     # iBOT's temperature changes between epochs of 10 steps: 0.04, 0.05, 0.06, 0.07.
-    temperatures = [row.teacher_temperature for row in rows.values()]
+    temperatures = [row.scheduled["teacher_temperature"] for row in rows.values()]
     assert temperatures == pytest.approx([0.04, 0.06, 0.07, 0.07])
 
 

@@ -16,7 +16,13 @@ from hf_equissl.modeling import EquiSSLConfig
 from hf_equissl.planning import without_weights
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from hf_equissl.pretraining.optimizer import clip_gradients, module_of, optimizer_groups, parameter_rules
+from hf_equissl.pretraining.optimizer import (
+    clip_gradients,
+    clipping_parts,
+    module_of,
+    optimizer_groups,
+    parameter_rules,
+)
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training.pretrain import RECIPES
 from tests.objectives.helpers import run_processes
@@ -119,11 +125,17 @@ def test_separate_heads_hold_both_prototypes(tmp_path: Path) -> None:
 
 def test_names_within_wrappers() -> None:
     """Activation checkpointing and compilation put words into names."""
-    assert module_of("_orig_mod.student.stem.weight") == "student.stem"
-    assert module_of("invariance.head.mlp.0.weight") == module_of("invariance.head.prototypes.gain") == "invariance"
-    assert module_of("invariance.head.patch_mlp.0.weight") == "invariance.patches"
-    assert module_of("invariance.head.patch_prototypes.direction") == "invariance.patches"
-    assert module_of("equivariance.1.decoder._checkpoint_wrapped_module.projection.weight") == "equivariance.1"
+    model = tiny_model()
+    expected = {
+        "_orig_mod.student.stem.weight": "student.stem",
+        "student.layernorm.weight": "student",
+        "invariance.head.mlp.0.weight": "invariance",
+        "invariance.head.prototypes.gain": "invariance",
+        "invariance.head.patch_mlp.0.weight": "invariance.patches",
+        "invariance.head.patch_prototypes.direction": "invariance.patches",
+        "equivariance.0.decoder._checkpoint_wrapped_module.projection.weight": "equivariance.0",
+    }
+    assert {name: module_of(model, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,7 @@ def norm_of(arrays: list[np.ndarray]) -> float:
 def test_clipping_each_tensor() -> None:
     model = tiny_model()
     before = fill_gradients(model)
-    norm = clip_gradients(model.named_parameters(), 3.0, "parameter")
+    norm = clip_gradients(clipping_parts(model, "parameter"), 3.0)
     assert float(norm) == pytest.approx(norm_of(list(before.values())), rel=1e-5)
     clipped = 0
     fused: dict[str, list[np.ndarray]] = {}  # iBOT's query, key and value are rows of one tensor
@@ -193,7 +205,7 @@ def test_clipping_each_module() -> None:
         for name in stem:
             model.get_parameter(name).grad.mul_(1e-4)
             before[name] = model.get_parameter(name).grad.numpy().astype(np.float64)
-    norm = clip_gradients(model.named_parameters(), 3.0, "module")
+    norm = clip_gradients(clipping_parts(model, "module"), 3.0)
     assert float(norm) == pytest.approx(norm_of(list(before.values())), rel=1e-5)
     factors = [min(1.0, 3.0 / (norm_of([before[n] for n in part]) + 1e-6)) for part in (stem, decoder, head, backbone)]
     assert factors[0] == 1.0
@@ -206,9 +218,9 @@ def test_clipping_each_module() -> None:
 
 def test_clipping_without_gradients_and_by_an_unknown_rule() -> None:
     model = tiny_model()
-    assert float(clip_gradients(model.named_parameters(), 3.0, "module")) == 0.0
+    assert float(clip_gradients(clipping_parts(model, "module"), 3.0)) == 0.0
     with pytest.raises(ValueError, match="parameter or module, got 'global'"):
-        clip_gradients(model.named_parameters(), 3.0, "global")
+        clipping_parts(model, "global")
 
 
 def shard(tensor: torch.Tensor, mesh: DeviceMesh, rank: int) -> DTensor:
@@ -225,15 +237,17 @@ def sharded(rank: int, processes: int) -> dict[str, Any]:
     for rule in ("parameter", "module"):
         model = tiny_model()
         fill_gradients(model)
-        parameters = []
-        for index, (name, parameter) in enumerate(model.named_parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        parts, parameters = [], []
+        for index, (part, parameter) in enumerate(clipping_parts(model, rule)):
             if parameter.grad is not None and index % 5:
                 split = torch.nn.Parameter(shard(parameter.detach(), mesh, rank))
                 split.grad = shard(parameter.grad, mesh, rank)
                 parameter = split
-            parameters.append((name, parameter))
-        norm = clip_gradients(parameters, 3.0, rule)
-        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+            parts.append(part)
+            parameters.append(parameter)
+        norm = clip_gradients(zip(parts, parameters, strict=True), 3.0)
+        gradients = {name: p.grad for name, p in zip(names, parameters, strict=True) if p.grad is not None}
         results[rule] = norm, {n: g.to_local() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     return results
 
@@ -243,7 +257,7 @@ def test_clipping_sharded_gradients(tmp_path: Path) -> None:
     for rule in ("parameter", "module"):
         model = tiny_model()
         fill_gradients(model)
-        norm = clip_gradients(model.named_parameters(), 3.0, rule)
+        norm = clip_gradients(clipping_parts(model, rule), 3.0)
         for rank, (found_norm, found) in enumerate(outcome[rule] for outcome in outcomes):
             assert float(found_norm) == pytest.approx(float(norm), rel=1e-6)
             shapes = set()
