@@ -95,7 +95,7 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
 
 def _header(report: dict[str, Any]) -> str:
     settings, where = report["settings"], report["environment"]
-    weights = {entry["name"]: entry.get("weight", 1.0) for entry in settings["objectives"]["equivariance"]}
+    weights = {entry["name"]: entry["weight"] for entry in settings["objectives"]["equivariance"]}
     entries = ", ".join(f"{weight:g} for {name}" for name, weight in weights.items())
     versions = ", ".join(f"{name} {where[name]}" for name in ("hf_equissl", "torch", "transformers"))
     return (

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from ..data import ImageSource, ImageViewDataset
 from ..data.decoding import ImageDecodeError, decode_image
 from ..data.randomness import sample_generator
+from ..objectives import weight_of
 from ..objectives.progress import TrainingProgress
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
@@ -198,7 +199,7 @@ def both_recipes(recipe: Recipe, base: Recipe | None = None) -> dict[str, Recipe
     for one in (recipe, base):
         if one is not None:
             check_random_weights(one)
-    if not any(entry.get("weight", 1.0) > 0 for entry in recipe.objectives.equivariance):
+    if not any(weight_of(entry) > 0 for entry in recipe.objectives.equivariance):
         raise RecipeError(
             f"{recipe.name} has no equivariance objective with a weight above 0, so there is nothing to compare. "
             "Choose a recipe with one, e.g. --recipe vits16_vicreg_rot."

@@ -142,8 +142,7 @@ class RunFolder:
 
     def objectives(self) -> dict[str, Any]:
         """The objectives that were trained, as a recipe says it: those of weight 0 are not built."""
-        active = [entry for entry in self.config.equivariance if entry.get("weight", 1.0) > 0]
-        return {"invariance": self.config.invariance, "equivariance": active}
+        return {"invariance": self.config.invariance, "equivariance": self.config.trained}
 
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of the views' pixels.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..utils.suggestions import check_keys, check_known
+from ..utils.coercion import check_arguments
+from ..utils.registry import Registry
 from .base import Features, LossOutput, Objective
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
@@ -31,24 +31,33 @@ __all__ = [
     "ReconstructionObjective",
     "VICRegObjective",
     "build_objective",
+    "weight_of",
 ]
 
-INVARIANCE_OBJECTIVES: dict[str, type[Objective]] = {
-    "dino": DINOObjective,
-    "dinov2": DINOv2Objective,
-    "ibot": IBOTObjective,
-    "vicreg": VICRegObjective,
-}
+# Own objectives join with ``register``: hf_equissl.utils.registry.
+INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    Objective,
+    {"dino": DINOObjective, "dinov2": DINOv2Objective, "ibot": IBOTObjective, "vicreg": VICRegObjective},
+)
+EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    Objective,
+    {
+        "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
+        "reconstruction": ReconstructionObjective,
+    },
+)
+# Parameters of constructors that the library fills in: no recipe may give them.
+FILLED_IN = ("config", "facts")
 
-EQUIVARIANCE_OBJECTIVES: dict[str, type[Objective]] = {
-    "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
-    "reconstruction": ReconstructionObjective,
-}
+
+def weight_of(entry: Mapping[str, Any]) -> float:
+    """Return the factor lambda of an equivariance objective, as recipes and configurations write it: 1 if not given."""
+    return entry.get("weight", 1.0)
 
 
-def build_objective(
-    registry: Mapping[str, type[Objective]], name: str, config: EquiSSLConfig, **kwargs: Any
-) -> Objective:
+def build_objective(registry: Registry[Objective], name: str, config: EquiSSLConfig, **kwargs: Any) -> Objective:
     """Build an objective by its registry key.
 
     Args:
@@ -58,13 +67,8 @@ def build_objective(
         kwargs: Keyword arguments of the objective's constructor.
 
     Raises:
-        ValueError: For an unknown name or keyword, with the nearest and all valid ones; for a missing keyword.
+        RecipeError: For an unknown name or keyword, with the nearest and all valid ones; for a missing keyword; for a
+            value of a wrong type.
     """
-    check_known(name, registry, "objective")
     cls = registry[name]
-    parameters = dict(list(inspect.signature(cls).parameters.items())[1:])  # without config
-    check_keys(kwargs, parameters, f"objective {name!r}")
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in kwargs]
-    if missing:
-        raise ValueError(f"Objective {name!r} needs a value for {', '.join(missing)}.")
-    return cls(config, **kwargs)
+    return cls(config, **check_arguments(kwargs, cls, f"objective {name!r}", skip=FILLED_IN))

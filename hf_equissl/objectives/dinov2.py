@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from .base import Features
 from .koleo import check_neighbours, koleo_loss
-from .self_distillation import Centering, SelfDistillationObjective, TeacherTemperature
+from .self_distillation import SelfDistillationObjective
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -34,25 +34,12 @@ class DINOv2Objective(SelfDistillationObjective):
 
     Args:
         config: The encoder's configuration, with a mask token.
-        num_prototypes: K.
-        head_hidden_size: Width of the head's MLP.
-        bottleneck_size: Width of its L2-normalised output, which meets the prototypes.
-        head_layers: Linear layers of the MLP.
-        freeze_gain: Keep the gain of each prototype at 1.
         separate_head: A head of its own for patches (configurations for large data).
-        centering: "centering", or "sinkhorn" with 3 iterations (configurations for large data).
-        student_temperature: tau_s.
-        teacher_temperature: tau_t after the warm-up.
-        warmup_teacher_temperature: tau_t at the start.
-        teacher_temperature_warmup_epochs: Length of the warm-up, 0 for none.
-        center_momentum: Share of the old centers in the new ones.
         cls_weight: Factor of L_cls.
         patch_weight: Factor of L_patch.
         koleo_weight: Factor of L_koleo; 0 leaves it out.
         gather_koleo: Seek KoLeo's nearest neighbours in the batch of all processes, not in that of one.
-        local_crops: Whether the student sees local crops, too.
-        equivariant_logits: Logit split: this many of the K logits, the last ones, are left to equivariance objectives.
-            0 splits the encoder's stem; more needs an encoder without one.
+        common: Those of :class:`.SelfDistillationObjective`; configurations for large data have centering "sinkhorn".
 
     Logs:
         ``loss_cls``, ``loss_patch``, ``loss_koleo``: weighted, they add up to the loss; ``teacher_entropy``: mean
@@ -76,55 +63,24 @@ class DINOv2Objective(SelfDistillationObjective):
   url     = {https://arxiv.org/abs/2304.07193}
 }"""
 
+    clock = "step"
+
     def __init__(
         self,
         config: EquiSSLConfig,
-        num_prototypes: int = 65536,
-        head_hidden_size: int = 2048,
-        bottleneck_size: int = 256,
-        head_layers: int = 3,
-        freeze_gain: bool = False,
         separate_head: bool = False,
-        centering: Centering = "centering",
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
-        teacher_temperature_warmup_epochs: float = 30,
-        center_momentum: float = 0.9,
         cls_weight: float = 1.0,
         patch_weight: float = 1.0,
         koleo_weight: float = 0.1,
         gather_koleo: bool = False,
-        local_crops: bool = True,
-        equivariant_logits: int = 0,
+        **common: Any,
     ) -> None:
-        temperature = TeacherTemperature(
-            teacher_temperature, warmup_teacher_temperature, teacher_temperature_warmup_epochs, clock="step"
-        )
-        super().__init__(
-            config,
-            head={
-                "num_prototypes": num_prototypes,
-                "hidden_size": head_hidden_size,
-                "bottleneck_size": bottleneck_size,
-                "num_layers": head_layers,
-                "freeze_gain": freeze_gain,
-                "patches": "own_head" if separate_head else "shared",
-            },
-            student_temperature=student_temperature,
-            cls_temperature=temperature,
-            patch_temperature=temperature,
-            cls_weight=cls_weight,
-            patch_weight=patch_weight,
-            center_momentum=center_momentum,
-            centering=centering,
-            local_crops=local_crops,
-            equivariant_logits=equivariant_logits,
-        )
+        super().__init__(config, **common)
         if koleo_weight < 0:
             raise ValueError(f"`koleo_weight` is {koleo_weight}, expected 0 (none) or more.")
         self.koleo_weight = koleo_weight
         self.gather_koleo = gather_koleo
+        self._build_heads("own_head" if separate_head else "shared", self.cls_schedule, cls_weight, patch_weight)
 
     def check_batch(self, images: int, processes: int) -> None:
         """Refuse a single image for KoLeo: it has no neighbour."""

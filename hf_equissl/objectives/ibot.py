@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Features
-from .self_distillation import Centering, MaskedPatches, SelfDistillationObjective, TeacherRows, TeacherTemperature
+from .self_distillation import MaskedPatches, SelfDistillationObjective, TeacherRows
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -31,24 +32,12 @@ class IBOTObjective(SelfDistillationObjective):
     Args:
         config: The encoder's configuration, with a mask token.
         num_prototypes: K, of CLS and of patches.
-        head_hidden_size: Width of the head's MLP.
-        bottleneck_size: Width of its L2-normalised output, which meets the prototypes.
-        head_layers: Linear layers of the MLP, which is common to CLS and patches.
-        freeze_gain: Keep the gain of each prototype at 1 (``norm_last_layer`` of the authors).
         shared_head: One set of prototypes for CLS and patches, or one for each.
-        student_temperature: tau_s.
-        teacher_temperature: tau_t of CLS after the warm-up.
-        warmup_teacher_temperature: tau_t of CLS at the start.
-        patch_teacher_temperature: tau_t of patches after the warm-up.
+        patch_teacher_temperature: tau_t of patches after the warm-up, which is as long as that of CLS.
         warmup_patch_teacher_temperature: tau_t of patches at the start.
-        teacher_temperature_warmup_epochs: Length of the warm-up, 0 for none.
-        center_momentum: Share of the old centers in the new ones.
-        centering: "centering", or "sinkhorn" with 3 iterations, which needs no centers (SwAV, DINOv2).
         cls_weight: Factor of L_cls.
         patch_weight: Factor of L_patch.
-        local_crops: Whether the student sees local crops, too.
-        equivariant_logits: Logit split: this many of the K logits, the last ones, are left to equivariance objectives.
-            0 splits the encoder's stem; more needs an encoder without one.
+        common: Those of :class:`.SelfDistillationObjective`, whose tau_t is that of CLS.
 
     Logs:
         ``loss_cls``, ``loss_patch``: weighted, they add up to the loss; ``teacher_entropy``: mean entropy of the CLS
@@ -72,51 +61,17 @@ class IBOTObjective(SelfDistillationObjective):
         self,
         config: EquiSSLConfig,
         num_prototypes: int = 8192,
-        head_hidden_size: int = 2048,
-        bottleneck_size: int = 256,
-        head_layers: int = 3,
-        freeze_gain: bool = False,
         shared_head: bool = True,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
         patch_teacher_temperature: float = 0.07,
         warmup_patch_teacher_temperature: float = 0.04,
-        teacher_temperature_warmup_epochs: float = 30,
-        center_momentum: float = 0.9,
-        centering: Centering = "centering",
         cls_weight: float = 1.0,
         patch_weight: float = 1.0,
-        local_crops: bool = True,
-        equivariant_logits: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            config,
-            head={
-                "num_prototypes": num_prototypes,
-                "hidden_size": head_hidden_size,
-                "bottleneck_size": bottleneck_size,
-                "num_layers": head_layers,
-                "freeze_gain": freeze_gain,
-                "patches": "shared" if shared_head else "own_prototypes",
-            },
-            student_temperature=student_temperature,
-            cls_temperature=TeacherTemperature(
-                teacher_temperature, warmup_teacher_temperature, teacher_temperature_warmup_epochs, clock="epoch"
-            ),
-            patch_temperature=TeacherTemperature(
-                patch_teacher_temperature,
-                warmup_patch_teacher_temperature,
-                teacher_temperature_warmup_epochs,
-                clock="epoch",
-            ),
-            cls_weight=cls_weight,
-            patch_weight=patch_weight,
-            center_momentum=center_momentum,
-            centering=centering,
-            local_crops=local_crops,
-            equivariant_logits=equivariant_logits,
-        )
+        super().__init__(config, num_prototypes=num_prototypes, **common)
+        final, warmup = patch_teacher_temperature, warmup_patch_teacher_temperature
+        schedule = replace(self.cls_schedule, final=final, warmup=warmup)
+        self._build_heads("shared" if shared_head else "own_prototypes", schedule, cls_weight, patch_weight)
 
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
         """All patches pass the MLP, because the center averages them; the masked ones are picked after it."""

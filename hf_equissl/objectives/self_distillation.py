@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
 from .centering import centered_softmax, sinkhorn_knopp
 from .progress import linear_ramp
-from .prototypes import PrototypeHead, prototype_cross_entropy
+from .prototypes import PatchHead, PrototypeHead, prototype_cross_entropy
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -98,67 +98,104 @@ class TeacherRows(NamedTuple):
 
 
 class SelfDistillationObjective(Objective):
-    """Base class. Subclasses choose their keyword arguments, add terms in ``_regularizers``, and may change which
-    patches the center averages (``_teacher_rows``).
+    """What the objectives have in common. Subclasses build the heads and may add terms (``_regularizers``), or change
+    which patches the center averages (``_teacher_rows``).
 
     Args:
         config: The encoder's configuration.
-        head: Keyword arguments of ``PrototypeHead``.
-        student_temperature: Of the student's softmax.
-        cls_temperature: Of the teacher's CLS targets.
-        patch_temperature: Of the teacher's patch targets; ``None`` has no patch loss and no masks.
-        cls_weight: Factor of the CLS loss.
-        patch_weight: Factor of the patch loss.
-        center_momentum: Of the centers, buffers that are updated after the loss, in training mode: with gradient
-            accumulation after each micro-batch, since the authors have none.
-        centering: "centering" or "sinkhorn" (3 iterations, no centers).
+        num_prototypes: K.
+        head_hidden_size: Width of the head's MLP.
+        bottleneck_size: Width of its L2-normalised output, which meets the prototypes.
+        head_layers: Linear layers of the MLP.
+        freeze_gain: Keep the gain of each prototype at 1 (``norm_last_layer`` of the authors).
+        student_temperature: tau_s, of the student's softmax.
+        teacher_temperature: tau_t after the warm-up.
+        warmup_teacher_temperature: tau_t at the start.
+        teacher_temperature_warmup_epochs: Length of the warm-up, 0 for none.
+        center_momentum: Share of the old centers in the new ones. Centers are buffers that move after the loss, in
+            training mode: with gradient accumulation after each micro-batch, since the authors have none.
+        centering: "centering", or "sinkhorn" with 3 iterations, which needs no centers (SwAV, DINOv2).
         local_crops: Whether the student sees local crops, too.
-        equivariant_logits: Last prototypes that the loss leaves to equivariance objectives (logit split).
+        equivariant_logits: Logit split: this many of the K logits, the last ones, are left to equivariance objectives.
+            0 splits the encoder's stem; more needs an encoder without one.
+
+    Attributes:
+        clock: When temperatures change, "epoch" or "step" (``TeacherTemperature``).
 
     Raises:
         ValueError: For values out of range; a logit split of an encoder with a stem. In ``forward``: no teacher, fewer
             than two global crops, or no masks where there is a patch loss.
     """
 
+    clock: ClassVar[Literal["epoch", "step"]] = "epoch"
     cls_center: Tensor
     patch_center: Tensor
+    head: PrototypeHead
 
     def __init__(
         self,
         config: EquiSSLConfig,
-        *,
-        head: dict[str, Any],
-        student_temperature: float,
-        cls_temperature: TeacherTemperature,
-        patch_temperature: TeacherTemperature | None = None,
-        cls_weight: float = 1.0,
-        patch_weight: float = 1.0,
+        num_prototypes: int = 65536,
+        head_hidden_size: int = 2048,
+        bottleneck_size: int = 256,
+        head_layers: int = 3,
+        freeze_gain: bool = False,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        warmup_teacher_temperature: float = 0.04,
+        teacher_temperature_warmup_epochs: float = 30,
         center_momentum: float = 0.9,
         centering: Centering = "centering",
         local_crops: bool = True,
         equivariant_logits: int = 0,
     ) -> None:
         super().__init__(config)
-        _check_arguments(config, head["num_prototypes"], equivariant_logits, student_temperature, centering)
-        if min(cls_weight, patch_weight) < 0 or not 0 <= center_momentum < 1:
-            raise ValueError(
-                "Weights must be 0 or more and `center_momentum` in [0, 1), got "
-                f"{cls_weight}, {patch_weight} and {center_momentum}."
-            )
+        _check_arguments(config, num_prototypes, equivariant_logits, student_temperature, centering)
+        if not 0 <= center_momentum < 1:
+            raise ValueError(f"`center_momentum` is {center_momentum}, expected a value in [0, 1).")
+        self.head_sizes: dict[str, Any] = {
+            "num_prototypes": num_prototypes,
+            "hidden_size": head_hidden_size,
+            "bottleneck_size": bottleneck_size,
+            "num_layers": head_layers,
+            "freeze_gain": freeze_gain,
+        }
         self.student_temperature = student_temperature
-        self.cls_schedule, self.patch_schedule = cls_temperature, patch_temperature
-        self.cls_temperature = cls_temperature.start
-        self.patch_temperature = None if patch_temperature is None else patch_temperature.start
-        self.cls_weight, self.patch_weight = cls_weight, patch_weight
+        self.cls_schedule = TeacherTemperature(
+            teacher_temperature, warmup_teacher_temperature, teacher_temperature_warmup_epochs, self.clock
+        )
+        self.cls_temperature = self.cls_schedule.start
         self.center_momentum, self.centering = center_momentum, centering
         self.local_crops = local_crops
         self.equivariant_logits = equivariant_logits
-        self.num_logits = head["num_prototypes"] - equivariant_logits  # that the loss sees
-        self.head = PrototypeHead(config.invariant_size or config.hidden_size, **head)
+        self.num_logits = num_prototypes - equivariant_logits  # that the loss sees
+
+    def _build_heads(
+        self,
+        patches: PatchHead = "shared",
+        patch_schedule: TeacherTemperature | None = None,
+        cls_weight: float = 1.0,
+        patch_weight: float = 1.0,
+    ) -> None:
+        """Build the student's head, the teacher's and the centers: the end of a subclass's constructor.
+
+        Args:
+            patches: What patches have of their own in the head.
+            patch_schedule: Temperature of the teacher's patch targets; ``None`` has no patch loss and no masks.
+            cls_weight: Factor of the CLS loss.
+            patch_weight: Factor of the patch loss.
+        """
+        if min(cls_weight, patch_weight) < 0:
+            raise ValueError(f"Weights must be 0 or more, got {cls_weight} and {patch_weight}.")
+        self.cls_weight, self.patch_weight = cls_weight, patch_weight
+        self.patch_schedule = patch_schedule
+        self.patch_temperature = None if patch_schedule is None else patch_schedule.start
+        width = self.config.invariant_size or self.config.hidden_size
+        self.head = PrototypeHead(width, **self.head_sizes, patches=patches)
         self.teacher_head = deepcopy(self.head).requires_grad_(False)
-        if centering == "centering":
+        if self.centering == "centering":
             self.register_buffer("cls_center", torch.zeros(self.num_logits))
-            if patch_temperature is not None:
+            if patch_schedule is not None:
                 self.register_buffer("patch_center", torch.zeros(self.num_logits))
 
     # ---- the contract with the pretraining model ----

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..distributed.collectives import gather, is_gathered, local_shard, wait_for_shards
 from ..modeling import EquiSSLConfig, EquiSSLModel
-from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
+from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective, weight_of
 from ..objectives.base import Features, Objective
 from ..objectives.progress import TrainingProgress
 from ..utils.feature_statistics import effective_rank, feature_std
@@ -54,8 +54,14 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
         """``encoder``, which is no longer a dictionary once the config is built."""
         return cast(EquiSSLConfig, self.encoder)
 
+    @property
+    def trained(self) -> list[dict]:
+        """Entries of ``equivariance`` that are built, each with its weight."""
+        weighted = [{**entry, "weight": float(weight_of(entry))} for entry in self.equivariance]
+        return [entry for entry in weighted if entry["weight"] > 0]
+
     def validate_objectives(self) -> None:
-        """Every entry has a name, weights are finite and not negative, and objectives own the decoders."""
+        """Check that every entry has a name, weights are finite and not negative, and the encoder has no decoder."""
         for entry in (self.invariance, *self.equivariance):
             if "name" not in entry:
                 raise ValueError(f"An objective needs a `name`, got {entry}.")
@@ -63,7 +69,7 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
         if len(set(names)) < len(names):
             raise ValueError(f"Each equivariance objective may be named once, got {names}.")
         for entry in self.equivariance:
-            weight = entry.get("weight", 1.0)
+            weight = weight_of(entry)
             if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 raise ValueError(
                     f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, "
@@ -111,11 +117,12 @@ class EquiSSLForPreTraining(PreTrainedModel):
         # The student comes first: with one seed, runs that differ in their objectives start from the same encoder.
         self.student = EquiSSLModel(config.encoder_config)
         self.invariance = self._build(INVARIANCE_OBJECTIVES, config.invariance, config.encoder_config)
-        active = [entry for entry in config.equivariance if entry.get("weight", 1.0) > 0]
         sizes = self.invariance.feature_config
-        self.equivariance = nn.ModuleList(self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes) for entry in active)
-        self.equivariance_names = [entry["name"] for entry in active]
-        self.weights = [float(entry.get("weight", 1.0)) for entry in active]
+        self.equivariance = nn.ModuleList(
+            self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes) for entry in config.trained
+        )
+        self.equivariance_names = [entry["name"] for entry in config.trained]
+        self.weights = [entry["weight"] for entry in config.trained]
         self.needs = Needs()
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs

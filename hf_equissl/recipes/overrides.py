@@ -7,9 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from ..utils.coercion import coerce
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, nearest
-from .coercion import coerce
 
 SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)

@@ -39,16 +39,16 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import load_images
 from ..modeling import EquiSSLConfig
-from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, weight_of
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
+from ..utils.coercion import check_arguments, coerce, hints_of, parameters_of
 from ..utils.files import write_text
 from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError, check_keys, check_known
 from ..utils.versions import __version__
 from ..views import TRANSFORMATIONS, build_transformation
 from ..views.pipelines import PIPELINES, build_pipeline
-from .coercion import check_arguments, coerce, hints_of, parameters_of
 from .monitor_settings import MonitorSettings
 from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, resolve_recipe
 
@@ -304,10 +304,10 @@ def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
     entries = []
     for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
         where = f"objectives.equivariance.{index}"
-        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=("config",), beside=("weight",))
-        weight = coerce(item.get("weight", 1.0), float, f"{where}.weight")
+        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=FILLED_IN, beside=("weight",))
+        weight = coerce(weight_of(item), float, f"{where}.weight")
         entries.append({"name": entry.pop("name"), "weight": weight, **entry})
-    invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=("config",))
+    invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=FILLED_IN)
     return ObjectivesSection(invariance, entries)
 
 

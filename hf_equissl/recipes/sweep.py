@@ -28,9 +28,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..utils.coercion import coerce
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, did_you_mean
-from .coercion import coerce
 from .overrides import SECTIONS, apply_overrides, as_mapping, read_recipe
 
 _GRIDS = ("cross", "zip")

@@ -77,5 +77,5 @@ def test_defaults_are_those_of_the_short_configuration():
 
 @pytest.mark.parametrize("kwargs", [{"centering": "sinkhorn_knopp"}, {"koleo_weight": -1}, {"patch_weight": -1}])
 def test_wrong_arguments(kwargs):
-    with pytest.raises(ValueError, match=r"'centering' or 'sinkhorn'|koleo_weight|Weights must be 0 or more"):
+    with pytest.raises(ValueError, match=r"one of 'centering', 'sinkhorn'|koleo_weight|Weights must be 0 or more"):
         tiny_objective("invariance", "dinov2", **kwargs)

@@ -283,7 +283,7 @@ def test_monitors(name):
         ({"student_temperature": 0}, "`student_temperature` is 0"),
         ({"teacher_temperature": 0.0}, "Teacher temperatures must be above 0"),
         ({"teacher_temperature_warmup_epochs": -1}, "0 epochs or more"),
-        ({"center_momentum": 1.0}, "`center_momentum` in"),
+        ({"center_momentum": 1.0}, "`center_momentum` is 1.0"),
         ({"equivariant_logits": 24}, "fewer than the 24 prototypes"),
         ({"equivariant_logits": 4}, "has a stem that is split already"),
     ],

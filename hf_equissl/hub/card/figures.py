@@ -67,7 +67,7 @@ def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | 
 def _losses(run: RunFolder, entries: Sequence[Mapping[str, Any]], folder: Path) -> Figure:
     panels = {"loss": "loss", "loss_ssl": f"invariance: {run.config.invariance['name']}"}
     for entry in run.objectives()["equivariance"]:
-        panels[f"loss_{entry['name']}"] = f"{entry.get('weight', 1.0):g} x {entry['name']}"
+        panels[f"loss_{entry['name']}"] = f"{entry['weight']:g} x {entry['name']}"
     changes = [f"{title} from {_span(entries, key)}" for key, title in panels.items()]
     if any("learning_rate" in entry for entry in entries):
         panels["learning_rate"] = "learning rate"

@@ -142,8 +142,7 @@ def _summary(facts: CardFacts) -> str:
     family = facts.run.transformation
     of_family = f" of transformed images (`{family}`; its parameters are never shown)" if family else ""
     added = "".join(
-        f" and `{entry['name']}`{of_family}, weight {entry.get('weight', 1.0):g}"
-        for entry in facts.objectives["equivariance"]
+        f" and `{entry['name']}`{of_family}, weight {entry['weight']:g}" for entry in facts.objectives["equivariance"]
     )
     data = f" on {_named(facts.dataset)}" if facts.dataset else ""
     start = f", starting from {_named(facts.run.base_model)}" if facts.run.base_model else ""
@@ -302,7 +301,7 @@ def _names(facts: CardFacts) -> dict[str, str]:
 
 
 def _objectives(facts: CardFacts) -> str:
-    entries = [f"{entry.get('weight', 1.0):g} x `{entry['name']}`" for entry in facts.objectives["equivariance"]]
+    entries = [f"{entry['weight']:g} x `{entry['name']}`" for entry in facts.objectives["equivariance"]]
     return " + ".join([f"`{facts.objectives['invariance']['name']}`", *entries])
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from ..utils.strict_yaml import load_yaml
-from ..utils.suggestions import RecipeError, check_keys
+from .strict_yaml import load_yaml
+from .suggestions import RecipeError, check_keys
 
 
 class _Names(dict[str, Any]):
@@ -31,15 +31,22 @@ def hints_of(owner: Callable[..., Any]) -> dict[str, Any]:
 
 
 def parameters_of(function: Callable[..., Any], *, skip: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
-    """Named parameters of ``function`` (for a class: of its constructor), with annotations resolved."""
-    target = function.__init__ if inspect.isclass(function) else function
-    hints = hints_of(target)
+    """List the named parameters of ``function`` (for a class: of its constructor), with annotations resolved.
+
+    A constructor with ``**kwargs`` hands them to the one of its parent class, whose parameters come after its own.
+    """
+    owners = [owner for owner in function.__mro__[:-1]] if inspect.isclass(function) else []
+    targets = [vars(owner)["__init__"] for owner in owners if "__init__" in vars(owner)] if owners else [function]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {
-        name: parameter.replace(annotation=hints.get(name, Any))
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in named and name not in ("self", *skip)
-    }
+    found: dict[str, inspect.Parameter] = {}
+    for target in targets:
+        hints, signature = hints_of(target), inspect.signature(target).parameters
+        for name, parameter in signature.items():
+            if parameter.kind in named and name not in ("self", *skip):
+                found.setdefault(name, parameter.replace(annotation=hints.get(name, Any)))
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
+            break
+    return found
 
 
 def check_arguments(
