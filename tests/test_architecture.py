@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "hub",
         "planning",
         "pretraining",
+        "recipes",
         "running",
         "utils",
         "views",

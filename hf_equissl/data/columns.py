@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -78,6 +78,24 @@ def find_label_column(features: datasets.Features, column: str | None, source: s
     if not found:
         found = [name for name in ("label", "labels", "cls") if name in features and _is_integer(features[name])]
     return found[0] if len(found) == 1 else None
+
+
+def find_more_columns(features: datasets.Features, wanted: Mapping[str, Sequence[str]], source: str) -> dict[str, str]:
+    """Find the columns that stand beside the image: for each name that is wanted, the first of its columns that exists.
+
+    Raises:
+        ImageSourceError: None of them does.
+    """
+    found = {}
+    for name, columns in wanted.items():
+        column = next((column for column in columns if column in features), None)
+        if column is None:
+            raise ImageSourceError(
+                f"{source}: there is no column for {name}, such as {', '.join(columns)}. Columns: "
+                f"{list_columns(features)}."
+            )
+        found[name] = column
+    return found
 
 
 def list_columns(features: Mapping[str, Any]) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import fsspec
 
-from .columns import find_image_column, find_label_column
+from .columns import find_image_column, find_label_column, find_more_columns
 from .decoding import decode_image, open_image
 from .errors import ImageDecodeError, ImageSourceError
 from .locations import open_dataset
@@ -37,13 +37,14 @@ class ImageSource:
     """Images, still encoded, and how to get at them.
 
     Attributes:
-        dataset: Only the image and label columns; images are not decoded.
+        dataset: Only the columns that follow; images are not decoded.
         name: What the user wrote, and the split.
         image_column, label_column: Names; no label column where there are no labels.
         num_classes: Of a ``ClassLabel`` column, else ``None``.
         root: Where relative paths in a column of paths start.
         files: Of a stream of files, their names, in the order of its shards; empty where they are not known.
         digest: Of a stream, of the names of its files: another one where they are renamed or in another order.
+        more: Further columns, by what they hold.
     """
 
     dataset: Rows
@@ -54,6 +55,7 @@ class ImageSource:
     root: Path | None = None
     files: tuple[str, ...] = ()
     digest: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def streaming(self) -> bool:
@@ -159,6 +161,7 @@ def load_images(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
+    more_columns: Mapping[str, Sequence[str]] | None = None,
 ) -> ImageSource:
     """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
 
@@ -183,6 +186,8 @@ def load_images(
         config_name, revision: Of a Hub data set.
         cache_dir: For ``datasets``; default its own.
         num_proc: Processes for the conversion.
+        more_columns: What else is read of each row, such as a mask -> how its column may be called; the first one that
+            exists is taken. Images in it are not decoded, and it is not mistaken for ``column``.
 
     Raises:
         ImageSourceError: Source, split or column do not exist, leave a choice open, or cannot be read; or there are no
@@ -202,12 +207,15 @@ def load_images(
         )
     rows = opened.rows
     features, row = _features_and_first_row(rows, name)
-    image_column = find_image_column(features, row, column, name)
+    more = find_more_columns(features, more_columns or {}, name)
+    others = datasets.Features({key: value for key, value in features.items() if key not in more.values()})
+    image_column = find_image_column(others, row, column, name)
     label_column = find_label_column(features, label_column, name)
-    columns = [image_column, *([label_column] if label_column else [])]
+    columns = list(dict.fromkeys([image_column, *([label_column] if label_column else []), *more.values()]))
     rows = (opened.reopen(columns) if opened.reopen else rows).select_columns(columns)
-    if isinstance(features[image_column], datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    for image in (image_column, *more.values()):
+        if isinstance(features[image], datasets.Image):
+            rows = rows.cast_column(image, datasets.Image(decode=False))
     classes = features[label_column] if label_column else None
     return ImageSource(
         dataset=rows,
@@ -218,6 +226,7 @@ def load_images(
         root=opened.root,
         files=opened.files,
         digest=opened.digest,
+        more=more,
     )
 
 

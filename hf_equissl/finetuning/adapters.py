@@ -6,27 +6,21 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..hub.privacy import public_source
 from ..utils.files import write_text
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
-from .classifier import (
-    architecture_of,
-    encoder_digest,
-    head_names,
-    load_classifier,
-    load_trained_classifier,
-    pooling_of,
-)
 from .settings import FineTuningSettings
+from .tasks import Task, make_task
+from .weights import architecture_of, encoder_digest, head_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,6 +73,8 @@ class Description:
         pooling: What the head reads.
         classes: Names, in the order of the labels.
         image_size: Side of the images in pixels.
+        task: Key of ``TASKS``.
+        task_options: What makes an equal task.
     """
 
     method: str
@@ -90,6 +86,16 @@ class Description:
     pooling: str
     classes: list[str]
     image_size: int
+    task: str = "classification"
+    task_options: dict[str, Any] = field(default_factory=dict)
+
+    def make_task(self) -> Task:
+        """Make the task that the model was trained for.
+
+        Raises:
+            ValueError: it is not registered here.
+        """
+        return make_task(self.task, self.task_options)
 
     def save(self, folder: Path) -> None:
         """Write ``finetuning.json`` into ``folder``; only an adapter needs the way to its base on this machine."""
@@ -110,25 +116,30 @@ class Description:
             raise ValueError(f"{path} is not JSON ({error}).") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
             raise ValueError(f"{path} is not a description of a fine-tuned model of format {FORMAT_VERSION}.")
-        if (names := {item.name for item in fields(cls)}) != content.keys():
-            raise ValueError(f"{path} has other entries than expected: {sorted(names ^ content.keys())}.")
+        names = {item.name for item in fields(cls)}
+        later = {"task", "task_options"}  # absent from what was written before there were tasks
+        if wrong := (names - later - content.keys()) | (content.keys() - names):
+            raise ValueError(f"{path} has other entries than expected: {sorted(wrong)}.")
         return cls(**content)
 
 
 def describe(
-    model: PreTrainedModel, settings: FineTuningSettings, commit: str | None, classes: list[str], image_size: int
+    task: Task, model: nn.Module, settings: FineTuningSettings, commit: str | None, classes: list[str]
 ) -> Description:
-    """The description of a classifier that was just loaded, at ``commit`` of the Hub, and is not trained yet."""
+    """Describe a model that was just loaded, at ``commit`` of the Hub, and is not trained yet."""
+    encoder: Any = task.encoder(model)
     return Description(
         method=settings.method,
         base=settings.base,
         revision=commit,
         subfolder=settings.subfolder,
-        digest=encoder_digest(model),
-        architecture=architecture_of(model.config),
-        pooling=pooling_of(model.config),
+        digest=encoder_digest(encoder),
+        architecture=architecture_of(encoder.config),
+        pooling=task.reads(model),
         classes=classes,
-        image_size=image_size,
+        image_size=task.inputs.image_size,
+        task=task.name,
+        task_options=task.options(),
     )
 
 
@@ -142,8 +153,8 @@ def check_peft() -> None:
         raise PeftMissingError("Adapters (lora, dora) need PEFT: pip install 'hf-equissl[peft]'.")
 
 
-def add_adapters(model: PreTrainedModel, settings: FineTuningSettings) -> PeftModel:
-    """Freeze a classifier and put LoRA or DoRA adapters into its blocks; the head is trained and saved with them.
+def add_adapters(model: nn.Module, encoder_name: str, settings: FineTuningSettings) -> PeftModel:
+    """Freeze a model and put LoRA or DoRA adapters into its encoder; the head is trained and saved with them.
 
     Raises:
         PeftMissingError: without PEFT.
@@ -152,7 +163,7 @@ def add_adapters(model: PreTrainedModel, settings: FineTuningSettings) -> PeftMo
     check_peft()
     from peft import LoraConfig, get_peft_model
 
-    model_type = model.config.model_type
+    model_type: str = model.get_submodule(encoder_name).config.model_type  # type: ignore[union-attr, assignment]
     if settings.target_modules is None and model_type not in LORA_TARGETS:
         raise ValueError(
             f"There are no default target modules for {model_type} models. Name the layers with --target_modules, a "
@@ -164,12 +175,12 @@ def add_adapters(model: PreTrainedModel, settings: FineTuningSettings) -> PeftMo
         lora_dropout=settings.lora_dropout,
         use_dora=settings.method == "dora",
         target_modules=settings.target_modules or LORA_TARGETS[model_type],
-        modules_to_save=head_names(model),
+        modules_to_save=head_names(model, encoder_name),
         base_model_name_or_path=settings.base,
     )
     try:
         with _without_deprecation():
-            adapted: Any = get_peft_model(model, config)
+            adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"--target_modules {config.target_modules}: {error}") from error
     return adapted
@@ -191,19 +202,19 @@ def load_finetuned(
     subfolder: str = "",
     trust_remote_code: bool = False,
     **hub_options: Any,
-) -> PreTrainedModel | PeftModel:
-    """Load what fine-tuning left: a whole classifier, or an adapter onto its base encoder.
+) -> nn.Module:
+    """Load what fine-tuning left: a whole model, or an adapter onto its base encoder.
 
     Args:
         source: Folder or Hub id of a fine-tuned model or adapter.
         base: Folder or Hub id of an adapter's base encoder; ``None``: the one that it was trained on.
-        merge: Add an adapter into the encoder's weights and return the plain classifier.
+        merge: Add an adapter into the encoder's weights and return the plain model.
         subfolder: Of ``source`` in its repository.
         trust_remote_code: Whether code stored beside the encoder may run.
         **hub_options: ``revision`` (of ``source``), ``cache_dir``, ``token``.
 
     Returns:
-        In evaluation mode, with class names in ``config.id2label``.
+        In evaluation mode; classifiers and other models of transformers with class names in ``config.id2label``.
 
     Raises:
         ValueError: nothing of the kind there, an encoder without a trained head, the base of an adapter is not found,
@@ -217,14 +228,16 @@ def load_finetuned(
     if not adapter:
         if base is not None:
             raise ValueError(f"{source} is a whole model, not an adapter: leave base out.")
-        return load_trained_classifier(source, trust_remote_code=trust_remote_code, **place).eval()
+        path = _description_file(source, subfolder=subfolder, **hub_options)
+        task = make_task("classification", {}) if path is None else Description.load(path).make_task()
+        return task.load_trained(source, trust_remote_code=trust_remote_code, **place).eval()
     check_peft()
     description = read_description(source, subfolder=subfolder, **hub_options)
-    classifier = _load_base(source, description, base, trust_remote_code, hub_options)
+    network: Any = _load_base(source, description, base, trust_remote_code, hub_options)
     from peft import PeftModel
 
     with explain_load_errors(source, "adapter", config_name="adapter_config.json", **place), _without_deprecation():
-        adapted: Any = PeftModel.from_pretrained(classifier, source, **place)
+        adapted: Any = PeftModel.from_pretrained(network, source, **place)
     return (adapted.merge_and_unload() if merge else adapted).eval()
 
 
@@ -234,20 +247,12 @@ def is_adapter(source: str, *, subfolder: str = "", **hub_options: Any) -> bool:
 
 
 def read_description(source: str, *, subfolder: str = "", **hub_options: Any) -> Description:
-    """The description beside an adapter or a fine-tuned model.
+    """Read the description beside an adapter or a fine-tuned model.
 
     Raises:
         LoadError: there is none.
     """
-    path = cached_file(
-        source,
-        DESCRIPTION_FILE,
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_options,
-    )
+    path = _description_file(source, subfolder=subfolder, **hub_options)
     if path is None:
         raise LoadError(
             f"{source} holds no {DESCRIPTION_FILE}, which says what the adapter belongs to: it was not made by "
@@ -256,14 +261,25 @@ def read_description(source: str, *, subfolder: str = "", **hub_options: Any) ->
     return Description.load(path)
 
 
+def _description_file(source: str, **place: Any) -> str | None:
+    return cached_file(
+        source,
+        DESCRIPTION_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **place,
+    )
+
+
 def _load_base(
     source: str,
     description: Description,
     base: str | Path | None,
     trust_remote_code: bool,
     hub_options: dict[str, Any],
-) -> PreTrainedModel:
-    """The classifier that an adapter was trained on, checked to be that one."""
+) -> nn.Module:
+    """Load what an adapter was trained on, and check that it is that."""
     place: dict[str, Any] = {}
     if base is None:
         place = {"revision": description.revision, "subfolder": description.subfolder}
@@ -286,8 +302,9 @@ def _load_base(
             f"{', '.join(different)}. Give the base that it was trained on."
         )
     pooling = description.pooling if hasattr(config, "pooling") else None
-    model = load_classifier(name, description.classes, pooling=pooling, trust_remote_code=trust_remote_code, **options)
-    if (digest := encoder_digest(model)) != description.digest:
+    task = description.make_task()
+    model = task.load_model(name, description.classes, pooling=pooling, trust_remote_code=trust_remote_code, **options)
+    if (digest := encoder_digest(task.encoder(model))) != description.digest:
         raise ValueError(
             f"The adapter {source} was trained on {description.base} (weights {description.digest[:12]}); {name} has "
             f"the same shapes and other weights ({digest[:12]}). On those it means nothing: give the base that it was "

@@ -14,13 +14,15 @@ from ..hub.privacy import is_hub_id, public_command, public_source
 from .adapters import Description
 from .report import comparison_table
 from .settings import METHODS
+from .tasks import TASKS
 
 CARD = "README.md"
 _CLASSES_SHOWN = 20
+_VERBS = {"image-classification": "classify", "image-segmentation": "segment"}
 
 
 def public_records(records: Sequence[ResultRecord], base: str) -> list[ResultRecord]:
-    """Records as others may read them: no path of this machine, the encoder called ``base``."""
+    """Return records as others may read them: no path of this machine, the encoder called ``base``."""
     return [
         replace(
             record,
@@ -48,7 +50,7 @@ def write_card(
     data = records[0].dataset if records else None
     head = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=TASKS[description.task].pipeline_tag,
         tags=[str(description.architecture["model_type"]), description.method],
         base_model=base if is_hub_id(description.base) else None,
         datasets=[data] if data is not None and is_hub_id(data) else None,
@@ -62,18 +64,19 @@ def write_card(
 def _text(
     description: Description, records: Sequence[ResultRecord], base: str, name: str, is_adapter: bool
 ) -> list[str]:
+    task = TASKS[description.task]
     shown = description.classes[:_CLASSES_SHOWN]
     classes = ", ".join([*shown, *(["..."] if len(shown) < len(description.classes) else [])])
     method = METHODS[description.method]
     merged = " The adapters are merged into the weights." if method.adapter and not is_adapter else ""
     lines = [
-        f"# {'Adapter' if is_adapter else 'Image classifier'} from {base}",
+        f"# {'Adapter' if is_adapter else task.result} from {base}",
         "",
-        f"The encoder `{base}` (weights `{description.digest[:12]}`) fine-tuned for image classification; trained was "
-        f"{method.description}.{merged} The head reads `{description.pooling}` at {description.image_size} pixels.",
+        f"The encoder `{base}` (weights `{description.digest[:12]}`) fine-tuned for {task.noun}; trained was "
+        f"{method.description.format(head=task.head)}.{merged} The head reads `{description.pooling}` at "
+        f"{description.image_size} pixels.",
         "",
-        f"{len(description.classes)} classes: {classes}.",
-        "",
+        *([f"{len(description.classes)} classes: {classes}.", ""] if classes else []),
         *_usage(description, name, is_adapter),
     ]
     if records:
@@ -83,18 +86,16 @@ def _text(
 
 def _usage(description: Description, name: str, is_adapter: bool) -> list[str]:
     ours = description.architecture["model_type"] == "equissl"
-    if is_adapter:
-        code = [
-            "from hf_equissl.finetuning import load_finetuned",
-            "",
-            f'model = load_finetuned("{name}")  # on its base; merge=True adds the adapter into the weights',
-        ]
+    tag = TASKS[description.task].pipeline_tag
+    if is_adapter or tag is None:
+        comment = "  # on its base; merge=True adds the adapter into the weights" if is_adapter else ""
+        code = ["from hf_equissl.finetuning import load_finetuned", "", f'model = load_finetuned("{name}"){comment}']
     else:
         code = [
             *(["import hf_equissl  # registers EquiSSL encoders"] if ours else []),
             "from transformers import pipeline",
             "",
-            f'classify = pipeline("image-classification", model="{name}")',
+            f'{_VERBS.get(tag, "predict")} = pipeline("{tag}", model="{name}")',
         ]
     return ["```python", *code, "```"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -61,13 +59,7 @@ def load_classifier(
                 f"head (it reads {_STOCK_POOLING.get(config.model_type, 'what its class says')}). Leave --pooling out."
             )
         config.pooling = pooling
-    if hasattr(config, "drop_path_rate"):
-        config.drop_path_rate = drop_path
-    elif drop_path:
-        raise ValueError(
-            f"--drop_path {drop_path}: {source} is a {config.model_type} model, which has no stochastic depth. Leave "
-            "--drop_path out."
-        )
+    set_drop_path(config, source, drop_path)
     if not _has_classifier(config):
         raise ValueError(
             f"{source} is a {config.model_type} model, for which transformers has no image classification class. "
@@ -84,6 +76,21 @@ def load_classifier(
         )
     check_report(source, model, report, new=_NEW)
     return model
+
+
+def set_drop_path(config: Any, source: str, drop_path: float) -> None:
+    """Set the stochastic depth of an encoder that is about to be loaded.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = drop_path
+    elif drop_path:
+        raise ValueError(
+            f"--drop_path {drop_path}: {source} is a {config.model_type} model, which has no stochastic depth. Leave "
+            "--drop_path out."
+        )
 
 
 def load_trained_classifier(source: str, *, trust_remote_code: bool = False, **hub_options: Any) -> PreTrainedModel:
@@ -131,20 +138,6 @@ def check_report(source: str, model: PreTrainedModel, report: dict[str, Any], ne
         )
 
 
-def head_names(model: PreTrainedModel) -> list[str]:
-    """Names of the modules beside the encoder that have weights: the classification head."""
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
-
-
-def num_blocks(model: PreTrainedModel) -> int:
-    """Blocks of the encoder; 0 where its config does not count them in a row."""
-    return getattr(model.config, "num_hidden_layers", 0)
-
-
 def pooling_of(config: Any) -> str:
     """What the head reads, for records."""
     return getattr(config, "pooling", None) or _STOCK_POOLING.get(config.model_type, "pooled")
@@ -153,45 +146,3 @@ def pooling_of(config: Any) -> str:
 def architecture_of(config: Any) -> dict[str, Any]:
     """What decides whether weights of one encoder fit another."""
     return {name: getattr(config, name, None) for name in _ARCHITECTURE}
-
-
-@torch.no_grad()
-def encoder_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, shapes and values of the encoder's weights, without what a classifier never reads."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.base_model.state_dict().items()):
-        if not name.startswith(_UNREAD):
-            data = tensor.detach().to("cpu", torch.float32).contiguous()
-            sha.update(f"{name}{tuple(data.shape)}".encode())
-            sha.update(data.view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def freeze_encoder(model: PreTrainedModel) -> None:
-    """Train the head alone."""
-    model.base_model.requires_grad_(False)
-
-
-def freeze_unused(model: nn.Module, image_size: int, num_channels: int = 3) -> None:
-    """Take weights out of training that the logits do not depend on: mask tokens, stems and poolers nobody reads.
-
-    Found by one backward pass of a blank image. Such weights would only decay, and DDP would wait for their gradients.
-
-    Raises:
-        ValueError: from the model, when it cannot read images of this size.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    logits: Tensor = model(pixel_values=torch.zeros(1, num_channels, image_size, image_size, device=device)).logits
-    logits.logsumexp(1).sum().backward()
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.requires_grad_(False)
-        parameter.grad = None
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) numbers of weights; the untrained copy of the head that PEFT keeps is not counted."""
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if ".original_module." not in name]
-    sizes = [(parameter.numel(), parameter.requires_grad) for _, parameter in parameters]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

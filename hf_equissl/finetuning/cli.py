@@ -12,9 +12,18 @@ from ..utils.commands import command_parser, is_first_process, log_plainly, say,
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
 _DESCRIPTION = """\
-Fine-tune an encoder for image classification: all weights, a linear head, or LoRA / DoRA adapters. Encoders are EquiSSL
-ones and everything that AutoModelForImageClassification loads (DINOv2, ViT, ...). Everything that can be wrong is
-checked before the first step; a run that was stopped goes on where it was when the command is given again."""
+Fine-tune an encoder for image classification, or for another task: all weights, a head alone, or LoRA / DoRA adapters.
+Encoders are EquiSSL ones and everything that AutoModelForImageClassification loads (DINOv2, ViT, ...), or for dense
+tasks AutoBackbone. Everything that can be wrong is checked before the first step; a run that was stopped goes on where
+it was when the command is given again."""
+_TASKS = """\
+tasks:
+  classification         one of several classes for an image
+  semantic_segmentation  a class for every pixel: images/train/*.jpg with masks/train/*.png, val beside train, and
+                         classes.json; or a data set with a column of masks and --set classes=150. Further options:
+                         ignore_index, reduce_labels, mask_column, hidden_size, layers
+  Others can be registered: hf_equissl.finetuning.TASKS.
+"""
 
 _EXIT_CODES = """\
 exit codes: 0 finished; 1 stopped by an error; 2 something can be mended before training; 75 stopped by SIGTERM or
@@ -29,6 +38,10 @@ examples:
   accelerate launch --num_processes 2 training/finetune.py --encoder facebook/dinov2-small --data ./flowers \\
       --method full --epochs 30 --bf16 --num_workers 8 --output_dir runs/full
 
+  # segment: UPerNet on a frozen encoder; masks/ beside images/
+  python training/finetune.py --task semantic_segmentation --encoder runs/equissl/encoder --data ./camvid \\
+      --method frozen --image_size 224 --batch_size 16 --output_dir runs/segment --set hidden_size=256
+
   # publish: the adapter, or one plain model that needs no PEFT
   python training/finetune.py --encoder me/my-encoder --data uoft-cs/cifar10 --output_dir runs/lora \\
       --merge --push_to_hub --repo_id me/my-encoder-cifar10 --private
@@ -41,8 +54,8 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all options with their help."""
     methods = "\n".join(
-        f"  {name:<8}{method.description}; learning rate {method.base_learning_rate:g} x sqrt(batch/256), weight decay "
-        f"{method.weight_decay:g}, label smoothing {method.label_smoothing:g}"
+        f"  {name:<8}{method.description.format(head='a head')}; learning rate {method.base_learning_rate:g} x "
+        f"sqrt(batch/256), weight decay {method.weight_decay:g}, label smoothing {method.label_smoothing:g}"
         + (f", layer decay {method.layer_decay:g}" if method.layer_decay < 1 else "")
         for name, method in METHODS.items()
     )
@@ -50,12 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         "finetune.py",
         usage="finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD --output_dir DIR [options]",
         description=_DESCRIPTION,
-        epilog=f"methods:\n{methods}\n\n{_EXAMPLES}\n{_EXIT_CODES}",
+        epilog=f"{_TASKS}\nmethods:\n{methods}\n\n{_EXAMPLES}\n{_EXIT_CODES}",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("--encoder", metavar="PATH_OR_ID", help="folder or Hub id of the encoder")
-    add("--data", metavar="SOURCE", help="Hub id, folder with one sub-folder per class, parquet, ...; with labels")
+    add("--data", metavar="SOURCE", help="Hub id, folder, parquet, ...; with labels (one sub-folder per class)")
+    add("--task", metavar="NAME", help="what to fine-tune for (below); default: classification")
+    add("--set", dest="task_options", nargs="+", metavar="NAME=VALUE", help="options of the task, as YAML")
     add("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (below); default: lora")
     add("--output_dir", metavar="DIR", help="checkpoints, results and the finished model/ or adapter/ go here")
     add("--resume", metavar="auto|never|PATH", help="auto (default): go on from the newest checkpoint in DIR, if any")
@@ -165,6 +180,8 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     for name in ("encoder", "data", "output_dir"):
         if not options.get(name):
             raise ValueError(f"--{name} is missing; --help shows an example.")
+    if "task_options" in options:
+        options["task_options"] = _task_options(options["task_options"])
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
@@ -191,6 +208,19 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         except (ValueError, OSError) as error:
             return stop(error, code=1, speaks=speaks_for_failure())
     return 0
+
+
+def _task_options(words: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; values are YAML."""
+    from ..utils.strict_yaml import load_yaml
+
+    options: dict[str, Any] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign or not name or name in options:
+            raise ValueError(f"--set {word}: expected NAME=VALUE, each name once.")
+        options[name] = load_yaml(value, f"--set {name}")
+    return options
 
 
 def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> None:

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from ..planning.arithmetic import schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
-from ..running.output_folder import (
-    trained_steps,
-)
-from ..views.pipelines import ViewPipeline
+from ..running.output_folder import trained_steps
 from .adapters import Description
-from .classifier import count_parameters
-from .labelled_images import LabelledImages
 from .settings import METHODS, FineTuningSettings
+from .tasks.base import Splits, Task
+from .weights import count_parameters
 
 
 @dataclass
@@ -25,25 +22,24 @@ class FineTuningRun:
     """A checked run, ready to train.
 
     Attributes:
-        settings: With the learning rate filled in.
+        settings: With everything filled in that follows from others.
         args: Arguments of the Trainer.
-        model: The classifier, or a PEFT model around it.
-        classifier: The classifier itself.
+        task: What is learned, bound to what the encoder reads.
+        splits: The samples.
+        model: The network, or a PEFT model around it.
+        network: The encoder with the task's head.
         description: What the result will be.
-        images: Both splits.
-        pipeline: One training view.
         encoder_digest: Of the encoder with its input settings, as the probes name it in their records.
         checkpoint: Where training goes on, or ``None``.
-        finished: The folder of the result, if the run is over already.
     """
 
     settings: FineTuningSettings
     args: EquiSSLTrainingArguments
+    task: Task
+    splits: Splits
     model: Any
-    classifier: PreTrainedModel
+    network: nn.Module
     description: Description
-    images: LabelledImages
-    pipeline: ViewPipeline
     encoder_digest: str
     checkpoint: str | None
 
@@ -60,19 +56,21 @@ class FineTuningRun:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return schedule(self.args, self.args.world_size, len(self.images.train)).steps or 0
+        return schedule(self.args, self.args.world_size, len(self.splits.train)).steps or 0
 
     def summary(self) -> str:
-        """What will happen, for people."""
-        settings, args = self.settings, self.args
+        """Say what will happen, for people."""
+        settings, args, splits = self.settings, self.args, self.splits
         trained, total = count_parameters(self.model)
         batch = f"{settings.batch_size} x {args.world_size} x {settings.accumulation}"
+        classes = f", {len(splits.classes)} classes" if splits.classes else ""
+        method = METHODS[settings.method].description.format(head=self.task.head)
         return "\n".join(
             [
-                f"{settings.method}: {METHODS[settings.method].description}; {trained:,} of {total:,} weights are "
-                f"trained ({trained / total:.2%}); the head reads {self.description.pooling}",
-                f"{len(self.images.train)} training images, {len(self.images.test)} test images "
-                f"({self.images.test_split}), {len(self.images.classes)} classes, {self.description.image_size} pixels",
+                f"{settings.method}: {method}; {trained:,} of {total:,} weights are trained ({trained / total:.2%}); "
+                f"the head reads {self.description.pooling}",
+                f"{len(splits.train)} training images, {len(splits.test)} test images ({splits.test_split}){classes}, "
+                f"{self.description.image_size} pixels",
                 f"batch {batch} = {args.global_batch_size}, learning rate {settings.learning_rate:.4g}, "
                 f"{settings.epochs:g} epochs = {self.steps} steps",
                 f"resuming from {self.checkpoint}" if self.checkpoint else f"starting in {settings.output_dir}",

@@ -17,13 +17,14 @@ from .adapters import DESCRIPTION_FILE, is_adapter, load_finetuned, read_descrip
 from .card import CARD, write_card
 from .prepared import FineTuningRun
 from .report import RESULTS
+from .weights import save_weights
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path | None = None, **options: Any) -> Path:
     """Write an adapter and its base as one plain model, with processor and card.
 
-    ``AutoModelForImageClassification`` and ``pipeline("image-classification")`` load it without PEFT. An older merged
-    model in the folder is replaced as a whole.
+    transformers' auto class and pipeline of the task load it without PEFT. An older merged model in the folder is
+    replaced as a whole.
 
     Args:
         adapter: Folder or Hub id.
@@ -48,7 +49,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
     model: Any = load_finetuned(adapter, base, merge=True, **options)
     staging = directory.with_name(f".saving-{directory.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    save_weights(description.make_task(), model, staging)
     processor.save_pretrained(staging)
     description.save(staging)
     save_records(records, staging / RESULTS)

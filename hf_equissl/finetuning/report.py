@@ -7,71 +7,76 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..encoders.base_image import resized_side
+from ..evaluation.metrics import Metric
 from ..evaluation.results import FINE_TUNING, ResultRecord, load_records
 from ..hub.privacy import public_source
 from ..pretraining.run_record import RunRecord
 from ..utils.figures import plot_losses
 from ..utils.files import write_text
-from .classifier import count_parameters
 from .settings import METHODS
+from .tasks import TASKS
+from .weights import count_parameters
 
 if TYPE_CHECKING:
     from .prepared import FineTuningRun
 
 logger = logging.getLogger(__name__)
 RESULTS, TABLE, CURVES = "results.json", "results.md", "curves.png"
-_METRICS = ("top1", "top5")
+_TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU"}
 
 
 def make_records(
     run: FineTuningRun, history: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], command: str | None
 ) -> list[ResultRecord]:
-    """One record per accuracy, with what it cost."""
-    settings = run.settings
-    accuracies = [float(entry["eval_top1"]) for entry in history if "eval_top1" in entry]
-    record = RunRecord.load(settings.output_dir)
+    """Make one record per metric of the task; that of the primary one says what the result cost."""
+    settings, task = run.settings, run.task
+    primary = f"eval_{task.primary.name}"
+    declared = [metric.name for metric in task.metrics]
+    values = [float(entry[primary]) for entry in history if primary in entry] or [float(metrics[primary])]
+    # What the Trainer adds, such as eval_runtime, is no property of the model.
+    added = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    measured = {
+        name[5:]: value for name, value in metrics.items() if name.startswith("eval_") and name[5:] not in added
+    }
     details = {
-        "mean_per_class": metrics["eval_mean_per_class"],
+        **{name: float(value) for name, value in measured.items() if name not in declared},
         "loss": metrics["eval_loss"],
-        "best_of_all_evaluations": max(accuracies, default=metrics["eval_top1"]),
+        "best_of_all_evaluations": max(values) if task.primary.higher_is_better else min(values),
         "saved_bytes": saved_bytes(run.folder),
-        "seconds": record.seconds,
+        "seconds": RunRecord.load(settings.output_dir).seconds,
     }
     return [
         ResultRecord(
             evaluator=FINE_TUNING,
-            task="classification",
+            task=task.name,
             metric=name,
             features=run.description.pooling,
             values=(float(metrics[f"eval_{name}"]),),
             seeds=(settings.seed,),
-            primary=name == "top1",
+            primary=name == task.primary.name,
             dataset=settings.data,
-            split=run.images.test_split,
+            split=run.splits.test_split,
             protocol=protocol(run),
             encoder=settings.encoder,
             encoder_digest=run.encoder_digest,
-            details={key: [value] for key, value in details.items()} if name == "top1" else {},
+            details={key: [value] for key, value in details.items()} if name == task.primary.name else {},
             command=command,
         )
-        for name in _METRICS
+        for name in declared
         if f"eval_{name}" in metrics
     ]
 
 
 def protocol(run: FineTuningRun) -> dict[str, Any]:
-    """Every setting that can change the number, except the seed, and how much was trained."""
+    """Return every setting that can change the number, except the seed, and how much was trained."""
     settings, args = run.settings, run.args
     trained, total = count_parameters(run.model)
-    side, size = resized_side(run.description.image_size), run.description.image_size
     adapters = {
         "lora_rank": settings.lora_rank,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
         "target_modules": settings.target_modules or "default",
     }
-    view = run.pipeline.spec.views[0]
     return {
         "method": settings.method,
         "epochs": settings.epochs,
@@ -80,25 +85,22 @@ def protocol(run: FineTuningRun) -> dict[str, Any]:
         "weight_decay": settings.weight_decay,
         "layer_decay": settings.layer_decay,
         "warmup": settings.warmup,
-        "label_smoothing": settings.label_smoothing,
         "drop_path": settings.drop_path,
         **(adapters if settings.is_adapter else {}),
-        "crop_scale": list(view.crop_scale or ()),
-        "flip_probability": view.flip_probability,
+        **run.task.protocol(),
         "weights": f"{settings.keep} step",
         "precision": "bf16" if settings.bf16 else "fp32",
-        "image_size": size,
-        **({} if side == size else {"resized_side": side}),
-        "train_split": run.images.train_split,
-        "train_images": len(run.images.train),
-        "test_images": len(run.images.test),
+        "image_size": run.description.image_size,
+        "train_split": run.splits.train_split,
+        "train_images": len(run.splits.train),
+        "test_images": len(run.splits.test),
         "trained_parameters": trained,
         "parameters": total,
     }
 
 
 def saved_bytes(folder: Path) -> int:
-    """Bytes of the weights in a folder: of an adapter, or of a whole model."""
+    """Return the size in bytes of the weights in a folder: of an adapter, or of a whole model."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -106,17 +108,31 @@ def saved_bytes(folder: Path) -> int:
 
 
 def comparison_table(records: Sequence[ResultRecord]) -> str:
-    """One Markdown row per way to use an encoder: fine-tuned ones and, where they are given, linear probes and kNN."""
-    header = ["encoder", "method", "reads", "top-1 %", "top-5 %", "trained weights", "saved", "epochs", "seconds"]
+    """Write one Markdown table per task: a row for each way to use an encoder, linear probes and kNN among them."""
+    tables = []
+    for task in dict.fromkeys(record.task for record in records if _metrics_of(record.task)):
+        metrics = _metrics_of(task)
+        chosen = [record for record in records if record.task == task and record.metric in metrics]
+        tables.append(_table(chosen, metrics))
+    return "\n".join(tables)
+
+
+def _metrics_of(task: str) -> dict[str, Metric]:
+    """Return the metrics of a task of the registry; none of what is no task, such as rotation."""
+    return {metric.name: metric for metric in TASKS[task].metrics} if task in TASKS else {}
+
+
+def _table(records: Sequence[ResultRecord], metrics: Mapping[str, Metric]) -> str:
+    names = [f"{_TITLES.get(name, name.replace('_', ' '))} {metric.unit}".strip() for name, metric in metrics.items()]
+    header = ["encoder", "method", "reads", *names, "trained weights", "saved", "epochs", "seconds"]
     rows: dict[tuple[str, ...], list[str]] = {}
     for record in records:
-        if record.task != "classification" or record.metric not in _METRICS:
-            continue
         key = (record.encoder, _method(record), record.features, str(record.protocol), str(record.dataset))
-        row = rows.setdefault(key, [public_source(record.encoder), key[1], record.features, *[""] * 6])
-        row[3 + _METRICS.index(record.metric)] = _percent(record)
-        if record.metric == "top1" and record.evaluator == FINE_TUNING:
-            row[5:] = _cost(record)
+        empty = [""] * (len(metrics) + 4)
+        row = rows.setdefault(key, [public_source(record.encoder), key[1], record.features, *empty])
+        row[3 + list(metrics).index(record.metric)] = metrics[record.metric].text(record.value, record.std)
+        if record.primary and record.evaluator == FINE_TUNING:
+            row[-4:] = _cost(record)
     lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows.values()]]
     return "\n".join(lines) + "\n"
 
@@ -126,11 +142,6 @@ def _method(record: ResultRecord) -> str:
         return f"{record.evaluator} (frozen features)"
     method = str(record.protocol["method"])
     return f"{method} r={record.protocol['lora_rank']}" if METHODS[method].adapter else method
-
-
-def _percent(record: ResultRecord) -> str:
-    spread = "" if record.std is None else f" +- {100 * record.std:.2f}"
-    return f"{100 * record.value:.2f}{spread}"
 
 
 def _cost(record: ResultRecord) -> list[str]:
@@ -145,10 +156,10 @@ def _size(count: int) -> str:
 
 
 def compare(folders: Sequence[str]) -> str:
-    """The table over the ``results.json`` of several folders.
+    """Write the table over the ``results.json`` of several folders.
 
     Raises:
-        ValueError: a folder has none, or there is no accuracy among them.
+        ValueError: a folder has none, or there is no metric of a task among them.
     """
     records: list[ResultRecord] = []
     for folder in folders:
@@ -158,9 +169,9 @@ def compare(folders: Sequence[str]) -> str:
                 f"--compare {folder}: there is no {RESULTS}. Give folders of finished runs or of probe.py."
             )
         records += load_records(path)
-    if not any(record.task == "classification" and record.metric in _METRICS for record in records):
-        raise ValueError(f"--compare {' '.join(folders)}: no accuracy among the results.")
-    return comparison_table(records)
+    if not (table := comparison_table(records)):
+        raise ValueError(f"--compare {' '.join(folders)}: no results of {' or '.join(TASKS)} among them.")
+    return table
 
 
 def write_table(records: Sequence[ResultRecord], output: Path) -> None:
@@ -168,9 +179,10 @@ def write_table(records: Sequence[ResultRecord], output: Path) -> None:
     write_text(output / TABLE, comparison_table(records))
 
 
-def plot_curves(history: Sequence[Mapping[str, Any]], name: str, output: Path) -> None:
-    """Write ``curves.png``: training loss, test loss and accuracy over steps; a log line without matplotlib."""
-    panels = {"loss": "training loss", "eval_loss": "test loss", "eval_top1": "test accuracy"}
+def plot_curves(history: Sequence[Mapping[str, Any]], name: str, metric: Metric, output: Path) -> None:
+    """Write ``curves.png``: training loss, test loss and the metric over steps; a log line without matplotlib."""
+    title = "test accuracy" if metric.name == "top1" else f"test {_TITLES.get(metric.name, metric.name)}"
+    panels = {"loss": "training loss", "eval_loss": "test loss", f"eval_{metric.name}": title}
     logged = {key for entry in history for key in entry}
     try:
         plot_losses({name: history}, {key: title for key, title in panels.items() if key in logged}, output / CURVES)

@@ -12,12 +12,11 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from ..checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
-from ..data import ImageViewDataset, SkippedImages
+from ..data import SkippedImages
 from ..distributed.agreement import gather_objects
 from ..distributed.collectives import is_main_process
 from ..distributed.engines import Engine, asked_engine
 from ..distributed.signals import Signals, remove_marker
-from ..encoders.export import image_processor
 from ..encoders.frozen import FrozenEncoder
 from ..evaluation.results import ResultRecord, save_records
 from ..hub.privacy import public_source
@@ -34,21 +33,17 @@ from ..running.output_folder import (
 from ..running.preemption import PreemptionCallback
 from ..running.stops import explained
 from ..utils.files import move_into_place, write_text
-from ..views.needs import Needs
-from ..views.pipelines import ViewPipeline
-from ..views.view_specs import PipelineSpec, ViewSpec
 from .adapters import add_adapters, check_peft, describe
 from .card import public_records, write_card
-from .classifier import commit_of, freeze_encoder, freeze_unused, load_classifier, num_blocks
-from .labelled_images import EvaluationImages, load_labelled_images
+from .classifier import commit_of
 from .prepared import FineTuningRun
 from .report import RESULTS, make_records, plot_curves, write_table
-from .settings import FineTuningSettings
+from .settings import METHODS, FineTuningSettings
+from .tasks import EncoderInput, make_task
 from .trainer import FineTuningTrainer, parameter_groups
+from .weights import freeze_unused, num_blocks, save_weights
 
 SETTINGS_FILE = "finetune.json"
-# Up to this side random crops keep more of the image: of 8 % of a 32-pixel picture nobody could tell the class.
-SMALL_IMAGES = 64
 
 
 def fine_tune(settings: FineTuningSettings, resume: str = "auto", command: str | None = None) -> list[ResultRecord]:
@@ -79,6 +74,8 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
         )
     if settings.is_adapter:
         check_peft()
+    task = make_task(settings.task, settings.task_options)
+    settings = task.complete(settings)
     args = training_arguments(settings)
     args.learning_rate = settings.learning_rate_on(args.world_size)
     settings = replace(settings, learning_rate=args.learning_rate)
@@ -95,27 +92,28 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     if commit is not None:
         options["revision"] = commit
     frozen = FrozenEncoder(settings.encoder, image_size=settings.image_size, device="cpu", **options)
-    images = load_labelled_images(settings)
+    splits = task.load(settings)
     step = settings.batch_size * args.world_size * settings.accumulation
-    if len(images.train) < step:
+    if len(splits.train) < step:
         raise ValueError(
             f"--batch_size {settings.batch_size} x {args.world_size} processes x accumulation {settings.accumulation} "
-            f"= {step} is more than the {len(images.train)} training images. Choose a smaller batch."
+            f"= {step} is more than the {len(splits.train)} training images. Choose a smaller batch."
         )
     set_seed(settings.seed)
-    classifier = load_classifier(
-        settings.encoder, images.classes, pooling=settings.pooling, drop_path=settings.drop_path, **options
+    network = task.load_model(
+        settings.encoder, splits.classes, pooling=settings.pooling, drop_path=settings.drop_path, **options
     )
-    description = describe(classifier, settings, commit, list(images.classes), frozen.image_size)
-    model: Any = classifier
+    task.bind(settings, EncoderInput(frozen.image_size, tuple(frozen.image_mean), tuple(frozen.image_std)))
+    description = describe(task, network, settings, commit, list(splits.classes))
+    encoder = task.encoder(network)
+    model: Any = network
     if settings.is_adapter:
-        model = add_adapters(classifier, settings)
-    elif settings.method == "linear":
-        freeze_encoder(classifier)
-    freeze_unused(model, frozen.image_size)
-    parameter_groups(model, args, num_blocks(classifier))  # refuses a layer decay that cannot be
-    pipeline = view_pipeline(settings, frozen.image_size, frozen.image_mean, frozen.image_std)
-    return FineTuningRun(settings, args, model, classifier, description, images, pipeline, frozen.digest(), checkpoint)
+        model = add_adapters(network, task.encoder_name(network), settings)
+    elif METHODS[settings.method].frozen:
+        encoder.requires_grad_(False)
+    freeze_unused(task, model, splits)
+    parameter_groups(model, args, num_blocks(encoder))  # refuses a layer decay that cannot be
+    return FineTuningRun(settings, args, task, splits, model, network, description, frozen.digest(), checkpoint)
 
 
 def train(run: FineTuningRun, command: str | None = None, signals: Signals | None = None) -> list[ResultRecord]:
@@ -153,7 +151,7 @@ def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Pa
         if preemption.stopped:
             preemption.stop(trainer.state, output)
         trainer.check_finite()
-    metrics = _final_metrics(trainer, settings)
+    metrics = _final_metrics(trainer)
     records: list[ResultRecord] = []
     if trainer.is_world_process_zero():
         save_model(run)
@@ -163,36 +161,35 @@ def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Pa
         save_records(public, run.folder / RESULTS)
         write_card(run.folder, run.description, public)
         write_table(records, output)
-        plot_curves(trainer.state.log_history, settings.method, output)
+        plot_curves(trainer.state.log_history, settings.method, run.task.primary, output)
     trainer.accelerator.wait_for_everyone()
     return records
 
 
-def _final_metrics(trainer: FineTuningTrainer, settings: FineTuningSettings) -> dict[str, float]:
-    """Accuracy of the weights that are kept; measured again only if the last evaluation was of others."""
-    state = trainer.state
+def _final_metrics(trainer: FineTuningTrainer) -> dict[str, float]:
+    """Return the metrics of the weights that are kept; measured again only if the last evaluation was of others."""
+    state, key = trainer.state, f"eval_{trainer.task.primary.name}"
     step = state.global_step
-    if settings.keep == "best" and (best := trainer.best_checkpoint) and (chosen := trained_steps(best)) != step:
+    if (best := trainer.best_checkpoint) and (chosen := trained_steps(best)) != step:
         trainer.load_weights(best)
         step = chosen
-    measured = (entry for entry in reversed(state.log_history) if entry["step"] == step and "eval_top1" in entry)
+    measured = (entry for entry in reversed(state.log_history) if entry["step"] == step and key in entry)
     return next(measured, None) or trainer.evaluate()
 
 
 def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuningTrainer:
-    """The Trainer of a run, with ``callbacks``, whose settings are then noted in its folder: checkpoints may follow."""
-    settings = run.settings
-    dataset = ImageViewDataset(run.images.train, run.pipeline, settings.seed)
+    """Build the Trainer of a run, and note its settings in its folder, because checkpoints may follow."""
+    settings, inputs = run.settings, run.task.inputs
+    encoder = run.task.encoder(run.network)
     trainer = FineTuningTrainer(
         run.model,
         run.args,
-        run.pipeline,
-        dataset,
-        EvaluationImages(run.images.test, run.description.image_size),
-        skipped_images=SkippedImages(settings.max_bad_share, num_images=len(run.images.train)),
+        run.task,
+        run.splits,
+        skipped_images=SkippedImages(settings.max_bad_share, num_images=len(run.splits.train)),
         keep_best=settings.keep == "best",
-        num_blocks=num_blocks(run.classifier),
-        frozen=run.classifier.base_model if settings.method == "linear" else None,
+        num_blocks=num_blocks(encoder),
+        frozen=encoder if METHODS[settings.method].frozen else None,
         callbacks=list(callbacks),
     )
     if trainer.is_world_process_zero():
@@ -200,50 +197,25 @@ def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuning
         write_text(Path(settings.output_dir) / SETTINGS_FILE, text)
     record = new_record(
         run.args,
-        data=run.images.train.name,
-        num_images=len(run.images.train),
-        image_size=run.pipeline.image_size,
-        image_mean=run.pipeline.image_mean,
-        image_std=run.pipeline.image_std,
+        data=run.splits.train.name,
+        num_images=len(run.splits.train),
+        image_size=inputs.image_size,
+        image_mean=inputs.image_mean,
+        image_std=inputs.image_std,
     )
     trainer.add_callback(RunRecordCallback(record))
     return trainer
 
 
 def save_model(run: FineTuningRun) -> Path:
-    """The finished model or adapter with its image processor and description; an older one is replaced as a whole."""
+    """Write the finished model or adapter with image processor and description; an older one is replaced as a whole."""
     staging = run.folder.with_name(f".saving-{run.folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    options = {"save_embedding_layers": False} if run.settings.is_adapter else {}
-    run.model.save_pretrained(staging, **options)
-    processor = image_processor(run.description.image_size, run.pipeline.image_mean, run.pipeline.image_std)
-    processor.save_pretrained(staging)
+    save_weights(run.task, run.model, staging)
+    run.task.image_processor().save_pretrained(staging)
     run.description.save(staging)
     move_into_place(staging, run.folder)
     return run.folder
-
-
-def view_pipeline(
-    settings: FineTuningSettings, image_size: int, image_mean: list[float], image_std: list[float]
-) -> ViewPipeline:
-    """One view: random resized crop, flip, normalisation."""
-    scale = settings.crop_scale or ((0.35, 1.0) if image_size <= SMALL_IMAGES else (0.08, 1.0))
-    view = ViewSpec(
-        crop_scale=scale,
-        flip_probability=0.5 if settings.flip else 0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-    )
-    return ViewPipeline(
-        PipelineSpec(views=(view,)),
-        image_size=image_size,
-        transformation=None,
-        needs=Needs(),
-        image_mean=image_mean,
-        image_std=image_std,
-        name="fine-tuning",
-    )
 
 
 def training_arguments(settings: FineTuningSettings) -> EquiSSLTrainingArguments:
@@ -264,7 +236,6 @@ def training_arguments(settings: FineTuningSettings) -> EquiSSLTrainingArguments
         save_strategy="steps" if settings.save_steps else "epoch",
         save_steps=settings.save_steps or 500,
         save_total_limit=1,
-        label_names=["labels"],
         dataloader_num_workers=settings.num_workers,
         dataloader_persistent_workers=settings.num_workers > 0,
         bf16=settings.bf16,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import json
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from ..utils.suggestions import did_you_mean
@@ -29,12 +30,13 @@ class Method:
     """One way to fine-tune, with the settings that follow from it.
 
     Attributes:
-        description: For people.
+        description: For people; ``{head}`` stands for what the task puts on the encoder.
         base_learning_rate: At a global batch of 256.
         weight_decay: Of matrices; biases, norms and embeddings of one dimension have none.
         layer_decay: Learning rate of a block relative to the block above it.
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Of classification: share of the target that is spread over all classes.
         adapter: Whether the encoder's own weights stay, beside small matrices that are trained and saved alone.
+        frozen: Whether the head alone is trained.
     """
 
     description: str
@@ -43,6 +45,7 @@ class Method:
     layer_decay: float = 1.0
     label_smoothing: float = 0.1
     adapter: bool = False
+    frozen: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -51,11 +54,13 @@ METHODS: dict[str, Method] = {
     # 100 epochs. A small encoder that was trained for minutes gains from three times as much.
     "full": Method("every weight", base_learning_rate=5e-4, weight_decay=0.05, layer_decay=0.75),
     # A convex problem: a large step costs time, not accuracy.
-    "linear": Method("a linear head, the encoder frozen", 1e-2, weight_decay=0.0, label_smoothing=0.0),
+    "linear": Method("{head}, the encoder frozen", 1e-2, weight_decay=0.0, label_smoothing=0.0, frozen=True),
+    # The same for heads that are no convex problem.
+    "frozen": Method("{head}, the encoder frozen", 1e-3, weight_decay=0.01, frozen=True),
     # PEFT's guide to image classification has 5e-3 at a batch of 512 for ViT-B, with adapters that count once
     # (alpha / rank = 1) on queries and values alone; these count twice and sit on every linear map.
-    "lora": Method("LoRA adapters and a linear head", 2e-3, weight_decay=0.01, adapter=True),
-    "dora": Method("DoRA adapters and a linear head", 2e-3, weight_decay=0.01, adapter=True),
+    "lora": Method("LoRA adapters and {head}", 2e-3, weight_decay=0.01, adapter=True),
+    "dora": Method("DoRA adapters and {head}", 2e-3, weight_decay=0.01, adapter=True),
 }
 
 
@@ -67,6 +72,8 @@ class FineTuningSettings:
         encoder: Folder or Hub id of the encoder.
         data: Whatever ``hf_equissl.data.load_images`` reads, with labels.
         output_dir: Where checkpoints, results and the finished model go.
+        task: Key of ``TASKS``.
+        task_options: The task's own options, by name.
         method: Key of ``METHODS``.
         revision, subfolder, trust_remote_code: Of the encoder.
         base_id: Hub id under which it is published, where ``encoder`` is a folder: what is saved refers to that.
@@ -82,7 +89,8 @@ class FineTuningSettings:
         batch_size: Images per step and process.
         accumulation: Micro-batches per optimizer step.
         learning_rate: ``None``: the method's, growing with the root of the global batch.
-        weight_decay, layer_decay, label_smoothing: ``None``: the method's.
+        weight_decay, layer_decay: ``None``: the method's.
+        label_smoothing: Of classification; ``None``: the method's.
         warmup: Share of the steps in which the learning rate rises; it falls along a cosine afterwards.
         crop_scale: Area of the training crops as shares of the image; ``None``: 0.08 to 1, and 0.35 to 1 for images of
             up to 64 pixels, of which little is left otherwise.
@@ -99,6 +107,8 @@ class FineTuningSettings:
     encoder: str
     data: str
     output_dir: str
+    task: str = "classification"
+    task_options: dict[str, Any] = field(default_factory=dict)
     method: str = "lora"
     revision: str | None = None
     subfolder: str = ""
@@ -142,7 +152,7 @@ class FineTuningSettings:
             _check_choice(name, getattr(self, name), tuple(choices))
         if self.pooling is not None:
             _check_choice("pooling", self.pooling, POOLINGS)
-        for name in ("weight_decay", "layer_decay", "label_smoothing"):
+        for name in ("weight_decay", "layer_decay"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(METHODS[self.method], name))
         for name in ("train_images", "test_images", "image_size", "eval_steps", "save_steps", "batch_size"):
@@ -155,8 +165,9 @@ class FineTuningSettings:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name}: expected more than 0, got {value}.")
         for name in ("max_bad_share", "warmup", "lora_dropout", "label_smoothing", "drop_path"):
-            if not 0 <= getattr(self, name) < 1 and not (name == "max_bad_share" and self.max_bad_share == 1):
-                raise ValueError(f"--{name}: expected a share from 0 to below 1, got {getattr(self, name)}.")
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1 and not (name == "max_bad_share" and share == 1):
+                raise ValueError(f"--{name}: expected a share from 0 to below 1, got {share}.")
         if (self.layer_decay or 0) > 1 or (self.weight_decay or 0) < 0 or self.num_workers < 0:
             raise ValueError(
                 f"--layer_decay {self.layer_decay}, --weight_decay {self.weight_decay}, --num_workers "
@@ -201,15 +212,22 @@ class FineTuningSettings:
         return METHODS[self.method].base_learning_rate * (batch / REFERENCE_BATCH) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        plain = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+        """Return all settings as the plain types that JSON gives back."""
+        return json.loads(json.dumps(asdict(self)))
 
     def differences(self, other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """(name, theirs, ours) of every setting that decides what the weights become and is not the same."""
         mine = self.to_dict()
-        names = [item.name for item in fields(self) if item.name not in _NOT_IDENTITY]
-        return [(name, other.get(name), mine[name]) for name in names if other.get(name) != mine[name]]
+        # A run of an earlier version knows nothing of settings that came later: it has their defaults.
+        theirs = {item.name: other.get(item.name, _default(item)) for item in fields(self)}
+        names = [name for name in mine if name not in _NOT_IDENTITY and mine[name] != theirs[name]]
+        return [(name, theirs[name], mine[name]) for name in names]
+
+
+def _default(item: Field[Any]) -> Any:
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return None if item.default is MISSING else item.default
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,40 +1,38 @@
-"""transformers' Trainer, told about views, layer-wise learning rates, and checkpoints that can be resumed."""
+"""transformers' Trainer, told about tasks, layer-wise learning rates, and checkpoints that can be resumed."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalPrediction
 
 from ..checkpoints import ARGUMENTS_FILE, WholeCheckpoints
-from ..data import ImageViewDataset, SkippedImages, TooManyBadImages
+from ..data import SkippedImages, TooManyBadImages
 from ..distributed.agreement import gather_objects
 from ..distributed.signals import guard_workers
-from ..evaluation.metric_modules import TopKAccuracyMetric
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.loss_history import LossHistory
-from ..views.collator import ViewCollator
-from ..views.pipelines import ViewPipeline
-from .labelled_images import NO_LABEL, EvaluationImages
+from .samples import EvaluationDataset, TaskCollator, TaskDataset
+from .tasks.base import Splits, Task
+from .weights import save_weights
 
-TOP_K = 5
 _BLOCK = re.compile(r"\.layers?\.(\d+)\.")
 
 
 class FineTuningTrainer(WholeCheckpoints, Trainer):
-    """``transformers.Trainer`` for image classification. What differs from the parent:
+    """``transformers.Trainer`` for a ``Task``. What differs from the parent:
 
-    - training samples are addressed as (epoch, index) and become views on the device, as in pretraining; evaluation
-      reads the probes' base images, normalised alike;
-    - cross-entropy, smoothed in training only;
+    - training samples are addressed as (epoch, index), and the task makes them into a batch and a loss;
+    - at evaluation the task judges each batch, and measures once all batches of all processes are judged;
     - weight decay spares what has one dimension; ``layer_decay`` makes lower blocks learn slower;
     - a frozen encoder stays in evaluation mode;
     - a checkpoint is complete or absent, and what is not finite stops the run before it is saved
@@ -43,14 +41,13 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
       ``load_state_dict``, which finds nothing under the names that DINOv2's and ViT's files otherwise have.
 
     Args:
-        model: A classifier, or a PEFT model around one.
-        args: Arguments; ``layer_decay`` and ``label_smoothing_factor`` are read here.
-        pipeline: One view.
-        train_dataset: Cropped views with labels.
-        eval_dataset: Base images with labels.
+        model: What the task made, or a PEFT model around it.
+        args: Arguments; ``layer_decay`` is read here.
+        task: Bound to what its encoder reads.
+        splits: From the task's ``load``.
         skipped_images: Counts training images that do not decode.
         num_blocks: Blocks of the encoder.
-        keep_best: Never delete the checkpoint with the best accuracy.
+        keep_best: Never delete the checkpoint with the best primary metric.
         frozen: The encoder, if none of its weights is trained.
 
     Raises:
@@ -63,9 +60,8 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         self,
         model: nn.Module,
         args: EquiSSLTrainingArguments,
-        pipeline: ViewPipeline,
-        train_dataset: ImageViewDataset,
-        eval_dataset: EvaluationImages,
+        task: Task,
+        splits: Splits,
         *,
         skipped_images: SkippedImages,
         num_blocks: int,
@@ -76,14 +72,13 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=ViewCollator(pipeline),
-            compute_metrics=self._metrics,
-            preprocess_logits_for_metrics=ranked_classes,
+            train_dataset=TaskDataset(task, splits.train, args.seed),
+            eval_dataset=EvaluationDataset(task, splits.test),
+            data_collator=TaskCollator(task),
+            compute_metrics=self._measure,
             **kwargs,
         )
-        self.pipeline, self.skipped_images = pipeline, skipped_images
+        self.task, self.skipped_images = task, skipped_images
         self.num_blocks, self.keep_best, self.frozen = num_blocks, keep_best, frozen
         self.loss_is_scaled_for_ga = False
         self.history = LossHistory()
@@ -97,42 +92,33 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         return dataset.sampler(multiple=self.args.epoch_multiple)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The parent's, whose workers leave a scheduler's signals to this process."""
+        """Build the parent's, whose workers leave a scheduler's signals to this process."""
         return guard_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Base images in order."""
+        """Build a loader of test samples in order."""
         loader = DataLoader(
             self.eval_dataset if eval_dataset is None else eval_dataset,  # type: ignore[arg-type]
             batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(guard_workers(loader))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As for evaluation."""
+        """Build a loader as for evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if "pixel_values" in inputs:  # prediction_step and compute_loss both come here
+        if "pixel_values" in inputs:  # ready: prediction_step and compute_loss both come here
             return inputs
         skipped = inputs.pop("skipped", None)
         if skipped is not None:
             self.skipped_images.update(skipped, seen=len(inputs["index"]), judge=self.args.world_size == 1)
         batch = super()._prepare_inputs(inputs)
         with torch.no_grad():
-            if "pixels" in batch:
-                return {"pixel_values": self._normalised(batch["pixels"]), "labels": batch["labels"]}
-            return {"pixel_values": self.pipeline(batch).global_crops[0], "labels": batch["labels"]}
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> what the encoder reads."""
-        mean, std = (
-            torch.tensor(value, device=pixels.device).view(3, 1, 1)
-            for value in (self.pipeline.image_mean, self.pipeline.image_std)
-        )
-        return (pixels.float() / 255 - mean) / std
+            return self.task.to_inputs(batch)
 
     # ---- loss and metrics ----
 
@@ -143,30 +129,36 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy in fp32, smoothed in training."""
-        training = model.training
+        """Let the task compute its loss, and remember it."""
         if self.frozen is not None:
             self.frozen.eval()
-        logits = model(pixel_values=inputs["pixel_values"]).logits.float()
-        smoothing = self.args.label_smoothing_factor if training else 0.0
-        loss = F.cross_entropy(logits, inputs["labels"], ignore_index=NO_LABEL, label_smoothing=smoothing)
-        if training:
-            self.history.add(self.state.global_step + 1, loss, {})
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        loss, output, parts = self.task.loss(model, inputs)
+        if model.training:
+            self.history.add(self.state.global_step + 1, loss, parts)
+        return (loss, output) if return_outputs else loss
 
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Top-1 and top-5 of the images that decode."""
-        ranked, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-        known = labels != NO_LABEL
-        bad, allowed = int((~known).sum()), self.skipped_images.max_share
-        if bad > allowed * len(labels):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Judge one batch; what a sample is judged by stands beside whether it is missing."""
+        missing = inputs["missing"].to(self.args.device)
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, batch, return_outputs=True)
+            predictions, targets = (None, None) if prediction_loss_only else self.task.judge(output, batch)
+        return loss.detach(), nested_detach(predictions), (nested_detach(targets), missing)
+
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the task's metrics over the samples that decode."""
+        targets, missing = prediction.label_ids
+        bad, allowed = int(missing.sum()), self.skipped_images.max_share
+        if bad > allowed * len(missing):
             raise TooManyBadImages(
-                f"{bad} of {len(labels)} test images did not decode; {allowed:.1%} are allowed. Repair or remove the "
+                f"{bad} of {len(missing)} test images did not decode; {allowed:.1%} are allowed. Repair or remove the "
                 "files that are named above, or raise --max_bad_share."
             )
-        # In memory: metric files of several processes would have one name.
-        metric = TopKAccuracyMetric(keep_in_memory=True)
-        return metric.compute(predictions=ranked[known].tolist(), references=labels[known].tolist())
+        known = missing == 0
+        return self.task.measure(*(_rows(values, known) for values in (prediction.predictions, targets)))
 
     def check_finite(self) -> None:
         """Raise ``NonFiniteLossError`` on all processes if a loss or a weight is not finite on one of them."""
@@ -174,9 +166,9 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         self.history.check_with_weights(model, self.state.global_step, self._last_checkpoint, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Look at the losses since the last log before the parent reports their mean."""
+        """Check the losses since the last log, and add the means of their parts, before the parent reports the rest."""
         if "loss" in logs:
-            self.history.drain(self._last_checkpoint)
+            logs |= self.history.drain(self._last_checkpoint)
             self.skipped_images.exchange(gather_objects)
         super().log(logs, start_time)
 
@@ -195,12 +187,13 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
 
     @property
     def best_checkpoint(self) -> str | None:
-        """The first checkpoint among those with the best accuracy so far, if the best are kept."""
+        """The first checkpoint among those with the best primary metric so far, if the best are kept."""
         # Not the parent's bookkeeping, which remembers paths: checkpoints move into place, and a run may be moved.
-        measured = [entry for entry in self.state.log_history if "eval_top1" in entry]
+        key, sign = f"eval_{self.task.primary.name}", 1 if self.task.primary.higher_is_better else -1
+        measured = [entry for entry in self.state.log_history if key in entry]
         if not self.keep_best or not measured:
             return None
-        step = max(measured, key=lambda entry: entry["eval_top1"])["step"]
+        step = max(measured, key=lambda entry: sign * entry[key])["step"]
         return os.path.join(str(self.args.output_dir), f"checkpoint-{step}")
 
     def load_weights(self, checkpoint: str) -> None:
@@ -214,15 +207,18 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        is_plain = isinstance(model, PreTrainedModel)
-        options = {"save_original_format": False} if is_plain else {"save_embedding_layers": False}  # PEFT's
-        model.save_pretrained(folder, state_dict=state_dict, **options)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        else:
+            save_weights(self.task, model, folder)
         (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
 
 
-def ranked_classes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, classes) -> the most probable classes (B, k), k = 5 where there are more, else 1."""
-    return logits.topk(TOP_K if logits.shape[1] > TOP_K else 1, dim=1).indices
+def _rows(values: Any, chosen: Any) -> Any:
+    """Choose samples in nested arrays."""
+    if isinstance(values, Mapping):
+        return {name: _rows(value, chosen) for name, value in values.items()}
+    return tuple(_rows(value, chosen) for value in values) if isinstance(values, (tuple, list)) else values[chosen]
 
 
 def parameter_groups(model: nn.Module, args: EquiSSLTrainingArguments, num_blocks: int) -> list[dict[str, Any]]:

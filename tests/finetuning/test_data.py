@@ -14,8 +14,8 @@ from transformers import ConvNextConfig, ConvNextModel
 
 from hf_equissl.data import TooManyBadImages
 from hf_equissl.finetuning import FineTuningSettings, prepare, train
-from hf_equissl.finetuning.labelled_images import load_labelled_images
 from hf_equissl.finetuning.run import build_trainer
+from hf_equissl.finetuning.tasks.labelled_images import load_labelled_images
 
 from .conftest import save
 
@@ -40,12 +40,12 @@ def test_splits_and_subsets(flags: str, tmp_path: Path) -> None:
     assert images.classes == ("blue", "green", "red")
     small = loaded(flags, train_images=10, test_images=5)
     assert (len(small.train), len(small.test)) == (10, 5)
-    assert small.train.dataset[:]["image"] == loaded(flags, train_images=10).train.dataset[:]["image"]
+    assert small.train.source.dataset[:]["image"] == loaded(flags, train_images=10).train.source.dataset[:]["image"]
 
     held = loaded(Path(flags) / "train")
     assert (len(held.train), len(held.test)) == (22, 2)
     assert held.test_split == "train (held-out)"
-    assert not set(held.train.dataset["image"]) & set(held.test.dataset["image"])
+    assert not set(held.train.source.dataset["image"]) & set(held.test.source.dataset["image"])
     with pytest.raises(ValueError, match="nothing would be left to train on"):
         loaded(Path(flags) / "train", test_images=24)
 

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_equissl.evaluation.results import load_records
-from hf_equissl.finetuning import METHODS, fine_tune, load_finetuned, prepare
+from hf_equissl.finetuning import fine_tune, load_finetuned, prepare
 from hf_equissl.finetuning.run import build_trainer
 from hf_equissl.finetuning.settings import POOLINGS
+from hf_equissl.finetuning.tasks.classification import ClassificationTask
 from hf_equissl.finetuning.trainer import parameter_groups
 from hf_equissl.modeling import configuration_equissl
 
@@ -37,7 +38,7 @@ def gradients_after_a_step(settings: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("encoder", ["equissl", "dinov2", "vit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ClassificationTask.methods)
 def test_gradients_reach_what_the_method_trains(settings: Any, method: str, encoder: str) -> None:
     found = gradients_after_a_step(settings(encoder, method=method, drop_path=0.0))
     assert all(bool(gradient.abs().sum() > 0) for gradient in found.values()), [
@@ -67,7 +68,7 @@ def test_pooling_is_what_the_head_reads(settings: Any, pooling: str) -> None:
     assert any("stem" in name for name in trained) == (pooling in ("invariant", "equivariant"))
     # Two rows, CLS and the mean patch, except for the first two.
     width = {"cls": 32, "patches": 32, "cls_patches": 64, "invariant": 32, "equivariant": 16}[pooling]
-    assert run.classifier.classifier.in_features == width
+    assert run.network.classifier.in_features == width
 
 
 def test_full_fine_tuning_learns_and_leaves_a_plain_model(settings: Any, flags: str) -> None:
@@ -101,12 +102,12 @@ def test_full_fine_tuning_learns_and_leaves_a_plain_model(settings: Any, flags: 
 def test_a_linear_head_leaves_the_encoder_alone(settings: Any, encoders: dict[str, str]) -> None:
     run = prepare(settings(method="linear", drop_path=0.5))
     trainer = build_trainer(run)
-    before = {name: value.clone() for name, value in run.classifier.state_dict().items()}
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
     trainer.train()
-    after = run.classifier.state_dict()
+    after = run.network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    assert not run.classifier.base_model.training  # stochastic depth is off: features are those of the probes
+    assert not run.network.base_model.training  # stochastic depth is off: features are those of the probes
     assert "1 x 1 = 8" in run.summary()
 
 
@@ -185,7 +186,7 @@ def test_accumulated_batches_give_the_weights_of_whole_ones(settings: Any, tmp_p
 def test_bfloat16_is_for_the_network_alone(settings: Any) -> None:
     run = prepare(settings(method="lora", bf16=True, epochs=1))
     seen = []
-    run.classifier.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    run.network.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     build_trainer(run).train()
     assert set(seen) == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())

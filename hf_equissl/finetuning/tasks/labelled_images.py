@@ -1,69 +1,109 @@
-"""From a source of images to what fine-tuning reads: two labelled splits with the same classes."""
+"""From a source of images to what tasks read: two splits of samples; for classification, with the same classes."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from ..data import ImageDecodeError, ImageSource, decode_image, load_images
-from ..encoders.base_image import base_image
-from ..evaluation.data import HELD_OUT, load_test_split
-from .settings import FineTuningSettings
+from ...data import ImageSource, decode_image, load_images
+from ...evaluation.data import HELD_OUT, load_test_split
+from ..settings import FineTuningSettings
+from .base import Samples, Splits
 
-logger = logging.getLogger(__name__)
-# The label of an image that does not decode: losses and metrics pass over it.
-NO_LABEL = -100
 SUBSET_SEED = 0  # as for the probes: the same images are held out and chosen
 
 
+class SourceSamples(Samples):
+    """Images of a source with what else its rows hold: ``image`` (RGB), ``label``, and each of ``source.more``."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source, self.name = source, source.name
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.source)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Decode one image."""
+        row = self.source.row(index)
+        more = {name: row[column] for name, column in self.source.more.items()}
+        return {"image": decode_image(self.source.content(row)), "label": self.source.label(row), **more}
+
+    def item_name(self, index: int) -> str:
+        """Return the path of an image, or the source and the row."""
+        return self.source.item_name(self.source.row(index), index)
+
+
 @dataclass(frozen=True)
-class LabelledImages:
-    """Images to train on and images to judge by.
+class Sources:
+    """Both splits, not streamed.
 
     Attributes:
-        train, test: Sources, not streamed; labels are 0 to the number of classes - 1.
+        train, test: The sources.
         train_split, test_split: What they are called, for records.
-        classes: Names, in the order of the labels.
     """
 
     train: ImageSource
     test: ImageSource
     train_split: str
     test_split: str
-    classes: tuple[str, ...]
+
+    def limited(self, settings: FineTuningSettings) -> Sources:
+        """Choose the subsets that were asked for, and decode the first images of both.
+
+        Raises:
+            ImageDecodeError: none of them decodes.
+        """
+        train, test = _subset(self.train, settings.train_images), _subset(self.test, settings.test_images)
+        for source in (train, test):
+            source.check()
+        return replace(self, train=train, test=test)
 
 
-def load_labelled_images(settings: FineTuningSettings) -> LabelledImages:
-    """Both splits of ``settings.data``, checked.
+def load_sources(settings: FineTuningSettings, more_columns: Mapping[str, Sequence[str]] | None = None) -> Sources:
+    """Open both splits of ``settings.data``; without a test split, a tenth is held out.
+
+    Args:
+        settings: Names source, splits and columns.
+        more_columns: As in ``load_images``.
 
     Raises:
-        ValueError: source, split or column do not exist; a split has no labels, unlabelled images or other classes than
-            the other; fewer than two classes; none of the first images decodes.
+        ValueError: source, split or column do not exist.
     """
     options: dict[str, Any] = {
         "column": settings.image_column,
         "label_column": settings.label_column,
         "config_name": settings.config_name,
+        "more_columns": more_columns,
     }
     train = load_images(settings.data, split=settings.train_split, **options)
-    train_split = settings.train_split
-    found = load_test_split(settings.data, settings.train_split, settings.test_split, options)
-    if found is not None:
-        test, test_split = found
-    else:
-        train, test = _hold_out(train, settings)
-        train_split, test_split = f"{train_split} (without held-out)", f"{train_split} (held-out)"
-    classes = _classes(train, test)
-    train, test = _subset(train, settings.train_images), _subset(test, settings.test_images)
-    for source in (train, test):
-        source.check()
-    return LabelledImages(train, test, train_split, test_split, classes)
+    test = load_test_split(settings.data, settings.train_split, settings.test_split, options)
+    return both_splits(train, test, settings)
+
+
+def both_splits(train: ImageSource, test: tuple[ImageSource, str] | None, settings: FineTuningSettings) -> Sources:
+    """Return the training split and the test split; where there is none, a part of the former is held out."""
+    name = settings.train_split
+    if test is not None:
+        return Sources(train, test[0], name, test[1])
+    return Sources(*_hold_out(train, settings), f"{name} (without held-out)", f"{name} (held-out)")
+
+
+def load_labelled_images(settings: FineTuningSettings) -> Splits:
+    """Open both splits for classification; labels are 0 to the number of classes - 1.
+
+    Raises:
+        ValueError: as ``load_sources``; a split has no labels, unlabelled images or other classes than the other; fewer
+            than two classes; none of the first images decodes.
+    """
+    sources = load_sources(settings)
+    classes = _classes(sources.train, sources.test)
+    found = sources.limited(settings)
+    return Splits(SourceSamples(found.train), SourceSamples(found.test), found.train_split, found.test_split, classes)
 
 
 def _hold_out(source: ImageSource, settings: FineTuningSettings) -> tuple[ImageSource, ImageSource]:
@@ -137,27 +177,3 @@ def _classes(train: ImageSource, test: ImageSource) -> tuple[str, ...]:
 def _names(source: ImageSource) -> list[str] | None:
     feature = (source.dataset.features or {}).get(source.label_column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-class EvaluationImages(Dataset[dict[str, Any]]):
-    """Base images of a source for judging: uint8 pixels (3, S, S) and labels.
-
-    An image that does not decode has the label ``NO_LABEL`` and black pixels; one warning names it.
-    """
-
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
-
-    def __len__(self) -> int:
-        """Images."""
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample."""
-        row = self.source.row(index)
-        try:
-            pixels = base_image(decode_image(self.source.content(row)), self.size)
-        except ImageDecodeError as error:
-            logger.warning("Skipped %s: %s", self.source.item_name(row, index), error)
-            return {"pixels": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "labels": NO_LABEL}
-        return {"pixels": pixels, "labels": int(self.source.label(row) or 0)}

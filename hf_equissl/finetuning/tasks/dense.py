@@ -1,0 +1,163 @@
+"""Tasks whose labels say where things are (masks, boxes, key points, pairs): a head on feature maps of a backbone."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import default_collate
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+from ...encoders.weights import without_load_report
+from ...utils.load_errors import explain_load_errors, read_config
+from ..classifier import check_report, set_drop_path
+from .base import Task
+
+WEIGHTS = "model.safetensors"
+# How many layers a head reads, evenly spaced, unless they are named.
+NUM_LAYERS = 4
+# A mask token is not read, and heads are new.
+_UNUSED = ("mask_token", "pooler")
+
+
+class DenseTask(Task):
+    """A task whose head reads feature maps; left to write are the data, ``build``, ``loss``, ``judge`` and ``measure``.
+
+    The model may be any module around one backbone of transformers, such as its own UPerNet, DETR or Mask2Former; the
+    encoder's weights are put into it. ``transform`` is given the whole sample, so that images, masks, boxes and points
+    move together.
+
+    Args:
+        layers: Blocks whose feature maps the head reads, from 1; ``None``: four of them, evenly spaced.
+
+    Attributes:
+        auto_class: Name of transformers' auto class that loads the trained model, if there is one.
+        stacked: Entries of a sample that have the same shape in all samples.
+    """
+
+    auto_class: ClassVar[str | None] = None
+    stacked: ClassVar[tuple[str, ...]] = ("pixels",)
+
+    def __init__(self, *, layers: tuple[int, ...] | None = None) -> None:
+        self.layers = layers
+
+    def options(self) -> dict[str, Any]:
+        """Return the layers, where they were named."""
+        return {"layers": list(self.layers)} if self.layers else {}
+
+    @abstractmethod
+    def build(self, backbone_config: PreTrainedConfig, classes: Sequence[str]) -> nn.Module:
+        """Make the model, with random weights, around a backbone of this configuration."""
+
+    # ---- model ----
+
+    def load_model(
+        self, source: str, classes: Sequence[str], *, pooling: str | None = None, drop_path: float = 0.0, **options: Any
+    ) -> nn.Module:
+        """Load an encoder as a backbone and put what ``build`` makes on it; ``pooling`` is not looked at.
+
+        Raises:
+            ValueError: no encoder there, none that transformers has a backbone for, or no such layers.
+        """
+        config = read_config(source, what="encoder", **options)
+        kind = MODEL_FOR_BACKBONE_MAPPING.get(type(config), None)
+        if kind is None:
+            raise ValueError(
+                f"{source} is a {config.model_type} model, for which transformers has no backbone, and {self.noun} "
+                "needs feature maps. Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give "
+                "another encoder, such as DINOv2."
+            )
+        set_drop_path(config, source, drop_path)
+        config.out_indices = self._layers_of(config, source)
+        with explain_load_errors(source, "encoder", **options), without_load_report():
+            backbone, report = kind.from_pretrained(
+                source, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
+        check_report(source, backbone, report, new=_UNUSED)
+        model = self.build(backbone.config, classes)
+        self.encoder(model).load_state_dict(backbone.state_dict())
+        return model
+
+    def _layers_of(self, config: Any, source: str) -> list[int]:
+        blocks = config.num_hidden_layers
+        if self.layers is None:
+            return sorted({math.ceil(blocks * part / NUM_LAYERS) for part in range(1, NUM_LAYERS + 1)})
+        if not self.layers or min(self.layers) < 1 or max(self.layers) > blocks:
+            raise ValueError(f"layers (--set layers) is {self.layers}: {source} has the blocks 1 to {blocks}.")
+        return sorted(set(self.layers))
+
+    def load_trained(self, source: str, **options: Any) -> nn.Module:
+        """Load a whole trained model with ``auto_class``, or build it again and read its weights.
+
+        Raises:
+            ValueError: none there, or weights are missing.
+        """
+        with explain_load_errors(source, "fine-tuned model", **options), without_load_report():
+            if self.auto_class is not None:
+                model, report = getattr(transformers, self.auto_class).from_pretrained(
+                    source, output_loading_info=True, **options
+                )
+                check_report(source, model, report, new=_UNUSED)
+                return model
+            # A plain module: beside its weights lies the configuration of its backbone.
+            config = AutoConfig.from_pretrained(source, **options)
+            place = {name: value for name, value in options.items() if name != "trust_remote_code"}
+            weights = transformers.utils.cached_file(source, WEIGHTS, **place)
+        model = self.build(config, self.classes_of(source, **place))
+        load_model(model, str(weights))
+        return model
+
+    def classes_of(self, source: str, **place: Any) -> list[str]:
+        """Return the names of the classes that a trained model was saved with."""
+        from ..adapters import read_description
+
+        return read_description(source, **place).classes
+
+    def encoder_name(self, model: nn.Module) -> str:
+        """Return the name of the backbone in a model."""
+        found = [name for name, module in model.named_modules() if isinstance(module, BackboneMixin)]
+        if not found:
+            raise TypeError(f"{type(model).__name__}, which {type(self).__name__}.build made, holds no backbone.")
+        return found[0]
+
+    def reads(self, model: nn.Module) -> str:
+        """Say which layers the head reads."""
+        layers: Any = self.encoder(model).config.out_indices
+        return f"layers {', '.join(map(str, layers))}"
+
+    # ---- data ----
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Stack the entries that ``stacked`` names; the others, whose shapes may differ, become lists."""
+        return {
+            name: default_collate([sample[name] for sample in samples])
+            if name in self.stacked
+            else [sample[name] for sample in samples]
+            for name in samples[0]
+        }
+
+    def to_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Normalise ``pixels`` uint8 (B, 3, S, S) to ``pixel_values``; the other entries stay as they are."""
+        pixels = batch["pixels"]
+        mean, std = (
+            torch.tensor(value, device=pixels.device).view(3, 1, 1)
+            for value in (self.inputs.image_mean, self.inputs.image_std)
+        )
+        rest = {name: value for name, value in batch.items() if name != "pixels"}
+        return {**rest, "pixel_values": (pixels.float() / 255 - mean) / std}
+
+
+def save_plain(model: nn.Module, encoder: nn.Module, folder: Path) -> None:
+    """Write a model that is no ``PreTrainedModel``: its weights, and the configuration of its backbone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS))
+    encoder.config.save_pretrained(folder)  # type: ignore[operator, union-attr]

@@ -1,0 +1,212 @@
+"""Semantic segmentation: a class for every pixel, UPerNet on the encoder's feature maps, mean IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+from ...evaluation.metrics import Metric
+from ...views.cropping import random_box
+from ..settings import FineTuningSettings
+from .base import Splits, Step
+from .dense import DenseTask
+from .masks import IGNORED, MASK_COLUMNS, Labels, MaskedSamples, load_masked_sources, read_classes
+
+CROP_SCALE, CROP_RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
+IGNORE_INDEX = 255
+
+
+class SegmentationTask(DenseTask):
+    """A class for every pixel, by transformers' UPerNet (https://arxiv.org/abs/1807.10221) without auxiliary head.
+
+    Training images are cropped at random, resized to the encoder's square and mirrored, and their masks with them (by
+    nearest neighbours). Test images are resized to the square as a whole; the logits are resized, bilinearly, to the
+    stored size, and judged there against the stored mask. That is what ``pipeline("image-segmentation")`` does with
+    the image processor that is saved.
+
+    Args:
+        classes: Names in the order of their numbers, or how many there are; ``None``: of the folder's ``classes.json``.
+        ignore_index: Number in masks of pixels that do not count; ``None``: of ``classes.json``, else 255.
+        reduce_labels: 0 means "none of the classes", which then count from 1, as in ADE20K.
+        mask_column: Column of the masks; ``None``: the first of ``MASK_COLUMNS`` that exists.
+        hidden_size: Channels in the head.
+        layers: As in ``DenseTask``.
+    """
+
+    name = "semantic_segmentation"
+    noun = "semantic segmentation"
+    result = "Segmentation model"
+    head = "a UPerNet head"
+    metrics = (
+        Metric("miou", "%", digits=2, hub_type="mean_iou"),
+        Metric("pixel_accuracy", "%", digits=2, hub_type="accuracy"),
+    )
+    pipeline_tag = "image-segmentation"
+    auto_class = "AutoModelForSemanticSegmentation"
+
+    def __init__(
+        self,
+        *,
+        classes: tuple[str, ...] | int | None = None,
+        ignore_index: int | None = None,
+        reduce_labels: bool = False,
+        mask_column: str | None = None,
+        hidden_size: int = 512,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(layers=layers)
+        self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
+        self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
+        self.mask_column, self.hidden_size = mask_column, hidden_size
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that were given, but for names of classes and columns, which others say."""
+        options = {**super().options(), "hidden_size": self.hidden_size, "reduce_labels": self.reduce_labels}
+        return options if self.ignore_index is None else {**options, "ignore_index": self.ignore_index}
+
+    def protocol(self) -> dict[str, Any]:
+        """Say what the head is and how images were cropped."""
+        return {
+            **self.options(),
+            "crop_scale": list(self.settings.crop_scale or CROP_SCALE),
+            "flip_probability": 0.5 if self.settings.flip else 0.0,
+        }
+
+    def complete(self, settings: FineTuningSettings) -> FineTuningSettings:
+        """Refuse batches of one image: of those, the head's batch normalisation has no statistics."""
+        if settings.batch_size < 2:
+            raise ValueError(f"--batch_size {settings.batch_size}: UPerNet normalises over the batch; give 2 or more.")
+        return super().complete(settings)
+
+    # ---- data ----
+
+    def load(self, settings: FineTuningSettings) -> Splits:
+        """Open images and masks; see ``load_masked_sources``.
+
+        Raises:
+            ValueError: as there; nobody says what the classes are, or they are fewer than two; no mask can be used.
+        """
+        named, ignored = read_classes(settings.data)
+        classes = self.classes or named
+        if classes is None or len(classes) < 2:
+            raise ValueError(
+                f"{settings.data}: the classes are {classes}; segmentation needs two or more. Say what they are called "
+                "with --set classes='[sky, road, ...]', how many there are with --set classes=150, or put a list of "
+                "names into classes.json in the folder."
+            )
+        given = (self.ignore_index, ignored, IGNORE_INDEX)
+        labels = Labels(classes, next(value for value in given if value is not None), self.reduce_labels)
+        columns = MASK_COLUMNS if self.mask_column is None else (self.mask_column,)
+        sources = load_masked_sources(settings, columns).limited(settings)
+        train, test = MaskedSamples(sources.train, labels), MaskedSamples(sources.test, labels)
+        for samples in (train, test):
+            samples.check()
+        return Splits(train, test, sources.train_split, sources.test_split, classes)
+
+    def blank(self) -> dict[str, Any]:
+        """Return a black image of which no pixel counts."""
+        side = self.inputs.image_size
+        return {"image": Image.new("RGB", (side, side)), "mask": np.full((side, side), IGNORED, np.int32)}
+
+    def transform(self, sample: dict[str, Any], rng: Any) -> dict[str, Any]:
+        """Cut the same box out of image and mask, resize and mirror both; without ``rng`` the mask keeps its size.
+
+        Draws are those of ``random_box``, then one for the mirror.
+
+        Returns:
+            ``pixels`` uint8 (3, S, S) and ``mask`` int32, (S, S) in training.
+        """
+        image, mask, size = sample["image"], sample["mask"], (self.inputs.image_size,) * 2
+        box = (0, 0, *image.size)
+        mirrored = False
+        if rng is not None:
+            box = random_box(*image.size, self.settings.crop_scale or CROP_SCALE, CROP_RATIO, rng)
+            mirrored = bool(rng.random() < 0.5) and self.settings.flip
+            cut = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box=box)
+            mask = np.asarray(cut)
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+        if mirrored:
+            pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+        return {
+            "pixels": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+            "mask": torch.from_numpy(mask.astype(np.int32)),
+        }
+
+    # ---- model ----
+
+    def build(self, backbone_config: PreTrainedConfig, classes: Sequence[str]) -> nn.Module:
+        """Make UPerNet with random weights."""
+        config = UperNetConfig(
+            backbone_config=backbone_config,
+            hidden_size=self.hidden_size,
+            use_auxiliary_head=False,
+            loss_ignore_index=IGNORED,
+            id2label=dict(enumerate(classes)),
+            label2id={name: number for number, name in enumerate(classes)},
+        )
+        return UperNetForSemanticSegmentation(config)
+
+    def image_processor(self) -> Any:
+        """Make the processor that resizes whole images to the square."""
+        from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+
+        side = self.inputs.image_size
+        return SegformerImageProcessorPil(
+            size={"height": side, "width": side},
+            image_mean=list(self.inputs.image_mean),
+            image_std=list(self.inputs.image_std),
+            do_reduce_labels=self.reduce_labels,
+        )
+
+    # ---- loss and metrics ----
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Step:
+        """Compute the cross-entropy over the pixels that count, in fp32, at the size of the input."""
+        logits = model(pixel_values=batch["pixel_values"]).logits.float()
+        size = logits.shape[2:]
+        masks = [mask[None, None].float() for mask in batch["mask"]]
+        fitted = [mask if mask.shape[2:] == size else F.interpolate(mask, size, mode="nearest-exact") for mask in masks]
+        labels = torch.cat(fitted)[:, 0].long()
+        # Of no pixel that counts the mean is not a number; the sum is 0, and its gradient.
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return Step(total / (labels != IGNORED).sum().clamp(min=1), logits)
+
+    def judge(self, output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Count pixels at the size of the stored masks.
+
+        Returns:
+            int64 (B, 2, K): right ones and predicted ones of each of K classes; (B, K): labelled ones.
+        """
+        predictions, targets = [], []
+        for logits, mask in zip(output, batch["mask"], strict=True):
+            truth = mask.long()
+            guess = F.interpolate(logits[None], truth.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+            counted = truth != IGNORED
+            guess, truth, classes = guess[counted], truth[counted], len(logits)
+            right, guessed, labelled = (
+                torch.bincount(values, minlength=classes) for values in (truth[guess == truth], guess, truth)
+            )
+            predictions.append(torch.stack([right, guessed]))
+            targets.append(labelled)
+        return torch.stack(predictions), torch.stack(targets)
+
+    def measure(self, predictions: Any, targets: Any) -> dict[str, float]:
+        """Compute mean IoU, over the classes that are labelled or predicted somewhere, and the share of right pixels.
+
+        Intersections and unions are those of the whole split, not means over its images.
+        """
+        (right, guessed), labelled = np.asarray(predictions).sum(0), np.asarray(targets).sum(0)
+        union = guessed + labelled - right
+        seen = union > 0
+        iou = right[seen] / union[seen]
+        return {
+            "miou": float(iou.mean()) if seen.any() else 0.0,
+            "pixel_accuracy": float(right.sum() / max(1, labelled.sum())),
+        }
