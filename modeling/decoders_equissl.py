@@ -120,7 +120,7 @@ class EquiSSLConvDecoder(nn.Module):
     def paint(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """The convolutions: (B, N, K * width), the linear layers' output -> (B, K, C, H, W)."""
         rows, columns = grid
-        hidden = hidden.view(len(hidden), rows, columns, self.num_images, -1).permute(3, 0, 4, 1, 2)
+        hidden = hidden.view(hidden.shape[0], rows, columns, self.num_images, -1).permute(3, 0, 4, 1, 2)
         # Channels first and one branch at a time: on CPU, channels_last costs 1.1x (fp32) to 1.8x (bf16) and grouped
         # convolutions over all K are 6-12 % slower.
         images = [branch(part.contiguous()) for branch, part in zip(self.branches, hidden, strict=True)]
@@ -229,7 +229,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     """(B, N, C * p * p), row-major patches of channels, rows, columns -> (B, C, H, W)."""
     rows, columns = grid
     images = patches.unflatten(-1, (-1, patch_size, patch_size)).unflatten(1, (rows, columns))
-    return images.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
+    return images.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, rows * patch_size, columns * patch_size)
 
 
 def build_decoder(config: EquiSSLConfig) -> EquiSSLConvDecoder | EquiSSLCrossAttentionDecoder:

@@ -47,6 +47,8 @@ class EquiSSLPatchEmbeddings(nn.Module):
                 f"pixel_values has {channels} channels, expected num_channels={self.num_channels} in (B, C, H, W); "
                 f"got {tuple(pixel_values.shape)}."
             )
+        if not all(_is_known(side) for side in (height, width)):
+            return  # an exported program takes other sizes, which nobody can check here
         if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"pixel_values is {height} x {width} pixels, expected multiples of patch_size={self.patch_size}. "
@@ -76,7 +78,7 @@ class EquiSSLEmbeddings(nn.Module):
     def interpolate_patch_positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (1, N, D) for a grid of patches, bicubic in fp32 unless it is the stored one."""
         positions = self.position_embeddings if self.is_cls_late else self.position_embeddings[:, 1:]
-        if grid == self.grid_size and not torch.jit.is_tracing():
+        if all(_is_known(side) for side in grid) and grid == self.grid_size:
             return positions
         positions = positions.unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         # Half precision would shift the embeddings.
@@ -111,7 +113,7 @@ class EquiSSLEmbeddings(nn.Module):
         if not self.is_cls_late:
             cls_token = cls_token + self.position_embeddings[:, :1]
         prefix = cls_token if self.register_tokens is None else torch.cat((cls_token, self.register_tokens), dim=1)
-        prefix = prefix.expand(len(patches), -1, -1)
+        prefix = prefix.expand(patches.shape[0], -1, -1)
         if self.is_cls_late:
             # Copied: it is used after this module has returned, when FSDP may have freed the parameters.
             return patches, prefix.to(patches.dtype).clone()
@@ -126,6 +128,11 @@ class EquiSSLEmbeddings(nn.Module):
                 f"patch in row-major order, got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
             )
         return torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)
+
+
+def _is_known(size: int | torch.SymInt | Tensor) -> bool:
+    """Whether a size is a number; while a model is traced or exported it may stand for any."""
+    return isinstance(size, int) and not torch.jit.is_tracing()
 
 
 def eager_attention_forward(
@@ -171,7 +178,7 @@ class EquiSSLAttention(nn.Module):
         """
         asking = hidden_states[:, :num_queries]
         query, key, value = (
-            layer(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            layer(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
             for layer, tokens in ((self.q_proj, asking), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
         attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -179,7 +186,7 @@ class EquiSSLAttention(nn.Module):
         )
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(asking.shape).contiguous()), weights
+        return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
 
 
 class EquiSSLLayerScale(nn.Module):
@@ -231,7 +238,7 @@ class EquiSSLDropPath(nn.Module):
         residual = hidden_states[:, :num_tokens]
         if not self.training or self.rate == 0:
             return branch(hidden_states) + residual
-        batch_size, device = len(hidden_states), hidden_states.device
+        batch_size, device = hidden_states.shape[0], hidden_states.device
         if self.exact:
             count = max(1, int(batch_size * (1 - self.rate)))
             index = torch.randperm(batch_size, device=device)[:count]
@@ -274,14 +281,19 @@ class EquiSSLLayer(GradientCheckpointingLayer):
         return self.drop_path(hidden_states, lambda x: self.layer_scale2(self.mlp(self.norm2(x))))
 
 
-class EquiSSLStem(nn.Linear):
+class EquiSSLStem(nn.Module):
     """The linear layer whose output is split: rows of the weight are d_inv invariant, then d_equi equivariant.
 
-    A part is computed alone by slicing weight and bias inside `forward`, where ZeRO-3 and FSDP have gathered them.
+    A part is computed alone by slicing weight and bias inside `forward`, where ZeRO-3 and FSDP have gathered them. It
+    is no `nn.Linear`, because tools that put something in the place of every linear layer (adapters on "all-linear",
+    quantisation) would lose the split.
     """
 
     def __init__(self, hidden_size: int, feature_size: int, equivariant_size: int) -> None:
-        super().__init__(hidden_size, feature_size)
+        super().__init__()
+        linear = nn.Linear(hidden_size, feature_size)
+        self.in_features, self.out_features = hidden_size, feature_size
+        self.weight, self.bias = linear.weight, linear.bias
         self.invariant_size = feature_size - equivariant_size
         self._sizes = {"invariant": self.invariant_size, "equivariant": equivariant_size}
 
@@ -299,7 +311,7 @@ class EquiSSLStem(nn.Linear):
             ValueError: For another `part`.
         """
         if part is None:
-            return super().forward(tokens)
+            return nn.functional.linear(tokens, self.weight, self.bias)
         rows = self._rows(part)
         return nn.functional.linear(tokens, self.weight[rows], self.bias[rows])
 

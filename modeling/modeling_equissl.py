@@ -1,6 +1,7 @@
 """EquiSSL encoder (a ViT with a stem whose output is split, and a decoder), its image classifier and its backbone."""
 
 import copy
+import difflib
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_equissl import EquiSSLConfig
@@ -28,6 +29,16 @@ __all__ = [
 # Parts of a published encoder that a model without them leaves in the file.
 UNREAD_PARTS = r"^(equissl\.)?(stem|decoder)\."
 CLASSIFIER = r"^classifier\."
+FORWARD_ARGUMENTS = (
+    "pixel_values",
+    "bool_masked_pos",
+    "output_features",
+    "output_patches",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "labels",
+)
 
 
 @dataclass
@@ -52,6 +63,25 @@ class EquiSSLModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+def _checked(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a `forward` without those that are `None`: wrappers hand on `attention_mask=None`.
+
+    Raises:
+        TypeError: For one that nothing here reads, which would otherwise be dropped without a word.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    known = {*TransformersKwargs.__annotations__, "return_dict"}
+    for name in given:
+        if name not in known:
+            guess = difflib.get_close_matches(name, FORWARD_ARGUMENTS, n=1, cutoff=0.5)
+            hint = f" Did you mean {guess[0]!r}?" if guess else ""
+            raise TypeError(
+                f"forward() of an EquiSSL model does not know {name!r}.{hint} It takes {', '.join(FORWARD_ARGUMENTS)}; "
+                "positions are interpolated to every image size by themselves."
+            )
+    return given
+
+
 class EquiSSLPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, common to all EquiSSL models."""
 
@@ -74,7 +104,10 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
         """Truncated normal (std `initializer_range`) as ViT, iBOT and DINOv2; zero biases and mask token."""
         super()._init_weights(module)  # norms
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, EquiSSLStem):
+            # Drawn and replaced, as the parent does with every nn.Linear: a seed gives the weights that it always gave.
+            init.normal_(module.weight, std=std)
+        if isinstance(module, (nn.Linear, nn.Conv2d, EquiSSLStem)):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -191,7 +224,9 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
 
         Raises:
             ValueError: If an input has the wrong shape or dtype.
+            TypeError: For an unknown keyword argument.
         """
+        kwargs = _checked(kwargs)
         tokens, prefix = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)
         num_queries = None if output_patches else self.num_prefix_tokens
         # can_return_tuple has taken the caller's wish; what happens inside is an object.
@@ -372,7 +407,9 @@ class EquiSSLBackbone(BackboneMixin, EquiSSLPreTrainedModel):
 
         Raises:
             ValueError: If `pixel_values` has the wrong shape.
+            TypeError: For an unknown keyword argument.
         """
+        kwargs = _checked(kwargs)
         tokens, prefix = self.embeddings(pixel_values)
         encoded = self.encoder(tokens, prefix, return_dict=True, **kwargs)
         rows, columns = (side // self.config.patch_side for side in pixel_values.shape[2:])
@@ -387,7 +424,9 @@ class EquiSSLBackbone(BackboneMixin, EquiSSLPreTrainedModel):
         patches = hidden_state[:, -grid[0] * grid[1] :]
         if self.config.apply_layernorm:
             patches = self.layernorm(patches)
-        return patches.mT.unflatten(-1, grid).contiguous() if self.config.reshape_hidden_states else patches
+        return (
+            patches.transpose(1, 2).unflatten(-1, grid).contiguous() if self.config.reshape_hidden_states else patches
+        )
 
 
 EquiSSLModel.register_for_auto_class("AutoModel")
