@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..utils.coercion import check_arguments
+from ..utils.coercion import check_arguments, parameters_of
 from ..utils.registry import Registry
-from .base import Features, LossOutput, Objective
+from .base import Features, LossOutput, Objective, Reach
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
 from .dinov2 import DINOv2Objective
@@ -17,6 +17,7 @@ from .vicreg import VICRegObjective
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
+    from ..views.facts import ViewFacts
 
 __all__ = [
     "EQUIVARIANCE_OBJECTIVES",
@@ -28,9 +29,11 @@ __all__ = [
     "IBOTObjective",
     "LossOutput",
     "Objective",
+    "Reach",
     "ReconstructionObjective",
     "VICRegObjective",
     "build_objective",
+    "takes_facts",
     "weight_of",
 ]
 
@@ -52,23 +55,38 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
 FILLED_IN = ("config", "facts")
 
 
+def takes_facts(cls: type[Objective]) -> bool:
+    """Return whether an objective is built from the ``ViewFacts`` of the run."""
+    return "facts" in parameters_of(cls)
+
+
 def weight_of(entry: Mapping[str, Any]) -> float:
     """Return the factor lambda of an equivariance objective, as recipes and configurations write it: 1 if not given."""
     return entry.get("weight", 1.0)
 
 
-def build_objective(registry: Registry[Objective], name: str, config: EquiSSLConfig, **kwargs: Any) -> Objective:
+def build_objective(
+    registry: Registry[Objective], name: str, config: EquiSSLConfig, *, facts: ViewFacts | None = None, **kwargs: Any
+) -> Objective:
     """Build an objective by its registry key.
 
     Args:
         registry: ``INVARIANCE_OBJECTIVES`` or ``EQUIVARIANCE_OBJECTIVES``.
         name: Key in the registry.
         config: The encoder's configuration.
+        facts: Of views and data, for objectives that are built from them.
         kwargs: Keyword arguments of the objective's constructor.
 
     Raises:
         RecipeError: For an unknown name or keyword, with the nearest and all valid ones; for a missing keyword; for a
             value of a wrong type.
+        ValueError: The objective needs ``facts``, and there are none.
     """
     cls = registry[name]
-    return cls(config, **check_arguments(kwargs, cls, f"objective {name!r}", skip=FILLED_IN))
+    arguments = check_arguments(kwargs, cls, f"objective {name!r}", skip=FILLED_IN)
+    if not takes_facts(cls):
+        return cls(config, **arguments)
+    if facts is None or (cls.reads_num_classes and facts.num_classes is None):
+        missing = "the number of classes" if facts is not None else "facts of views and data (ViewFacts)"
+        raise ValueError(f"The objective {name!r} is built from {missing}, which this configuration does not say.")
+    return cls(config, facts=facts, **arguments)

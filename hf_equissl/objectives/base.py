@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from ..views.needs import Needs
 
 if TYPE_CHECKING:
-    from ..modeling import EquiSSLConfig
+    from ..modeling import EquiSSLConfig, EquiSSLModel
     from ..views.base import Views
     from .progress import TrainingProgress
 
@@ -30,6 +30,8 @@ class Features:
         stem: ``stem(tokens (..., D), part="invariant" | "equivariant") -> (..., d_inv | d_equi)``; ``None`` for an
             encoder without one, whose tokens are all invariant.
         local_tokens: (L, B, P, D), prefix tokens of the local crops: their patches have no use, and cost.
+        projections: What the invariance objective returned as its ``LossOutput.projections``, for the equivariance
+            objectives, which come after it.
         hidden: block -> (V, B, T or N, D), token maps after that block, before any further norm.
         extra: name -> features of ``Views.extra[name]``, encoded in a pass of its own, as one crop (V = 1).
     """
@@ -39,6 +41,7 @@ class Features:
     grid: tuple[int, int]
     stem: Callable[..., Tensor] | None
     local_tokens: Tensor | None = None
+    projections: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     extra: dict[str, Features] = field(default_factory=dict)
 
@@ -70,10 +73,28 @@ class LossOutput:
     Attributes:
         loss: Scalar, fp32, with gradient.
         logs: Detached scalars. Those called ``loss_*`` are the weighted parts and add up to ``loss``; others monitor.
+        projections: (V, B, d), with gradient: what an invariance objective's loss compares, where equivariance
+            objectives may read it.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    projections: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which parts of the encoder the gradient of a loss reaches.
+
+    Attributes:
+        blocks: How many blocks, counted from the first; ``None``: all.
+        norm: The final norm.
+        stem: The stem, where the encoder has one.
+    """
+
+    blocks: int | None = None
+    norm: bool = True
+    stem: bool = True
 
 
 class Objective(nn.Module, ABC):
@@ -81,15 +102,21 @@ class Objective(nn.Module, ABC):
 
     Subclasses set ``citation`` (BibTeX) and implement ``forward``; everything else has a default. Whatever the rest of
     the package has to know about an objective, the objective says itself. The constructor takes the encoder's config
-    first and the recipe's keyword arguments after it.
+    first and the recipe's keyword arguments after it. One that has a parameter ``facts`` is given the ``ViewFacts`` of
+    the run, from which the size of a head may follow.
 
     Attributes:
         citation: BibTeX of the paper.
+        reads_num_classes: Whether the constructor needs ``facts.num_classes``: the data set is then opened before the
+            model is built.
+        exports: Whose weights are the result where this is the invariance objective and there is a teacher.
         decoder_config: Set by an objective that owns a ``decoder``: the encoder's config with the decoder's fields. The
             decoder of the first such objective is exported with the encoder.
     """
 
     citation: ClassVar[str]
+    reads_num_classes: ClassVar[bool] = False
+    exports: ClassVar[Literal["teacher", "student"]] = "teacher"
     decoder_config: EquiSSLConfig | None = None
 
     def __init__(self, config: EquiSSLConfig) -> None:
@@ -100,6 +127,18 @@ class Objective(nn.Module, ABC):
     def needs(self) -> Needs:
         """What this objective asks of views and encoder."""
         return Needs()
+
+    @property
+    def trains(self) -> Reach:
+        """What this loss trains of the encoder."""
+        return Reach()
+
+    def prepare_encoder(self, encoder: EquiSSLModel) -> None:
+        """Change the initial weights of the student in place, before the teacher becomes a copy of it.
+
+        A run that starts from an encoder that exists, and one that goes on, load their weights over these. To freeze
+        the patch embedding is an argument of the training.
+        """
 
     @property
     def feature_config(self) -> EquiSSLConfig:

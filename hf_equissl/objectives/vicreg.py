@@ -107,7 +107,7 @@ class VICRegObjective(Objective):
         }
         logs = {name: part.detach() for name, part in parts.items()}
         logs["projection_std"] = both.detach().std(dim=0).mean()
-        return LossOutput(loss=torch.stack(list(parts.values())).sum(), logs=logs)
+        return LossOutput(torch.stack(list(parts.values())).sum(), logs, projections=torch.stack([z1, z2]))
 
     def _check(self, student: Features) -> None:
         crops, batch_size = student.tokens.shape[:2]

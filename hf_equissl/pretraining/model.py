@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -19,7 +19,9 @@ from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_o
 from ..objectives.base import Features, Objective
 from ..objectives.progress import TrainingProgress
 from ..utils.feature_statistics import effective_rank, feature_std
+from ..utils.registry import Registry
 from ..views.base import Views
+from ..views.facts import ViewFacts
 from ..views.needs import Needs
 
 
@@ -31,7 +33,9 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
         encoder: The student's ``EquiSSLConfig``, or its fields. It carries no decoder: objectives own theirs.
         invariance: ``{"name": key of INVARIANCE_OBJECTIVES, **keyword arguments}``.
         equivariance: Each ``{"name": key of EQUIVARIANCE_OBJECTIVES, "weight": lambda, **keyword arguments}``. An entry
-            with weight 0 is not built at all, so that lambda = 0 is exactly the base method.
+            with weight 0 is not built at all, so that lambda = 0 is exactly the base method; with ``"views": "keep"``
+            the views are still made as it asks, which makes lambda = 0 the control of the runs with other lambdas.
+        facts: ``ViewFacts`` as plain values, where an objective is built from them.
     """
 
     model_type = "equissl_pretraining"
@@ -40,6 +44,7 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
     encoder: dict | EquiSSLConfig | None = None
     invariance: dict = field(default_factory=lambda: {"name": "vicreg"})
     equivariance: list[dict] = field(default_factory=list)
+    facts: dict | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -60,6 +65,11 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
         weighted = [{**entry, "weight": float(weight_of(entry))} for entry in self.equivariance]
         return [entry for entry in weighted if entry["weight"] > 0]
 
+    @property
+    def kept(self) -> list[dict]:
+        """Entries of ``equivariance`` that are not built, and whose views are made all the same."""
+        return [entry for entry in self.equivariance if not weight_of(entry) and entry.get("views") == "keep"]
+
     def validate_objectives(self) -> None:
         """Check that every entry has a name, weights are finite and not negative, and the encoder has no decoder."""
         for entry in (self.invariance, *self.equivariance):
@@ -74,6 +84,11 @@ class EquiSSLPreTrainingConfig(PreTrainedConfig):
                 raise ValueError(
                     f"The weight (lambda) of equivariance objective {entry['name']!r} must be a number >= 0, "
                     f"got {weight!r}."
+                )
+            if entry.get("views", "keep") != "keep":
+                raise ValueError(
+                    f"`views` of equivariance objective {entry['name']!r} is {entry['views']!r}. Write `keep`, or "
+                    "leave it out."
                 )
         if self.encoder_config.decoder_type is not None:
             raise ValueError(
@@ -126,6 +141,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
         self.needs = Needs()
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs
+            objective.prepare_encoder(self.student)
+        for entry in config.kept:
+            with torch.device("meta"):
+                needs = self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes).needs
+            self.needs = self.needs | replace(needs, teacher=False, hidden_layers=())
         self._check_needs()
         self.teacher = deepcopy(self.student) if self.needs.teacher else None
         self.post_init()
@@ -157,13 +177,13 @@ class EquiSSLForPreTraining(PreTrainedModel):
         encoder = self.config.encoder_config
         if self.needs.masks and not encoder.use_mask_token:
             raise ValueError(
-                f"{self._asking('masks')} masks patches, and this encoder has no token to put in their place. "
+                f"{self.asking('masks')} masks patches, and this encoder has no token to put in their place. "
                 "Set model.use_mask_token: true."
             )
         for layer in self.needs.hidden_layers:
             if not 1 <= layer <= encoder.num_hidden_layers:
                 raise ValueError(
-                    f"{self._asking('hidden_layers')} reads the tokens after block {layer}, and this encoder has "
+                    f"{self.asking('hidden_layers')} reads the tokens after block {layer}, and this encoder has "
                     f"blocks 1 to {encoder.num_hidden_layers}. Choose one of them."
                 )
 
@@ -242,16 +262,16 @@ class EquiSSLForPreTraining(PreTrainedModel):
                 return place, objective, name.removeprefix(place).removeprefix(".")
         return None
 
-    def _asking(self, need: str) -> str:
+    def asking(self, need: str) -> str:
         """Name the objectives whose declaration has ``need``."""
         names = (self.config.invariance["name"], *self.equivariance_names)
         pairs = zip(names, self.objectives(), strict=True)
         return " and ".join(name for name, objective in pairs if getattr(objective.needs, need))
 
-    @staticmethod
-    def _build(registry: dict[str, type[Objective]], entry: dict, sizes: EquiSSLConfig) -> Objective:
-        arguments = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        return build_objective(registry, entry["name"], sizes, **arguments)
+    def _build(self, registry: Registry[Objective], entry: dict, sizes: EquiSSLConfig) -> Objective:
+        arguments = {key: value for key, value in entry.items() if key not in ("name", "weight", "views")}
+        facts = None if self.config.facts is None else ViewFacts.from_dict(self.config.facts)
+        return build_objective(registry, entry["name"], sizes, facts=facts, **arguments)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
@@ -260,12 +280,12 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Student features: all global crops in one pass, masked where there are masks; all local crops in another.
 
         Raises:
-            ValueError: The views lack local crops or masks that an objective asks for, which it names.
+            ValueError: The views lack local crops, masks or labels that an objective asks for, which it names.
         """
-        for need in ("masks", "local_crops"):
+        for need in ("masks", "local_crops", "labels"):
             if getattr(self.needs, need) and getattr(views, need) is None:
                 raise ValueError(
-                    f"{self._asking(need)} needs {need.replace('_', ' ')}, and the views have none. Build the view "
+                    f"{self.asking(need)} needs {need.replace('_', ' ')}, and the views have none. Build the view "
                     "pipeline with this model's `needs`."
                 )
         masks = None if views.masks is None else views.masks.flatten(0, 1)
@@ -313,6 +333,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         teacher = self.encode_teacher(views)
         student = self.encode(views)
         invariance = self.invariance(student, teacher, views)
+        student.projections = invariance.projections
         loss, logs = invariance.loss, {"loss_ssl": invariance.loss.detach()}
         parts = {self.config.invariance["name"]: invariance.logs}
         for name, weight, objective in zip(self.equivariance_names, self.weights, self.equivariance, strict=True):
@@ -331,6 +352,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
         representation = gather(student.cls[0].detach().float())
         return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
 
+    @property
+    def exported(self) -> str:
+        """Whose weights are the result: "teacher" or "student"."""
+        return "student" if self.teacher is None else self.invariance.exports
+
     def export_encoder(
         self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None, weights_of: str | None = None
     ) -> EquiSSLModel:
@@ -340,12 +366,12 @@ class EquiSSLForPreTraining(PreTrainedModel):
             with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works. An
                 encoder without a stem (the logits are split) goes without: the decoder would read the head.
             state_dict: Full (gathered) state of this model, where its own parameters are sharded.
-            weights_of: "teacher" or "student"; by default the teacher's where there is a teacher.
+            weights_of: "teacher" or "student"; by default what ``exported`` says.
 
         Raises:
             ValueError: Unknown ``weights_of``, or "teacher" where there is none.
         """
-        weights_of = weights_of or ("student" if self.teacher is None else "teacher")
+        weights_of = weights_of or self.exported
         if weights_of not in ("student", "teacher") or (weights_of == "teacher" and self.teacher is None):
             there_are = "student" if self.teacher is None else "student, teacher"
             raise ValueError(f"`weights_of` is {weights_of!r}, this model has: {there_are}.")

@@ -8,7 +8,7 @@ num_processes: 16                # optional: how many processes the batch arithm
 model: {preset: vit_small_patch16, feature_size: 512, equivariant_size: 256}     # preset, any EquiSSLConfig field
 objectives:
   invariance: {name: vicreg}                                                     # key and keyword arguments
-  equivariance: [{name: reconstruction, weight: 1.0}]                            # each with its lambda
+  equivariance: [{name: reconstruction, weight: 1.0}]          # each with its lambda; {weight: 0, views: keep}: control
 views:
   pipeline: {name: vicreg}                                                       # preset and its settings
   transformation: {name: rotation, max_degrees: 45}                              # the family g, or null
@@ -32,14 +32,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import load_images
 from ..modeling import EquiSSLConfig
-from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, weight_of
+from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, Objective, takes_facts, weight_of
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.coercion import check_arguments, coerce, hints_of, parameters_of
@@ -48,6 +48,7 @@ from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError, check_keys, check_known
 from ..utils.versions import __version__
 from ..views import TRANSFORMATIONS, build_transformation
+from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
 from .monitor_settings import MonitorSettings
 from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, resolve_recipe
@@ -55,8 +56,9 @@ from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, resolve_recipe
 if TYPE_CHECKING:
     from ..data import ImageSource
     from ..views.base import TransformationFamily
+    from ..views.facts import ViewFacts
     from ..views.needs import Needs
-    from ..views.pipelines import ViewPipeline
+from ..views.pipelines import ViewPipeline
 
 # What the section `data` says beside the arguments of `load_images`.
 _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
@@ -192,10 +194,31 @@ class Recipe:
         with naming_section("model"):
             return EquiSSLConfig.from_preset(preset, **values) if preset else EquiSSLConfig(**values)
 
-    def build_pretraining_config(self) -> EquiSSLPreTrainingConfig:
-        """Encoder and objectives."""
+    @property
+    def objective_classes(self) -> dict[str, type[Objective]]:
+        """Class by name of each objective that is built, or whose views are kept."""
+        section = self.objectives
+        used = [entry["name"] for entry in section.equivariance if entry["weight"] or "views" in entry]
+        name = section.invariance["name"]
+        return {name: INVARIANCE_OBJECTIVES[name], **{name: EQUIVARIANCE_OBJECTIVES[name] for name in used}}
+
+    @property
+    def reads_num_classes(self) -> tuple[str, ...]:
+        """Names of the objectives that are built from the number of classes in the data set."""
+        return tuple(name for name, cls in self.objective_classes.items() if cls.reads_num_classes)
+
+    def build_pretraining_config(self, num_classes: int | None = None) -> EquiSSLPreTrainingConfig:
+        """Build the configuration of encoder and objectives.
+
+        Args:
+            num_classes: Of the data set, for objectives that are built from it.
+        """
         encoder = self.build_encoder_config()
         run: dict[str, Any] = {"attn_implementation": self.model.get("attn_implementation")}
+        if any(map(takes_facts, self.objective_classes.values())):
+            settings = dict(self.views.pipeline)
+            spec = PIPELINES[settings.pop("name")].override(settings)
+            run["facts"] = ViewFacts.of(spec, self.build_transformation(), num_classes).to_dict()
         with naming_section("objectives"):
             return EquiSSLPreTrainingConfig(
                 encoder=encoder,
@@ -304,9 +327,10 @@ def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
     entries = []
     for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
         where = f"objectives.equivariance.{index}"
-        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=FILLED_IN, beside=("weight",))
+        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=FILLED_IN, beside=("weight", "views"))
         weight = coerce(weight_of(item), float, f"{where}.weight")
-        entries.append({"name": entry.pop("name"), "weight": weight, **entry})
+        views = {"views": coerce(item["views"], Literal["keep"], f"{where}.views")} if "views" in item else {}
+        entries.append({"name": entry.pop("name"), "weight": weight, **views, **entry})
     invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=FILLED_IN)
     return ObjectivesSection(invariance, entries)
 

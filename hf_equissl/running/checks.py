@@ -40,6 +40,20 @@ def check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTrainin
         raise RecipeError(f"training: {error}") from error
 
 
+def require_labels(labels: object, objective: str) -> None:
+    """Refuse data without the classes that ``objective`` learns from.
+
+    Args:
+        labels: Those of the first images, or the number of classes; ``None`` where the data set has none.
+        objective: Its name.
+    """
+    if labels is None:
+        raise RecipeError(
+            f"data: {objective} needs the class of every image, which this data set does not say. Name the column with "
+            "--data.label_column, sort the images into one folder per class, or choose another objective."
+        )
+
+
 def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:
     """Refuse runs that have no step to take.
 

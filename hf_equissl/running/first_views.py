@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from ..data import ImageViewDataset, StreamingViewDataset
+from ..data import ImageSource, ImageViewDataset, StreamingViewDataset
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError
@@ -23,14 +23,22 @@ FIRST_IMAGES = 8
 ViewDataset = ImageViewDataset | StreamingViewDataset
 
 
-def build_dataset(
-    recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingArguments
-) -> tuple[ViewDataset, ViewDataset]:
-    """The data set of ``recipe`` for training, and one to look at the first images: a stream in its own order."""
+def open_source(recipe: Recipe) -> ImageSource:
+    """Open the data set of ``recipe``.
+
+    Raises:
+        RecipeError: It cannot be opened, with the reason.
+    """
     try:
-        source = recipe.build_source()
+        return recipe.build_source()
     except (OSError, ValueError, DatasetsError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"data: {error}") from error
+
+
+def build_dataset(
+    source: ImageSource, recipe: Recipe, pipeline: ViewPipeline, args: EquiSSLTrainingArguments
+) -> tuple[ViewDataset, ViewDataset]:
+    """Build the data set for training, and one to look at the first images: a stream in its own order."""
     seed = args.seed if args.data_seed is None else args.data_seed
     if not source.streaming:
         dataset = ImageViewDataset(source, pipeline, seed)

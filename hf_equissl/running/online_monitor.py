@@ -353,7 +353,7 @@ def _exported(model: nn.Module | None) -> tuple[Any, str]:
     """The encoder that would be exported now, and its role."""
     if not isinstance(model, EquiSSLForPreTraining):
         raise ValueError(f"The online monitor reads EquiSSLForPreTraining, got {type(model).__name__}.")
-    return (model.student, "student") if model.teacher is None else (model.teacher, "teacher")
+    return model.get_submodule(model.exported), model.exported
 
 
 def _precision(args: EquiSSLTrainingArguments) -> Literal["fp32", "bf16", "fp16"]:

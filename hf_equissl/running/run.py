@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
 from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
-from ..data import SkippedImages, StreamingViewDataset
+from ..data import ImageSource, SkippedImages, StreamingViewDataset
 from ..distributed.agreement import first_message, gather_objects
 from ..distributed.collectives import is_main_process
 from ..distributed.signals import Signals, remove_marker
@@ -38,8 +38,8 @@ from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.masks import draw_masks
 from ..views.pipelines import ViewPipeline
-from .checks import check_batches, check_last_layer, check_length, check_schedules, check_steps
-from .first_views import ViewDataset, blank_views, build_dataset, first_views
+from .checks import check_batches, check_last_layer, check_length, check_schedules, check_steps, require_labels
+from .first_views import ViewDataset, blank_views, build_dataset, first_views, open_source
 from .initial_weights import InitialWeights
 from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
@@ -58,6 +58,7 @@ from .publishing import Publisher
 from .resume import Launch, describe_resume, find_start
 from .stops import ExportError, explained
 
+ASSUMED_CLASSES = 1000  # of a dry run without a data set
 TYPICAL_IMAGES = 256  # of which masks are drawn to count them
 
 
@@ -159,7 +160,9 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     # What is no path is another process's failure, which it tells by itself.
     if not dry and len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
         raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
-    config = recipe.build_pretraining_config()
+    blank = dry and not recipe.data.get("source")
+    source = None if blank or not recipe.reads_num_classes else open_source(recipe)
+    config = recipe.build_pretraining_config(_count_classes(recipe, source))
     try:
         _, model = without_weights(config)
     except ValueError as error:
@@ -175,13 +178,14 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         check_output_folder(output_dir)
         if is_main_process() and not dry:
             take_folder(output_dir)
-    if dry and not recipe.data.get("source"):
+    if blank:
+        notes += _assumptions(recipe, model)
         plan = schedule(args, processes, recipe.expected_images)
         check_batches(args, model, plan)
         if args.epoch_steps or plan.steps_per_epoch:
             check_schedules(args, model, plan)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
-    dataset, unshuffled = build_dataset(recipe, pipeline, args)
+    dataset, unshuffled = build_dataset(source or open_source(recipe), recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
         notes += (note,)
@@ -198,11 +202,30 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         need = disk_need(args, plan, checkpoint_bytes(config), checkpoints_lying(output_dir))
         check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
+    if model.needs.labels:
+        require_labels(first.labels, model.asking("labels"))
     monitor = build_monitor(recipe, dataset.source)
     run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
         run.cost()
     return run
+
+
+def _count_classes(recipe: Recipe, source: ImageSource | None) -> int | None:
+    """Return how many classes the objectives are built for, where they ask; without a data set a usual number."""
+    if not recipe.reads_num_classes:
+        return None
+    if source is None:
+        return ASSUMED_CLASSES
+    require_labels(source.num_classes, " and ".join(recipe.reads_num_classes))
+    return source.num_classes
+
+
+def _assumptions(recipe: Recipe, model: EquiSSLForPreTraining) -> tuple[str, ...]:
+    """Say what a dry run without a data set takes for granted of it."""
+    if recipe.reads_num_classes:
+        return (f"no data set is named (--data): images of {ASSUMED_CLASSES} classes are assumed",)
+    return ("no data set is named (--data): images with a class are assumed",) if model.needs.labels else ()
 
 
 def pretrain(run: Run, signals: Signals | None = None) -> Path:
