@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data import ImageSource, ImageViewDataset
-from ..data.decoding import ImageDecodeError, decode_image
+from ..data.decoding import ImageDecodeError
 from ..data.randomness import sample_generator
 from ..objectives import weight_of
 from ..objectives.progress import TrainingProgress
@@ -247,7 +247,7 @@ def first_images(source: ImageSource, count: int) -> list[Image.Image]:
 def _decoded(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
     for index in range(len(source)):
         try:
-            yield index, decode_image(source.content(source.row(index)))
+            yield index, source.decode(source.content(source.row(index)))
         except ImageDecodeError:
             continue
 

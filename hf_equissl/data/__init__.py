@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .dataset import EpochSampler, ImageViewDataset, SampleDataset, SkippedImage
-from .decoding import decode_image
+from .decoding import Decoding, decode_image
 from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages, UnknownSplitError
 from .health import SkippedImages
 from .sources import ImageInfo, ImageSource, load_images
 from .streaming import StreamingViewDataset
 
 __all__ = [
+    "Decoding",
     "EpochSampler",
     "ImageDecodeError",
     "ImageInfo",

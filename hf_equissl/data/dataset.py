@@ -15,7 +15,6 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from ..views.pipelines import ViewPipeline
-from .decoding import decode_image
 from .errors import ImageDecodeError
 from .randomness import order_generator, sample_generator
 from .sources import ImageSource
@@ -177,7 +176,7 @@ class ImageViewDataset(SampleDataset):
     def read(self, index: int) -> tuple[Image.Image, int | None]:
         """Decode one image; with its label, if there are labels."""
         row = self.source.row(index)
-        return decode_image(self.source.content(row)), self.source.label(row)
+        return self.source.decode(self.source.content(row)), self.source.label(row)
 
     def make(self, sample: tuple[Image.Image, int | None], rng: np.random.Generator) -> dict[str, Any]:
         """Crop one image."""

@@ -2,108 +2,212 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import math
 import os
+import stat
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from .depth import as_bytes, mend_planes, stretch, wide_values
 from .errors import ImageDecodeError
+from .metadata import bands_of, transposition_of, without_metadata
 
-__all__ = ["ImageDecodeError", "decode_image", "open_image"]
+__all__ = ["AS_STORED", "MAX_PIXELS", "Decoding", "ImageDecodeError", "decode_image", "open_image", "read_file"]
 
+# Pillow's own limit, above which it takes a file for an attack. Nothing decodes more unless it is asked to.
+MAX_PIXELS = 178_956_970
+# What Pillow may open: photographs and scans. Others run programs (EPS runs Ghostscript), or are no pictures.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "DIB", "AVIF", "JPEG2000", "HEIF")
 # Formats whose EXIF block, if any, is in the header: without one there is no orientation to look for.
 _EXIF_IN_HEADER = {"JPEG", "MPO", "WEBP"}
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+_pillow_limit = threading.Lock()
 
 
-def decode_image(data: Any) -> Image.Image:
+@dataclass(frozen=True)
+class Decoding:
+    """How images become 8-bit RGB where files leave a choice.
+
+    Attributes:
+        value_range: Which stored values become black and white, in images of more than 8 bits per band. "full": the
+            whole range of the type; "auto": each image's own smallest and largest value; (a, b): these two.
+        max_pixels: Images of more pixels are refused, as a small file may hold a picture that fills the memory.
+
+    Raises:
+        ValueError: A value means nothing.
+    """
+
+    value_range: str | tuple[float, float] = "full"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        """Check both, and keep a range as a tuple."""
+        chosen = self.value_range
+        if not isinstance(chosen, str):
+            low, high = chosen if len(chosen) == 2 else (math.nan, math.nan)
+            object.__setattr__(self, "value_range", (float(low), float(high)))
+            known = math.isfinite(low) and math.isfinite(high) and low < high
+        else:
+            known = chosen in ("full", "auto")
+        if not known:
+            raise ValueError(
+                f"value_range is {chosen!r}, expected full, auto, or two numbers [a, b] with a below b, such as "
+                "[0, 4095] for 12 bits."
+            )
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is {self.max_pixels}, expected 1 or more.")
+
+
+AS_STORED = Decoding()
+
+
+def decode_image(data: Any, decoding: Decoding = AS_STORED) -> Image.Image:
     """Decode one image to RGB, upright.
 
-    - EXIF (and XMP) orientation is applied.
-    - Grey (``1``, ``L``) fills all channels; palettes are looked up; CMYK, YCbCr, HSV are converted.
+    - EXIF (and XMP) orientation is applied; metadata that is wrong or too long is passed over.
+    - Grey (``1``, ``L``) fills all channels; palettes are looked up; CMYK, YCbCr, HSV are converted; of more bands than
+      red, green, blue and alpha only these are used.
     - Transparency, also of palettes and of a transparent colour, is laid over white: hidden colours stay hidden.
-    - 16-bit grey is shifted by 8 bits. 32-bit integers: likewise when they need 16 bits, unchanged when they need 8,
+    - 16-bit values are shifted by 8 bits. 32-bit integers: likewise when they need 16 bits, unchanged when they need 8,
       otherwise scaled from their own minimum and maximum, as are floats beyond [0, 255]; floats in [0, 1] count as
-      fractions of white.
+      fractions of white. ``decoding.value_range`` says otherwise.
 
     Args:
         data: Encoded bytes, a path, a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or the mapping
             ``{"bytes": ..., "path": ...}`` of a ``datasets.Image(decode=False)`` column.
+        decoding: What to do where files leave a choice.
 
     Raises:
-        ImageDecodeError: Missing, truncated, or not an image that Pillow reads.
+        ImageDecodeError: Missing, truncated, too large, or not an image that is read.
+        MemoryError: There is not enough memory for it, which is not the image's fault.
     """
     try:
-        image = open_image(data)
-        if image.mode == "RGB" and image.format in _EXIF_IN_HEADER and "exif" not in image.info:
-            image.load()
-            if "xmp" not in image.info and "transparency" not in image.info:
-                return image
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageDecodeError:
+        data = _content(data)
+        return _decode(data, decoding)
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken header led them into.
+        bare = without_metadata(data) if isinstance(data, bytes) else None
+        if bare is not None:
+            try:
+                return _decode(bare, decoding)
+            except MemoryError:
+                raise
+            except Exception as again:  # The pixels are broken, too: what was said first is told.
+                error.__context__ = again
+        if isinstance(error, ImageDecodeError):
+            raise
         raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
 
 
-def open_image(data: Any) -> Image.Image:
+def open_image(data: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open one image without decoding its pixels: size, mode and format of what ``decode_image`` would decode.
 
     Raises:
-        ImageDecodeError: ``data`` holds no image. Pillow's own errors (``OSError`` and others) pass through.
+        ImageDecodeError: ``data`` holds no image, or one of more than ``max_pixels``. Pillow's own errors (``OSError``
+            and others) pass through.
     """
+    data = _content(data)
     if isinstance(data, Image.Image):
         return data
-    if isinstance(data, Mapping):
-        data = data.get("bytes") if data.get("bytes") is not None else data.get("path")
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        if len(data) == 0:
-            raise ImageDecodeError("The file is empty.")
-        try:
-            return Image.open(io.BytesIO(data))
-        except UnidentifiedImageError:  # it names the buffer by its address, which helps nobody
-            raise ImageDecodeError("not an image that Pillow reads") from None
-    if isinstance(data, (str, os.PathLike)):
-        with open(data, "rb") as file:
-            return open_image(file.read())
     if isinstance(data, np.ndarray):
         return _from_array(data)
+    return _open_encoded(data, max_pixels)
+
+
+def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
+    if len(data) == 0:
+        raise ImageDecodeError("The file is empty.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError:
+        image = _open_of_any_size(data)
+    except UnidentifiedImageError:  # it names the buffer by its address, which helps nobody
+        raise ImageDecodeError(_why_unknown(data)) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageDecodeError(
+            f"{width} x {height} = {width * height:,} pixels are more than max_pixels = {max_pixels:,}. To read it, "
+            "set data.max_pixels (--max_pixels) higher; decoding takes 3 bytes for each pixel, in every worker."
+        )
+    return image
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a regular file. Pipes and devices are refused: they would be waited for, or never end.
+
+    Raises:
+        OSError: It does not exist, cannot be read, or is something else.
+    """
+    with open(path, "rb", opener=_open_regular) as file:
+        return file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path!r} is not a regular file")
+
+
+def _content(data: Any) -> bytes | Image.Image | np.ndarray:
+    """What is to be decoded: files read, mappings taken apart."""
+    if isinstance(data, Mapping):
+        data = data.get("bytes") if data.get("bytes") is not None else data.get("path")
+    if isinstance(data, bytes | Image.Image | np.ndarray):
+        return data
+    if isinstance(data, (bytearray, memoryview)):
+        return bytes(data)
+    if isinstance(data, (str, os.PathLike)):
+        return read_file(data)
     raise ImageDecodeError(
         f"Expected encoded bytes, a path, a PIL image, an array or a mapping with 'bytes' or 'path', got "
         f"{type(data).__name__}."
     )
 
 
+def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image.Image:
+    image = _open_encoded(data, decoding.max_pixels) if isinstance(data, bytes) else open_image(data)
+    if image.mode == "RGB" and image.format in _EXIF_IN_HEADER and "exif" not in image.info:
+        image.load()
+        if "xmp" not in image.info and "transparency" not in image.info:
+            return image
+    mend_planes(image)
+    values = None
+    if decoding.value_range != "full" and not isinstance(data, np.ndarray):
+        values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+    image.load()
+    transposition = transposition_of(image)
+    rgb = _to_rgb(image if values is None else _recoloured(image, stretch(values, decoding.value_range)))
+    return rgb if transposition is None else rgb.transpose(transposition)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        return Image.fromarray(as_bytes(values.astype(values.dtype.newbyteorder("="), copy=False))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((_native(np.asarray(image)) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _native(values: np.ndarray) -> np.ndarray:
-    """The same numbers in the machine's byte order."""
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """32-bit integers or floats (H, W) to uint8; see ``decode_image`` for the rule."""
-    integers = values.dtype.kind in "iu"
-    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if low < 0.0 or high > (65535.0 if integers else 255.0):
-        values = (values - low) * (255.0 / max(high - low, 1e-12))
-    elif integers and high > 255.0:
-        values = np.floor(values / 256.0)
-    elif not integers and high <= 1.0:
-        values = values * 255.0
-    return np.rint(values).astype(np.uint8)
+def _recoloured(image: Image.Image, pixels: np.ndarray) -> Image.Image:
+    """Other colours, uint8 (H, W) or (H, W, 3), behind the transparency of an image."""
+    coloured = Image.fromarray(pixels).convert("RGB")
+    if image.mode == "RGBA":
+        coloured.putalpha(image.getchannel("A"))
+    return coloured
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -112,14 +216,49 @@ def _from_array(array: np.ndarray) -> Image.Image:
     grey = array.ndim == 2
     if not grey and not (array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ImageDecodeError(
-            f"The array has shape {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last."
+            f"The array has shape {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last: "
+            "images are grey or RGB."
         )
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     if array.dtype == np.bool_:
         return Image.fromarray(array.astype(np.uint8) * 255)
-    if array.dtype == np.uint16:
-        return Image.fromarray((_native(array) >> 8).astype(np.uint8))
+    if array.dtype.newbyteorder("=") == np.uint16:
+        return Image.fromarray(as_bytes(array.astype(np.uint16, copy=False)))
     if array.dtype.kind == "f" and array.size and float(array.min()) >= 0.0 and float(array.max()) <= 1.0:
         return Image.fromarray(np.rint(array * 255.0).astype(np.uint8))
     raise ImageDecodeError(f"The array is {array.dtype}, expected uint8, uint16, bool or floats in [0, 1].")
+
+
+@cache
+def _formats() -> list[str]:
+    """Names of what may be opened and what this installation can open."""
+    Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _open_of_any_size(data: bytes) -> Image.Image:
+    """Open an image above Pillow's own limit, which has no other switch than this one for the whole process."""
+    with _pillow_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _why_unknown(data: bytes) -> str:
+    """What to say of bytes that no reader takes."""
+    if data.startswith(_POSTSCRIPT):
+        return "a PostScript file (EPS): these are programs, and are not run. Save it as PNG or JPEG"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and "HEIF" not in _formats():
+        return "a HEIF (HEIC) image, which Pillow reads with pillow-heif: pip install 'hf-equissl[heif]'"
+    bands = bands_of(data)
+    if bands is not None and bands[0] not in (1, 3):
+        return (
+            f"a TIFF file of {bands[0]} bands of {bands[1]} bits; images are grey or RGB. Choose three of its bands "
+            "and save them as an RGB image"
+        )
+    return "not an image that Pillow reads"

@@ -74,6 +74,8 @@ class Shard:
                     first += 1
                     yield row
                 return
+            except MemoryError:
+                raise
             except Exception as error:  # Readers of every format raise their own.
                 if not _is_disconnected(error) or "://" not in self.name or opened == _REOPENINGS:
                     raise _unreadable(self.name, error) from error

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import fsspec
+from PIL import Image
 
 from .columns import find_image_column, find_label_column, find_more_columns
-from .decoding import decode_image, open_image
+from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError
 from .locations import open_dataset
 
@@ -45,6 +46,7 @@ class ImageSource:
         files: Of a stream of files, their names, in the order of its shards; empty where they are not known.
         digest: Of a stream, of the names of its files: another one where they are renamed or in another order.
         more: Further columns, by what they hold.
+        decoding: How images become RGB where files leave a choice.
     """
 
     dataset: Rows
@@ -56,6 +58,7 @@ class ImageSource:
     files: tuple[str, ...] = ()
     digest: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
+    decoding: Decoding = AS_STORED
 
     @property
     def streaming(self) -> bool:
@@ -98,10 +101,19 @@ class ImageSource:
             if "://" in value:
                 with fsspec.open(value, "rb") as file:
                     return file.read()
-            with open(self.root / value if self.root else value, "rb") as file:
-                return file.read()
+            return read_file(self.root / value if self.root else value)
+        except MemoryError:
+            raise
         except Exception as error:  # Readers of addresses raise their own.
             raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
+
+    def decode(self, content: bytes) -> Image.Image:
+        """Decode what ``content`` returned to RGB, upright.
+
+        Raises:
+            ImageDecodeError: It does not decode.
+        """
+        return decode_image(content, self.decoding)
 
     def label(self, row: Mapping[str, Any]) -> int | None:
         """A row's class, if there are classes."""
@@ -131,8 +143,8 @@ class ImageSource:
             name = self.item_name(row, index)
             try:
                 content = self.content(row)
-                decode_image(content)
-                stored = open_image(content)
+                self.decode(content)
+                stored = open_image(content, self.decoding.max_pixels)
                 good.append(ImageInfo(name, *stored.size, stored.mode))
             except ImageDecodeError as error:
                 bad.append(f"{name} ({error})")
@@ -162,6 +174,8 @@ def load_images(
     cache_dir: str | os.PathLike[str] | None = None,
     num_proc: int | None = None,
     more_columns: Mapping[str, Sequence[str]] | None = None,
+    value_range: str | tuple[float, float] = "full",
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
     """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
 
@@ -188,11 +202,14 @@ def load_images(
         num_proc: Processes for the conversion.
         more_columns: What else is read of each row, such as a mask -> how its column may be called; the first one that
             exists is taken. Images in it are not decoded, and it is not mistaken for ``column``.
+        value_range, max_pixels: How images are decoded, see ``Decoding``.
 
     Raises:
         ImageSourceError: Source, split or column do not exist, leave a choice open, or cannot be read; or there are no
             images.
+        ValueError: ``value_range`` or ``max_pixels`` mean nothing.
     """
+    decoding = Decoding(value_range, max_pixels)
     source = os.fspath(source)
     name = f"{source} ({split})"
     with _quiet_unless_first_rank():
@@ -227,6 +244,7 @@ def load_images(
         files=opened.files,
         digest=opened.digest,
         more=more,
+        decoding=decoding,
     )
 
 

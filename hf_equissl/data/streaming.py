@@ -13,7 +13,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..views.pipelines import ViewPipeline
 from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, crop_views, hopeless, image_digest
-from .decoding import decode_image
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
@@ -157,7 +156,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
             for row, position in self._one_pass(epoch, worker, workers, start):
                 try:
                     content = self.source.content(row)
-                    image = decode_image(content)
+                    image = self.source.decode(content)
                 except ImageDecodeError as error:
                     skipped.append(SkippedImage(self.source.item_name(row), str(error)))
                     if len(skipped) >= MAX_ATTEMPTS:

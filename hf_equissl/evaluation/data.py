@@ -39,6 +39,22 @@ class _SourceRows(Sequence[Any]):
         return self.source.item_name(self.source.row(row), row)
 
 
+class _StreamedRows(Sequence[Any]):
+    """Encoded images of the first rows of a stream, which are kept."""
+
+    def __init__(self, source: ImageSource, rows: list[dict[str, Any]]) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.source.content(self.rows[position])
+
+    def item_name(self, position: int) -> str:
+        return self.source.item_name(self.rows[position], position)
+
+
 def load_evaluation_data(
     source: str,
     *,
@@ -142,7 +158,7 @@ def image_set(
     if images.streaming:
         rows = list(islice(iter(images.dataset), limit))
         labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
-        return ImageSet([row[images.image_column] for row in rows], labels, dataset, split, **options)
+        return ImageSet(_StreamedRows(images, rows), labels, dataset, split, decode=images.decode, **options)
     order = np.arange(len(images))
     if limit is not None and limit < len(images):
         order = np.sort(np.random.default_rng(subset_seed).permutation(len(images))[:limit])
@@ -150,7 +166,8 @@ def image_set(
 
 
 def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
-    return ImageSet(_SourceRows(images, rows), _labels(images, rows), dataset, split, **options)
+    labels = _labels(images, rows)
+    return ImageSet(_SourceRows(images, rows), labels, dataset, split, decode=images.decode, **options)
 
 
 def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -28,15 +29,15 @@ _PARTS = {"backbone": ("cls", "patches")}
 
 
 class _BaseImages(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, images: Sequence[Any], size: int) -> None:
-        self.images, self.size = images, size
+    def __init__(self, images: Sequence[Any], size: int, decode: Callable[[Any], Image.Image]) -> None:
+        self.images, self.size, self.decode = images, size, decode
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
         try:
-            return row, base_image(decode_image(self.images[row]), self.size)
+            return row, base_image(self.decode(self.images[row]), self.size)
         except (OSError, ValueError) as error:  # ImageDecodeError is one of them; the caller counts and names them
             return row, str(error)
 
@@ -85,6 +86,7 @@ class ImageSet:
         num_workers: Processes that decode.
         max_bad_share: Share of images that may fail to decode.
         progress: Whether passes of an encoder show a bar.
+        decode: Makes an RGB image of a row.
     """
 
     images: Sequence[Any] = field(repr=False)
@@ -95,6 +97,7 @@ class ImageSet:
     num_workers: int = 0
     max_bad_share: float = 0.01
     progress: bool = True
+    decode: Callable[[Any], Image.Image] = decode_image
     _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
     _features: WeakKeyDictionary[FrozenEncoder, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
@@ -155,7 +158,7 @@ class ImageSet:
             return
         keep = len(self) * 3 * size * size <= self.cache_bytes
         loader = DataLoader(
-            _BaseImages(self.images, size),
+            _BaseImages(self.images, size, self.decode),
             batch_size=512,
             num_workers=self.num_workers,
             collate_fn=_identity,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ..data import ImageSource, decode_image
+from ..data import ImageSource
 from ..data.shards import Shard as SourceShard
 from .preprocessing import Preprocessing
 from .settings import ExtractionError
@@ -72,10 +72,12 @@ class _Reader:
         for index, row in rows:
             name = stored_name(self.source, row)
             try:
-                pixels.append(self.preprocessing(decode_image(self.source.content(row))))
+                pixels.append(self.preprocessing(self.source.decode(self.source.content(row))))
             except (OSError, ValueError) as error:  # ImageDecodeError is one of them
                 made.skipped.append((index, name or f"row {index}", str(error)))
                 continue
+            except MemoryError:
+                raise
             except Exception as error:  # libraries that fetch images raise their own
                 raise _failed(f"{self.source.item_name(row, index)}, shard {shard},", error) from error
             made.index.append(index)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import ImageDecodeError, ImageSource, decode_image, load_images
+from ..data import ImageDecodeError, ImageSource, load_images
 from ..encoders.frozen import FrozenEncoder
 from ..utils.files import readable_size
 from .pipeline import begin
@@ -255,7 +255,7 @@ def _shapes(
     reasons = []
     for row in islice(iter(source.dataset), _TRIED):
         try:
-            pixels = preprocessing(decode_image(source.content(row)))[None]
+            pixels = preprocessing(source.decode(source.content(row)))[None]
         except (OSError, ValueError) as error:
             reasons.append(str(error))
             continue

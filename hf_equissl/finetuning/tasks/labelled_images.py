@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ...data import ImageSource, decode_image, load_images
+from ...data import ImageSource, load_images
 from ...evaluation.data import HELD_OUT, load_test_split
 from ..settings import FineTuningSettings
 from .base import Samples, Splits
@@ -31,7 +31,7 @@ class SourceSamples(Samples):
         """Decode one image."""
         row = self.source.row(index)
         more = {name: row[column] for name, column in self.source.more.items()}
-        return {"image": decode_image(self.source.content(row)), "label": self.source.label(row), **more}
+        return {"image": self.source.decode(self.source.content(row)), "label": self.source.label(row), **more}
 
     def item_name(self, index: int) -> str:
         """Return the path of an image, or the source and the row."""

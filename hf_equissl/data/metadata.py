@@ -1,0 +1,142 @@
+"""What files hold beside their pixels: the orientation is read, and nothing else can cost an image."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from PIL import Image
+
+_ORIENTATION = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG file that pixels, transparency and orientation follow from.
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
+# Of JPEG: the segments that are metadata, but for APP0 (JFIF) and APP14 (which tells CMYK from YCCK).
+_JPEG_METADATA = {0xE1, 0xFE} | set(range(0xE2, 0xEE)) | {0xEF}
+_JPEG_START_OF_SCAN = 0xDA
+# Tags of TIFF by which pixels are found and interpreted: sizes, strips and tiles, colours, compression, JPEG tables.
+_TIFF_TAGS = {
+    *(254, 255, 256, 257, 258, 259, 262, 266, 273, _ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324),
+    *(325, 332, 334, 338, 339, 347, 512, 513, 514, 519, 520, 521, 529, 530, 531, 532),
+}
+_TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
+_SAMPLES_PER_PIXEL, _BITS_PER_SAMPLE = 277, 258
+
+
+def transposition_of(image: Image.Image) -> Image.Transpose | None:
+    """Find what turns a decoded image upright, by its EXIF or XMP orientation; what cannot be read says nothing."""
+    try:
+        return _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # readers of EXIF raise whatever a wrong tag led them into
+        return None
+
+
+def without_metadata(content: bytes) -> bytes | None:
+    """Leave out of a PNG, JPEG or TIFF file what its pixels and its orientation do not need.
+
+    Returns:
+        The smaller file; ``None`` where there is nothing to leave out, or the file is of another or of no kind.
+    """
+    try:
+        if content.startswith(_PNG_SIGNATURE):
+            bare = _bare_png(content)
+        elif content.startswith(b"\xff\xd8"):
+            bare = _bare_jpeg(content)
+        elif content.startswith((b"II*\x00", b"MM\x00*")):
+            bare = _bare_tiff(content)
+        else:
+            return None
+    except (struct.error, IndexError):  # cut off
+        return None
+    return None if bare == content else bare
+
+
+def bands_of(content: bytes) -> tuple[int, int] | None:
+    """Read how many bands a TIFF file has, and how many bits each; ``None`` of another kind of file."""
+    if not content.startswith((b"II*\x00", b"MM\x00*")):
+        return None
+    order = "<" if content[:1] == b"I" else ">"
+    found = {_SAMPLES_PER_PIXEL: 1, _BITS_PER_SAMPLE: 1}
+    try:
+        for tag, kind, count, place in _tiff_entries(content):
+            if tag in found and kind in _TIFF_INTEGERS:
+                size = struct.calcsize(_TIFF_INTEGERS[kind]) * count
+                where = place if size <= 4 else struct.unpack_from(order + "I", content, place)[0]
+                found[tag] = struct.unpack_from(order + _TIFF_INTEGERS[kind], content, where)[0]
+    except struct.error:
+        return None
+    return found[_SAMPLES_PER_PIXEL], found[_BITS_PER_SAMPLE]
+
+
+def _bare_png(content: bytes) -> bytes:
+    kept = [_PNG_SIGNATURE]
+    place = len(_PNG_SIGNATURE)
+    while place < len(content):
+        length = struct.unpack_from(">I", content, place)[0]
+        end = place + length + 12  # length, name and checksum
+        if content[place + 4 : place + 8] in _PNG_CHUNKS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _bare_jpeg(content: bytes) -> bytes:
+    kept = [content[:2]]
+    place = 2
+    while content[place] == 0xFF and content[place + 1] != _JPEG_START_OF_SCAN:
+        end = place + 2 + struct.unpack_from(">H", content, place + 2)[0]
+        segment = content[place:end]
+        if content[place + 1] not in _JPEG_METADATA:
+            kept.append(segment)
+        elif segment[4:10] == b"Exif\x00\x00":
+            kept.append(_orientation_alone(segment[4:]))
+        place = end
+    return b"".join([*kept, content[place:]])
+
+
+def _orientation_alone(exif: bytes) -> bytes:
+    """An EXIF segment of JPEG with the orientation of another, or nothing where that has none."""
+    parsed, alone = Image.Exif(), Image.Exif()
+    try:
+        parsed.load(exif)
+        orientation = parsed.get(_ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:  # see ``transposition_of``
+        return b""
+    if orientation not in _TRANSPOSITIONS:
+        return b""
+    alone[_ORIENTATION] = orientation
+    payload = alone.tobytes()
+    return b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
+
+
+def _bare_tiff(content: bytes) -> bytes:
+    """The same file with fewer entries in its first directory; nothing moves, so that all offsets stay true."""
+    order = "<" if content[:1] == b"I" else ">"
+    directory = struct.unpack_from(order + "I", content, 4)[0]
+    entries = [content[place - 8 : place + 4] for tag, _, _, place in _tiff_entries(content) if tag in _TIFF_TAGS]
+    bare = bytearray(content)
+    written = struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)  # no further directory
+    bare[directory : directory + len(written)] = written
+    return bytes(bare)
+
+
+def _tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Tag, type, count and the place of the value, of the entries of a TIFF file's first directory."""
+    order = "<" if content[:1] == b"I" else ">"
+    directory = struct.unpack_from(order + "I", content, 4)[0]
+    for number in range(struct.unpack_from(order + "H", content, directory)[0]):
+        place = directory + 2 + 12 * number
+        yield *struct.unpack_from(order + "HHI", content, place), place + 8
