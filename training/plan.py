@@ -69,9 +69,9 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), is_fused(run.args), smallest)
     plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
     if options.json:
-        say(json.dumps(report.plan_data(run.recipe.name, planner, plans, _precision(run)), indent=2))
+        say(json.dumps(report.plan_data(run.recipe.name, planner, plans, run.args.precision), indent=2))
     else:
-        say("\n".join(report.plan_lines(run.recipe.name, planner, plans, _precision(run), _recipe_batch(run))))
+        say("\n".join(report.plan_lines(run.recipe.name, planner, plans, run.args.precision, _recipe_batch(run))))
 
 
 def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
             import deepspeed  # noqa: F401  its code takes memory too, which is none of the step's
 
         measured = check.measure_phases(lambda: build_training(run), check.PeakMeter(run.args.device))
-    words = f"{engine.value}, {world} processes, {cost.batch} images each, {_precision(run)}"
+    words = f"{engine.value}, {world} processes, {cost.batch} images each, {run.args.precision}"
     say("\n".join(report.check_lines(run.recipe.name, peaks_by_phase(cost, setup), measured, words)))
 
 
@@ -110,12 +110,6 @@ def _engines(options: argparse.Namespace, gpus: int) -> list[str]:
     if options.engine is not None:
         return [options.engine]
     return [name for name in COMPARED if (name == "single") == (gpus == 1)]
-
-
-def _precision(run: Run) -> str:
-    if run.args.bf16:
-        return "bf16 autocast"
-    return "fp16 autocast" if run.args.fp16 else "fp32"
 
 
 def _recipe_batch(run: Run) -> int:

@@ -21,7 +21,7 @@ from ..distributed.engines import Engine, running_engine
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..running.run import build_training, prepare
-from ..utils.devices import synchronize
+from ..utils.devices import synchronize, usable_cores
 from ..utils.suggestions import RecipeError
 
 TASK = "EQUISSL_SCALING_TASK"  # environment variable: what a launched process has to measure
@@ -153,7 +153,11 @@ class StepClock(TrainerCallback):
         counted = slice(self.steps.warmup, self.steps.warmup + self.steps.timed)
         share = collective_share(self.profiler.events() or []) if self.steps.profiled else None
         result = {"wrapped": self.wrapped, "wall": self.wall[counted], "cpu": self.cpu[counted], "collectives": share}
-        return {**result, "threads": torch.get_num_threads(), "cores": _cores() if _on_cpu(self.trainer) else None}
+        return {
+            **result,
+            "threads": torch.get_num_threads(),
+            "cores": usable_cores() if _on_cpu(self.trainer) else None,
+        }
 
 
 def collective_share(events: Iterable[FunctionEvent]) -> float:
@@ -202,10 +206,6 @@ def _pin(number: int, count: int) -> None:
     """On CPUs give each process a core of its own, where there are enough."""
     if not torch.accelerator.is_available() and count <= _cores() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _on_cpu(trainer: EquiSSLTrainer) -> bool:

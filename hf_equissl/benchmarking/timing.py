@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..utils.devices import synchronize
+from ..utils.devices import describe_cpu, synchronize
 from ..utils.versions import __version__
 
 
@@ -87,8 +86,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
+        "cpu": describe_cpu(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -96,13 +94,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "commit": _commit(Path(__file__).resolve().parents[2]),
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit(root: Path) -> str | None:

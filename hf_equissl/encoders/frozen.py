@@ -17,6 +17,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..utils.devices import Precision, choose_precision
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class FrozenEncoder:
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
         name: str | None = None,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: Precision | Literal["auto"] = "fp32",
         batch_size: int = 256,
         device: str | torch.device | None = None,
         **load_options: Any,
@@ -159,12 +160,13 @@ class FrozenEncoder:
             image_std: Likewise.
             name: What records call the encoder; default: its path or id, or the class of the module.
             precision: "bf16" and "fp16" run the encoder under autocast; features are returned in float32 either way.
+                "auto": bf16 where the encoder's device has units for it, else fp32.
             batch_size: Images per forward pass.
             device: Where an encoder given by path is put; default: CUDA if there is one.
             **load_options: ``trust_remote_code``, ``revision``, ``subfolder``, ... for an encoder given by path.
         """
-        if precision not in _AUTOCAST:
-            raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}.")
+        if precision not in ("auto", *_AUTOCAST):
+            raise ValueError(f"precision must be one of auto, {', '.join(_AUTOCAST)}, got {precision!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         saved: dict[str, Any] = {}
@@ -180,7 +182,7 @@ class FrozenEncoder:
             saved = read_image_settings(encoder, **hub_options)
             if not saved and (image_mean is None or image_std is None):
                 logger.info("No image processor beside %s: ImageNet mean and std, image size of the config.", self.name)
-        self.precision, self.batch_size = precision, batch_size
+        self.precision, self.batch_size = choose_precision(precision, self.device), batch_size
         self.image_mean = [float(value) for value in image_mean or saved.get("image_mean") or IMAGENET_DEFAULT_MEAN]
         self.image_std = [float(value) for value in image_std or saved.get("image_std") or IMAGENET_DEFAULT_STD]
         self.image_size = _square(image_size or saved.get("image_size") or self._setting("image_size"))

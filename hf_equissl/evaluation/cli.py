@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..encoders.frozen import FEATURES, FrozenEncoder
-from ..utils.commands import command_parser, log_plainly, typed_command
-from ..utils.devices import choose_device
+from ..utils.commands import command_parser, log_plainly, say, typed_command
+from ..utils.devices import choose_device, precision_lines
 from ..views import TRANSFORMATIONS, build_transformation
 from . import EVALUATORS, build_evaluator
 from .base import Evaluator
@@ -126,7 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="default: of the image processor beside the encoder, else of its config",
     )
-    encoder.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder; default: fp32")
+    encoder.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of the encoder; default: auto, which is bf16 where the device has units for it, else fp32",
+    )
     encoder.add_argument("--batch_size", type=int, default=256, metavar="N", help="images per pass; default: 256")
     encoder.add_argument(
         "--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu"
@@ -211,6 +216,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
         )
         for source in distinct_encoders(arguments.encoder)
     ]
+    say("\n".join(precision_lines(encoders[0].precision, encoders[0].device)))
     data = load_evaluation_data(
         arguments.data,
         train_split=arguments.train_split,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..utils.devices import Precision
 
 
 def seeded_permutation(count: int, *key: int) -> Tensor:
@@ -42,7 +43,7 @@ class RegressionProbe:
         batch_size: int,
         learning_rate: float,
         hidden_width: int = 1024,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         device: torch.device | str = "cpu",
     ) -> None:
         self.seed, self.epochs, self.batch_size, self.learning_rate = seed, epochs, batch_size, learning_rate

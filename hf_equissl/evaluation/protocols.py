@@ -13,7 +13,7 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     # 32-pixel images on one CPU core (CIFAR-10, 50,000 images): two theta per image, shared by eight epochs. More
     # draws and epochs raise every encoder's R2 a little and cost minutes; the order of encoders stays.
     "small": {
-        "transformation_regression": {"epochs": 8, "num_draws": 2, "precision": "bf16"},
+        "transformation_regression": {"epochs": 8, "num_draws": 2, "precision": "auto"},
         "linear": {"solver": "lbfgs", "standardize": True},
         "knn": {},
         "effective_rank": {},

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..encoders.frozen import FrozenEncoder
+from ..utils.devices import choose_precision
 from ..views import TRANSFORMATIONS, build_transformation
 from ..views.base import TransformationFamily
 from .base import Evaluator
@@ -68,7 +69,7 @@ class TransformationRegressionEvaluator(Evaluator):
         learning_rate: float = 1e-3,
         hidden_width: int = 1024,
         standardize: bool = True,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["auto", "fp32", "bf16"] = "fp32",
         fill: str | None = None,
         family_options: Mapping[str, Mapping[str, Any]] | None = None,
         draw_seed: int = 0,
@@ -88,7 +89,8 @@ class TransformationRegressionEvaluator(Evaluator):
             learning_rate: Adam's, at the start.
             hidden_width: Width of both hidden layers.
             standardize: Whether features are standardised.
-            precision: "bf16" fits the probe under bfloat16 autocast; it predicts in float32.
+            precision: "bf16" fits the probe under bfloat16 autocast, and "auto" does where the encoder's device has units
+                for it; the probe predicts in float32.
             fill: "zeros" or "reflect" outside the image, for the families that have it. Black corners and edges tell
                 how far an image was turned or shifted: "reflect" is the control. ``None``: the family's default.
             family_options: Further keyword arguments by family name.
@@ -136,6 +138,11 @@ class TransformationRegressionEvaluator(Evaluator):
             "probe_precision": self.precision,
             "draw_seed": self.draw_seed,
         }
+
+    def protocol(self, encoder: FrozenEncoder, task: str) -> dict[str, Any]:
+        """``settings`` and what depends on the encoder, such as the precision that "auto" means on its device."""
+        precision = choose_precision(self.precision, encoder.device)
+        return {**super().protocol(encoder, task), "probe_precision": precision}
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Fit and judge the probes of one family."""
@@ -195,7 +202,7 @@ class TransformationRegressionEvaluator(Evaluator):
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             hidden_width=self.hidden_width,
-            precision=self.precision,
+            precision=choose_precision(self.precision, encoder.device),
             device=encoder.device,
         )
 

@@ -14,11 +14,12 @@ from ..evaluation.runner import check_output_dir
 from ..hub.privacy import is_hub_id
 from ..hub.push import account
 from ..utils.commands import command_parser, log_plainly, say, stop, typed_command
+from ..utils.devices import precision_lines
 from ..utils.files import readable_size
 from .card import write_card
 from .processes import Processes
 from .push import push_features
-from .record import begin, check_same, finish
+from .record import begin, check_same, finish, keep_precision
 from .run import extract, summarise
 from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionError, ExtractionSettings
 from .shards import remove_leftovers
@@ -42,9 +43,9 @@ examples:
 
   # all patch tokens in half precision, on 8 GPUs; first look at the plan: images, shards, bytes on disk
   python training/extract_features.py --encoder runs/mine/encoder --data ./imagenet --features cls patch_tokens \\
-      --dtype float16 --precision bf16 --output_dir tokens --dry_run
+      --dtype float16 --precision auto --output_dir tokens --dry_run
   accelerate launch --num_processes 8 training/extract_features.py --encoder runs/mine/encoder --data ./imagenet \\
-      --features cls patch_tokens --dtype float16 --precision bf16 --output_dir tokens
+      --features cls patch_tokens --dtype float16 --precision auto --output_dir tokens
 
   # what the stem keeps of where and how, from WebDataset shards, and onto the Hub
   accelerate launch training/extract_features.py --encoder me/my-encoder --data "./shards/*.tar" --streaming \\
@@ -94,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, metavar="N", help="processes that decode, per process; default: by the cores, <= 32")
     add = parser.add_argument_group("encoder").add_argument
     add("--image_size", type=int, metavar="PIXELS", help="resize and crop to this; default: as its processor does")
-    add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (autocast); default: fp32")
+    add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (autocast; auto: of the device); default: fp32")
     add("--batch_size", type=int, metavar="N", help="images per pass; default: 256")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if there is one; each process its own")
     add("--revision", metavar="NAME", help="branch, tag or commit of an encoder from the Hub")
@@ -177,7 +178,7 @@ def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[Extracti
     load: dict[str, Any] = {name: options.pop(name) for name in encoder if name in options}
     if "features" in options:
         options["features"] = tuple(options["features"])
-    settings = ExtractionSettings(**options, source_options=source, load_options=load)
+    settings = keep_precision(ExtractionSettings(**options, source_options=source, load_options=load))
     if not publish.pop("push_to_hub"):
         for name, value in publish.items():
             if value:
@@ -194,6 +195,7 @@ def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -
     """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
     check_same(work)
     remaining = work.remaining()
+    say("\n".join(precision_lines(work.encoder.precision, work.encoder.device)))
     say(work.describe(remaining, processes.count, work.settings.workers(processes.local_count)))
     work.check_disk(remaining, processes.count)
     if not dry_run:

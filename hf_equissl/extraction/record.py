@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..utils.files import write_text
 from ..utils.versions import library_versions
-from .settings import FORMATS, ExtractionError
+from .settings import FORMATS, ExtractionError, ExtractionSettings
 from .shards import INDEX, LABEL, read_record
 from .work import Extraction
 
@@ -42,6 +42,16 @@ def read_extraction(folder: Path) -> dict[str, Any]:
             f"{path} is not a record of this command ({error!r}). Name a new --output_dir."
         ) from error
     return {**record, "splits": begun} if begun else {}
+
+
+def keep_precision(settings: ExtractionSettings) -> ExtractionSettings:
+    """Give the precision "auto" the value in which the features of the output folder were computed, if there are any.
+
+    Raises:
+        ExtractionError: as ``read_extraction``.
+    """
+    before = read_extraction(Path(settings.output_dir)) if settings.precision == "auto" else {}
+    return replace(settings, precision=before["encoding"]["precision"]) if before else settings
 
 
 def check_same(work: Extraction) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils.devices import usable_cores
 from ..utils.suggestions import did_you_mean
 
 
@@ -17,7 +17,7 @@ class ExtractionError(RuntimeError):
 # What a file of features is called, after the number of its shard.
 FORMATS = {"parquet": ".parquet", "safetensors": ".safetensors"}
 DTYPES = ("float32", "float16")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Processes that decode for one that computes, by default: each holds batches of its own, and they have one reader.
 MOST_WORKERS = 32
 # Images per shard by default, and the size above which a shard holds fewer.
@@ -43,7 +43,8 @@ class ExtractionSettings:
         load_options: ``revision``, ``subfolder``, ``trust_remote_code`` of the encoder.
         image_size: Side of the images in pixels, resized and cropped as for the probes; ``None``: as the image
             processor beside the encoder does it.
-        precision: "fp32", or "bf16" and "fp16" for autocast.
+        precision: "fp32", or "bf16" and "fp16" for autocast; "auto": bf16 where the device has units for it, else
+            fp32. A folder that has shards goes on in their precision.
         batch_size: Images per forward pass.
         num_workers: Processes that decode, for each process that computes; ``None``: by the number of cores.
         device: "cpu", "cuda", "cuda:1", ...; ``None``: CUDA if there is one. With several processes each takes its own.
@@ -110,5 +111,4 @@ class ExtractionSettings:
         """Processes that decode for one of ``local_processes`` on this machine: its share of the cores, at most 32."""
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(MOST_WORKERS, cores // local_processes))
+        return max(1, min(MOST_WORKERS, usable_cores() // local_processes))

@@ -165,7 +165,7 @@ class Extraction:
         of = "one per shard of the source" if self.images is None else f"of {self.selection['shard_size']:,} images"
         lines = {
             "encoder": f"{self.encoder.name} ({self.encoding['encoder_class']}, {self.encoding['encoder_digest']}), "
-            f"{self.preprocessing.size} px, {settings.precision} on {self.encoder.device}",
+            f"{self.preprocessing.size} px, {self.encoder.precision} on {self.encoder.device}",
             "images": f"{images} of {self.source.name}, {labels}",
             "features": f"{features}; {settings.dtype}, {readable_size(self.row_bytes)} per image",
             "shards": f"{len(self.shards)}, {of}, {settings.file_format}"
@@ -229,7 +229,7 @@ def prepare(settings: ExtractionSettings, device: str | None = None) -> Extracti
         encoding={
             "encoder_class": type(encoder.module).__name__,
             "encoder_digest": encoder.digest(),
-            "precision": settings.precision,
+            "precision": encoder.precision,
             "preprocessing": preprocessing.settings,
             "features": {name: list(shape) for name, shape in shapes.items()},
             "dtype": settings.dtype,

@@ -34,9 +34,9 @@ examples:
   # LoRA adapters on CIFAR-10; the adapter alone is saved in runs/lora/adapter
   python training/finetune.py --encoder runs/equissl/encoder --data uoft-cs/cifar10 --method lora --output_dir runs/lora
 
-  # all weights of a public encoder on your own class folders (train/<class>/*.jpg, test/<class>/*.jpg), bf16, two GPUs
+  # all weights of a public encoder on your own class folders (train/<class>/*.jpg, test/<class>/*.jpg), two GPUs
   accelerate launch --num_processes 2 training/finetune.py --encoder facebook/dinov2-small --data ./flowers \\
-      --method full --epochs 30 --bf16 --num_workers 8 --output_dir runs/full
+      --method full --epochs 30 --num_workers 8 --output_dir runs/full
 
   # segment: UPerNet on a frozen encoder; masks/ beside images/
   python training/finetune.py --task semantic_segmentation --encoder runs/equissl/encoder --data ./camvid \\
@@ -141,10 +141,25 @@ def _add_training_options(add: Any) -> None:
     add("--label_smoothing", type=float, metavar="X", help="default: the method's")
     add("--warmup", type=float, metavar="SHARE", help="of the steps; default: 0.05")
     add("--seed", type=int, metavar="N", help="default: 0")
-    add("--bf16", action="store_true", help="train under bfloat16 autocast")
+    add(
+        "--bf16",
+        nargs="?",
+        const=True,
+        type=_read_bf16,
+        default="auto",
+        metavar="auto|true|false",
+        help="train under bfloat16 autocast; default: auto, where the device has units for it",
+    )
     add("--eval_steps", type=int, metavar="N", help="measure every N steps; default: after each epoch")
     add("--save_steps", type=int, metavar="N", help="checkpoint every N steps; default: after each epoch")
     add("--keep", choices=KEEPS, help="weights that are saved and quoted; default: last")
+
+
+def _read_bf16(text: str) -> bool | str:
+    values: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"expected auto, true or false, got {text}")
+    return values[text]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

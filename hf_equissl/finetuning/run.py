@@ -75,18 +75,21 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     if settings.is_adapter:
         check_peft()
     task = make_task(settings.task, settings.task_options)
-    settings = task.complete(settings)
+    settings = _keep_precision(task.complete(settings), resume)
     args = training_arguments(settings)
     args.learning_rate = settings.learning_rate_on(args.world_size)
-    settings = replace(settings, learning_rate=args.learning_rate)
+    settings = replace(settings, learning_rate=args.learning_rate, bf16=args.bf16)
     check_shared_folder(settings.output_dir)
     check_output_folder(settings.output_dir)
     if is_main_process():
         take_folder(settings.output_dir)
     remove_marker(settings.output_dir)
     checkpoint = find_checkpoint(settings, resume)
-    if len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
+    told = [each for each in gather_objects({checkpoint: args.precision}) if isinstance(each, dict)]
+    if len({path for each in told for path in each}) > 1:
         raise ValueError(f"--output_dir {settings.output_dir}: the processes see different checkpoints. Start again.")
+    if len({precision for each in told for precision in each.values()}) > 1:
+        raise ValueError("--bf16 auto: some of this launch's devices have bf16 and others not. Say true or false.")
     commit = commit_of(settings.encoder, **settings.hub_options)
     options = {**settings.hub_options, "trust_remote_code": settings.trust_remote_code}
     if commit is not None:
@@ -273,13 +276,26 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
     return resume
 
 
-def _check_same_run(settings: FineTuningSettings, folder: Path) -> None:
+def _keep_precision(settings: FineTuningSettings, resume: str) -> FineTuningSettings:
+    """Give ``bf16`` "auto" the value with which the run began that goes on, whatever device goes on with it."""
+    folder = Path(settings.output_dir) if resume in ("auto", "never") else Path(resume).parent
     path = folder / SETTINGS_FILE
+    if settings.bf16 != "auto" or not path.is_file():
+        return settings
+    if newest_checkpoint(folder) is None and not (folder / RESULTS).is_file():
+        return settings
+    return replace(settings, bf16=bool(_read_settings(path).get("bf16", False)))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Name a new --output_dir.") from error
-    if differences := settings.differences(stored):
+
+
+def _check_same_run(settings: FineTuningSettings, folder: Path) -> None:
+    if differences := settings.differences(_read_settings(folder / SETTINGS_FILE)):
         name, theirs, ours = differences[0]
         raise ValueError(
             f"{folder} holds a run with --{name} {theirs}, and this one says {ours}. Name a new --output_dir, or go on "

@@ -98,7 +98,8 @@ class FineTuningSettings:
         lora_rank, lora_alpha, lora_dropout: Adapters add (alpha / rank) B A to a weight.
         target_modules: Regular expression for names of layers with adapters; ``None``: ``LORA_TARGETS``.
         seed: Of weights, order and views.
-        bf16: Train and evaluate under bfloat16 autocast.
+        bf16: Train and evaluate under bfloat16 autocast; "auto": where the device has units for it. A run keeps what it
+            began with.
         eval_steps, save_steps: Every so many steps; ``None``: after each epoch.
         keep: "last": the weights of the last step; "best": those with the best accuracy among all evaluations, which
             are made on the test images, so that the accuracy is then too good by that choice.
@@ -141,7 +142,7 @@ class FineTuningSettings:
     lora_dropout: float = 0.0
     target_modules: str | None = None
     seed: int = 0
-    bf16: bool = False
+    bf16: bool | Literal[auto] = False
     eval_steps: int | None = None
     save_steps: int | None = None
     keep: str = "last"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import TrainingArguments
@@ -13,6 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_tf32_available, logging
 
 from ..distributed.engines import check_engine, load_models_whole
+from ..utils.devices import Precision, choose_device, choose_precision
 
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
@@ -45,6 +46,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
             iBOT): there the optimizer's moments start only afterwards. DeepSpeed needs the first.
         grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
             "module", encoder, heads, stem and decoders apart (DINOv2).
+        bf16: "auto" becomes true where the device of the run has units for bf16, unless ``fp16`` is on, and false
+            elsewhere (``utils.devices.choose_precision``): once built, the arguments say what runs.
 
     With ``push_to_hub`` the run is published as ``hf_equissl.hub.build_repository`` lays it out: by
     ``trainer.push_to_hub()`` after training (``hub_strategy`` "end"), with "every_save" also after each checkpoint.
@@ -93,6 +96,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         default="global", metadata={"help": "What max_grad_norm bounds: global, parameter or module."}
     )
 
+    bf16: bool | Literal["auto"] = field(  # type: ignore[assignment]
+        default=False, metadata={"help": "Compute in bfloat16 by autocast; auto: where the device has units for it."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and 1-D parameters."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound of grad_clipping; 0 means no clipping."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule; e.g. cosine, cosine_with_min_lr."})
@@ -112,6 +118,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         self._validate()
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 == "auto":
+            device = choose_device("cpu" if self.use_cpu else "auto")
+            self.bf16 = not self.fp16 and choose_precision("auto", device) == "bf16"
         check_engine(self)
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.ddp_backend = "gloo"
@@ -157,6 +166,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
             )
         if self.learning_rate_reference_batch < 1:
             raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
+        if self.bf16 not in (True, False, "auto"):
+            raise ValueError(f"bf16 must be true, false or auto, got {self.bf16!r}.")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
@@ -187,6 +198,13 @@ class EquiSSLTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter must stay false: it would hide a loss that is not finite.")
+
+    @property
+    def precision(self) -> Precision:
+        """What autocast computes in; "fp32": there is none."""
+        if self.bf16:
+            return "bf16"
+        return "fp16" if self.fp16 else "fp32"
 
     @property
     def global_batch_size(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..utils.devices import describe_cpu, describe_device
 from ..utils.files import write_text
 from ..utils.redaction import without_secrets
 from ..utils.versions import library_versions
@@ -41,7 +41,8 @@ class RunRecord:
         seed: Of weights and views.
         batch: ``per_device``, ``processes``, ``accumulation``; their product is an optimizer step's batch.
         precision: "fp32", "bf16" or "fp16".
-        hardware: ``device`` (name), ``devices`` (how many), ``cpu``, ``threads`` (per process).
+        hardware: ``device`` (name), ``devices`` (how many), ``cpu`` (its kind, ``utils.devices.describe_cpu``),
+            ``threads`` (per process).
         versions: Of Python and the libraries.
         started: First start, UTC, ISO 8601.
         starts: How often it was started: 1 for a run without interruption.
@@ -111,23 +112,12 @@ def command_line() -> str:
 
 def hardware(args: EquiSSLTrainingArguments) -> dict[str, Any]:
     """The devices of a run."""
-    cpu = _cpu_name()
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else cpu if args.device.type == "cpu" else None
     return {
-        "device": name or args.device.type,
+        "device": describe_device(args.device),
         "devices": args.world_size,
-        "cpu": cpu,
+        "cpu": describe_cpu(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] not in ("", "unknown") else platform.processor() or platform.machine()
 
 
 class RunRecordCallback(TrainerCallback):
@@ -199,7 +189,7 @@ def new_record(
             "processes": args.world_size,
             "accumulation": args.gradient_accumulation_steps,
         },
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        precision=args.precision,
         hardware=hardware(args),
         versions=library_versions(("accelerate",)),
         started=_now(),

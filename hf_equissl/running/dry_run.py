@@ -182,8 +182,7 @@ def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]
     cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
     planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))
     plan = planner.plan(name, search=False)
-    precision = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "fp32"
-    memory = memory_lines(plan, precision)
+    memory = memory_lines(plan, run.args.precision)
     if run.args.activation_checkpointing:
         memory.append("activation checkpointing: blocks are computed again in the backward pass")
     memory.append("other engines, and the largest batch that fits: training/plan.py")

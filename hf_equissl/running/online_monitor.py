@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -236,7 +236,7 @@ class OnlineMonitor(TrainerCallback):
             image_mean=self.image_mean,
             image_std=self.image_std,
             name=role,
-            precision=_precision(args),
+            precision=args.precision,
             # A step holds the activations of two views of its images: these fit, too.
             batch_size=min(LARGEST_BATCH, 2 * args.per_device_train_batch_size),
         )
@@ -354,13 +354,6 @@ def _exported(model: nn.Module | None) -> tuple[Any, str]:
     if not isinstance(model, EquiSSLForPreTraining):
         raise ValueError(f"The online monitor reads EquiSSLForPreTraining, got {type(model).__name__}.")
     return model.get_submodule(model.exported), model.exported
-
-
-def _precision(args: EquiSSLTrainingArguments) -> Literal["fp32", "bf16", "fp16"]:
-    """The autocast type of the run."""
-    if args.bf16:
-        return "bf16"
-    return "fp16" if args.fp16 else "fp32"
 
 
 def _finite(value: Any) -> Any:

@@ -16,6 +16,7 @@ from ..recipes.recipe import Recipe
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
 from .initial_weights import InitialWeights, load_initial_weights, settle
+from .precision import keep_precision
 
 # What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
@@ -25,6 +26,8 @@ _IDENTITY = ("model", "objectives", "views")
 _IDENTITY_TRAINING = (
     "seed",
     "data_seed",
+    "bf16",
+    "fp16",
     "epoch_steps",
     "layer_decay",
     "patch_embedding_lr_multiplier",
@@ -66,7 +69,7 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
     if not (stored.is_file() and encoder.is_file()):
         return False
-    recipe = _settle_as_stored(recipe, Path(folder)) or recipe
+    recipe = keep_precision(_settle_as_stored(recipe, Path(folder)) or recipe, folder)
     return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == recipe.to_dict()
 
 

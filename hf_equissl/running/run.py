@@ -53,6 +53,7 @@ from .output_folder import (
     take_folder,
     trained_steps,
 )
+from .precision import assume_precision, describe_precision, keep_precision, leaves_precision_open
 from .preemption import PreemptionCallback
 from .publishing import Publisher
 from .resume import Launch, describe_resume, find_start
@@ -78,7 +79,7 @@ class Run:
         unreadable: Names of those first images that do not decode.
         monitor: The online monitor, if the recipe asks for it.
         initial: What the run starts from, if not from random weights; dropped once it is used.
-        notes: Lines that say so.
+        notes: Lines for people: the precision, how the run goes on, what it starts from.
     """
 
     recipe: Recipe
@@ -147,7 +148,14 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         raise RecipeError("--output_dir is empty. Name a folder.")
     if processes is not None and processes < 1:
         raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
+    asked = recipe
+    if output_dir is not None and resume != "never":
+        recipe = keep_precision(recipe, output_dir if resume == "auto" else Path(resume).parent)
+    if dry:
+        recipe = assume_precision(recipe)
     args = recipe.build_training_arguments(output_dir or "output")
+    if leaves_precision_open(recipe):  # what is stored says what ran
+        recipe = replace(recipe, training={**recipe.training, "bf16": args.bf16})
     check_length(args)
     if output_dir is not None and not dry:
         check_shared_folder(output_dir)
@@ -157,9 +165,15 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         processes = args.world_size if launched else recipe.num_processes or 1
     launch = Launch.of(args, processes, dry)
     recipe, checkpoint, initial = find_start(recipe, output_dir, resume, launch)
-    # What is no path is another process's failure, which it tells by itself.
-    if not dry and len({path for path in gather_objects(checkpoint) if not isinstance(path, tuple)}) > 1:
-        raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
+    if not dry:
+        # What is no such pair is another process's failure, which it tells by itself.
+        told = [each for each in gather_objects({checkpoint: args.precision}) if isinstance(each, dict)]
+        if len({path for each in told for path in each}) > 1:
+            raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
+        if len({precision for each in told for precision in each.values()}) > 1:
+            raise RecipeError(
+                "training.bf16 is auto, and some of this launch's devices have bf16 and others not. Say true or false."
+            )
     blank = dry and not recipe.data.get("source")
     source = None if blank or not recipe.reads_num_classes else open_source(recipe)
     config = recipe.build_pretraining_config(_count_classes(recipe, source))
@@ -173,7 +187,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         raise
     check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
-    notes = describe_resume(checkpoint, launch) + (() if initial is None else tuple(initial.describe(model, recipe)))
+    notes = describe_precision(args, asked, dry) + describe_resume(checkpoint, launch)
+    notes += () if initial is None else tuple(initial.describe(model, recipe))
     if output_dir is not None:
         check_output_folder(output_dir)
         if is_main_process() and not dry:
