@@ -41,3 +41,10 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.uniform(0, 255, 3)
         Image.fromarray(picture.astype(np.uint8)).save(folder / f"{index:02d}.png")
     return folder
+
+
+@pytest.fixture
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without units for bf16, as far as choices go. oneDNN has read its bound before, and computes as ever."""
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

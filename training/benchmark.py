@@ -54,7 +54,7 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
     from hf_equissl.benchmarking import overhead as benchmark
     from hf_equissl.benchmarking.timing import environment
     from hf_equissl.data import ImageViewDataset
-    from hf_equissl.utils.devices import choose_device
+    from hf_equissl.utils.devices import choose_device, choose_precision
 
     device = choose_device(options.device)
     source = None if options.data is None else recipe.build_source()
@@ -79,7 +79,7 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
         "steps": {},
     }
     say(_header(report))
-    for dtype in options.dtype:
+    for dtype in options.dtype or dict.fromkeys(("fp32", choose_precision("auto", device))):
         timing = benchmark.time_steps(sides, dtype, options.repeats)
         timing["peak_memory_mib"] = (
             benchmark.peak_memory(recipes, sides, dtype) if options.memory else "not asked for (--memory)"
@@ -101,8 +101,7 @@ def _header(report: dict[str, Any]) -> str:
     return (
         f"{report['recipe']} (lambda: {entries}) against {report['base']}\n"
         f"batch {settings['batch_size']}, {settings['images']} images\n"
-        f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']}); "
-        f"threads: {where['threads']}\n"
+        f"{where['device']}; {where['cpu']}; threads: {where['threads']}\n"
         f"{versions}, commit {where['commit'] or 'unknown'}"
     )
 
@@ -162,7 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
     add("--base", metavar="NAME|PATH", help="a recipe to compare with; default: the same with lambda = 0")
     add("--batch_size", type=int, default=32, metavar="N", help="images per step; default: 32")
-    add("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="bf16: autocast; default: both")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        help="bf16: autocast; default: both where the device has units for bf16, else fp32",
+    )
     add("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind, in turns; default: 5")
     add("--data", metavar="SOURCE", help="images for the steps and for the loader; without: synthetic, no loader")
     add("--loader_images", type=int, default=128, metavar="N", help="images per pass of the loader; default: 128")

@@ -164,7 +164,7 @@ def _header(report: dict[str, Any], options: argparse.Namespace) -> str:
         f"{settings['images']} images\n"
         f"{options.repeats} rounds of {steps['timed']} steps after {steps['warmup']}, and {steps['profiled']} more "
         "under the profiler\n"
-        f"{where['device']}; {where['cpu']} ({where['cores']} cores, {where['cpu_capability']})\n"
+        f"{where['device']}; {where['cpu']}\n"
         f"{versions}, commit {where['commit'] or 'unknown'}"
     )
 

@@ -204,7 +204,7 @@ def measure(recipe: Recipe, task: Task, steps: Steps) -> None:
 
 def _pin(number: int, count: int) -> None:
     """On CPUs give each process a core of its own, where there are enough."""
-    if not torch.accelerator.is_available() and count <= _cores() and hasattr(os, "sched_setaffinity"):
+    if not torch.accelerator.is_available() and count <= usable_cores() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
 
 

@@ -89,8 +89,8 @@ class TransformationRegressionEvaluator(Evaluator):
             learning_rate: Adam's, at the start.
             hidden_width: Width of both hidden layers.
             standardize: Whether features are standardised.
-            precision: "bf16" fits the probe under bfloat16 autocast, and "auto" does where the encoder's device has units
-                for it; the probe predicts in float32.
+            precision: "bf16" fits the probe under bfloat16 autocast, "auto" where the encoder's device has units for
+                it; the probe predicts in float32.
             fill: "zeros" or "reflect" outside the image, for the families that have it. Black corners and edges tell
                 how far an image was turned or shifted: "reflect" is the control. ``None``: the family's default.
             family_options: Further keyword arguments by family name.

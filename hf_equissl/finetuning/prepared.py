@@ -11,6 +11,7 @@ from torch import nn
 from ..planning.arithmetic import schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..running.output_folder import trained_steps
+from ..utils.devices import precision_lines
 from .adapters import Description
 from .settings import METHODS, FineTuningSettings
 from .tasks.base import Splits, Task
@@ -67,6 +68,7 @@ class FineTuningRun:
         method = METHODS[settings.method].description.format(head=self.task.head)
         return "\n".join(
             [
+                *precision_lines(args.precision, args.device),
                 f"{settings.method}: {method}; {trained:,} of {total:,} weights are trained ({trained / total:.2%}); "
                 f"the head reads {self.description.pooling}",
                 f"{len(splits.train)} training images, {len(splits.test)} test images ({splits.test_split}){classes}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..utils.suggestions import did_you_mean
 
@@ -142,7 +142,7 @@ class FineTuningSettings:
     lora_dropout: float = 0.0
     target_modules: str | None = None
     seed: int = 0
-    bf16: bool | Literal[auto] = False
+    bf16: bool | Literal["auto"] = False
     eval_steps: int | None = None
     save_steps: int | None = None
     keep: str = "last"

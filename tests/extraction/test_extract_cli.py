@@ -24,7 +24,7 @@ pytest_plugins = ["tests.hub.fixtures"]
         (["--features", "cls", "patch_token"], "no features ['patch_token']: choose among cls, patches, backbone"),
         (["--dtype", "float61"], "--dtype float61: expected one of float32, float16. Did you mean 'float16'?"),
         (["--format", "parket"], "--format parket: expected one of parquet, safetensors. Did you mean 'parquet'?"),
-        (["--precision", "int8"], "--precision int8: expected one of fp32, bf16, fp16"),
+        (["--precision", "int8"], "--precision int8: expected one of auto, fp32, bf16, fp16"),
         (["--shard_size", "0"], "--shard_size 0: expected 1 or more"),
         (["--batch_size", "-1"], "--batch_size -1: expected 1 or more"),
         (["--max_bad_share", "2"], "--max_bad_share 2.0: expected a share from 0 to 1"),

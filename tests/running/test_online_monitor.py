@@ -447,7 +447,7 @@ def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
 
 def test_half_precision_of_a_run() -> None:
     args = EquiSSLTrainingArguments(output_dir="unused", bf16=True)
-    assert online_monitor._precision(args) == "bf16"
+    assert args.precision == "bf16"
     model, pixels = make_model().student.eval(), torch.randn(4, 3, SIZE, SIZE)
     exact, rough = (FrozenEncoder(model, precision=kind).features(pixels)["cls"] for kind in ("fp32", "fp16"))
     assert not torch.equal(exact, rough)

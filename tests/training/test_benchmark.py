@@ -63,6 +63,7 @@ def path(tmp_path: Path) -> Path:
 def test_report(path: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--recipe", str(path), "--data", str(photo_folder), "--output_dir", str(tmp_path / "out")]
     words += ["--batch_size", "4", "--repeats", "2", "--loader_images", "8", "--device", "cpu"]
+    words += ["--dtype", "fp32", "bf16"]
     assert benchmark.main(words) == 0
     printed = capsys.readouterr().out
     for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most half, +7.35 %", "loader / plain", "threads: 1"):
