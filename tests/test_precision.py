@@ -28,7 +28,7 @@ from hf_equissl.utils.suggestions import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in (ROOT / "training" / "recipes").glob("*.yaml"))
-WORDS_THAT_ASK = r"--precision bf16|--bf16 *(true)?$|--training\.bf16 true|--dtype bf16"
+WORDS_THAT_ASK = r"--precision bf16|--bf16(?! false)|--training\.bf16 true|--dtype bf16"
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, patch_size: 8, image_size: 32,
         feature_size: 32, equivariant_size: 16}
@@ -55,7 +55,7 @@ def test_no_protocol_asks_for_it(name: str, without_bf16: None) -> None:
             return pixel_values.flatten(1)
 
     encoder = FrozenEncoder(Flat(), image_size=8, precision="auto")
-    data = EvaluationData(*(ImageSet([], dataset="x", split=split) for split in ("train", "test")))
+    data = EvaluationData(*(ImageSet([0], dataset="x", split=split) for split in ("train", "test")))
     evaluator = probe_cli.build_evaluator("transformation_regression", data, protocol=name)
     protocol = evaluator.protocol(encoder, "rotation")
     assert (protocol["encoder_precision"], protocol["probe_precision"]) == ("fp32", "fp32")
