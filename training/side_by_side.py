@@ -1,4 +1,4 @@
-"""Commands side by side, one core each, with their progress in one line."""
+"""Commands side by side, one thread each, with their progress in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ class Lane:
     Attributes:
         title: Name in the progress line.
         run: Folder; the output of ``x.py`` is written to ``x.log`` in it.
-        cpus: Where the commands run; empty: anywhere.
         stage: What is being done, for people.
         bar: How the progress bar of the running command begins.
         log: Output of the running command.
@@ -43,7 +42,6 @@ class Lane:
 
     title: str
     run: Path
-    cpus: frozenset[int] = frozenset()
     stage: str = field(default="waiting", init=False)
     bar: str = field(default="", init=False)
     log: Path | None = field(default=None, init=False)
@@ -67,8 +65,6 @@ class Lane:
         with self.log.open("wb") as file:
             environment = {**ENVIRONMENT, **os.environ}
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            if self.cpus:
-                os.sched_setaffinity(self.process.pid, self.cpus)
             self.stage, self.bar = stage, bar
             code = self.process.wait()
         if code:
@@ -97,13 +93,6 @@ class Lane:
 
 
 LaneT = TypeVar("LaneT", bound=Lane)
-
-
-def share_cores(count: int) -> list[frozenset[int]]:
-    """This process's cores in ``count`` equal parts; empty parts where there are too few, or no way to choose."""
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    share = len(cpus) // count
-    return [frozenset(cpus[number * share : (number + 1) * share]) for number in range(count)]
 
 
 def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None]) -> None:
