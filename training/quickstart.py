@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `make quickstart`, or `pip install -e '.[quickstart]'`.")
 
+from hf_equissl.training.pace import Pace, TooSlowError
 from hf_equissl.training.photographs import (
     TEST_PHOTOGRAPHS,
     PhotographsMissingError,
@@ -38,11 +39,15 @@ STEPS = 800
 CROPS_PER_PHOTOGRAPH = 300
 TESTS = ("rotation", "color_jitter", "gaussian_blur", "translation")
 PROBE = ("--epochs", "12", "--num_draws", "4", "--seeds", "2")
+SETTINGS = "settings.json"
+# R2 of rotation with reconstruction by the number of steps (without it: 0.01), which says what fewer steps cost.
+ROTATION_R2 = {200: 0.0, 400: 0.0, 800: 0.875}
 SMALLEST_SHOWN_ANGLE = 20.0  # degrees
 
 DESCRIPTION = """\
 Pretrain a small encoder on crops of a few photographs that scikit-image, scikit-learn and matplotlib carry: once
-without and once with reconstruction. Probe both, draw pictures. About four minutes on two idle cores."""
+without and once with reconstruction. Probe both, draw pictures. About five minutes on two cores; where it would take
+more than ten, fewer steps are trained."""
 
 SUMMARY = """
 Done in {time}. R2 of g's parameters, read off frozen features of photographs that were never seen in training:
@@ -108,41 +113,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(output: Path, steps: int, crops_per_photograph: int) -> None:
-    """Everything, from photographs to pictures; what ``output`` already holds is not made again."""
+def run(output: Path, steps: int | None, crops_per_photograph: int) -> None:
+    """Do everything, from photographs to pictures; what ``output`` already holds is not made again.
+
+    Args:
+        output: Folder of all results.
+        steps: Of either training; ``None``: ``STEPS``, or as many as fit into ten minutes.
+        crops_per_photograph: Images to cut.
+    """
     start = time.monotonic()
-    claim(output, {"steps": steps, "crops_per_photograph": crops_per_photograph})
+    settings = claim(output, steps, crops_per_photograph)
     tiles = output / "tiles"
     counts = cut_tiles(tiles, crops_per_photograph)
     _say(
         f"{tiles}: {counts['train']} crops of photographs to train on, {counts['test']} of other photographs to test on"
     )
-    lanes = make_lanes(output, tiles, steps)
-    _say(f"pretraining for {steps} steps and probing, side by side; what the commands say: {output / 'runs'}/*/*.log")
-    follow(lanes, lambda lane: pretrain_and_probe(lane, steps))
-    table = write_results(lanes, output)
+    try:
+        lanes = train_and_probe(output, tiles, settings, Pace(start, steps is None and not _has_checkpoints(output)))
+    except TooSlowError as slow:
+        settings = shorten(output, settings, slow.steps)
+        _say(f"\nAt this speed the end would come after {clock(slow.expected)}. {cost_of(settings)}\nStarting anew.")
+        lanes = train_and_probe(output, tiles, settings, Pace(start, may_shorten=False))
+    table = write_results(lanes, output, settings)
     draw_losses(lanes, output / "loss.png")
     draw_reconstructions(lanes[-1], output / "reconstructions.png")
     seconds = time.monotonic() - start
     _say(SUMMARY.format(time=clock(seconds), table=table, output=output, encoder=str(lanes[-1].encoder)))
 
 
-def claim(output: Path, settings: dict[str, int]) -> None:
-    """Make the output folder, or make sure that what it holds was made with the same settings.
+def train_and_probe(output: Path, tiles: Path, settings: dict[str, int], pace: Pace) -> list[EncoderLane]:
+    """Pretrain and probe both encoders side by side, and say when the end is expected.
+
+    Raises:
+        TooSlowError: as ``Pace.watch``; nothing is left running.
+    """
+    steps = settings["steps"]
+    lanes = make_lanes(output, tiles, steps)
+    _say(f"pretraining for {steps} steps and probing, side by side; what the commands say: {output / 'runs'}/*/*.log")
+
+    def watch() -> None:
+        if (expected := pace.watch(lanes)) is not None:
+            _say(f"\n{expected}")
+
+    follow(lanes, lambda lane: pretrain_and_probe(lane, steps), watch)
+    return lanes
+
+
+def _has_checkpoints(output: Path) -> bool:
+    return any((output / "runs").glob("*/checkpoint-*"))
+
+
+def shorten(output: Path, settings: dict[str, int], steps: int) -> dict[str, int]:
+    """Note that fewer steps are trained, and drop what the longer runs have begun; returns the settings."""
+    shutil.rmtree(output / "runs")
+    settings = {**settings, "steps": steps, "shortened_from": settings["steps"]}
+    write_text(output / SETTINGS, json.dumps(settings) + "\n")
+    return settings
+
+
+def cost_of(settings: dict[str, int]) -> str:
+    """Say what the shortening of a run costs."""
+    known = ", ".join(f"{r2:.2f} after {steps} steps" for steps, r2 in ROTATION_R2.items())
+    return (
+        f"{settings['steps']} steps are trained in place of {settings['shortened_from']}, so that all is done in about "
+        f"ten minutes. What that costs: rotations are read off less well with reconstruction (R2 {known})."
+    )
+
+
+def claim(output: Path, steps: int | None, crops_per_photograph: int) -> dict[str, int]:
+    """Make the output folder, or make sure that what it holds was made with the same settings; returns them.
 
     Raises:
         QuickstartError: If it is a file, cannot be written, or holds another run.
     """
-    path = output / "settings.json"
+    path = output / SETTINGS
+    settings = {"steps": steps or STEPS, "crops_per_photograph": crops_per_photograph}
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_text(path, json.dumps(settings) + "\n")
-        stored = json.loads(path.read_text())
+        stored: dict[str, int] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise QuickstartError(f"--output_dir {output} cannot be used ({error}). Name another folder.") from error
-    if stored != settings:
+    if steps is None and "shortened_from" in stored:
+        settings["steps"] = stored["steps"]
+    if any(stored.get(name) != value for name, value in settings.items()):
         raise QuickstartError(f"{output} holds a run with {stored}, not {settings}. Name another --output_dir.")
+    return stored
 
 
 def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
@@ -180,19 +237,31 @@ def pretrain_and_probe(lane: EncoderLane, steps: int) -> None:
     lane.finish()
 
 
-def write_results(lanes: Sequence[EncoderLane], output: Path) -> str:
-    """``results.json``, ``results.md`` and ``r2.png`` of all lanes; returns the table as text."""
+def write_results(lanes: Sequence[EncoderLane], output: Path, settings: dict[str, int]) -> str:
+    """Write ``results.json``, ``results.md`` and ``r2.png`` of all lanes; returns the table and how it came as text."""
     from hf_equissl.evaluation import load_records, markdown_table, plain_table, plot_r2, save_records
 
     found = [(lane, record) for lane in lanes for record in load_records(lane.probes / "results.json")]
     save_records([record for _, record in found], output / "results.json")
     shown = [replace(record, encoder=lane.title) for lane, record in found if record.metric == "r2"]
-    write_text(output / "results.md", markdown_table(shown))
+    notes = [describe_training(lanes, settings["steps"])]
+    notes += [cost_of(settings)] if "shortened_from" in settings else []
+    write_text(output / "results.md", "\n\n".join([markdown_table(shown).rstrip(), *notes]) + "\n")
     figure = plot_r2(shown)
     figure.axes[0].set_title("What frozen features tell about g(I), on held-out photographs", fontsize="medium")
     figure.set_size_inches(7.2, 3.8)
     figure.savefig(output / "r2.png", dpi=150)
-    return plain_table(shown)
+    return "\n\n".join([plain_table(shown).rstrip(), *notes])
+
+
+def describe_training(lanes: Sequence[EncoderLane], steps: int) -> str:
+    """Say for how long and on what the encoders were trained, from the records of their runs."""
+    from hf_equissl.pretraining.run_record import RunRecord
+
+    records = {lane.title: RunRecord.load(lane.run) for lane in lanes}
+    times = ", ".join(f"{clock(record.seconds)} ({title})" for title, record in records.items())
+    last = list(records.values())[-1]
+    return f"Trained for {steps} steps in {last.precision} on {last.hardware['cpu']}: {times}."
 
 
 def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
@@ -267,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     folder, crops = "quickstart_output", CROPS_PER_PHOTOGRAPH
     add = parser.add_argument
     add("--output_dir", default=folder, metavar="DIR", help=f"default: {folder}; a run that was stopped goes on")
-    add("--steps", type=_positive, default=STEPS, metavar="N", help=f"training steps of either run; default: {STEPS}")
+    add("--steps", type=_positive, metavar="N", help=f"of either training; default: {STEPS}, fewer on a slow machine")
     add("--crops_per_photograph", type=_positive, default=crops, metavar="N", help=f"images to cut; default: {crops}")
     return parser
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from transformers import AutoModel
 
 import hf_equissl  # noqa: F401  (registers the encoder with AutoModel)
 from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.training import photographs, quickstart
-from hf_equissl.training.side_by_side import CommandError, Lane, follow, share_cores
+from hf_equissl.training import pace, photographs, quickstart
+from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow
+from hf_equissl.utils.devices import choose_precision, describe_cpu
 from hf_equissl.utils.figures import denormalize, plot_image_grid, plot_losses
 
 pytest.importorskip("matplotlib")
@@ -49,7 +50,10 @@ def test_everything_is_written(finished: tuple[Path, str]) -> None:
             pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
         assert min(pixels.shape[:2]) > 300
         assert pixels.std() > 5  # something is drawn
-    assert "| lambda = 50 |" in (output / "results.md").read_text()
+    report = (output / "results.md").read_text()
+    assert "| lambda = 50 |" in report
+    assert f"Trained for 2 steps in {choose_precision('auto', torch.device('cpu'))} on {describe_cpu()}: " in report
+    assert report.split("Trained for 2 steps")[1].strip() in text
     results = json.loads((output / "results.json").read_text())["results"]
     measured = {(Path(entry["encoder"]).name, entry["task"]) for entry in results if entry["metric"] == "r2"}
     assert measured == {(name, task) for name in ("encoder", "encoder_lambda0") for task in quickstart.TESTS}
@@ -139,12 +143,73 @@ def test_progress_is_read_off_the_bar(tmp_path: Path) -> None:
     assert lane.progress() == "done"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell a process's cores")
-def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 5, 7})
-    assert share_cores(2) == [frozenset({1, 4}), frozenset({5, 7})]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    assert share_cores(2) == [frozenset(), frozenset()]
+class Timed(Lane):
+    """A lane in training, ``done`` of ``total`` steps on, so many seconds per step."""
+
+    def __init__(self, done: int, total: int, seconds: float) -> None:
+        super().__init__("x", Path())
+        self.stage, self.state, self.seconds = "pretraining", (done, total), seconds
+
+    def steps_done(self) -> tuple[int, int]:
+        return self.state
+
+    def seconds_per_step(self, after: float) -> float:
+        return self.seconds
+
+
+def test_speed_is_measured_from_the_bar(tmp_path: Path) -> None:
+    lane = Lane("x", tmp_path)
+    lane.stage, lane.bar, lane.log = "pretraining", "pretraining", tmp_path / "log"
+    assert lane.seconds_per_step(after=0.0) is None  # no log yet
+    lane.log.write_text("pretraining:  10%|#  | 4/40 [00:01<00:09]")
+    assert lane.seconds_per_step(after=0.0) is None  # the first step is slow: the clock starts behind it
+    assert lane.first_seen is not None
+    lane.first_seen = (lane.first_seen[0] - 10.0, 4)
+    lane.log.write_text("pretraining:  10%|#  | 9/40 [00:11<00:09]")
+    assert lane.seconds_per_step(after=20.0) is None
+    assert lane.seconds_per_step(after=10.0) == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_end_is_told_once_by_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "lanes_at_once", lambda count: count)
+    told = pace.Pace(time.monotonic() - 20, may_shorten=True)
+    lanes = [Timed(40, 800, 0.1), Timed(30, 800, 0.2)]
+    text = told.watch(lanes)
+    assert text is not None
+    assert f"done in about {clock(0.2 * (800 + pace.PROBE_STEPS - 30))}" in text
+    assert told.watch(lanes) is None
+
+
+def test_a_slow_machine_trains_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "lanes_at_once", lambda count: count)
+    lanes = [Timed(5, 800, 0.5), Timed(5, 800, 1.0)]
+    with pytest.raises(pace.TooSlowError) as caught:
+        pace.Pace(time.monotonic() - 30, may_shorten=True).watch(lanes)
+    steps = caught.value.steps
+    assert 30 + pace.RESTART + (steps + pace.PROBE_STEPS) * 1.0 <= pace.LONGEST
+    assert 30 + pace.RESTART + (steps + pace.STEP_UNIT + pace.PROBE_STEPS) * 1.0 > pace.LONGEST
+    # What was asked for in so many words stays; and so does what is as short as can be.
+    assert pace.Pace(time.monotonic(), may_shorten=False).watch(lanes) is not None
+    assert pace.Pace(time.monotonic(), may_shorten=True).watch([Timed(5, pace.FEWEST_STEPS, 9.0)]) is not None
+
+
+def test_a_single_core_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = [Timed(0, 800, 0.1), Lane("waits", Path())]
+    monkeypatch.setattr(pace, "lanes_at_once", lambda count: 1)
+    text = pace.Pace(time.monotonic(), may_shorten=True).watch(lanes)
+    assert text is not None
+    assert f"about {clock(2 * 0.1 * (800 + pace.PROBE_STEPS))}" in text
+
+
+def test_a_shorter_run_is_found_again(tmp_path: Path) -> None:
+    settings = quickstart.claim(tmp_path, None, 12)
+    (tmp_path / "runs" / "encoder").mkdir(parents=True)
+    shorter = quickstart.shorten(tmp_path, settings, 400)
+    assert not (tmp_path / "runs").exists()
+    assert quickstart.claim(tmp_path, None, 12) == shorter
+    assert "400 steps are trained in place of 800" in quickstart.cost_of(shorter)
+    with pytest.raises(quickstart.QuickstartError, match="Name another --output_dir"):
+        quickstart.claim(tmp_path, 800, 12)
 
 
 def test_denormalize_inverts_the_normalisation() -> None:
