@@ -17,9 +17,9 @@ from hf_equissl.utils.devices import usable_cores
 
 LOG_TAIL = 15  # lines shown of a command that failed
 LOG_SECONDS = 15.0  # between two lines about the progress where no terminal shows it in one
-# One thread per command: two wait for each other wherever something else works on one of their cores (measured: steps of
-# 9 s in place of 0.7). Nothing is pinned: the system moves a command to whatever core is free. Large buffers stay with
-# the allocator (of glibc; others ignore this): given back, every step would fault them in again.
+# One thread per command: two wait for each other wherever something else works on one of their cores (measured: steps
+# of 9 s in place of 0.7). Nothing is pinned: the system moves a command to whatever core is free. Large buffers stay
+# with the allocator (glibc's; others ignore this): given back, every step would fault them in again.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -134,7 +134,7 @@ def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callabl
         watch: Called every half second, for people or to stop all by raising.
 
     Raises:
-        CommandError: The first of any lane; the others are stopped. So they are by what else ``work`` or ``watch`` raises.
+        CommandError: The first of any lane; the others are stopped. So are all by what else ``work`` or ``watch`` raises.
     """
     start, live, said = time.monotonic(), sys.stdout.isatty(), 0.0
     with ThreadPoolExecutor(max_workers=lanes_at_once(len(lanes))) as pool:
