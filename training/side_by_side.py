@@ -134,7 +134,7 @@ def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callabl
         watch: Called every half second, for people or to stop all by raising.
 
     Raises:
-        CommandError: The first of any lane; the others are stopped. So are all by what else ``work`` or ``watch`` raises.
+        CommandError: The first of any lane; the others are stopped, as by anything that ``work`` or ``watch`` raises.
     """
     start, live, said = time.monotonic(), sys.stdout.isatty(), 0.0
     with ThreadPoolExecutor(max_workers=lanes_at_once(len(lanes))) as pool:
