@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...recipes.coercion import check_arguments
+from ...utils.coercion import check_arguments
 from ...utils.suggestions import check_known
 from .base import EncoderInput, Samples, Splits, Step, Task
 from .classification import ClassificationTask
