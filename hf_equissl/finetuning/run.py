@@ -13,7 +13,6 @@ from transformers import TrainerCallback, set_seed
 
 from ..checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
 from ..data import SkippedImages
-from ..distributed.agreement import gather_objects
 from ..distributed.collectives import is_main_process
 from ..distributed.engines import Engine, asked_engine
 from ..distributed.signals import Signals, remove_marker
@@ -22,6 +21,7 @@ from ..evaluation.results import ResultRecord, save_records
 from ..hub.privacy import public_source
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecordCallback, new_record
+from ..running.checks import check_agreement
 from ..running.output_folder import (
     check_output_folder,
     check_shared_folder,
@@ -85,11 +85,7 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
         take_folder(settings.output_dir)
     remove_marker(settings.output_dir)
     checkpoint = find_checkpoint(settings, resume)
-    told = [each for each in gather_objects({checkpoint: args.precision}) if isinstance(each, dict)]
-    if len({path for each in told for path in each}) > 1:
-        raise ValueError(f"--output_dir {settings.output_dir}: the processes see different checkpoints. Start again.")
-    if len({precision for each in told for precision in each.values()}) > 1:
-        raise ValueError("--bf16 auto: some of this launch's devices have bf16 and others not. Say true or false.")
+    check_agreement(settings.output_dir, checkpoint, args.precision)
     commit = commit_of(settings.encoder, **settings.hub_options)
     options = {**settings.hub_options, "trust_remote_code": settings.trust_remote_code}
     if commit is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..distributed.agreement import gather_objects
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
 from ..pretraining import optimizer
@@ -20,6 +23,19 @@ def check_length(args: EquiSSLTrainingArguments) -> None:
             f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
             "--training.num_train_epochs N or --training.max_steps N."
         )
+
+
+def check_agreement(output_dir: str | Path | None, checkpoint: str | None, precision: str) -> None:
+    """Refuse a launch whose processes would go on from different checkpoints or in different precisions.
+
+    All of them have to call it.
+    """
+    # What is no such pair is another process's failure, which it tells by itself.
+    told = [each for each in gather_objects({checkpoint: precision}) if isinstance(each, dict)]
+    if len({path for each in told for path in each}) > 1:
+        raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
+    if len({name for each in told for name in each.values()}) > 1:
+        raise RecipeError("bf16 is auto, and not all of this launch's devices have bf16: say true or false.")
 
 
 def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
 from ..data import ImageSource, SkippedImages, StreamingViewDataset
-from ..distributed.agreement import first_message, gather_objects
+from ..distributed.agreement import first_message
 from ..distributed.collectives import is_main_process
 from ..distributed.signals import Signals, remove_marker
 from ..encoders import save_encoder
@@ -38,7 +38,15 @@ from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.masks import draw_masks
 from ..views.pipelines import ViewPipeline
-from .checks import check_batches, check_last_layer, check_length, check_schedules, check_steps, require_labels
+from .checks import (
+    check_agreement,
+    check_batches,
+    check_last_layer,
+    check_length,
+    check_schedules,
+    check_steps,
+    require_labels,
+)
 from .first_views import ViewDataset, blank_views, build_dataset, first_views, open_source
 from .initial_weights import InitialWeights
 from .online_monitor import OnlineMonitor, build_monitor
@@ -166,14 +174,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     launch = Launch.of(args, processes, dry)
     recipe, checkpoint, initial = find_start(recipe, output_dir, resume, launch)
     if not dry:
-        # What is no such pair is another process's failure, which it tells by itself.
-        told = [each for each in gather_objects({checkpoint: args.precision}) if isinstance(each, dict)]
-        if len({path for each in told for path in each}) > 1:
-            raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
-        if len({precision for each in told for precision in each.values()}) > 1:
-            raise RecipeError(
-                "training.bf16 is auto, and some of this launch's devices have bf16 and others not. Say true or false."
-            )
+        check_agreement(output_dir, checkpoint, args.precision)
     blank = dry and not recipe.data.get("source")
     source = None if blank or not recipe.reads_num_classes else open_source(recipe)
     config = recipe.build_pretraining_config(_count_classes(recipe, source))
