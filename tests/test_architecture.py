@@ -67,7 +67,6 @@ ARROWS: dict[str, set[str]] = {
         "hub",
         "planning",
         "pretraining",
-        "recipes",
         "running",
         "utils",
         "views",
