@@ -83,6 +83,7 @@ ARROWS: dict[str, set[str]] = {
         "finetuning",
         "hub",
         "planning",
+        "pretraining",
         "recipes",
         "running",
         "utils",
