@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...utils.coercion import check_arguments
+from ...utils.registry import Registry
 from ...utils.suggestions import check_known
 from .base import EncoderInput, Samples, Splits, Step, Task
 from .classification import ClassificationTask
@@ -13,7 +14,10 @@ from .segmentation import SegmentationTask
 
 __all__ = ["TASKS", "DenseTask", "EncoderInput", "Samples", "Splits", "Step", "Task", "make_task"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, SegmentationTask)}
+# Own tasks join with ``register``: hf_equissl.utils.registry.
+TASKS: Registry[Task] = Registry(
+    "task", Task, {"classification": ClassificationTask, "semantic_segmentation": SegmentationTask}
+)
 
 
 def make_task(name: str, options: dict[str, Any]) -> Task:
