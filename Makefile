@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= quickstart_output
+# A file's tests stay on one process: its fixtures are made once.
+PARALLEL := --numprocesses auto --dist loadfile
+FAST := $(addprefix tests/,test_architecture.py checkpoints data encoders evaluation modeling objectives planning recipes utils views)
 # One thread per process: two OpenMP pools on few cores wait for each other. The allocator settings keep large buffers
 # from being returned to the system and faulted in again at every training step.
 export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: help quickstart test style typecheck clean
+.PHONY: help quickstart test test-fast style typecheck clean
 help:
 	@echo "make quickstart   pretrain twice on photographs, probe, draw; results in $(OUTPUT)/"
 	@echo "make test         the whole test suite (ARGS='-k vicreg' to choose)"
+	@echo "make test-fast    what needs no process of its own, in a minute and a half"
 	@echo "make style        ruff and mypy"
 
 $(BIN)/.ready-%: pyproject.toml constraints.txt
@@ -24,7 +28,10 @@ quickstart: $(BIN)/.ready-quickstart
 	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
 
 test: $(BIN)/.ready-dev
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations 20 $(ARGS)
+
+test-fast: $(BIN)/.ready-dev
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(FAST) $(ARGS)
 
 style: $(BIN)/.ready-dev
 	$(BIN)/ruff check .

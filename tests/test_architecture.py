@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_equissl
+from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room may import rooms of earlier floors, never of its own floor or a later one.
@@ -253,7 +254,7 @@ def test_auto_classes_know_us_whatever_is_imported_first(first: str) -> None:
         "models = [auto.from_config(config) for auto in (AutoModel, AutoModelForImageClassification, AutoBackbone)]; "
         "print(*(f'{type(thing).__module__}.{type(thing).__name__}' for thing in (config, *models)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = processes.run([sys.executable, "-c", code], preloaded=processes.BARE).stdout
     room = "hf_equissl.modeling"
     assert out.split() == [
         f"{room}.configuration_equissl.EquiSSLConfig",

@@ -7,8 +7,6 @@ import logging
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from hf_equissl.running.output_folder import check_shared_folder
 from hf_equissl.running.resume import Launch, describe_resume, find_checkpoint
 from hf_equissl.utils.files import readable_size
 from hf_equissl.utils.suggestions import RecipeError
+from tests.distributed import launching
 from tests.pretraining.test_trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,8 +259,8 @@ def test_every_process_must_see_the_same_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     left = tmp_path / "shared" / ".saving" / "checkpoint-3"
     left.mkdir(parents=True)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(words, check=True, timeout=200, cwd=ROOT, capture_output=True)
+    ended = launching.run("ddp", script=script)
+    assert ended.returncode == 0, ended.stderr
     for rank in "01":
         assert "is not seen on" in (tmp_path / f"said-{rank}-{rank}").read_text()
         assert (tmp_path / f"said-{rank}-s").read_text() == "fine"

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from tests.hub.loopback_hub import LoopbackHub
+from tests.processes import limit
 
 from .image_files import write_folder
 from .test_streaming import COUNT, parquets, tars
@@ -64,7 +65,7 @@ def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_p
         env={**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": "."},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=limit(240.0),
         check=False,
     )
     assert answer.returncode == 0, answer.stderr[-3000:]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from .launching import environment
+from tests.processes import environment
 
 OPERATION = "deepspeed_shm_comm"
 STALE = 600.0  # seconds; it compiles in half a minute

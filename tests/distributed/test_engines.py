@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.optimizer import clip_gradients
 
 from .equality import IDLE, Measured, curve_difference, encoder_difference, read, weight_difference
-from .launching import CONFIGS, ENGINES, ROOT, environment, run
+from .launching import CONFIGS, ENGINES, ROOT, run
 
 STEPS = 3
 # Two layers, and everything that engines do differently: two micro-batches a step, clipping that bites, prototypes that
@@ -86,7 +84,8 @@ SHARDED = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "single"])
 def test_two_processes_train_as_one(engine: str, alone: Measured, pretrain: Any) -> None:
-    other = pretrain(engine, "cifar10_ibot_rot", IBOT, launcher=SHARDED if engine == "fsdp2" else ())
+    by_accelerate = {"launcher": SHARDED, "really": True} if engine == "fsdp2" else {}
+    other = pretrain(engine, "cifar10_ibot_rot", IBOT, **by_accelerate)
     name, sharded = other.measured.wrapped.split(", ")
     assert name == ENGINES[engine][1]
     assert (sharded == "0 sharded") == (engine not in ("fsdp2", "zero3", "zero3+offload"))
@@ -162,17 +161,9 @@ def test_every_configuration_serves_several_machines() -> None:
 
 
 def test_fsdp2_is_not_quietly_ddp(photo_folder: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    words += [str(ROOT / "training" / "accelerate_configs" / "fsdp2.yaml"), "--num_processes", "2"]
-    words += ["--main_process_port", "0", "training/pretrain.py", "--data", str(photo_folder)]
-    words += [
-        "--output_dir",
-        str(tmp_path / "run"),
-        *words_of("cifar10_ibot_rot", IBOT),
-        "--training.per_device_train_batch_size",
-        "8",
-    ]
-    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    words = ["--data", str(photo_folder), "--output_dir", str(tmp_path / "run"), *words_of("cifar10_ibot_rot", IBOT)]
+    words += ["--training.per_device_train_batch_size", "8"]
+    result = run("fsdp2", *words, script=ROOT / "training" / "pretrain.py")
     assert result.returncode != 0
     assert "FSDP2 is asked for on CPUs, where accelerate gives ddp instead" in result.stderr
     assert not list((tmp_path / "run").glob("checkpoint-*"))

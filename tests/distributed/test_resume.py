@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_equissl.checkpoints import MODEL_SHARDS, Manifest, list_checkpoints, newest_checkpoint, read_checkpoint_weights
+from tests.processes import limit
 
-from .launching import ENGINES, ROOT, TIMEOUT, run, start
+from .launching import ENGINES, ROOT, TIMEOUT, Launch, needs_deepspeed, run, start
 
 STEPS = 10
 SHARDED = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
@@ -46,7 +44,7 @@ def test_kill_9_and_the_same_command_give_the_unbroken_run(
     engine: str, launcher: tuple[str, ...], moment: str, tolerance: float, photo_folder: Path, tmp_path: Path
 ) -> None:
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        needs_deepspeed()
     broken, unbroken, other = (tmp_path / name for name in ("broken", "unbroken", "other"))
     words = ["--data", str(photo_folder), *SMALL]
     keep_all, keep_two = ["--training.save_total_limit", "9"], ["--training.save_total_limit", "2"]
@@ -111,22 +109,12 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def kill_9(process: subprocess.Popen[bytes], moment: Path, log: Path) -> None:
-    """SIGKILL to the launcher and all that it started, as soon as ``moment`` exists."""
-    end = time.monotonic() + TIMEOUT
+def kill_9(process: Launch, moment: Path, log: Path) -> None:
+    """SIGKILL to all processes of a run, as soon as ``moment`` exists."""
+    end = time.monotonic() + limit(TIMEOUT)
     while not moment.exists():
         assert process.poll() is None, f"the run ended before it could be killed\n{log.read_text()[-3000:]}"
         assert time.monotonic() < end, f"no {moment} after {TIMEOUT} s"
         time.sleep(0.002)
-    for number in [process.pid, *descendants(process.pid)]:
-        os.kill(number, signal.SIGKILL)
+    process.kill()
     process.wait()
-
-
-def descendants(number: int) -> list[int]:
-    """Processes that a process started, and theirs: torchrun gives each a session of its own."""
-    found = []
-    for task in Path(f"/proc/{number}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found

@@ -6,11 +6,11 @@ Plain SGD, unlike Adam, passes on every error of a gradient, and does not turn r
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,15 +20,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_equissl.pretraining.deepspeed import restricted_loading
+from tests import processes
 
-from .launching import ENGINES, ROOT, TIMEOUT, environment, run
+from .launching import ENGINES, ROOT, run
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+if find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 STEPS = 6
 # Wide enough that ZeRO-3 shares out some weights; and a head for which the number of masked patches, another one on
 # each process, would decide whether stem and first layer are multiplied before they meet the tokens.
 SIZES = [
-    *("--model.feature_size", "1024", "--objectives.invariance.num_prototypes", "2048"),
+    *(
+        "--model.num_hidden_layers",
+        "3",
+        "--model.feature_size",
+        "1024",
+        "--objectives.invariance.num_prototypes",
+        "2048",
+    ),
     *("--objectives.invariance.head_hidden_size", "48"),
     *("--objectives.equivariance.0.decoder_widths", "[16, 16, 16, 16]"),
 ]
@@ -177,6 +186,5 @@ import os
 os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 EquiSSLTrainingArguments(output_dir=sys.argv[1])
 """
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
+    ended = processes.run([sys.executable, "-c", code, str(tmp_path)], preloaded=processes.BARE)
     assert "zero2 needs DeepSpeed, which is not installed: pip install" in ended.stderr, ended.stderr[-2000:]

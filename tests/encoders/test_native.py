@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_equissl.encoders.native import save_native, to_native
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from tests import processes
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -128,7 +128,7 @@ def test_a_process_without_this_package_loads_it(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "given.safetensors")
     folders = [str(tmp_path / name) for name in ("plain", "registers")]
     command = [sys.executable, "-c", WITHOUT_US, str(tmp_path / "given.safetensors"), *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = processes.run(command, cwd=tmp_path, preloaded=processes.WITHOUT_US)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["Dinov2Model", "Dinov2WithRegistersModel"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from torchmetrics import R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
 from hf_equissl.evaluation import metrics
+from tests import processes
 
 
 def test_two_forms_of_r2_by_hand() -> None:
@@ -83,7 +83,7 @@ assert a == {"top1": 0.75, "mean_per_class": (1 + 1 + 0.5) / 3}, a
 both = evaluate.combine([Top1AccuracyMetric(), Top1AccuracyMetric()])
 assert any(value == 0.75 for value in both.compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2]).values())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = processes.run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 
 

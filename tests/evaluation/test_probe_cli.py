@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hf_equissl.evaluation import cli, load_evaluation_data, load_records
 from hf_equissl.evaluation.runner import check_output_dir
+from tests import processes
 
 from .conftest import coloured
 
@@ -51,13 +50,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_command_line_end_to_end_and_resume(folder: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "training" / "probe.py"), *arguments(folder, tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-    )
+    done = processes.run([sys.executable, str(ROOT / "training" / "probe.py"), *arguments(folder, tmp_path)])
     assert done.returncode == 0, done.stderr
     assert "rotation r2 [reflect]" in done.stdout
     assert "linear top1" in done.stdout
@@ -198,13 +191,6 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         check_output_dir(tmp_path / "file" / "results")
-
-
-def test_help_names_families_and_evaluators(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("color_jitter", "transformation_regression", "--fill", "examples:"))
 
 
 def test_held_out_and_subsets_are_fixed_and_disjoint(folder: Path) -> None:

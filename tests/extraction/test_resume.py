@@ -7,9 +7,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,8 @@ import torch
 
 from hf_equissl import EquiSSLModel, save_encoder
 from hf_equissl.extraction.cli import main
+from tests.distributed import launching
+from tests.processes import start, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "training/extract_features.py"
@@ -38,13 +38,9 @@ def test_killed_then_on_two_processes_gives_the_same_files(
         shutil.copytree(pictures, photos / str(number), ignore=shutil.ignore_patterns("*.txt"))
     small = ["--shard_size", "16", "--batch_size", "2"]
     words = [SCRIPT, *command(output, *small, data=photos)]
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list((output / "data").glob("train-*")):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    process = start([sys.executable, *words], log=tmp_path / "log")
+    wait_until(lambda: process.poll() is not None or list((output / "data").glob("train-*")), 300.0)
+    assert process.poll() is None, (tmp_path / "log").read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {name: data for name, data in content(output).items() if name.startswith("train-")}
@@ -52,9 +48,7 @@ def test_killed_then_on_two_processes_gives_the_same_files(
     assert 0 < len(kept) < shards
     stamps = {name: (output / "data" / name).stat().st_mtime_ns for name in kept}
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = launching.run("ddp", *words[1:], script=ROOT / SCRIPT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"images/s \([\d.]+ \+ [\d.]+\)", done.stdout), done.stdout
     assert main(command(alone, *small, data=photos)) == 0

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hf_equissl.encoders.convert import convert_encoder
 from hf_equissl.encoders.frozen import load_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.utils.load_errors import LoadError, read_config
+from tests.processes import wait_until
 
 from .loopback_handler import Handler
 from .loopback_hub import LoopbackHub
@@ -268,11 +268,3 @@ def test_a_killed_download_is_completed_by_the_next_load(
     (snapshot,) = cache.rglob("snapshots/*")
     assert snapshot.name == commit
     assert (snapshot / "model.safetensors").stat().st_size > 30000
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise TimeoutError("the condition was not met")

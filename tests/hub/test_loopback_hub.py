@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
+
+from tests.processes import limit, wait_until
 
 from .loopback_hub import LoopbackHub
 
@@ -171,8 +171,8 @@ def test_killed_upload_leaves_no_commit(api: HfApi, hub_here: LoopbackHub, folde
     code = f"from huggingface_hub import HfApi; HfApi().upload_folder(repo_id={REPO!r}, folder_path={str(folder)!r})"
     environment = {**os.environ, **hub_here.env(tmp_path / "home")}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
-    assert hub_here.interrupted.wait(60)
-    _wait_until(lambda: len(hub_here.uploads) == 1)
+    assert hub_here.interrupted.wait(limit(60.0))
+    wait_until(lambda: len(hub_here.uploads) == 1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     hub_here.heal()
@@ -210,11 +210,3 @@ def test_refusals_on_demand(api: HfApi, hub_here: LoopbackHub) -> None:
     with pytest.raises(HfHubHTTPError, match="429"):
         api.create_repo(REPO)
     assert api.create_repo(REPO).repo_id == REPO
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        threading.Event().wait(0.02)
-    raise TimeoutError("the condition was not met")

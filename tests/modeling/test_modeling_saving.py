@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import nn
 from transformers import AutoModel
 
 from hf_equissl.modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
+from tests import processes
 
 VARIANTS = {
     "plain": {},
@@ -147,11 +146,8 @@ def test_loads_as_remote_code_without_the_package(tmp_path: Path, tiny_config, r
     assert files == {f"{name}_equissl.py" for name in ("configuration", "decoders", "layers", "modeling")}
     inputs = {"images": torch.randn(2, 3, 48, 64), "mask": torch.rand(2, 12) < 0.4}
     torch.save(inputs, folder / "inputs.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, str(folder)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    words = [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, str(folder)]
+    run = processes.run(words, cwd=tmp_path, preloaded=processes.WITHOUT_US)
     assert run.returncode == 0, run.stderr
     outputs = torch.load(folder / "outputs.pt")
     with torch.no_grad():
@@ -204,8 +200,7 @@ def test_code_of_derived_classes_travels(tmp_path: Path, tiny_config, monkeypatc
         f"torch.save(model(torch.ones(1, 3, 64, 64)).last_hidden_state, {str(tmp_path / 'output.pt')!r}); "
         "print(type(model).__name__, 'hf_equissl' in sys.modules)"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    run = processes.run([sys.executable, "-c", code], preloaded=processes.WITHOUT_US)
     assert run.stdout.split() == ["DoubledModel", "False"], run.stderr
     plain = AutoModel.from_pretrained(tmp_path / "saved").eval()  # installed here, the local class is used
     assert type(plain) is EquiSSLModel

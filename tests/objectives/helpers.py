@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import pickle
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
@@ -19,6 +19,7 @@ from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from hf_equissl.pretraining.model import EquiSSLForPreTraining
 from hf_equissl.views.base import Views
 from hf_equissl.views.needs import Needs
+from tests.processes import limit, start
 
 BATCH = 6
 SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
@@ -151,28 +152,30 @@ def random_features(config: EquiSSLConfig, views: Views, seed: int = 7) -> Featu
 
 
 def run_processes(
-    worker: Callable[..., None], folder: Path, *args: Any, processes: int = 2, timeout: float = 90
+    worker: Callable[..., Any], folder: Path, *args: Any, processes: int = 2, timeout: float = 90
 ) -> list:
     """Run ``worker(rank, processes, *args) -> result`` in gloo processes of their own and return the results by rank.
 
-    The group meets in a file of ``folder``: no port to be taken. A hanging collective ends with the timeout. The fork
-    server imports the libraries once for all launches of a session, which is most of what a launch costs.
+    The group meets in a file of ``folder``: no port to be taken. A hanging collective ends with the timeout.
     """
-    multiprocessing.set_forkserver_preload(["hf_equissl.pretraining.model"])
-    context = mp.start_processes(
-        _enter, args=(worker, processes, str(folder), args), nprocs=processes, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + timeout
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{worker.__name__} did not end within {timeout} s")
+    (folder / "task.pickle").write_bytes(pickle.dumps((worker, processes, args)))
+    code = "import sys; from tests.objectives.helpers import take_part; take_part(int(sys.argv[1]), sys.argv[2])"
+    logs = [folder / f"rank{rank}.log" for rank in range(processes)]
+    words = [[sys.executable, "-c", code, str(rank), str(folder)] for rank in range(processes)]
+    children = [start(line, log=log) for line, log in zip(words, logs, strict=True)]
+    try:
+        deadline = time.monotonic() + limit(timeout)
+        codes = [child.wait(max(0.0, deadline - time.monotonic())) for child in children]
+        assert not any(codes), "\n".join(log.read_text() for log in logs)
+    finally:
+        for child in children:
+            child.kill()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def _enter(rank: int, worker: Callable[..., Any], processes: int, folder: str, args: tuple) -> None:
-    torch.set_num_threads(1)
+def take_part(rank: int, folder: str) -> None:
+    """Do what ``run_processes`` left in ``folder``, as one process of the group."""
+    worker, processes, args = pickle.loads(Path(folder, "task.pickle").read_bytes())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
     )

@@ -19,6 +19,7 @@ from hf_equissl.hub import PublishError, repository
 from hf_equissl.pretraining.trainer import EquiSSLTrainer
 from tests.hub.loopback_hub import LoopbackHub
 from tests.pretraining.test_trainer import assert_same, make_trainer, weights
+from tests.processes import limit
 
 pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/run"
@@ -200,7 +201,7 @@ def test_two_processes(hub: LoopbackHub, photo_folder: Path, tmp_path: Path) -> 
     command += [str(tmp_path / "script.py"), str(photo_folder), str(tmp_path / "run")]
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit(300.0), check=False)
     assert done.returncode == 0, done.stderr
     history = [(oid, commit.title) for oid, commit in hub.repo(REPO).history("main")][::-1]
     assert [title for _, title in history] == ["initial commit", "Training in progress, step 2", "End of training"]

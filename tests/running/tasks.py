@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,30 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_equissl.checkpoints import MANIFEST
+from tests.distributed.launching import free_port
+from tests.processes import PRELOADED, WITH_DEEPSPEED, environment, limit, start, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "training" / "pretrain.py"
-PATIENCE = 300.0  # seconds, for machines with other things to do
+PATIENCE = 300.0  # seconds, on a quiet machine
 END = 60.0  # seconds in which all processes of a run that failed have to be gone
 OPTIONS = [
     *("--recipe", "cifar10_vicreg_rot", "--model.hidden_size", "32", "--model.num_hidden_layers", "2"),
     *("--training.per_device_train_batch_size", "4", "--training.warmup_steps", "1"),
     *("--training.logging_steps", "2", "--training.disable_tqdm", "true"),
 ]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """One thread per process, no Hub, and DeepSpeed told that there are only CPUs."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **more}
-
-
-def children(pid: int) -> list[int]:
-    """Processes that ``pid`` started and that still run."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += map(int, task.read_text().split())
-    return found
 
 
 class Tasks:
@@ -57,9 +44,8 @@ class Tasks:
         count: int = 2,
         variables: dict[str, str] | None = None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
+        preloaded = WITH_DEEPSPEED if "ACCELERATE_USE_DEEPSPEED" in (variables or {}) else PRELOADED
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"task-{rank}.log" for rank in range(count)]
         self.processes = []
@@ -67,29 +53,18 @@ class Tasks:
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             words = [sys.executable, str(script), *OPTIONS, *options[min(rank, len(options) - 1)]]
-            with self.logs[rank].open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        words,
-                        cwd=ROOT,
-                        env=environment(**ranks, **place, **(variables or {})),
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
+            own = environment(**ranks, **place, **(variables or {}))
+            self.processes.append(start(words, log=self.logs[rank], env=own, preloaded=preloaded))
 
     def wait_for_checkpoint(self, output: Path, step: int) -> None:
         """Until the checkpoint of a step is complete: the run is then somewhere behind it."""
-        end = time.monotonic() + PATIENCE
-        while not (output / f"checkpoint-{step}" / MANIFEST).is_file():
-            assert all(process.poll() is None for process in self.processes), f"ended before:\n{self.text}"
-            assert time.monotonic() < end, f"no checkpoint after {PATIENCE} s:\n{self.text}"
-            time.sleep(0.02)
+        manifest = output / f"checkpoint-{step}" / MANIFEST
+        wait_until(lambda: manifest.is_file() or any(p.poll() is not None for p in self.processes), PATIENCE)
+        assert manifest.is_file(), f"ended before:\n{self.text}"
 
     def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit codes of all; an error if one still runs when time is out."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + limit(timeout)
         try:
             return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
         except subprocess.TimeoutExpired:

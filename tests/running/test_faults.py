@@ -18,8 +18,9 @@ from hf_equissl.data import SkippedImage, SkippedImages, TooManyBadImages
 from hf_equissl.training import pretrain
 from hf_equissl.training.slurm.engine import engine_variables
 from tests.distributed import launching
+from tests.distributed.launching import children
 
-from .tasks import END, OPTIONS, PATIENCE, ROOT, children, tasks
+from .tasks import END, OPTIONS, PATIENCE, ROOT, tasks
 
 ENDLESS = ["--training.max_steps", "100000", "--training.save_steps", "2", "--training.save_total_limit", "2"]
 
@@ -81,7 +82,7 @@ def test_a_loader_process_that_is_killed(photo_folder: Path, tmp_path: Path) -> 
         run.wait_for_checkpoint(output, 2)
         workers = []
         while not workers:
-            workers = [pid for pid in children(run.processes[1].pid) if is_worker(pid)]
+            workers = [pid for pid in children(run.processes[1].pid) if is_fork(pid, run.processes[1].pid)]
         os.kill(workers[0], signal.SIGKILL)
         assert run.wait(END) == [1, 1]
         message = run.the_error()
@@ -91,10 +92,10 @@ def test_a_loader_process_that_is_killed(photo_folder: Path, tmp_path: Path) -> 
     check_kept(output, message)
 
 
-def is_worker(pid: int) -> bool:
+def is_fork(pid: int, parent: int) -> bool:
     """Whether a child is a fork of its parent: a worker, and no helper of another program."""
     try:
-        return b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes() == Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
         return False
 
@@ -155,7 +156,7 @@ def test_a_process_that_is_killed_under_accelerate(photo_folder: Path, tmp_path:
     """Its launcher sends SIGTERM to the survivors, which is no reason to save or to say that they were preempted."""
     output, log = tmp_path / "run", tmp_path / "log"
     options = [*OPTIONS, "--data", str(photo_folder), "--output_dir", str(output), *ENDLESS]
-    launcher = launching.start("ddp", *options, log=log)
+    launcher = launching.launch_really("ddp", *options, log=log)
     try:
         end = time.monotonic() + PATIENCE
         while not (output / "checkpoint-2" / "checkpoint.json").is_file():
@@ -167,9 +168,7 @@ def test_a_process_that_is_killed_under_accelerate(photo_folder: Path, tmp_path:
     except subprocess.TimeoutExpired:
         raise AssertionError(f"no end after {END} s:\n{log.read_text()}") from None
     finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
+        launching.kill(launcher)
     said = [line for line in log.read_text().splitlines() if line.startswith(("error:", "preempted:"))]
     assert len(said) == 1, log.read_text()
     check_kept(output, said[0])

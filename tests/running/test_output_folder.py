@@ -23,6 +23,7 @@ from hf_equissl.running.output_folder import (
     take_folder,
 )
 from hf_equissl.utils.suggestions import RecipeError
+from tests.processes import Child, start, wait_until
 
 HOLDER = """
 import os, sys, time
@@ -35,11 +36,12 @@ time.sleep(60)
 """
 
 
-def hold(folder: Path, how: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", HOLDER, str(folder), how]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "taken\n"
+def hold(folder: Path, how: str, seconds: int = 60) -> Child:
+    log = folder.with_name(f"{folder.name}-{how}.log")
+    words = [sys.executable, "-c", HOLDER.replace("60", str(seconds)), str(folder), how]
+    log.touch()
+    process = start(words, log=log)
+    wait_until(lambda: "taken" in log.read_text())
     return process
 
 
@@ -81,10 +83,7 @@ def test_a_refused_start_leaves_the_folder_to_who_has_it(tmp_path: Path) -> None
 
 
 def test_a_run_that_is_told_to_stop_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    code = HOLDER.replace("time.sleep(60)\n", "time.sleep(1)\n")
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "alone"], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "taken\n"
+    other = hold(tmp_path, "alone", seconds=1)
     try:
         take_folder(tmp_path, patience=60.0)
         assert f"process {other.pid} on " in caplog.text

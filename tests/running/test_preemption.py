@@ -27,8 +27,10 @@ from hf_equissl.distributed.signals import (
     ignore_stop_signals,
 )
 from hf_equissl.training import pretrain
+from tests.distributed.launching import children
+from tests.processes import environment, limit
 
-from .tasks import OPTIONS, PATIENCE, ROOT, children, environment
+from .tasks import OPTIONS, PATIENCE, ROOT, tasks
 
 STEPS = 14
 FAKE_SRUN = """\
@@ -77,7 +79,7 @@ def signalled(number: int, output: Path) -> Iterator[None]:
     """Send this process a signal once training in ``output`` has begun."""
 
     def send() -> None:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + limit(PATIENCE)
         while not (output / "run.json").is_file() and time.monotonic() < end:
             time.sleep(0.005)
         os.kill(os.getpid(), number)
@@ -136,7 +138,8 @@ with signals.Signals({str(tmp_path)!r}) as caught:
     os.kill(os.getpid(), signal.SIGTERM)
     print("not reached", flush=True)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=limit(PATIENCE), check=False)
     assert ended.returncode == EXIT_PREEMPTED, ended.stderr
     assert ended.stdout == "still here\n"
     assert "SIGTERM after SIGUSR1: stopped at once" in ended.stderr
@@ -157,9 +160,9 @@ def test_the_slurm_script_puts_a_stopped_run_back_into_the_queue(photo_folder: P
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = ["bash", "training/slurm/pretrain.sbatch", *OPTIONS, "--data", str(photos)]
-    script += ["--training.max_steps", str(STEPS), "--training.dataloader_drop_last", "false"]
-    script += ["--training.dataloader_num_workers", "1", "--data.max_bad_share", "0.5"]
+    options = ["--data", str(photos), "--training.max_steps", str(STEPS), "--training.dataloader_drop_last", "false"]
+    options += ["--training.dataloader_num_workers", "1", "--data.max_bad_share", "0.5"]
+    script = ["bash", "training/slurm/pretrain.sbatch", *OPTIONS, *options]
 
     def start(job: int, output: Path) -> subprocess.Popen[bytes]:
         folder = tmp_path / str(job)
@@ -171,11 +174,11 @@ def test_the_slurm_script_puts_a_stopped_run_back_into_the_queue(photo_folder: P
             return subprocess.Popen(words, env=variables, stdout=log, stderr=log, start_new_session=True)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    jobs = [start(1, whole)]
+    with tasks(tmp_path / "1", [*options, "--output_dir", str(whole)]) as unbroken:
+        assert unbroken.wait() == [0, 0], unbroken.text
+    jobs = [start(2, broken)]
     try:
-        assert jobs[-1].wait(PATIENCE) == 0, (tmp_path / "1" / "log").read_text()
-        jobs.append(start(2, broken))
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + limit(PATIENCE)
         while not (broken / "run.json").is_file():
             assert time.monotonic() < end, (tmp_path / "2" / "log").read_text()
             time.sleep(0.02)
@@ -183,13 +186,13 @@ def test_the_slurm_script_puts_a_stopped_run_back_into_the_queue(photo_folder: P
         for pid in (*children(second), second):  # Slurm's signal reaches workers, too; here one task's only
             os.kill(pid, signal.SIGUSR1)
         log = tmp_path / "2" / "log"
-        assert jobs[-1].wait(PATIENCE) == EXIT_PREEMPTED, log.read_text()
+        assert jobs[-1].wait(limit(PATIENCE)) == EXIT_PREEMPTED, log.read_text()
         assert (tmp_path / "2" / "scontrol").read_text() == "requeue 2\n"
         assert (broken / MARKER_FILE).is_file()
         assert not (broken / "encoder").exists()
         assert log.read_text().count("preempted: ") == 1
         jobs.append(start(2, broken))
-        assert jobs[-1].wait(PATIENCE) == 0, log.read_text()
+        assert jobs[-1].wait(limit(PATIENCE)) == 0, log.read_text()
     finally:
         for job in jobs:
             with contextlib.suppress(ProcessLookupError):
@@ -235,7 +238,7 @@ echo "$MARKER" > "$RUN/PREEMPTED"; exit 75
             env={**os.environ, **slurm, **more, "MARKER": marker, "FAKE_STATE": state},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=limit(PATIENCE),
             check=False,
         )
     assert ended.returncode == code, ended.stderr
@@ -253,7 +256,8 @@ from hf_equissl.distributed.signals import end_command
 print("end", flush=True)
 end_command(75)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=limit(PATIENCE), check=False)
     assert (ended.returncode, ended.stdout) == (EXIT_PREEMPTED, "end\n"), ended.stderr
 
 
@@ -268,5 +272,6 @@ os.kill(os.getpid(), signal.SIGUSR1)
 print("alive")
 """
     assert callable(ignore_stop_signals)
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=limit(PATIENCE), check=False)
     assert (ended.returncode, ended.stdout) == (0, "started 3\nalive\n"), ended.stderr

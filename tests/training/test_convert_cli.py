@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import (
 
 from hf_equissl.modeling import EquiSSLModel
 from hf_equissl.training.convert import main
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 32, "patch_size": 8}
@@ -44,7 +44,7 @@ def tokens(folder: Path) -> torch.Tensor:
 
 def test_a_stock_encoder_and_back(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "training" / "convert.py"), str(source), "--output_dir", "ours"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = processes.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "classifier (2)" in done.stderr
     assert "AutoModel.from_pretrained('ours')" in done.stdout

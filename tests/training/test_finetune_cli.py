@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,8 @@ from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import load_records, save_records
 from hf_equissl.finetuning import adapters, cli, load_finetuned
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from tests import processes
+from tests.distributed import launching
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--batch_size", "8", "--epochs", "2", "--learning_rate", "3e-3"]
@@ -60,14 +60,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
 def test_the_script_trains_merges_and_resumes(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     script = [sys.executable, str(ROOT / "training" / "finetune.py"), *words(folder, output, *QUICK, "--merge")]
-    done = subprocess.run(
-        script,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-    )
+    done = processes.run(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "lora: LoRA adapters" in done.stdout
     assert "| encoder | lora r=8 | cls_patches |" in done.stdout
@@ -151,12 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_help_shows_methods_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("examples:", "DoRA", "--lora_rank", "layer decay 0.75"))
+def test_an_encoder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--encoder is missing" in fails(capsys, "--data", "x")
 
 
@@ -175,9 +163,8 @@ def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """Batch 8 on one process, 2 x 4 on two: the same images, steps and weights, and one judgement of all images."""
     same = ["--epochs", "1", "--learning_rate", "3e-3", "--method", "full", "--label_smoothing", "0"]
     assert cli.main(words(folder, tmp_path / "one", *same, "--batch_size", "8")) == 0
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script += ["training/finetune.py", *words(folder, tmp_path / "two", *same, "--batch_size", "4")]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    two = words(folder, tmp_path / "two", *same, "--batch_size", "4")
+    done = launching.run("ddp", *two, script=ROOT / "training" / "finetune.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batch 4 x 2 x 1 = 8") == 1  # one process speaks
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))

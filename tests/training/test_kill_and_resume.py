@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from hf_equissl.data.throughput import LOG_KEYS
+from tests.distributed.launching import TIMEOUT, Launch, start
+from tests.distributed.test_resume import kill_9
+from tests.processes import limit
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
-TIMEOUT = 600.0  # seconds, for machines with other things to do
 SMALL = ["--training.per_device_train_batch_size", "16", "--training.max_steps", str(STEPS)]
 SMALL += ["--training.save_steps", "4", "--training.logging_steps", "2", "--training.warmup_steps", "2"]
 # Epochs of 2 steps: the temperature rises over 4 of them and the prototypes wait for 3, so that every schedule moves on
@@ -30,25 +27,9 @@ IBOT += ["--objectives.invariance.teacher_temperature", "0.07"]
 IBOT += ["--objectives.invariance.num_prototypes", "64", "--objectives.invariance.head_hidden_size", "32"]
 
 
-def launch(recipe: str, data: Path, output: Path, *extra: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["training/pretrain.py", "--recipe", recipe, "--data", str(data)]
-    command += ["--output_dir", str(output), *SMALL, *extra]
-    log = output.with_suffix(".log").open("ab")
-    # A session of its own, so that the launcher and its child die together.
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-
-def kill_at(process: subprocess.Popen[bytes], checkpoint: Path, timeout: float = TIMEOUT) -> None:
-    """SIGKILL as soon as ``checkpoint`` appears: the run is then somewhere in the steps behind it."""
-    end = time.monotonic() + timeout
-    while not checkpoint.is_dir():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, f"no {checkpoint.name} after {timeout} s"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def launch(recipe: str, data: Path, output: Path, *extra: str) -> Launch:
+    words = ["--recipe", recipe, "--data", str(data), "--output_dir", str(output), *SMALL, *extra]
+    return start("single", *words, script=ROOT / "training" / "pretrain.py", log=output.with_suffix(".log"))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +47,10 @@ def test_kill_9_and_resume_gives_the_unbroken_run(
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     whole = launch(recipe, data, unbroken, *options)
     workers = "--training.dataloader_num_workers"
-    kill_at(launch(recipe, data, broken, *options, workers, "1"), broken / "checkpoint-4")
+    kill_9(launch(recipe, data, broken, *options, workers, "1"), broken / "checkpoint-4", broken.with_suffix(".log"))
     assert not (broken / "encoder").exists()
-    assert launch(recipe, data, broken, *options, workers, "2").wait(timeout=TIMEOUT) == 0
-    assert whole.wait(timeout=TIMEOUT) == 0
+    assert launch(recipe, data, broken, *options, workers, "2").wait(limit(TIMEOUT)) == 0
+    assert whole.wait(limit(TIMEOUT)) == 0
     for file in (f"checkpoint-{STEPS}/model.safetensors", "encoder/model.safetensors"):
         left, right = load_file(unbroken / file), load_file(broken / file)
         assert left.keys() == right.keys()

@@ -19,6 +19,7 @@ from hf_equissl.hub import PARTS, repository
 from hf_equissl.training import push_to_hub
 from tests.hub.loopback_hub import LoopbackHub
 from tests.pretraining.test_trainer import assert_same, make_trainer
+from tests.processes import limit
 
 pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/tiny"
@@ -125,10 +126,10 @@ def test_interrupted_by_the_user(hub_here: LoopbackHub, api: HfApi, built: Path,
         # Ctrl-C is ignored in what a shell runs in the background, and children inherit it: tests may run there.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert hub_here.interrupted.wait(120)
+    assert hub_here.interrupted.wait(limit(120.0))
     process.send_signal(signal.SIGINT)
     hub_here.heal()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=limit(60.0))
     assert process.returncode == 130, err
     assert "interrupted: nothing is half-published" in err
     assert out == "logged in as maker\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from hf_equissl.training import pace, photographs, quickstart
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow
 from hf_equissl.utils.devices import choose_precision, describe_cpu
 from hf_equissl.utils.figures import denormalize, plot_image_grid, plot_losses
+from tests import processes
 
 pytest.importorskip("matplotlib")
 SCRIPT = Path(quickstart.__file__)
@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def start(output: Path) -> str:
     words = ["--output_dir", str(output), "--steps", "2", "--crops_per_photograph", "12"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600)
+    done = processes.run([sys.executable, str(SCRIPT), *words], timeout=600.0)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from transformers import AutoModel
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, MARKER_FILE
 from hf_equissl.training import sweep
+from tests.processes import start, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 60, 5
@@ -50,13 +49,11 @@ def words(tmp_path: Path) -> list[str]:
 
 def test_a_killed_sweep_goes_on(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs, second = tmp_path / "runs", f"steps-{STEPS}"
-    command = [sys.executable, str(ROOT / "training" / "sweep.py"), *words, "--", "--num_processes", "1"]
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 240
-    while not list(runs.glob(f"{second}/checkpoint-*")):
-        assert process.poll() is None, "the sweep ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    # Its runs are started without accelerate's launcher, which those below have.
+    code = "from hf_equissl.training import sweep; sweep.LAUNCHER = sweep.LAUNCHER[:1]; sweep.main()"
+    process = start([sys.executable, "-c", code, *words])
+    wait_until(lambda: process.poll() is not None or list(runs.glob(f"{second}/checkpoint-*")), 240.0)
+    assert process.poll() is None, "the sweep ended by itself"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (runs / second / "encoder").exists()

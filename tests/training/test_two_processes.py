@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.distributed import launching
 
 ROOT = Path(__file__).resolve().parents[2]
 # 32 images in batches of 2 x 4: four steps an epoch, so checkpoint-5 lies inside the second.
@@ -23,10 +24,8 @@ RECIPES = {
 
 
 def run(photos: Path, output: Path, *extra: str, recipe: str = VICREG) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["training/pretrain.py", "--recipe", recipe, "--data", str(photos)]
-    command += ["--output_dir", str(output), *SMALL, *RECIPES[recipe], *extra]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = ["--recipe", recipe, "--data", str(photos), "--output_dir", str(output), *SMALL, *RECIPES[recipe], *extra]
+    return launching.run("ddp", *words, script=ROOT / "training" / "pretrain.py")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
