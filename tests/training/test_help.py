@@ -10,7 +10,7 @@ import pytest
 from tests import processes
 
 FOLDER = Path(__file__).resolve().parents[2] / "training"
-NO_SCRIPTS = {"__init__", "photographs", "recipe_options", "side_by_side"}
+NO_SCRIPTS = {"__init__", "pace", "photographs", "recipe_options", "side_by_side"}
 # Script -> words that its help must have beside "examples:".
 WORDS = {
     "benchmark": ("--recipe", "--repeats"),
