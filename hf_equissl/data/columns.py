@@ -1,10 +1,11 @@
-"""Which column of a data set holds the images, and which the labels."""
+"""Which column of a data set holds the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import datasets
 
@@ -18,35 +19,38 @@ _HOW = "--image_column, or data.column of a recipe"
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P4", b"P5", b"P6")
 
 
-def find_image_column(features: datasets.Features, row: Mapping[str, Any], column: str | None, source: str) -> str:
-    """The column with images: ``column`` if given, otherwise the only one that can be it.
+def find_image_column(
+    features: datasets.Features, rows: Sequence[Mapping[str, Any]], column: str | None, source: str
+) -> str:
+    """Choose the column with images: ``column`` if given, otherwise the only one that can be it.
 
-    Looked for in this order: ``datasets.Image`` features; structs of bytes and path; binary columns whose first value
-    begins like an image file; strings whose first value ends like the name of one.
+    Looked for in this order: ``datasets.Image`` features; structs of bytes and path, among others; binary columns whose
+    values mostly begin like an image file; texts that mostly end like the name or the address of one. A column that is
+    named by the user only has to be of such a type.
 
     Args:
         features: Of the data set.
-        row: Its first row, not decoded.
+        rows: Its first ones, not decoded.
         column: The user's choice.
         source: Opens the error messages.
 
     Raises:
         ImageSourceError: No such column, no column with images, or several.
     """
-    tests: tuple[Callable[[str], bool], ...] = (
-        lambda name: isinstance(features[name], datasets.Image),
-        lambda name: isinstance(features[name], dict) and set(features[name]) == {"bytes", "path"},
-        lambda name: _begins_like_an_image(row.get(name)),
-        lambda name: _ends_like_an_image(row.get(name)),
-    )
     if column is not None:
-        _check_exists(column, features, source, "column")
-        if not any(test(column) for test in tests):
+        check_exists(column, features, source, "column")
+        if not _can_hold_images(features[column]):
             raise ImageSourceError(
-                f"{source}: column {column!r} is {_type_name(features[column])} and holds no images. "
+                f"{source}: column {column!r} is {type_name(features[column])} and holds no images. "
                 f"Columns: {list_columns(features)}."
             )
         return column
+    tests: tuple[Callable[[str], bool], ...] = (
+        lambda name: isinstance(features[name], datasets.Image),
+        lambda name: isinstance(features[name], dict) and {"bytes", "path"} <= set(features[name]),
+        lambda name: _mostly(_begins_like_an_image, rows, name),
+        lambda name: _mostly(_ends_like_an_image, rows, name),
+    )
     for test in tests:
         found = [name for name in features if test(name)]
         if len(found) > 1:
@@ -54,30 +58,9 @@ def find_image_column(features: datasets.Features, row: Mapping[str, Any], colum
         if found:
             return found[0]
     raise ImageSourceError(
-        f"{source}: no column holds images. Columns: {list_columns(features)}. Expected a datasets.Image feature, "
-        f"encoded bytes, or paths of image files; name the image column: {_HOW}."
+        f"{source}: no column holds images in the first {len(rows)} rows. Columns: {list_columns(features)}. Expected "
+        f"a datasets.Image feature, encoded bytes, or paths of image files; name the image column: {_HOW}."
     )
-
-
-def find_label_column(features: datasets.Features, column: str | None, source: str) -> str | None:
-    """The column with class labels: ``column`` if given, otherwise the only ``ClassLabel``, otherwise an integer column
-    that is called like one (``label``, ``labels``, ``cls``), otherwise ``None``.
-
-    Raises:
-        ImageSourceError: ``column`` does not exist or holds no integers.
-    """
-    if column is not None:
-        _check_exists(column, features, source, "label_column")
-        if not _is_integer(features[column]):
-            raise ImageSourceError(
-                f"{source}: label column {column!r} is {_type_name(features[column])}, expected ClassLabel or "
-                f"integers. Columns: {list_columns(features)}."
-            )
-        return column
-    found = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
-    if not found:
-        found = [name for name in ("label", "labels", "cls") if name in features and _is_integer(features[name])]
-    return found[0] if len(found) == 1 else None
 
 
 def find_more_columns(features: datasets.Features, wanted: Mapping[str, Sequence[str]], source: str) -> dict[str, str]:
@@ -100,26 +83,39 @@ def find_more_columns(features: datasets.Features, wanted: Mapping[str, Sequence
 
 def list_columns(features: Mapping[str, Any]) -> str:
     """Columns with their types, for messages."""
-    return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    return ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
 
 
-def _check_exists(column: str, features: datasets.Features, source: str, what: str) -> None:
+def check_exists(column: str, features: datasets.Features, source: str, what: str) -> None:
+    """Raise an ``ImageSourceError`` if there is no such column, naming the nearest one."""
     if column in features:
         return
     hint = did_you_mean(column, features)
     raise ImageSourceError(f"{source}: there is no {what} {column!r}.{hint} Columns: {list_columns(features)}.")
 
 
-def _type_name(feature: Any) -> str:
+def type_name(feature: Any) -> str:
+    """Return what a column holds, in words."""
     if isinstance(feature, datasets.Value):
         return feature.dtype
     return "struct of " + " and ".join(feature) if isinstance(feature, dict) else type(feature).__name__
 
 
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and feature.dtype.lstrip("u").startswith("int")
-    )
+def _can_hold_images(feature: Any) -> bool:
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary", "string", "large_string", "null")
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and bool({"bytes", "path"} & set(feature)))
+
+
+def _mostly(test: Callable[[Any], bool], rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether more than half of a column's values, but for missing ones, pass a test."""
+    values = [value for row in rows if (value := _stored(row.get(column)))]
+    return 2 * sum(map(test, values)) > len(values)
+
+
+def _stored(value: Any) -> Any:
+    """The bytes or the path of a struct; what is no struct as it is."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
 
 
 def _begins_like_an_image(value: Any) -> bool:
@@ -130,4 +126,7 @@ def _begins_like_an_image(value: Any) -> bool:
 
 
 def _ends_like_an_image(value: Any) -> bool:
-    return isinstance(value, str) and PurePath(value).suffix.lower() in IMAGE_SUFFIXES
+    if not isinstance(value, str):
+        return False
+    path = urlsplit(value).path if "://" in value else value  # without a signature
+    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES

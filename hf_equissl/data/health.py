@@ -18,6 +18,7 @@ class SkippedImages:
     Each bad file is logged once. The share is that of distinct bad files among the images that were seen (each counted
     once): by this process, with ``update`` alone, or by all that ``exchange``. Few bad files early in a run say little,
     so nothing stops before ``min_bad`` of them, except when all images were seen or none may be bad (``max_share=0``).
+    Of a stream, whose length is not known, a bad file that comes up again says that all were seen once.
 
     Args:
         max_share: Largest share that is put up with, in [0, 1]; 1 never stops.
@@ -37,6 +38,7 @@ class SkippedImages:
         self.seen = 0
         self._untold: dict[str, str] = {}
         self._seen_untold = 0
+        self._came_again = False
 
     @property
     def count(self) -> int:
@@ -64,10 +66,13 @@ class SkippedImages:
         self.seen += seen + len(skipped)
         self._seen_untold += seen + len(skipped)
         for item in skipped:
-            if item.name not in self.bad:
+            if item.name in self.bad:
+                self._came_again = True
+            else:
                 self.bad[item.name] = self._untold[item.name] = item.reason
                 logger.warning("Skipped %s: %s", item.name, item.reason)
         if judge and skipped:
+            self._note_length(self._came_again)
             self._judge()
 
     def exchange(self, collect: Callable[[Any], list[Any]]) -> None:
@@ -79,14 +84,20 @@ class SkippedImages:
         Raises:
             TooManyBadImages: on all of them alike.
         """
-        own = self._untold, self._seen_untold
+        own = self._untold, self._seen_untold, self._came_again
         told = collect(own)
         self._untold, self._seen_untold = {}, 0
-        self.seen += sum(seen for _, seen in told) - own[1]
-        for bad, _ in told:
+        self.seen += sum(seen for _, seen, _ in told) - own[1]
+        for bad, _, _ in told:
             self.bad |= bad
+        self._note_length(any(again for _, _, again in told))
         if self.bad:
             self._judge()
+
+    def _note_length(self, came_again: bool) -> None:
+        """Take what a stream has shown for its length as soon as a bad file came up again."""
+        if came_again and self.num_images is None:
+            self.num_images = self.seen
 
     def _judge(self) -> None:
         enough = self.count >= self.min_bad or self.max_share == 0.0 or self._distinct_seen() == self.num_images

@@ -212,13 +212,21 @@ def read_amplification(shards: int, readers: int) -> float:
     return 1 + (readers - math.gcd(shards, readers)) / shards
 
 
-def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int = 0) -> Iterator[dict[str, Any]]:
-    """The rows of a piece, from its own row number ``first`` on."""
+class ShardRow(NamedTuple):
+    """A row, and where it lies: the number of its shard, and its own number there."""
+
+    content: dict[str, Any]
+    shard: int
+    number: int
+
+
+def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int = 0) -> Iterator[ShardRow]:
+    """Read the rows of a piece, from its own row number ``first`` on."""
     rounds, rest = divmod(first, piece.high - piece.low)
     begin = rounds * readers + piece.low + rest
     for number, row in enumerate(shards[piece.shard].rows(begin), begin):
         if piece.low <= number % readers < piece.high:
-            yield row
+            yield ShardRow(row, piece.shard, number)
 
 
 def shuffled(

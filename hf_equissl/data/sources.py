@@ -14,13 +14,16 @@ import datasets
 import fsspec
 from PIL import Image
 
-from .columns import find_image_column, find_label_column, find_more_columns
+from .columns import find_image_column, find_more_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError
+from .labels import find_label_column, number_labels
 from .locations import open_dataset
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
+# By which columns are recognised.
+_FIRST_ROWS = 16
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -47,6 +50,7 @@ class ImageSource:
         digest: Of a stream, of the names of its files: another one where they are renamed or in another order.
         more: Further columns, by what they hold.
         decoding: How images become RGB where files leave a choice.
+        label_hint: Why there is no label column although something looks like one, and what to do.
     """
 
     dataset: Rows
@@ -59,6 +63,7 @@ class ImageSource:
     digest: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
     decoding: Decoding = AS_STORED
+    label_hint: str = ""
 
     @property
     def streaming(self) -> bool:
@@ -116,18 +121,27 @@ class ImageSource:
         return decode_image(content, self.decoding)
 
     def label(self, row: Mapping[str, Any]) -> int | None:
-        """A row's class, if there are classes."""
+        """Return a row's class, ``None`` where it has none."""
         return row[self.label_column] if self.label_column else None
 
-    def item_name(self, row: Mapping[str, Any], index: int | None = None) -> str:
-        """What to call a row's image in messages: its path, or the source and the row number."""
+    def item_name(self, row: Mapping[str, Any], place: int | str | None = None) -> str:
+        """Return what messages call a row's image, as no other is called.
+
+        Args:
+            row: Of this source.
+            place: Its number, or its shard and number in words.
+        """
+        where = place if isinstance(place, str) else f"{self.name}, row {place}"
         value = row[self.image_column]
         path = value.get("path") if isinstance(value, Mapping) else value
-        if isinstance(path, str) and path:
+        if not isinstance(path, str) or not path:
+            return f"{self.name}, an image without a name" if place is None else where
+        if isinstance(value, str) or value.get("bytes") is None:  # then the path is where the image lies
             if self.root is not None and (self.root / path).exists():
                 return str(self.root / path)
-            return path if index is None or os.path.isabs(path) else f"{path} ({self.name}, row {index})"
-        return f"{self.name}, row {index}" if index is not None else f"{self.name}, an image without a name"
+            if os.path.isabs(path) or "://" in path:
+                return path
+        return path if place is None else f"{path} ({where})"
 
     def check(self, count: int = 8) -> list[ImageInfo]:
         """Decode the first ``count`` images.
@@ -223,17 +237,25 @@ def load_images(
             num_proc=num_proc,
         )
     rows = opened.rows
-    features, row = _features_and_first_row(rows, name)
+    features, first = _features_and_first_rows(rows, name)
     more = find_more_columns(features, more_columns or {}, name)
     others = datasets.Features({key: value for key, value in features.items() if key not in more.values()})
-    image_column = find_image_column(others, row, column, name)
-    label_column = find_label_column(features, label_column, name)
+    image_column = find_image_column(others, first, column, name)
+    labelled_by_user = label_column is not None
+    label_column, label_hint = find_label_column(features, label_column, name, streaming)
     columns = list(dict.fromkeys([image_column, *([label_column] if label_column else []), *more.values()]))
     rows = (opened.reopen(columns) if opened.reopen else rows).select_columns(columns)
     for image in (image_column, *more.values()):
         if isinstance(features[image], datasets.Image):
             rows = rows.cast_column(image, datasets.Image(decode=False))
-    classes = features[label_column] if label_column else None
+    if label_column and isinstance(rows, datasets.Dataset):
+        try:
+            rows = number_labels(rows, label_column)
+        except ImageSourceError as error:
+            if labelled_by_user:
+                raise ImageSourceError(f"{name}: {error}") from error
+            label_column, label_hint = None, f"The {error}"
+    classes = (rows.features or features)[label_column] if label_column else None
     return ImageSource(
         dataset=rows,
         name=name,
@@ -245,25 +267,30 @@ def load_images(
         digest=opened.digest,
         more=more,
         decoding=decoding,
+        label_hint=label_hint,
     )
 
 
-def _features_and_first_row(rows: Rows, name: str) -> tuple[datasets.Features, dict[str, Any]]:
-    """Column types, and the first row with its images not decoded."""
+def _features_and_first_rows(rows: Rows, name: str) -> tuple[datasets.Features, list[dict[str, Any]]]:
+    """Read column types, and the first rows with their images not decoded."""
     features = rows.features
     raw = rows
     for column, feature in (features or {}).items():
         if isinstance(feature, datasets.Image):
             raw = raw.cast_column(column, datasets.Image(decode=False))
+    first: list[dict[str, Any]] = []
     try:
-        row = next(iter(raw), None)
+        first.extend(itertools.islice(iter(raw), _FIRST_ROWS))
+    except (ImageSourceError, MemoryError):
+        raise
     except Exception as error:  # Readers of every format raise their own.
-        raise ImageSourceError(f"{name}: the first row cannot be read: {type(error).__name__}: {error}") from error
-    if row is None:
+        if not first:  # else a later shard is broken, which whoever reads it will say
+            raise ImageSourceError(f"{name}: the first rows cannot be read: {type(error).__name__}: {error}") from error
+    if not first:
         raise ImageSourceError(f"{name} holds no rows. Point --data at the images, or choose another split.")
     if features is None:  # Streams of some formats know their columns only once they are read.
-        features = datasets.Dataset.from_list([row]).features
-    return features, row
+        features = datasets.Dataset.from_list(first).features
+    return features, first
 
 
 @contextmanager

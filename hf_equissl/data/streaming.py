@@ -16,7 +16,7 @@ from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, crop_views, ho
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
-from .shards import digest, divide, list_shards, piece_rows, read_amplification, shuffled
+from .shards import ShardRow, digest, divide, list_shards, piece_rows, read_amplification, shuffled
 from .sources import ImageSource
 
 __all__ = ["StreamingViewDataset"]
@@ -153,12 +153,14 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
         empty = 0
         while True:
             good, begin = 0, time.perf_counter()
-            for row, position in self._one_pass(epoch, worker, workers, start):
+            for read, position in self._one_pass(epoch, worker, workers, start):
+                row = read.content
                 try:
                     content = self.source.content(row)
                     image = self.source.decode(content)
                 except ImageDecodeError as error:
-                    skipped.append(SkippedImage(self.source.item_name(row), str(error)))
+                    name = self.source.item_name(row, f"{self.shards[read.shard].name}, row {read.number}")
+                    skipped.append(SkippedImage(name, str(error)))
                     if len(skipped) >= MAX_ATTEMPTS:
                         raise hopeless(self.source.name, skipped) from error
                     continue
@@ -181,7 +183,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
 
     def _one_pass(
         self, epoch: int, worker: int, workers: int, start: StreamPosition | None
-    ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
+    ) -> Iterator[tuple[ShardRow, StreamPosition]]:
         """Rows of one worker of this rank in the epoch's order, each with the position behind it."""
         readers, reader = self.world_size * workers, self.rank * workers + worker
         own = order_generator(self.seed, epoch, 1 + reader)
@@ -196,7 +198,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
             pieces = [pieces[place] for place in own.permutation(len(pieces))]
         starts = start.starts if start else ()
 
-        def rows_from(first: int) -> Iterator[dict[str, Any]]:
+        def rows_from(first: int) -> Iterator[ShardRow]:
             nonlocal starts  # a new one, as positions on their way to the training process hold the old one
             number = max((place for place, begin in enumerate(starts) if begin <= first), default=0)
             row = first

@@ -158,7 +158,15 @@ def image_set(
     if images.streaming:
         rows = list(islice(iter(images.dataset), limit))
         labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
-        return ImageSet(_StreamedRows(images, rows), labels, dataset, split, decode=images.decode, **options)
+        return ImageSet(
+            _StreamedRows(images, rows),
+            labels,
+            dataset,
+            split,
+            decode=images.decode,
+            label_hint=images.label_hint,
+            **options,
+        )
     order = np.arange(len(images))
     if limit is not None and limit < len(images):
         order = np.sort(np.random.default_rng(subset_seed).permutation(len(images))[:limit])
@@ -167,7 +175,9 @@ def image_set(
 
 def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
     labels = _labels(images, rows)
-    return ImageSet(_SourceRows(images, rows), labels, dataset, split, decode=images.decode, **options)
+    return ImageSet(
+        _SourceRows(images, rows), labels, dataset, split, decode=images.decode, label_hint=images.label_hint, **options
+    )
 
 
 def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:

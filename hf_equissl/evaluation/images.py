@@ -87,6 +87,7 @@ class ImageSet:
         max_bad_share: Share of images that may fail to decode.
         progress: Whether passes of an encoder show a bar.
         decode: Makes an RGB image of a row.
+        label_hint: Why there are no labels although something looks like them, and what to do.
     """
 
     images: Sequence[Any] = field(repr=False)
@@ -98,6 +99,7 @@ class ImageSet:
     max_bad_share: float = 0.01
     progress: bool = True
     decode: Callable[[Any], Image.Image] = decode_image
+    label_hint: str = ""
     _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
     _features: WeakKeyDictionary[FrozenEncoder, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
@@ -138,8 +140,9 @@ class ImageSet:
         """Labels (n,), or a ``ValueError`` that says what to do."""
         if self.labels is None:
             raise ValueError(
-                f"{who} needs labels, and the {self.split} split of {self.dataset!r} has none. Name the column "
-                "(label_column=..., --label_column), use class folders, or leave this evaluator out."
+                f"{who} needs labels, and the {self.split} split of {self.dataset!r} has none. "
+                + (self.label_hint or "Name the column (label_column=..., --label_column), use class folders.")
+                + " Or leave this evaluator out."
             )
         known = self.labels >= 0
         if not bool(known.all()):

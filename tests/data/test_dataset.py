@@ -187,7 +187,7 @@ def test_skipped_images(caplog: pytest.LogCaptureFixture) -> None:
     def bad(*numbers: int) -> list[SkippedImage]:
         return [SkippedImage(f"{number}.jpg", "truncated") for number in numbers]
 
-    health = SkippedImages(max_share=0.1, min_bad=3)
+    health = SkippedImages(max_share=0.1, min_bad=3, num_images=1000)
     with caplog.at_level(logging.WARNING):
         health.update(bad(1, 2), seen=8)
         health.update(bad(1), seen=8)
@@ -195,7 +195,7 @@ def test_skipped_images(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [f"Skipped {n}.jpg: truncated" for n in (1, 2)]
     with pytest.raises(
         TooManyBadImages,
-        match=r"(?s)3 of 22 images.*13.6%.*10.0% are allowed.*1\.jpg: trunc.*3\.jpg.*data\.max_bad_share",
+        match=r"(?s)3 of 22 images.*13.6%.*10.0% are allowed.*1\.jpg: trunc.*3\.jpg.*raise max_bad_share",
     ):
         health.update(bad(3), seen=2)
     many = SkippedImages(max_share=0.1, min_bad=3)

@@ -163,7 +163,7 @@ def test_label_column(tmp_path: Path) -> None:
     assert load_images(source, label_column="id").label_column == "id"
     with pytest.raises(ImageSourceError, match=r"'kind'\?"):
         load_images(source, label_column="kin")
-    with pytest.raises(ImageSourceError, match="ClassLabel or integers"):
+    with pytest.raises(ImageSourceError, match="expected ClassLabel or integers"):
         load_images(source, label_column="picture")
 
 

@@ -138,8 +138,11 @@ def labels_of(source: ImageSource) -> np.ndarray:
     """
     if source.label_column is None:
         raise ValueError(
-            f"{source.name} has no labels, which fine-tuning needs. Name the column with --label_column, or give a "
-            "folder with one sub-folder per class."
+            f"{source.name} has no labels, which fine-tuning needs. "
+            + (
+                source.label_hint
+                or "Name the column with --label_column, or give a folder with one sub-folder per class."
+            )
         )
     values = source.dataset.select_columns([source.label_column])[:][source.label_column]
     labels = np.array([-1 if value is None else int(value) for value in values])
