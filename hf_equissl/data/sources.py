@@ -280,7 +280,8 @@ def _features_and_first_rows(rows: Rows, name: str) -> tuple[datasets.Features, 
             raw = raw.cast_column(column, datasets.Image(decode=False))
     first: list[dict[str, Any]] = []
     try:
-        first.extend(itertools.islice(iter(raw), _FIRST_ROWS))
+        for row in itertools.islice(iter(raw), _FIRST_ROWS):
+            first.append(row)
     except (ImageSourceError, MemoryError):
         raise
     except Exception as error:  # Readers of every format raise their own.

@@ -156,6 +156,7 @@ def image_set(
 ) -> ImageSet:
     """An ``ImageSet`` of a source, or of a fixed random subset of ``limit`` images (of a stream: the first ones)."""
     if images.streaming:
+        options |= {"decode": images.decode, "label_hint": images.label_hint}
         rows = list(islice(iter(images.dataset), limit))
         labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
         return ImageSet(
@@ -174,10 +175,8 @@ def image_set(
 
 
 def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
-    labels = _labels(images, rows)
-    return ImageSet(
-        _SourceRows(images, rows), labels, dataset, split, decode=images.decode, label_hint=images.label_hint, **options
-    )
+    options |= {"decode": images.decode, "label_hint": images.label_hint}
+    return ImageSet(_SourceRows(images, rows), _labels(images, rows), dataset, split, **options)
 
 
 def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:

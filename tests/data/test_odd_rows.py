@@ -86,7 +86,7 @@ def test_few_bad_images_of_a_short_stream_are_judged_when_they_come_again(
     tmp_path: Path, pipeline: ViewPipeline
 ) -> None:
     source = load_images(parquet(tmp_path / "a.parquet", {"image": encoded(24, {3, 9, 12, 20})}), streaming=True)
-    with pytest.raises(TooManyBadImages, match="4 of 2[0-9] images|4 of 3[0-9] images"):
+    with pytest.raises(TooManyBadImages, match=r"4 of [23]\d images"):
         train_on(source, pipeline, steps=20)
     fine = load_images(parquet(tmp_path / "b.parquet", {"image": encoded(120, {3})}), streaming=True)
     assert train_on(fine, pipeline, steps=70).count == 1
@@ -122,10 +122,8 @@ def test_a_named_column_is_trusted(tmp_path: Path) -> None:
     source = load_images(parquet(tmp_path / "a.parquet", {"img": contents, "id": list(range(40))}), column="img")
     assert len(source.check(40)) == 39
     odd = [None, *["https://server/image?id=7"] * 20]
-    for values in (contents, odd, [b"", *contents[1:]], ["photo-without-suffix"] * 4, [None] * 20):
-        named = load_images(
-            parquet(tmp_path / "b" / f"{len(values)}{values[0]!r:.4}.parquet", {"x": values}), column="x"
-        )
+    for number, values in enumerate((contents, odd, [b"", *contents[1:]], ["photo-without-suffix"] * 4, [None] * 20)):
+        named = load_images(parquet(tmp_path / f"{number}.parquet", {"x": values}), column="x")
         assert named.image_column == "x"
 
 
@@ -188,7 +186,7 @@ def test_several_columns_of_classes_are_named(tmp_path: Path) -> None:
     source = load_images(path)
     assert source.label_column is None
     assert "fine, coarse. Choose one: --label_column" in source.label_hint
-    with pytest.raises(ValueError, match="fine, coarse. Choose one"):
+    with pytest.raises(ValueError, match=r"fine, coarse\. Choose one"):
         image_set(source, "a", "train").require_labels("This probe")
     assert load_images(path, label_column="coarse").num_classes == 1
 
