@@ -133,10 +133,10 @@ def _run(
 
 def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
     from hf_equissl.running.run import prepare, pretrain
-    from hf_equissl.running.stops import explained, together
+    from hf_equissl.running.stops import explain_stops, run_on_all
 
-    with explained(options.output_dir):
-        run = together(lambda: prepare(recipe, options.output_dir, options.resume))
+    with explain_stops(options.output_dir):
+        run = run_on_all(lambda: prepare(recipe, options.output_dir, options.resume))
     say(_summary(run))
     folder = pretrain(run, signals)
     load = f"AutoModel.from_pretrained({str(folder)!r})"

@@ -22,12 +22,12 @@ from transformers import set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..distributed.collectives import local_shard
+from ..distributed.engines import plain_name
 from .manifest import ARGUMENTS_FILE, MODEL_SHARDS, Manifest, weight_files
 from .sharded_files import list_tensors, read_shards, write_shards
 from .whole import WholeCheckpoints
 
 OPTIMIZER_SHARDS = "optimizer_shards"
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class PortableStates(WholeCheckpoints):
@@ -127,7 +127,7 @@ class PortableStates(WholeCheckpoints):
         folder = Path(checkpoint)
         is_sharded = self.is_fsdp_enabled  # a process needs parts only, which it copies
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=is_sharded)
-        parameters = {_plain_name(name): p for name, p in cast(nn.Module, self.model).named_parameters()}
+        parameters = {plain_name(name): p for name, p in cast(nn.Module, self.model).named_parameters()}
         if (folder / OPTIMIZER_SHARDS).is_dir():
             _read_states(folder / OPTIMIZER_SHARDS, saved["state"], parameters)
         else:
@@ -169,7 +169,7 @@ class PortableStates(WholeCheckpoints):
 
     def _parameter_names(self) -> list[list[str]]:
         """Names of the parameters in each of the optimizer's groups."""
-        names = {id(p): _plain_name(name) for name, p in cast(nn.Module, self.model).named_parameters()}
+        names = {id(p): plain_name(name) for name, p in cast(nn.Module, self.model).named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in self._plain_optimizer().param_groups]
 
 
@@ -189,15 +189,8 @@ def _shielded(owner: Any, name: str, shield: Callable[[], AbstractContextManager
         delattr(owner, name)
 
 
-def _plain_name(name: str) -> str:
-    """A name as the model itself has it, without what wrappers add."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
-
-
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {_plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def _check_names(folder: Path, ours: Any, theirs: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 CONFIGS = "training/accelerate_configs"
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _YES = ("1", "true", "yes", "on", "y", "t")
 
 
@@ -85,7 +87,8 @@ def check_engine(args: TrainingArguments) -> None:
         _check_deepspeed(args, engine)
     if engine is Engine.FSDP2:
         _check_fsdp(args)
-    own = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    half = "fp16" if args.fp16 else "no"
+    own = "bf16" if args.bf16 else half
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in ("no", own):
         raise ValueError(
@@ -123,6 +126,11 @@ def running_engine(accelerator: Accelerator, model_wrapped: nn.Module) -> Engine
     if granted_engine(accelerator).is_deepspeed and hasattr(wrapped, "zero_optimization_stage"):
         return Engine(f"zero{wrapped.zero_optimization_stage()}")  # type: ignore[operator]
     return Engine.SINGLE
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name as the model itself has it, without what wrappers add."""
+    return _WRAPPERS.sub("", name).removeprefix("module.")
 
 
 def fp32_sharding(plugin: FullyShardedDataParallelPlugin | None = None) -> FullyShardedDataParallelPlugin:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..encoders.frozen import FEATURES, FrozenEncoder
 from ..utils.commands import command_parser, log_plainly, say, typed_command
 from ..utils.devices import choose_device, precision_lines
@@ -171,13 +169,7 @@ def check_device(name: str | None) -> str | None:
     Raises:
         ValueError: PyTorch has no such device here.
     """
-    if name is None:
-        return None
-    device = choose_device(name)
-    count = torch.accelerator.device_count() if device.type != "cpu" else 1
-    if device.index is not None and device.index >= count:
-        raise ValueError(f"--device {name}: this machine has {count} of {device.type}, counted from 0.")
-    return str(device)
+    return None if name is None else str(choose_device(name))
 
 
 def distinct_encoders(sources: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The processes of one command: who this one is, and the two moments at which they meet."""
+"""The processes of one extraction: which one this is, and the two moments at which they meet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils.logging import disable_progress_bar
 
-from ..evaluation.cli import check_device
+from ..utils.devices import choose_device
 from .settings import ExtractionError
 
 # Processes wait for each other only at the end; the slowest may have many shards more to do.
@@ -20,14 +20,14 @@ _PATIENCE = timedelta(days=30)
 
 
 class Processes:
-    """What ``accelerate launch`` or torchrun has started; one process where it was nobody.
+    """The processes that ``accelerate launch`` or torchrun has started; a single one without a launcher.
 
     Attributes:
-        rank, count: Of this process, and of how many.
+        rank, count: Number of this process, and of how many.
         local_rank, local_count: The same on this machine.
 
     Raises:
-        ExtractionError: Slurm started several, and did not say which one this is.
+        ExtractionError: Slurm started several processes and did not say which one this is.
     """
 
     def __init__(self) -> None:
@@ -53,36 +53,36 @@ class Processes:
         return self.rank == 0
 
     def from_main(self, value: Any) -> Any:
-        """What the main process has as ``value``.
+        """Send ``value`` of the main process to all of them.
 
         Raises:
             ExtractionError: Another process is gone.
         """
-        return value if self.count == 1 else _together(broadcast_object_list, [value])[0]
+        return value if self.count == 1 else _exchange(broadcast_object_list, [value])[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """What all processes have as ``value``, by rank.
+        """Collect the ``value`` of each process, by rank.
 
         Raises:
             ExtractionError: Another process is gone.
         """
-        return [value] if self.count == 1 else _together(gather_object, [value])
+        return [value] if self.count == 1 else _exchange(gather_object, [value])
 
     def device(self, name: str | None) -> str:
-        """The device of this process: as asked for; of several accelerators, each process its own.
+        """Choose the device of this process: as asked for; of several accelerators, each process its own.
 
         Raises:
             ValueError: This machine has no such device.
         """
-        device = check_device(name) or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(choose_device(name or "auto"))
         if device == "cpu" or ":" in device:
             return device
         return f"{device}:{self.local_rank % torch.accelerator.device_count()}"
 
 
-def _together(exchange: Callable[[list[Any]], list[Any]], values: list[Any]) -> list[Any]:
+def _exchange(collective: Callable[[list[Any]], list[Any]], values: list[Any]) -> list[Any]:
     try:
-        return exchange(values)
+        return collective(values)
     except RuntimeError as error:  # gloo says this of a peer that has gone
         raise ExtractionError(
             "another process has stopped; see its message. What is whole is kept, and the same command goes on."

@@ -200,14 +200,14 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
-    from ..running.stops import AGREED, STOPS, explained, together
+    from ..running.stops import AGREED, STOPS, explain_stops, run_on_all
     from .publish import publish as publish_run
     from .report import comparison_table
     from .run import prepare, train
 
     try:
-        with explained(settings.output_dir):
-            run = together(lambda: prepare(settings, resume), (ValueError, OSError, ImportError))
+        with explain_stops(settings.output_dir):
+            run = run_on_all(lambda: prepare(settings, resume), (ValueError, OSError, ImportError))
     except STOPS as error:
         return stop(error, code=1, speaks=speaks_for_failure())
     say(run.summary())

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints import Manifest
 from ..planning.arithmetic import schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
-from ..running.output_folder import trained_steps
 from ..utils.devices import precision_lines
 from .adapters import Description
 from .settings import METHODS, FineTuningSettings
@@ -52,7 +52,7 @@ class FineTuningRun:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint is that of the last step."""
-        return self.checkpoint is not None and trained_steps(self.checkpoint) >= self.steps
+        return self.checkpoint is not None and Manifest.read(self.checkpoint).step >= self.steps
 
     @property
     def steps(self) -> int:

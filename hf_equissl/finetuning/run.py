@@ -26,12 +26,11 @@ from ..running.output_folder import (
     check_output_folder,
     check_shared_folder,
     leave_folder,
-    left_if_refused,
+    leave_if_refused,
     take_folder,
-    trained_steps,
 )
 from ..running.preemption import PreemptionCallback
-from ..running.stops import explained
+from ..running.stops import explain_stops
 from ..utils.files import move_into_place, write_text
 from .adapters import add_adapters, check_peft, describe
 from .card import public_records, write_card
@@ -62,7 +61,7 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
         ValueError: names what is wrong and what to do; nothing has been trained or written then.
         PeftMissingError: adapters without PEFT.
     """
-    with left_if_refused(settings.output_dir):
+    with leave_if_refused(settings.output_dir):
         return _prepare(settings, resume)
 
 
@@ -132,7 +131,7 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
     """
     output = Path(run.settings.output_dir)
     try:
-        with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+        with nullcontext(signals) if signals else Signals(output) as caught, explain_stops(output):
             return _train(run, command, caught, output)
     finally:
         leave_folder(output)
@@ -169,7 +168,7 @@ def _final_metrics(trainer: FineTuningTrainer) -> dict[str, float]:
     """Return the metrics of the weights that are kept; measured again only if the last evaluation was of others."""
     state, key = trainer.state, f"eval_{trainer.task.primary.name}"
     step = state.global_step
-    if (best := trainer.best_checkpoint) and (chosen := trained_steps(best)) != step:
+    if (best := trainer.best_checkpoint) and (chosen := Manifest.read(best).step) != step:
         trainer.load_weights(best)
         step = chosen
     measured = (entry for entry in reversed(state.log_history) if entry["step"] == step and key in entry)

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..utils.files import readable_size
 from ..utils.redaction import without_tokens
 from ..utils.versions import library_versions
 from .publishable import CARD, CONFIG, PublishError, check_publishable, repository_files
@@ -144,8 +145,8 @@ def describe(directory: str | Path) -> str:
     check_publishable(directory)
     files = repository_files(directory)
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    lines = [f"{_size(size):>10}  {name}" for name, size in sizes.items()]
-    total = f"{_size(sum(sizes.values())):>10}  in {len(sizes)} files"
+    lines = [f"{readable_size(size):>10}  {name}" for name, size in sizes.items()]
+    total = f"{readable_size(sum(sizes.values())):>10}  in {len(sizes)} files"
     return "\n".join([*lines, total, "", files[CARD].read_text(encoding="utf-8")])
 
 
@@ -236,11 +237,3 @@ def _earlier(there: list[str], files: Mapping[str, Path]) -> tuple[list[str], li
 def _matches(name: str, pattern: str) -> bool:
     """``fnmatch``, but a pattern without a folder is of the root."""
     return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"

@@ -27,8 +27,8 @@ class Schedule:
         steps: Optimizer steps, ``None`` where they follow from an unknown number of images.
         steps_per_epoch: Optimizer steps per pass over the images.
         epochs: Passes over the images.
-        learning_rate: Peak value.
-        warmup_steps: Steps of linear warm-up.
+        learning_rate: Peak learning rate.
+        warmup_steps: Steps of linear warm-up, ``None`` where ``steps`` is.
     """
 
     per_device: int
@@ -47,10 +47,10 @@ class Schedule:
         return self.per_device * self.processes * self.accumulation
 
     def hours(self, flops: float, utilisation: float, device_tflops: float) -> float | None:
-        """Duration of the run if devices reach ``utilisation`` of ``device_tflops``; ``None`` without known steps.
+        """Estimate the hours of the run if devices reach ``utilisation`` of ``device_tflops``; ``None`` without steps.
 
         Args:
-            flops: Per image.
+            flops: FLOPs per image.
             utilisation: Model-FLOPs utilisation, in (0, 1].
             device_tflops: Peak of one device, in 10^12 operations per second.
         """
@@ -81,7 +81,7 @@ class Milestone:
 
 
 def schedule(args: EquiSSLTrainingArguments, processes: int, images: int | None) -> Schedule:
-    """Batch, learning-rate and step arithmetic for a launch of ``processes`` processes."""
+    """Compute batch, learning rate and steps for a launch of ``processes`` processes."""
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     per_epoch = None
     if images is not None:
@@ -135,7 +135,7 @@ def milestones(args: EquiSSLTrainingArguments, plan: Schedule, model: EquiSSLFor
 
 
 def _learning_rate(args: EquiSSLTrainingArguments, plan: Schedule) -> Callable[[int], float] | None:
-    """Step -> learning rate, by the scheduler that the Trainer will use; ``None`` for one that is no function of it."""
+    """Make the function step -> learning rate of the Trainer's scheduler; ``None`` if it depends on more than steps."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=plan.learning_rate)
     kwargs: Any = args.lr_scheduler_kwargs
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, plan.warmup_steps, plan.steps, kwargs)

@@ -1,4 +1,4 @@
-"""The plan against the thing: a few real steps, and the most memory that each phase of them took."""
+"""Check a plan against a few real steps: the most memory that each phase of them took."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError
 
 STEPS = 3  # the first is not counted: it brings the optimizer's state into being
-# A check trains for so long, reads images itself, and leaves nothing behind.
+# What a check sets in a recipe: few steps, images that this process reads itself, and nothing that stays behind.
 OVERRIDES: dict[str, Any] = {
     "monitor": {},
     "training.max_steps": STEPS,
@@ -41,10 +41,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _SMALL = -1, -3, 1 << 16  # of malloc.h; bytes
 
 @dataclass
 class PeakMeter:
-    """The most memory since the last look: of the GPU's tensors, or on CPUs of the process, beyond ``baseline``.
+    """Measures the most memory of each phase beyond ``baseline``: of the GPU's tensors, or on CPUs of the process.
 
     Raises:
-        RecipeError: The operating system does not tell.
+        RecipeError: The operating system does not say what a process takes.
     """
 
     device: torch.device
@@ -70,7 +70,7 @@ class PeakMeter:
         self.phases.clear()
 
     def close(self, phase: str) -> None:
-        """The most since the last call belongs to ``phase``."""
+        """Count the most since the last call for ``phase``."""
         self.phases[phase] = max(self.phases.get(phase, 0), self._peak())
         self._reset()
 
@@ -88,28 +88,28 @@ class PeakMeter:
 
 
 class PhaseCallback(TrainerCallback):
-    """Closes a phase of the step at each of the Trainer's events; hooks of the model do the rest."""
+    """Closes a phase of the step at each of the Trainer's events; hooks of the model close the others."""
 
     def __init__(self, meter: PeakMeter) -> None:
         self.meter = meter
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Gradients are there."""
+        """Close the backward pass, when all gradients are there."""
         self.meter.close("backward")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Weights are new, gradients gone."""
+        """Close the optimizer's step, when weights are new and gradients gone."""
         self.meter.close("optimizer")
         if state.global_step == 1:
             self.meter.phases.clear()
 
 
 def measure_phases(build: Callable[[], tuple[EquiSSLForPreTraining, Trainer]], meter: PeakMeter) -> dict[str, int]:
-    """Train a few steps.
+    """Train a few steps and measure the most memory of each phase.
 
     Args:
-        build: Makes model and Trainer; what they take counts.
-        meter: On the training device.
+        build: Makes model and Trainer, whose memory counts.
+        meter: Measures the training device.
 
     Returns:
         Phase -> bytes. What the optimizer does inside of DeepSpeed's backward pass counts there; "views" is the time
@@ -129,10 +129,10 @@ def measure_phases(build: Callable[[], tuple[EquiSSLForPreTraining, Trainer]], m
 
 @contextmanager
 def scratch_folder(world: int) -> Iterator[Path]:
-    """A folder that is removed afterwards, the same for all processes of one launcher on this machine.
+    """Make a folder for all processes of one launcher on this machine, and remove it afterwards.
 
     Raises:
-        RecipeError: the processes are on several machines.
+        RecipeError: The processes are on several machines.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) != world:
         raise RecipeError("--check_memory: one machine only. Start it with as many processes as this one has GPUs.")
@@ -156,14 +156,14 @@ def scratch_folder(world: int) -> Iterator[Path]:
 
 
 def images_needed(recipe: Recipe, world: int) -> int:
-    """Of one step of all processes."""
+    """Count the images that one step of all processes takes."""
     training = recipe.training
     batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
     return int(batch * world)
 
 
 def noise_images(folder: Path, count: int, side: int = 64) -> None:
-    """``count`` small images of noise, the same on every call."""
+    """Write ``count`` small images of noise, the same on every call."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     for index in range(count):

@@ -10,7 +10,7 @@ from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..utils.suggestions import RecipeError, did_you_mean
 from .arithmetic import Schedule
-from .memory import Held, Setup, host_bytes, peak, peaks_by_phase
+from .memory import MemoryUse, Setup, host_bytes, peak, peaks_by_phase
 from .step import Cost
 from .traffic import Traffic, traffic
 
@@ -18,9 +18,9 @@ GIB = 1024**3
 OFFLOAD = "+offload"
 A100_TFLOPS = 312.0
 A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # of its data sheet, dense
-LARGEST_BATCH = 65536  # that is looked for
+LARGEST_BATCH = 65536  # the search for the largest one that fits ends here
 USUAL_NODE = 8  # GPUs
-NEAR = 0.25  # of a batch: so near to a measured one the straight line is trusted
+NEAR = 0.25  # share of a batch within which the straight line through measured batches is trusted
 # What the table compares, from the simplest to the one that needs the least memory.
 COMPARED = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3+offload")
 ENGINES = (*COMPARED, "fsdp2+offload", "zero1+offload", "zero2+offload")
@@ -35,7 +35,7 @@ class Speed:
         device_tflops: Peak of one device, in 10^12 operations per second; ``None``: an A100's in the run's precision.
 
     Raises:
-        RecipeError: for a number out of its range.
+        RecipeError: A number is out of its range.
     """
 
     utilisation: float = 0.4
@@ -51,9 +51,8 @@ class Speed:
         """The same, at an A100's peak in the precision of ``args`` where no other peak was given."""
         if self.device_tflops is not None:
             return self
-        return replace(
-            self, device_tflops=A100_PEAKS["bf16" if args.bf16 or args.fp16 else "TF32" if args.tf32 else "fp32"]
-        )
+        full = "TF32" if args.tf32 else "fp32"
+        return replace(self, device_tflops=A100_PEAKS["bf16" if args.bf16 or args.fp16 else full])
 
     @property
     def peak(self) -> float:
@@ -61,7 +60,7 @@ class Speed:
         return A100_TFLOPS if self.device_tflops is None else self.device_tflops
 
     def describe(self) -> str:
-        """In words."""
+        """Say it in words."""
         precision = next((name for name, peak in A100_PEAKS.items() if peak == self.peak), None)
         device = f" (A100, {precision})" if precision else ""
         return f"at {100 * self.utilisation:g} % of {self.peak:g} TFLOP/s per device{device}"
@@ -73,16 +72,16 @@ class Cluster:
 
     Attributes:
         gpus: Devices, one process each.
-        gpus_per_node: Of one machine.
+        gpus_per_node: Devices of one machine.
         memory: GiB of one device.
-        reserve: GiB of it that the plan leaves free: device context, NCCL's buffers, fragmentation. ``None``: 1.5 GiB
-            and 5 % of the memory.
+        reserve: GiB of each device that the plan leaves free, for the device's context, NCCL's buffers and
+            fragmentation. ``None``: 1.5 GiB and 5 % of the memory.
         link: GB/s that a device sends to its neighbour in the machine; the default is what NCCL reaches on NVLink 3.
         network: GB/s that a machine sends to others; the default is one 400 Gb/s adapter.
         host_link: GB/s between a device and the host's memory; PCIe 4.0 x16.
 
     Raises:
-        RecipeError: for a number out of its range.
+        RecipeError: A number is out of its range.
     """
 
     gpus: int = 8
@@ -122,12 +121,12 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return max(1, self.gpus // self.gpus_per_node)
 
     def bandwidth(self) -> float:
-        """Bytes per second at which each device sends on a ring: the rings of all devices of a machine leave it through
-        its network, together with as many bytes as one device sends.
+        """Compute the bytes per second at which each device sends on a ring. All rings leave a machine through its
+        network, with as many bytes in all as one device sends.
         """
         return 1e9 * (self.link if self.nodes == 1 else min(self.link, self.network))
 
@@ -138,20 +137,20 @@ class EnginePlan:
 
     Attributes:
         setup: Engine and processes.
-        batch: Per device and micro-batch.
-        held: The fullest moment.
-        phases: The fullest moment of each phase.
+        batch: Images per device and micro-batch.
+        held: Memory at the fullest moment.
+        phases: Phase -> memory at its fullest moment.
         host: Bytes of the host's memory per device.
-        traffic: Per device and optimizer step.
-        largest_batch: That fits; 0 if not even the smallest does, ``None`` if it was not looked for.
+        traffic: What a device sends in an optimizer step.
+        largest_batch: Largest batch per device that fits; 0 if none does, ``None`` if it was not looked for.
         compute: Seconds of arithmetic in an optimizer step.
         exchange: Seconds that the traffic takes if nothing else happens meanwhile.
     """
 
     setup: Setup
     batch: int
-    held: Held
-    phases: dict[str, Held]
+    held: MemoryUse
+    phases: dict[str, MemoryUse]
     host: int
     traffic: Traffic
     largest_batch: int | None
@@ -165,7 +164,7 @@ class EnginePlan:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of an optimizer step: exchange and arithmetic at the same time, and one after the other."""
+        """Seconds of an optimizer step with exchange and arithmetic at the same time, and one after the other."""
         return max(self.compute, self.exchange), self.compute + self.exchange
 
     @property
@@ -175,10 +174,10 @@ class EnginePlan:
 
 
 def parse_engine(text: str) -> tuple[Engine, bool]:
-    """Engine and whether it offloads, from e.g. "zero3+offload".
+    """Read the engine and whether it offloads from e.g. "zero3+offload".
 
     Raises:
-        RecipeError: There is none of this name.
+        RecipeError: There is no engine of this name.
     """
     if text not in ENGINES:
         hint = did_you_mean(text, ENGINES)
@@ -188,7 +187,7 @@ def parse_engine(text: str) -> tuple[Engine, bool]:
 
 
 def launched_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
-    """The engine that this launch asks for, as ``--engine`` names it; without a launcher that of a plain one: DDP."""
+    """Name the engine that this launch asks for, as ``--engine`` does; without a launcher DDP."""
     engine = asked_engine(args)
     if engine is Engine.SINGLE and processes > 1:
         engine = Engine.DDP
@@ -198,7 +197,7 @@ def launched_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
 
 
 def gpus_of_a_node(processes: int) -> int:
-    """Processes of one machine: as the launcher says, else the most, up to 8, that ``processes`` divides into."""
+    """Count the processes of one machine: as the launcher says, else the most, up to 8, that divide ``processes``."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local and processes % local == 0:
         return local
@@ -217,10 +216,10 @@ class Planner:
     Args:
         measure: Batch per device -> cost of a step on one of the cluster's devices.
         schedule: Batch and accumulation of the run.
-        cluster: Where.
-        speed: Of a device.
+        cluster: The machines.
+        speed: What a device is assumed to do.
         fused: Whether the optimizer is a fused one.
-        smallest: Batch per device that the objectives accept.
+        smallest: Smallest batch per device that the objectives accept.
     """
 
     measure: Callable[[int], Cost]
@@ -232,13 +231,13 @@ class Planner:
     _costs: dict[int, Cost] = field(default_factory=dict)
 
     def cost(self, batch: int) -> Cost:
-        """Of a step on one device."""
+        """Measure the cost of a step on one device, once for each batch."""
         if batch not in self._costs:
             self._costs[batch] = self.measure(batch)
         return self._costs[batch]
 
     def plan(self, name: str, search: bool = True, exact: bool = True) -> EnginePlan:
-        """One engine; ``search`` for the largest batch, ``exact`` as ``largest_batch`` has it.
+        """Plan one engine; ``search`` for the largest batch, ``exact`` as in ``largest_batch``.
 
         Raises:
             RecipeError: There is no such engine, or a single process is to use several devices.
@@ -265,10 +264,10 @@ class Planner:
         )
 
     def largest_batch(self, setup: Setup, exact: bool) -> int:
-        """The largest batch per device that fits; 0 if not even the smallest does.
+        """Find the largest batch per device that fits; 0 if not even the smallest does.
 
-        What a step holds is a straight line in the batch, but for a few small squares: a line through the two nearest
-        measured batches tells the answer. Where it lies far from both, it is measured too and the line moved; if
+        The memory of a step grows linearly with the batch, but for a few small squares: a line through the two nearest
+        measured batches gives the answer. Where that lies far from both, it is measured too and the line moved; if
         ``exact``, always, until it fits and one image more would not.
         """
         low, high = self.smallest - 1, LARGEST_BATCH + 1  # fits, or is no batch; does not fit
@@ -291,7 +290,7 @@ class Planner:
         return low if low >= self.smallest else 0
 
     def _line(self, setup: Setup, batch: int) -> _Line:
-        """Through the two measured batches that are nearest to ``batch``."""
+        """Draw the line through the two measured batches that are nearest to ``batch``."""
         first, second = sorted(sorted(self._costs, key=lambda known: abs(known - batch))[:2])
         low, high = (peak(self._costs[known], setup).total for known in (first, second))
         return _Line(first, low, max(1.0, (high - low) / (second - first)))
@@ -299,12 +298,12 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Line:
-    """Bytes over batch."""
+    """A straight line of bytes over the batch."""
 
     batch: int
     held: int
     slope: float
 
     def at(self, held: int) -> float:
-        """The batch that takes so many bytes."""
+        """Find the batch that takes so many bytes."""
         return self.batch + (held - self.held) / self.slope

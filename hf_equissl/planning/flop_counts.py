@@ -15,11 +15,12 @@ _READS_PIXELS = "student.embeddings"  # the layer whose input needs no gradient
 
 
 def flop_counter(by_module: bool = True) -> FlopCounterMode:
-    """A counter that also knows the attention kernels of CPUs.
+    """Make a counter that also knows the attention kernels of CPUs.
 
     Args:
-        by_module: Otherwise there is only the total, "Global", and no hook. The hooks hold on to what passes modules:
-            in a backward pass that computes layers again, their activations would live until the counter ends.
+        by_module: Whether to count by module; otherwise there is only the total, "Global", and no hook. Hooks keep the
+            tensors that pass modules: in a backward pass that computes layers again, their activations would live
+            until the counter ends.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     if not by_module:
@@ -30,17 +31,17 @@ def flop_counter(by_module: bool = True) -> FlopCounterMode:
 def flops_by_module(
     model: nn.Module, forward: _Counts, backward: _Counts, followers: Collection[str] = ()
 ) -> dict[str, float]:
-    """Forward and backward FLOPs by module name; "" has those that happen outside of layers.
-
-    Args:
-        model: What ran.
-        forward, backward: ``FlopCounterMode.get_flop_counts()`` of either pass.
-        followers: Names of modules that follow others by moving average: they have no backward pass.
+    """Divide forward and backward FLOPs by module name; "" has those that happen outside of layers.
 
     The counter knows for certain in which module a forward operation happens, but in the backward pass it follows
     tensors, and counts operations of neighbours where several modules read the same one. So the backward pass, of which
     the total is certain, is divided as the forward pass is: a layer costs twice its forward pass, or as much as that
     where its input needs no gradient.
+
+    Args:
+        model: The model that ran.
+        forward, backward: ``FlopCounterMode.get_flop_counts()`` of either pass.
+        followers: Names of modules that follow others by moving average: they have no backward pass.
     """
     passive = tuple(f"{name}." for name in followers)
     own = _own_forward(model, forward)
@@ -62,7 +63,7 @@ def flops_by_module(
 
 
 def _own_forward(model: nn.Module, counts: _Counts) -> dict[str, dict[str, int]]:
-    """FLOPs by kind of modules that own a weight matrix or kernel, and of attention in the module that calls it."""
+    """Count FLOPs by kind of each module that owns a weight matrix or kernel; attention counts where it is called."""
     root = type(model).__name__
 
     def of(name: str) -> dict[str, int]:
@@ -89,7 +90,7 @@ def _by_kind(counts: dict[Any, int]) -> dict[str, int]:
 
 
 class _NoTracker:
-    """In the place of torch's tracker of modules: everything happens outside of them."""
+    """Replaces torch's tracker of modules where nothing is counted by module."""
 
     parents = frozenset({"Global"})
 

@@ -36,12 +36,12 @@ ZERO3_PREFETCH = 50_000_000  # stage3_prefetch_bucket_size
 
 @dataclass(frozen=True)
 class Setup:
-    """How a step is spread.
+    """How a step is spread over devices.
 
     Attributes:
-        engine: Which.
+        engine: What shares out weights, gradients and optimizer state.
         processes: N, one device each.
-        offload: Optimizer state to the host; under FSDP2 and ZeRO-3 the shards of the weights too.
+        offload: Whether the optimizer's state is on the host; under FSDP2 and ZeRO-3 the shards of the weights too.
         accumulating: Whether gradients stay from one micro-batch to the next.
         fused: Whether the optimizer's step needs no temporary tensors.
         on_cpu: Whether devices are CPUs, where of a large empty buffer only what is written counts.
@@ -55,27 +55,27 @@ class Setup:
     on_cpu: bool = False
 
     def buckets(self, gradients: int) -> int:
-        """Bytes of DeepSpeed's buffers for gradients on their way, of which ``gradients`` bytes were filled so far."""
+        """Bytes of DeepSpeed's buffers for gradients under way, of which ``gradients`` bytes were filled so far."""
         size = FP32_BYTES * ZERO_BUCKET * (1 if self.engine is Engine.ZERO3 else 2)
         return min(size, gradients) if self.on_cpu else size
 
     def in_flight(self, gradients: int) -> int:
-        """Bytes of the copy in one piece of a bucket of ``gradients`` bytes; gloo makes another."""
+        """Bytes of the contiguous copy that a bucket of ``gradients`` bytes is sent from; gloo makes another one."""
         copies = 2 if self.on_cpu and self.engine is Engine.ZERO3 else 1
         return copies * min(FP32_BYTES * ZERO_BUCKET, gradients)
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes on one device at one moment.
 
     Attributes:
-        phase: Of the step: "teacher", "forward", "backward", "reduction" (the end of the backward pass where gradients
-            are sharded), "optimizer".
-        weights: Resident ones, or their shards.
-        moments: Of AdamW.
-        gradients: So far.
-        exchange: Gathered layers, buckets.
+        phase: Phase of the step: "teacher", "forward", "backward", "reduction" (the end of the backward pass where
+            gradients are sharded), "optimizer".
+        weights: Weights that stay, or their shards.
+        moments: AdamW's two moments.
+        gradients: Gradients so far.
+        exchange: Gathered layers and buckets.
         casts: Copies of weights for autocast.
         buffers: Centers and statistics.
         views: The batch.
@@ -94,31 +94,31 @@ class Held:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
-        """Name -> bytes."""
+        """Name of a part -> its bytes."""
         return {name: value for name, value in vars(self).items() if name != "phase"}
 
 
-def peak(cost: Cost, setup: Setup) -> Held:
-    """The fullest moment of a step."""
+def peak(cost: Cost, setup: Setup) -> MemoryUse:
+    """Find the fullest moment of a step."""
     return max(moments_of_step(cost, setup), key=lambda held: held.total)
 
 
-def peaks_by_phase(cost: Cost, setup: Setup) -> dict[str, Held]:
-    """The fullest moment of each phase, in the order of the step."""
-    found: dict[str, Held] = {}
+def peaks_by_phase(cost: Cost, setup: Setup) -> dict[str, MemoryUse]:
+    """Find the fullest moment of each phase, in the order of the step."""
+    found: dict[str, MemoryUse] = {}
     for held in moments_of_step(cost, setup):
         if held.phase not in found or held.total > found[held.phase].total:
             found[held.phase] = held
     return found
 
 
-def moments_of_step(cost: Cost, setup: Setup) -> list[Held]:
-    """Every moment that can be the fullest."""
+def moments_of_step(cost: Cost, setup: Setup) -> list[MemoryUse]:
+    """List every moment that can be the fullest."""
     resident = _resident(cost, setup)
     trained = FP32_BYTES * cost.trainable
     share = trained // setup.processes
@@ -157,7 +157,7 @@ def moments_of_step(cost: Cost, setup: Setup) -> list[Held]:
 
 
 def host_bytes(cost: Cost, setup: Setup) -> int:
-    """Bytes of the host's memory for one device's offloaded share; 0 without offload."""
+    """Count the bytes of the host's memory for one device's offloaded share; 0 without offload."""
     if not setup.offload:
         return 0
     trained, every = (FP32_BYTES * count // setup.processes for count in (cost.trainable, cost.parameters))
@@ -169,17 +169,17 @@ def host_bytes(cost: Cost, setup: Setup) -> int:
 
 
 def root_parameters(cost: Cost, processes: int = 1, trained: bool = False) -> int:
-    """Elements outside of wrapped layers, all or trained ones, with the rows that FSDP2 adds to share them."""
+    """Count elements outside of wrapped layers, all or trained ones, with the rows that FSDP2 adds to share them."""
     counted = [(rows, width) for rows, width, learns in cost.root if learns or not trained]
     return sum(-(-rows // processes) * processes * width for rows, width in counted)
 
 
-def _resident(cost: Cost, setup: Setup) -> Held:
-    """What lies on the device all the time, during the step but not the phase."""
+def _resident(cost: Cost, setup: Setup) -> MemoryUse:
+    """Find what stays on the device in every phase of a step."""
     engine, processes = setup.engine, setup.processes
     weights, trained = FP32_BYTES * cost.parameters, FP32_BYTES * cost.trainable
     share = trained // processes
-    held = Held("", buffers=FP32_BYTES * cost.buffers, views=cost.view_bytes)
+    held = MemoryUse("", buffers=FP32_BYTES * cost.buffers, views=cost.view_bytes)
     accumulated = trained if setup.accumulating else 0
     if engine is Engine.SINGLE:
         return replace(held, weights=weights, moments=ADAM_STATES * trained, gradients=accumulated)
@@ -196,12 +196,12 @@ def _resident(cost: Cost, setup: Setup) -> Held:
         bucket = setup.buckets(trained)
         return replace(held, weights=shards, moments=moments, gradients=0 if setup.offload else share, exchange=bucket)
     own = 0 if setup.offload else share
-    kept = accumulated if engine is Engine.ZERO1 else (share if setup.accumulating else 0)
+    kept = accumulated if engine is Engine.ZERO1 else share * setup.accumulating
     return replace(held, weights=weights + own, moments=moments, gradients=kept)
 
 
 def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
-    """Gradients and memory for the exchange at a moment, beside what is resident."""
+    """Find gradients and memory for the exchange at a moment, beside what stays."""
     engine, backward, trained = setup.engine, moment.phase == "backward", FP32_BYTES * cost.trainable
     gradients = moment.layer_gradients + moment.root_gradients
     layers = cost.frozen_layers if moment.phase == "teacher" else cost.trained_layers
@@ -225,7 +225,7 @@ def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
 
 
 def _live_weights(phase: str, cost: Cost) -> int:
-    """Bytes of gathered weights under ZeRO-3, which keeps a layer that will be used again within the reuse distance."""
+    """Count gathered weights under ZeRO-3, in bytes. A layer that is used again within the reuse distance stays."""
     trained = FP32_BYTES * cost.trainable
     fetched = FP32_BYTES * ZERO3_PREFETCH
     if phase == "teacher":

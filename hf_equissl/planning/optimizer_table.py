@@ -1,4 +1,4 @@
-"""How the optimizer treats every parameter, in few lines: names that are treated alike share a line and their words."""
+"""How the optimizer treats every parameter, in few lines: parameters that are treated alike share one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def optimizer_rows(rules: Sequence[ParameterRule]) -> list[Row]:
 
 
 def fold_names(names: Iterable[str]) -> str:
-    """``["a.0.w", "a.0.b", "a.1.w", "a.1.b"]`` -> ``a.{0,1}.{w,b}``."""
+    """Fold names as a shell would expand them: ``["a.0.w", "a.0.b", "a.1.w", "a.1.b"]`` -> ``a.{0,1}.{w,b}``."""
     return _fold([tuple(name.split(".")) for name in names])
 
 

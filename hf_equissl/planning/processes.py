@@ -1,4 +1,4 @@
-"""A step as one of N processes, without the others: collectives do nothing but are counted."""
+"""Run a step as one of N processes without the others: collectives do nothing, and their bytes are counted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def as_one_of(processes: int) -> Iterator[None]:
-    """Make ``world_size()`` say ``processes``, with PyTorch's own stand-in for a process group.
+    """Make ``world_size()`` return ``processes``, with PyTorch's own fake process group.
 
-    Where this process is one of several already, all of them must come here, and their number stays.
+    Where this process is one of several already, all of them have to call it, and their number stays.
     """
-    # It is what PyTorch's parallel wrappers are planned with.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -50,7 +49,7 @@ class Exchanged(TorchDispatchMode):
     twice that of a reduced one.
 
     Attributes:
-        total: Bytes.
+        total: Bytes so far.
     """
 
     def __init__(self) -> None:

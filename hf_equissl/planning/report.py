@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from ..utils.files import readable_size
 from .arithmetic import Schedule
 from .cluster import GIB, Cluster, EnginePlan, Planner
-from .memory import Held
+from .memory import MemoryUse
 from .step import Cost
 
 PARTS = {
@@ -31,28 +32,30 @@ PHASES = {
 
 
 def memory_lines(plan: EnginePlan, precision: str) -> list[str]:
-    """The fullest moment of a step by part, and the fullest moment of each phase."""
+    """Show the fullest moment of a step by part, and the fullest moment of each phase."""
     held = plan.held
-    rows = [(PARTS[name], size(value)) for name, value in held.parts.items() if value]
-    rows.append((f"together, in the {PHASES[held.phase]}", size(held.total)))
+    rows = [(PARTS[name], readable_size(value)) for name, value in held.parts.items() if value]
+    rows.append((f"together, in the {PHASES[held.phase]}", readable_size(held.total)))
     lines = [*table(rows), f"{plan.name}, {precision}, {plan.batch} images"]
-    others = [f"{PHASES[name]} {size(other.total)}" for name, other in plan.phases.items() if name != held.phase]
+    others = [
+        f"{PHASES[name]} {readable_size(other.total)}" for name, other in plan.phases.items() if name != held.phase
+    ]
     lines.append(f"other phases: {'; '.join(others)}")
     if plan.host:
-        lines.append(f"in the host's memory, for each device: {size(plan.host)}")
+        lines.append(f"in the host's memory, for each device: {readable_size(plan.host)}")
     return lines
 
 
 def traffic_lines(plan: EnginePlan, cluster: Cluster) -> list[str]:
-    """What a device sends, and what a step waits for."""
+    """Show what a device sends, and what a step waits for."""
     sent = plan.traffic
     rows = [
-        ("weights", size(sent.weights)),
-        ("gradients", size(sent.gradients)),
-        ("objectives: gathered batches, centers", size(sent.objectives)),
+        ("weights", readable_size(sent.weights)),
+        ("gradients", readable_size(sent.gradients)),
+        ("objectives: gathered batches, centers", readable_size(sent.objectives)),
     ]
     if sent.host:
-        rows.append(("to and from the host", size(sent.host)))
+        rows.append(("to and from the host", readable_size(sent.host)))
     overlapped, apart = plan.seconds
     lines = [*table(rows)]
     if cluster.nodes == 1:
@@ -70,7 +73,7 @@ def traffic_lines(plan: EnginePlan, cluster: Cluster) -> list[str]:
 
 
 def engine_table(plans: list[EnginePlan], schedule: Schedule, cluster: Cluster) -> list[str]:
-    """Engines compared."""
+    """Compare engines, one row each."""
     titles = ("", "weights", "moments", "gradients", "exchange", "activations", "peak", "fits")
     rows: list[tuple[str, ...]] = [(*titles, "largest batch", "sent/step", "images/s")]
     for plan in plans:
@@ -83,7 +86,7 @@ def engine_table(plans: list[EnginePlan], schedule: Schedule, cluster: Cluster) 
                 *(gib(value) for value in (held.weights, held.moments, held.gradients, held.exchange, activations)),
                 gib(held.total),
                 "yes" if held.total <= cluster.usable else "no",
-                "-" if plan.largest_batch is None else str(plan.largest_batch) if plan.largest_batch else "none",
+                {None: "-", 0: "none"}.get(plan.largest_batch, str(plan.largest_batch)),
                 f"{plan.traffic.network / GIB:.2f}",
                 f"{slow:.0f} to {fast:.0f}",
             )
@@ -96,11 +99,11 @@ def engine_table(plans: list[EnginePlan], schedule: Schedule, cluster: Cluster) 
 
 
 def advice(plans: list[EnginePlan], planner: Planner, recipe_batch: int) -> list[str]:
-    """The simplest engine that fits, and what becomes of the global batch.
+    """Recommend the simplest engine that fits, and say what becomes of the global batch.
 
     Args:
         plans: From the simplest engine on, with largest batches.
-        planner: That made them.
+        planner: The one that made them.
         recipe_batch: Images per step that the recipe was written for.
     """
     schedule, cluster = planner.schedule, planner.cluster
@@ -138,7 +141,7 @@ def advice(plans: list[EnginePlan], planner: Planner, recipe_batch: int) -> list
 
 
 def accumulation_steps(share: int, plan: EnginePlan, planner: Planner) -> int | None:
-    """The fewest micro-batches in which an engine processes ``share`` images per device; ``None`` if none fit.
+    """Find the fewest micro-batches in which an engine processes ``share`` images per device; ``None`` if none fit.
 
     Gradients that stay from one micro-batch to the next take memory: with accumulation the largest batch is another.
     """
@@ -156,7 +159,7 @@ def accumulation_steps(share: int, plan: EnginePlan, planner: Planner) -> int | 
 
 
 def as_data(plan: EnginePlan, schedule: Schedule, cluster: Cluster) -> dict[str, Any]:
-    """One engine's plan as plain data; bytes and seconds."""
+    """Turn one engine's plan into plain data, in bytes and seconds."""
     overlapped, apart = plan.seconds
     return {
         "engine": plan.name,
@@ -181,13 +184,13 @@ def as_data(plan: EnginePlan, schedule: Schedule, cluster: Cluster) -> dict[str,
 
 
 def plan_lines(recipe: str, planner: Planner, plans: list[EnginePlan], precision: str, recipe_batch: int) -> list[str]:
-    """The whole report: one engine in detail, or several compared.
+    """Write the whole report: one engine in detail, or several compared.
 
     Args:
-        recipe: Its name.
-        planner: That made ``plans``.
+        recipe: Name of the recipe.
+        planner: The one that made ``plans``.
         plans: From the simplest engine on.
-        precision: In words.
+        precision: The precision of the run, in words.
         recipe_batch: Images per step that the recipe was written for.
     """
     cluster, schedule = planner.cluster, planner.schedule
@@ -216,7 +219,7 @@ def plan_lines(recipe: str, planner: Planner, plans: list[EnginePlan], precision
 
 
 def plan_data(recipe: str, planner: Planner, plans: list[EnginePlan], precision: str) -> dict[str, Any]:
-    """The report as plain data."""
+    """Turn the report into plain data."""
     schedule, cluster = planner.schedule, planner.cluster
     cost = planner.cost(schedule.per_device)
     return {
@@ -233,22 +236,22 @@ def plan_data(recipe: str, planner: Planner, plans: list[EnginePlan], precision:
     }
 
 
-def check_lines(recipe: str, plan: dict[str, Held], measured: dict[str, int], words: str) -> list[str]:
-    """What ``--check_memory`` found."""
-    highest = max(plan.values(), key=lambda held: held.total)
-    value = max(measured.values())
+def check_lines(recipe: str, plan: dict[str, MemoryUse], measured: dict[str, int], words: str) -> list[str]:
+    """Show what ``--check_memory`` found."""
+    highest, value = max(held.total for held in plan.values()), max(measured.values())
+    planned, difference = readable_size(highest), f"{highest / value - 1:+.1%}"
     return [
         f"{recipe}, {words}",
         *phase_table(plan, measured),
-        f"peak: planned {size(highest.total)}, measured {size(value)}, difference {highest.total / value - 1:+.1%}",
+        f"peak: planned {planned}, measured {readable_size(value)}, difference {difference}",
     ]
 
 
 def _largest_line(plan: EnginePlan, cluster: Cluster) -> str:
     fits = "fits" if plan.held.total <= cluster.usable else "does not fit"
     if not plan.largest_batch:
-        return f"{fits} into {size(cluster.usable)}, and no batch does"
-    return f"{fits} into {size(cluster.usable)}; the largest batch per device that does: {plan.largest_batch}"
+        return f"{fits} into {readable_size(cluster.usable)}, and no batch does"
+    return f"{fits} into {readable_size(cluster.usable)}; the largest batch per device that does: {plan.largest_batch}"
 
 
 def _assumptions(planner: Planner) -> list[str]:
@@ -263,7 +266,7 @@ def _assumptions(planner: Planner) -> list[str]:
 
 
 def _host_lines(plans: list[EnginePlan]) -> list[str]:
-    """What the times of engines that offload leave out."""
+    """Say what the times of engines that offload leave out."""
     if not any(plan.setup.offload for plan in plans):
         return []
     return ["with +offload the optimizer's step is the host's, and not counted: fewer images/s than shown"]
@@ -283,7 +286,7 @@ def _time_lines(plan: EnginePlan, planner: Planner) -> list[str]:
 
 
 def parameter_rows(cost: Cost) -> list[tuple[str, ...]]:
-    """Parameters and FLOPs by part, with a heading."""
+    """List parameters and FLOPs by part, below a heading."""
     rows: list[tuple[str, ...]] = [("", "parameters", "trained", "GFLOP/image", "share")]
     for part in cost.parts:
         share = f"{part.flops / cost.flops:.1%}" if cost.flops else ""
@@ -292,18 +295,19 @@ def parameter_rows(cost: Cost) -> list[tuple[str, ...]]:
     return rows
 
 
-def phase_table(planned: dict[str, Held], measured: dict[str, int]) -> list[str]:
-    """Planned and measured bytes by phase."""
+def phase_table(planned: dict[str, MemoryUse], measured: dict[str, int]) -> list[str]:
+    """Show planned and measured bytes by phase."""
     rows = [("", "planned", "measured", "difference")]
     for name, value in measured.items():
         if name in planned:
             total = planned[name].total
-            rows.append((PHASES[name], size(total), size(value), f"{total / value - 1:+.1%}" if value else ""))
+            difference = f"{total / value - 1:+.1%}" if value else ""
+            rows.append((PHASES[name], readable_size(total), readable_size(value), difference))
     return table(rows)
 
 
 def table(rows: Iterable[tuple[str, ...]], left: int = 0) -> list[str]:
-    """Aligned columns; column ``left`` is flush left, the others flush right."""
+    """Align columns; column ``left`` is flush left, the others flush right."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -312,8 +316,3 @@ def table(rows: Iterable[tuple[str, ...]], left: int = 0) -> list[str]:
         ).rstrip()
         for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
     ]
-
-
-def size(number: int) -> str:
-    """GiB, or MiB of what is small."""
-    return f"{number / GIB:.3f} GiB" if number >= GIB / 10 else f"{number / 1024**2:.2f} MiB"

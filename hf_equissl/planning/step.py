@@ -40,7 +40,7 @@ class Part:
         name: e.g. "encoder: blocks".
         parameters: Number of them.
         trainable: How many of them get a gradient.
-        flops: Forward and backward for one image.
+        flops: FLOPs of forward and backward for one image.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Cost:
     Attributes:
         batch: Images on the device.
         parts: Parameters and FLOPs by part; the FLOPs that belong to no module are in the part "loss".
-        trained_layers, frozen_layers: Parameters of each layer that engines wrap by itself, of student and teacher.
+        trained_layers, frozen_layers: Parameters of each layer of student and teacher that engines wrap on its own.
         trained_calls, frozen_calls: Forward passes through each of them: crops of two sizes take two.
-        root: Of each parameter in no such layer: rows, numbers in a row, whether it is trained.
+        root: (rows, numbers in a row, whether it is trained) of each parameter outside of these layers.
         buffers: Elements in buffers.
-        activation_bytes: Distinct storages that the forward pass keeps for the backward pass.
+        activation_bytes: Bytes of distinct storages that the forward pass keeps for the backward pass.
         moments: What is held beside weights, optimizer state and views, in the order of the step.
         exchanged_bytes: What the objectives send to other processes, per process: gathered batches, centers.
-        view_bytes: The views themselves, with reconstruction targets.
+        view_bytes: Bytes of the views themselves, with reconstruction targets.
         logs: Names of the logged loss parts.
     """
 
@@ -94,12 +94,12 @@ class Cost:
 
     @property
     def trainable(self) -> int:
-        """Those of them that get a gradient."""
+        """Parameters that get a gradient."""
         return sum(part.trainable for part in self.parts)
 
     @property
     def flops(self) -> float:
-        """Forward and backward for one image; of the teacher the forward pass."""
+        """FLOPs of forward and backward for one image; of the teacher, those of the forward pass."""
         return sum(part.flops for part in self.parts)
 
 
@@ -120,7 +120,7 @@ def parts_of(model: EquiSSLForPreTraining) -> dict[str, str]:
 
 
 def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, EquiSSLForPreTraining]:
-    """The pretraining model with parameters that have a shape and no memory, and the mode in which it can run."""
+    """Build the pretraining model with parameters that take no memory, and the mode in which it can run."""
     with torch.device("meta"), no_init_weights():
         model = EquiSSLForPreTraining(config).train()
     mode = FakeTensorMode()
@@ -129,7 +129,7 @@ def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, E
 
 
 def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
-    """Size of one checkpoint: weights, and AdamW's two moments of the trainable ones."""
+    """Count the bytes of one checkpoint: weights, and AdamW's two moments of the trainable ones."""
     _, model = without_weights(config)
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -137,7 +137,7 @@ def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
 
 
 def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) -> int:
-    """The fewest images per device that the objectives accept on so many processes; ``most`` if none fewer."""
+    """Find the fewest images per device that the objectives accept on so many processes; at most ``most``."""
     _, model = without_weights(config)
     for images in range(1, most):
         try:
@@ -155,14 +155,14 @@ def measure(
     batch: int | None = None,
     processes: int = 1,
 ) -> Cost:
-    """Run one step on fake tensors and count.
+    """Run one step on fake tensors and count what it costs.
 
     Args:
         config: What is trained.
         views: Views of a few real images; only their shapes and types are used.
         args: Batch per device, precision and activation checkpointing.
         batch: Images on the device, in place of that of ``args``.
-        processes: The objectives see the batches of so many.
+        processes: Number of processes whose batches the objectives see.
     """
     mode, model = without_weights(config)
     if args.activation_checkpointing:
@@ -215,7 +215,7 @@ def measure(
 
 
 def batch_of(views: Views, size: int) -> Views:
-    """Empty views with the shapes and types of ``views`` for ``size`` images, on the current default device or mode."""
+    """Make empty views like ``views`` but of ``size`` images, on the current default device or mode."""
     factor = Fraction(size, views.batch_size)
 
     def empty(tensor: Tensor, dim: int) -> Tensor:
@@ -226,18 +226,18 @@ def batch_of(views: Views, size: int) -> Views:
 
 
 def _sizes(layers: list[nn.Module]) -> tuple[int, ...]:
-    """Parameters of each layer."""
+    """Count the parameters of each layer."""
     return tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
 
 
 def _rows(parameter: nn.Parameter) -> tuple[int, int, bool]:
-    """Rows, numbers in a row, whether it is trained."""
+    """Return a parameter's rows, the numbers in a row, and whether it is trained."""
     rows = parameter.shape[0] if parameter.ndim else 1
     return rows, parameter.numel() // rows, parameter.requires_grad
 
 
 def _followers(model: EquiSSLForPreTraining) -> list[str]:
-    """Names of the modules that follow others by moving average."""
+    """List the names of the modules that follow others by moving average."""
     followers = {id(follower) for _, follower in model.ema_pairs()}
     return [name for name, module in model.named_modules() if id(module) in followers]
 

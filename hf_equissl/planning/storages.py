@@ -1,4 +1,4 @@
-"""What a step holds in memory and when: the storages that operations make, from the first use to the last reference."""
+"""What a step holds in memory and when: the storages that operations make, until the last reference to them is gone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Moment:
         layer_gradients: Gradients of the parameters that belong to a wrapped layer.
         root_gradients: Those of all others.
         casts: Copies of weights in the precision of autocast, which keeps them until backward has used them.
-        other: What the forward pass keeps for the backward pass, and whatever passes at that moment.
+        other: What the forward pass keeps for the backward pass, and temporary tensors.
     """
 
     phase: str
@@ -42,7 +42,7 @@ class StepMemory(TorchDispatchMode):
         is_in_layer: Whether a parameter belongs to a layer that is wrapped by itself.
 
     Attributes:
-        peak: The most at any time.
+        peak: The most bytes at any time.
         moments: The fullest moment of each phase; of the backward pass the fullest one between any two gradients.
     """
 
@@ -65,7 +65,7 @@ class StepMemory(TorchDispatchMode):
         self._phase, self._fullest = phase, dict(self._bytes)
 
     def watch_gradients(self, model: nn.Module) -> None:
-        """Tell gradients of parameters from what passes."""
+        """Count gradients of parameters apart from temporary tensors."""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._got_gradient)
@@ -125,5 +125,5 @@ class KeptStorages(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes of all storages that were kept."""
         return sum(self._sizes.values())

@@ -34,10 +34,10 @@ class Traffic:
     """Bytes that one device sends in one optimizer step.
 
     Attributes:
-        weights: Gathered before they are used or after they were updated.
-        gradients: Reduced.
+        weights: Weights that are gathered before their use or after their update.
+        gradients: Gradients that are reduced.
         objectives: What losses and normalisation exchange.
-        host: To and from the host's memory, where something is offloaded.
+        host: What goes to and from the host's memory, where something is offloaded.
     """
 
     weights: int
@@ -47,12 +47,12 @@ class Traffic:
 
     @property
     def network(self) -> int:
-        """Between devices."""
+        """Bytes between devices."""
         return self.weights + self.gradients + self.objectives
 
 
 def traffic(cost: Cost, setup: Setup, accumulation: int = 1) -> Traffic:
-    """What a step sends."""
+    """Count what one device sends in a step."""
     engine, processes = setup.engine, setup.processes
     every, trained = FP32_BYTES * cost.parameters, FP32_BYTES * cost.trainable
     weights = gradients = 0
@@ -78,7 +78,7 @@ def traffic(cost: Cost, setup: Setup, accumulation: int = 1) -> Traffic:
 
 
 def _fsdp2(cost: Cost, processes: int, accumulation: int) -> tuple[int, int]:
-    """Elements gathered and elements reduced in a step."""
+    """Count the elements that are gathered and those that are reduced in a step."""
     passed = _passed(cost.frozen_layers, cost.frozen_calls) + 2 * _passed(cost.trained_layers, cost.trained_calls)
     times = [min(calls, 2) if accumulation > 1 else 1 for calls in cost.trained_calls]
     reduced = root_parameters(cost, processes, trained=True) + _passed(cost.trained_layers, times)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..distributed.collectives import local_shard
+from ..distributed.engines import plain_name
 from .arguments import EquiSSLTrainingArguments
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"student\.encoder\.layer\.(\d+)\.")
 _PROJECTIONS = re.compile(r"\.[qkv]_proj\.")
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 CLIP_EPSILON = 1e-6  # of iBOT's and of PyTorch's rule
 
 
@@ -89,7 +89,7 @@ def parameter_group(
 
 def is_last_layer(model: EquiSSLForPreTraining, name: str) -> bool:
     """Ask the objective that owns the parameter ``name``, if one does, whether it is a last layer that can be held."""
-    if (owner := model.owner_of(_WRAPPERS.sub("", name))) is None:
+    if (owner := model.owner_of(plain_name(name))) is None:
         return False
     _, objective, own_name = owner
     return objective.is_last_layer(own_name)
@@ -117,7 +117,7 @@ def parameter_rules(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments
     """
     # Under ZeRO-3 a parameter is an empty placeholder that remembers its shape.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
-    groups = {name: parameter_group(_WRAPPERS.sub("", name), shape, model, args) for name, shape in shapes.items()}
+    groups = {name: parameter_group(plain_name(name), shape, model, args) for name, shape in shapes.items()}
     order = sorted(set(groups.values()), key=lambda g: (g.last_layer, -g.lr_multiplier, not g.decayed))
     return [
         ParameterRule(name, module_of(model, name), shape, groups[name], order.index(groups[name]))
@@ -211,7 +211,7 @@ def clipping_parts(model: EquiSSLForPreTraining, rule: str) -> list[tuple[str, n
 
 def module_of(model: EquiSSLForPreTraining, name: str) -> str:
     """Return the part of the model that the parameter ``name`` is clipped in by the rule "module"."""
-    name = _WRAPPERS.sub("", name)
+    name = plain_name(name)
     if (owner := model.owner_of(name)) is not None:
         place, objective, own_name = owner
         part = objective.clipping_part(own_name)

@@ -188,7 +188,7 @@ class Recipe:
         return path
 
     def build_encoder_config(self) -> EquiSSLConfig:
-        """Build the encoder's configuration; with ``init_from`` of a recipe that ``settle`` returned."""
+        """Build the encoder's configuration; with ``init_from`` of a recipe that ``adopt_encoder`` returned."""
         values = {key: value for key, value in self.model.items() if key not in INIT_KEYS}
         preset = values.pop("preset", None)
         with naming_section("model"):

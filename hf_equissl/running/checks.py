@@ -39,7 +39,7 @@ def check_agreement(output_dir: str | Path | None, checkpoint: str | None, preci
 
 
 def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
-    """Refuse what the Trainer would: schedules in epochs of unknown length."""
+    """Refuse schedules in epochs of unknown length, as the Trainer would later."""
     progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
     try:
         model.begin_step(progress)
@@ -74,7 +74,7 @@ def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processe
     """Refuse runs that have no step to take.
 
     Raises:
-        RecipeError: a stream without ``max_steps``, or fewer images than one batch.
+        RecipeError: It is a stream without ``max_steps``, or has fewer images than one batch.
     """
     if num_images is None:
         if args.max_steps <= 0:
@@ -95,7 +95,7 @@ def check_batches(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, 
     """Refuse batches, or a last batch, that are too small for an objective.
 
     Raises:
-        RecipeError: names the objective, the number and the remedy.
+        RecipeError: It names the objective, the number and the remedy.
     """
     sizes = [plan.per_device]
     # The last batch of several processes is filled up with images from the beginning.
@@ -105,12 +105,8 @@ def check_batches(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, 
         try:
             model.check_batch(size, plan.processes)
         except ValueError as error:
-            batch = (
-                f"{size} images per process on {plan.processes}"
-                if size == plan.per_device
-                else (
-                    f"the last batch of an epoch, {plan.images} images modulo {plan.per_device} = {size}: "
-                    "set --training.dataloader_drop_last true"
-                )
-            )
+            batch = f"{size} images per process on {plan.processes}"
+            if size != plan.per_device:
+                batch = f"the last batch of an epoch, {plan.images} images modulo {plan.per_device} = {size}: "
+                batch += "set --training.dataloader_drop_last true"
             raise RecipeError(f"training.per_device_train_batch_size: {batch}. {error}") from error

@@ -28,7 +28,7 @@ GAP = 2
 
 
 def dry_run_report(run: Run, speed: Speed | None = None) -> str:
-    """Everything that a person would want to know before starting ``run``."""
+    """Write everything that a person would want to know before starting ``run``."""
     cost, speed = run.cost(), (speed or Speed()).of(run.args)
     _, model = without_weights(run.config)
     sections = {
@@ -48,7 +48,7 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
 
 
 def save_picture(views: Views, pipeline: ViewPipeline, path: str | Path) -> Path:
-    """A grid of the first images: one row each; its views, then the reconstruction targets."""
+    """Save a grid of the first images, one row each: its views, then the reconstruction targets."""
     columns = [(f"view {number}", crop) for number, crop in enumerate(views.global_crops, start=1)]
     if views.intermediate_images is not None:
         fractions = pipeline.needs.fractions
@@ -177,7 +177,7 @@ def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
 
 
 def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]:
-    """Memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
+    """Estimate memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
     name = launched_engine(run.args, run.plan.processes)
     cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
     planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))

@@ -54,10 +54,10 @@ def build_dataset(
 def first_views(
     dataset: ViewDataset, pipeline: ViewPipeline, count: int = FIRST_IMAGES
 ) -> tuple[Views, tuple[str, ...]]:
-    """Views of the first images, as epoch 0 makes them, and the names of images that do not decode.
+    """Make the views of the first images, as epoch 0 does; also the names of images that do not decode.
 
     Raises:
-        RecipeError: there are no images, or none of the first ones can be read.
+        RecipeError: There are no images, or none of the first ones can be read.
     """
     try:
         if isinstance(dataset, IterableDataset):
@@ -74,7 +74,7 @@ def first_views(
 
 
 def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
-    """Views of grey images: what a data set would give, as far as shapes go."""
+    """Make views of grey images, which have the shapes of a data set's."""
     rng = np.random.default_rng(0)
     image = Image.new("RGB", (2 * pipeline.image_size, 2 * pipeline.image_size), (128, 128, 128))
     samples = [

@@ -1,9 +1,9 @@
 """Start from an encoder that exists instead of from random weights: ``model.init_from`` of a recipe.
 
-The encoder's architecture wins over the recipe's, which says what to train from scratch. Of the section ``model`` only
-what is the training's business stays (``OF_TRAINING``); an architecture key that was given on the command line and that
-contradicts the encoder is an error. So is the normalisation of the views: the encoder's own, unless the command line
-gives another one. What a run then trains is a recipe of its own, which it keeps: ``settle``.
+The encoder's architecture replaces the recipe's, which says what to train from scratch. Of the section ``model`` only
+the keys that concern the training stay (``OF_TRAINING``); an architecture key that was given on the command line and
+contradicts the encoder is an error. The normalisation of the views is the encoder's too, unless the command line gives
+another one. ``adopt_encoder`` makes the recipe that the run then trains and keeps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ..utils.load_errors import explain_load_errors
 from ..utils.suggestions import RecipeError
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-# Keys of a recipe's section `model` that hold whatever the encoder is. Sizes of the stem are among them: an encoder
-# that has none, or another one, gets a new stem.
+# Keys of a recipe's section `model` that hold for every encoder. Sizes of the stem are among them: an encoder that has
+# no stem, or another one, gets a new one.
 OF_TRAINING = (
     "image_size",
     "use_mask_token",
@@ -49,14 +49,14 @@ _MASK_TOKEN = "embeddings.mask_token"
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a run starts from.
+    """The weights that a run starts from.
 
     Attributes:
-        encoder: Becomes the student, fp32.
-        teacher: Of a pretraining state that has one; otherwise the teacher starts as a copy of the student.
-        objectives: Objectives of a pretraining state by their names, with their heads, decoders and centers.
+        encoder: The student, in fp32.
+        teacher: That of a pretraining state; ``None``: the teacher starts as a copy of the student.
+        objectives: Name -> objective of a pretraining state, with its heads, decoders and centers.
         normalisation: Mean and standard deviation of the images that the encoder was trained on, if anything says so.
-        revision: Commit on the Hub, if it is from there.
+        revision: Commit on the Hub, if the encoder is from there.
     """
 
     encoder: EquiSSLModel
@@ -71,7 +71,7 @@ class InitialWeights:
         model.load_state_dict(weights, strict=False)
 
     def select(self, model: EquiSSLForPreTraining) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What goes where; of ``model`` only names and shapes are read.
+        """Choose which tensor goes where; of ``model`` only names and shapes are read.
 
         Returns:
             Name in the state of ``model`` -> tensor; part of ``model`` -> what becomes of it, for people.
@@ -100,7 +100,7 @@ class InitialWeights:
         return weights, said
 
     def describe(self, model: EquiSSLForPreTraining, recipe: Recipe) -> list[str]:
-        """Lines that say what ``model`` starts from, for people."""
+        """Say in lines for people what ``model`` starts from."""
         _, said = self.select(model)
         said["normalisation"] = self._describe_normalisation(recipe)
         width = max(map(len, said))
@@ -120,7 +120,7 @@ def load_initial_weights(recipe: Recipe) -> InitialWeights:
     """Read what ``model.init_from`` names: an encoder (``hub.convert.convert_encoder``) or a whole pretraining state.
 
     Raises:
-        RecipeError: it cannot be read, or is no encoder that converts; with the reason.
+        RecipeError: It cannot be read, or is not an encoder that converts; with the reason.
     """
     source, asked = recipe.model["init_from"], recipe.model.get("init_revision")
     if asked is not None and Path(source).exists():
@@ -146,19 +146,19 @@ def load_initial_weights(recipe: Recipe) -> InitialWeights:
     return replace(initial, revision=revision)
 
 
-def settle(
+def adopt_encoder(
     recipe: Recipe, encoder: EquiSSLConfig, normalisation: Normalisation | None = None, revision: str | None = None
 ) -> Recipe:
-    """The recipe of a run that starts from an encoder: complete, and the same for everyone who settles it again.
+    """Complete the recipe of a run that starts from an encoder. Doing it again gives the same recipe.
 
     Args:
-        recipe: Names the encoder in ``model.init_from``.
+        recipe: It names the encoder in ``model.init_from``.
         encoder: The encoder's architecture.
         normalisation: Mean and standard deviation that take the place of the recipe's; those that were given do not.
         revision: Commit on the Hub, kept where the recipe names no revision.
 
     Raises:
-        RecipeError: a key that was given contradicts the encoder, or the recipe's image size does not fit its patches.
+        RecipeError: A key that was given contradicts the encoder, or the recipe's image size does not fit its patches.
     """
     fields = [key for key in encoder_fields() if key not in OF_TRAINING]
     architecture = {**{key: getattr(encoder, key) for key in fields}, "patch_size": encoder.patch_side}
@@ -168,16 +168,16 @@ def settle(
     numbers: dict[str, Any] = dict(zip(("image_mean", "image_std"), normalisation or (), strict=False))
     numbers = {key: values for key, values in numbers.items() if f"views.{key}" not in recipe.given}
     named = {key: value for key, value in named.items() if value is not None}
-    settled = replace(recipe, model={**named, **architecture, **kept}, views=replace(recipe.views, **numbers))
+    adopted = replace(recipe, model={**named, **architecture, **kept}, views=replace(recipe.views, **numbers))
     try:
-        settled.build_encoder_config()
+        adopted.build_encoder_config()
     except RecipeError as error:
         raise RecipeError(f"{error} The architecture is that of {_name(recipe)}.") from error
-    return settled
+    return adopted
 
 
 def _refuse_contradictions(recipe: Recipe, architecture: dict[str, Any]) -> None:
-    """What a file says of the architecture is meant for training from scratch; what was given is meant for this run."""
+    """Refuse given keys that contradict the encoder; those of a file are meant for training from scratch."""
     for key in sorted(recipe.given & {f"model.{name}" for name in ("preset", *architecture)}):
         value = recipe.model[key.removeprefix("model.")]
         wanted = {key.removeprefix("model."): value}
@@ -222,7 +222,7 @@ def _read_pretraining_state(source: str, options: dict[str, Any]) -> InitialWeig
 
 
 def _find_recipe(source: str, options: dict[str, Any]) -> Path | None:
-    """The recipe that lies beside a published state, or above a run's checkpoint: no image processor does."""
+    """Find the recipe beside a published state or above a run's checkpoint, neither of which has an image processor."""
     if Path(source).exists():
         folder = Path(source, options["subfolder"]).resolve()
         return next((path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()), None)
@@ -234,7 +234,7 @@ def _find_recipe(source: str, options: dict[str, Any]) -> Path | None:
 
 
 def _objectives(model: EquiSSLForPreTraining) -> Iterator[tuple[str, str, nn.Module]]:
-    """(name, prefix in the state, objective) of those that have something to learn or remember."""
+    """List (name, prefix in the state, objective) of the objectives that have parameters or buffers."""
     names = [(model.config.invariance["name"], "invariance")]
     names += [(name, f"equivariance.{index}") for index, name in enumerate(model.equivariance_names)]
     for name, prefix in names:
@@ -244,10 +244,10 @@ def _objectives(model: EquiSSLForPreTraining) -> Iterator[tuple[str, str, nn.Mod
 
 
 def _select_encoder(encoder: EquiSSLModel, target: EquiSSLModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What of ``encoder`` goes into ``target``, positions at its image size, and what is said of it.
+    """Choose what of ``encoder`` goes into ``target``, positions at its image size; also part -> what becomes of it.
 
     Raises:
-        ValueError: the two are not of one architecture.
+        ValueError: The two are not of one architecture.
     """
     state, wanted = encoder.state_dict(), target.state_dict()
     before, after = encoder.embeddings.grid_size, target.embeddings.grid_size
@@ -274,7 +274,7 @@ def _select_encoder(encoder: EquiSSLModel, target: EquiSSLModel) -> tuple[dict[s
 
 @torch.no_grad()
 def _resample_positions(encoder: EquiSSLModel, grid: tuple[int, int]) -> Tensor:
-    """Position embeddings for ``grid``, by the interpolation of the encoder's own forward: outputs do not change."""
+    """Resample position embeddings to ``grid`` as the encoder's own forward does, so that outputs do not change."""
     patches = encoder.embeddings.interpolate_patch_positions(grid)
     if encoder.embeddings.is_cls_late:
         return patches
@@ -282,7 +282,7 @@ def _resample_positions(encoder: EquiSSLModel, grid: tuple[int, int]) -> Tensor:
 
 
 def _difference(target: nn.Module, source: nn.Module) -> str | None:
-    """The first name or shape in which two states differ, in words; ``None`` if one fits the other."""
+    """Say in which name or shape two states differ first; ``None`` if one fits the other."""
     ours, theirs = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (target, source))
     for key in ours | theirs:
         if ours.get(key) != theirs.get(key):

@@ -56,7 +56,7 @@ from ..recipes.monitor_settings import MonitorSettings
 from ..recipes.recipe import Recipe, naming_section
 from ..utils.feature_statistics import effective_rank, feature_std
 from ..utils.figures import plot_losses
-from ..utils.files import write_text
+from ..utils.files import readable_size, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +68,19 @@ PANELS = {
     "monitor/feature_std": "feature std",
 }
 _RANK = "monitor/effective_rank"
-# An effective rank below the first number, or below this share of its best, is alarming, once it has halved.
+# An effective rank that has halved is alarming below the first number, or below the second as a share of its best.
 COLLAPSED_RANK = 2.0
 COLLAPSED_SHARE = 0.1
-# Of the votes, as in DINO's eval_knn.py.
-TEMPERATURE = 0.07
+TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's eval_knn.py
 SUBSET_SEED = 0
 LARGEST_BATCH = 256
-MIB = 1024**2
 
 
 def load_monitor_images(settings: MonitorSettings, training: ImageSource, data: Mapping[str, Any]) -> ImageSet:
-    """The images of the monitor, still encoded: ``train_images`` + ``test_images``, fewer where there are fewer.
+    """Open the images of the monitor, still encoded: ``train_images`` + ``test_images``, or as many as there are.
 
     Args:
-        settings: Says which.
+        settings: They say which images.
         training: The training data, opened.
         data: Arguments of ``load_images`` that opened them: of another split of the same source.
 
@@ -120,7 +118,7 @@ def build_monitor(recipe: Recipe, training: ImageSource) -> OnlineMonitor | None
         ``None`` without ``monitor.every_steps``.
 
     Raises:
-        RecipeError: its images cannot be had.
+        RecipeError: Its images cannot be read.
     """
     settings = MonitorSettings(**recipe.monitor)
     if settings.every_steps is None:
@@ -131,13 +129,13 @@ def build_monitor(recipe: Recipe, training: ImageSource) -> OnlineMonitor | None
 
 
 class OnlineMonitor(TrainerCallback):
-    """Measures the encoder on a schedule while the Trainer trains it. See the module for what and where to.
+    """Measures the encoder on a schedule while the Trainer trains it. The module says what, and where results go.
 
     Weights, training mode and random states stay as they are. With several processes each encodes its share; all have
     to call the same methods. Encoders whose weights are sharded (FSDP, ZeRO-3) are not measured: a warning says so.
 
     Args:
-        settings: When and what.
+        settings: When to measure, and what.
         images: From ``load_monitor_images``.
         image_mean, image_std: Normalisation of the run, three numbers each.
 
@@ -159,7 +157,7 @@ class OnlineMonitor(TrainerCallback):
         self._off = False
 
     def _choose_queries(self, count: int) -> Tensor:
-        """Which of the images (count,) are classified; the others are the bank."""
+        """Choose which of the images are classified, a bool for each (count,); the others are the bank."""
         settings = self.settings
         wanted = settings.train_images + settings.test_images
         queries = settings.test_images
@@ -215,7 +213,7 @@ class OnlineMonitor(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Measure if it is time."""
+        """Measure, if it is time to."""
         every = self.settings.every_steps
         if every is None or self._off:
             return
@@ -264,16 +262,15 @@ class OnlineMonitor(TrainerCallback):
             self._is_query = self._is_query[~self._is_query]
         self._images, self._encoded = ResidentImages(encoded, size), None
         if is_main_process():
-            mib = self._images.num_bytes / MIB
-            name = encoded.dataset
-            logger.info("Online monitor: %d + %d images of %s, %.1f MiB per process.", bank, queries, name, mib)
+            size = readable_size(self._images.num_bytes)
+            logger.info("Online monitor: %d + %d images of %s, %s per process.", bank, queries, encoded.dataset, size)
 
     @torch.no_grad()
     def measure(self, encoder: FrozenEncoder) -> dict[str, float]:
-        """Effective rank and feature std of the bank's CLS features, and the accuracy of the queries' neighbours.
+        """Measure effective rank and feature std of the bank's CLS features, and the queries' kNN accuracy.
 
         Returns:
-            ``monitor/<name>`` -> number; NaN where features are not finite: to stop the run is the Trainer's business.
+            ``monitor/<name>`` -> number; NaN where features are not finite, for which the Trainer stops the run.
         """
         if self._images is None:
             raise ValueError("The monitor's images are not decoded: call decode(size) first.")
@@ -315,7 +312,7 @@ class OnlineMonitor(TrainerCallback):
             logger.warning("The monitor's files cannot be written in %s (%s). The run goes on.", folder, error)
 
     def _collapses(self, record: dict[str, Any]) -> bool:
-        """Whether an effective rank is far below what it was before, or low whenever it was looked at in training."""
+        """Whether an effective rank is far below what it was, or has been low each time it was measured in training."""
         value, trained = record[_RANK], record["step"] > 0
         best = max((item[_RANK] for item in self.records if math.isfinite(item[_RANK])), default=0.0)
         fell = value < best / 2 or (trained and best < COLLAPSED_RANK)
@@ -333,7 +330,7 @@ class OnlineMonitor(TrainerCallback):
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What a monitor wrote into an output folder, one mapping per measurement; empty where there is nothing."""
+    """Read what a monitor wrote into an output folder, one mapping per measurement; empty where there is nothing."""
     path = Path(folder) / RECORDS_FILE
     if not path.is_file():
         return []
@@ -342,7 +339,7 @@ def load_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Curves of all measurements, moved into place when they are drawn."""
+    """Draw the curves of all measurements, and move the file into place when it is whole."""
     panels = {key: title for key, title in PANELS.items() if any(key in record for record in records)}
     staging = path.with_name(f".{path.name}")
     plot_losses({records[-1]["encoder"]: records}, panels, staging)
@@ -350,20 +347,20 @@ def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _exported(model: nn.Module | None) -> tuple[Any, str]:
-    """The encoder that would be exported now, and its role."""
+    """Find the encoder that would be exported now, and its role."""
     if not isinstance(model, EquiSSLForPreTraining):
         raise ValueError(f"The online monitor reads EquiSSLForPreTraining, got {type(model).__name__}.")
     return model.get_submodule(model.exported), model.exported
 
 
 def _finite(value: Any) -> Any:
-    """``None`` for numbers that JSON does not have."""
+    """Replace a number that JSON does not have by ``None``."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def _unchanged_randomness(device: torch.device) -> Iterator[None]:
-    """Whatever draws inside, the generators of this process go on as if nothing had."""
+    """Restore the random generators of this process afterwards."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 -- the run's own generator
     accelerator = [] if device.type == "cpu" else [device.index]
     kind = "cuda" if device.type == "cpu" else device.type

@@ -1,8 +1,7 @@
-"""The folder of a run: whether it can be written, whose it is, whether all processes see it, and its room."""
+"""The folder of a run: whether it can be written, whose it is, whether all processes see it, and the space in it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -42,21 +41,16 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
-# Seconds: for a file to appear on a network's file system, and for a run that was told to stop to save and end.
+# Seconds that a file may take to appear on a network's file system, and a run that was told to stop to save and end.
 _PATIENCE, _SECONDS_TO_END = 10.0, 120.0
 _locks: dict[Path, int] = {}
-
-
-def trained_steps(checkpoint: str) -> int:
-    """The step at which a complete checkpoint was written."""
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def check_output_folder(folder: str | Path) -> None:
     """Create ``folder`` and make sure that it can be written, and the encoder in it at the end.
 
     Raises:
-        RecipeError: it is a file, or cannot be created or written, or files of others lie where the encoder goes.
+        RecipeError: It is a file, or cannot be created or written, or other files lie where the encoder goes.
     """
     folder = Path(folder)
     try:
@@ -76,17 +70,17 @@ def check_output_folder(folder: str | Path) -> None:
 
 
 def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
-    """Make ``folder`` that of this run alone until ``leave_folder`` or the end of this process, whatever ends it.
+    """Take ``folder`` for this run alone, until ``leave_folder`` or the end of this process, however it ends.
 
-    Two runs in one folder would delete what the other one is just saving. Where a run still lives there, it may have
-    been told to stop and be saving: it is waited for.
+    Two runs in one folder would delete what the other one is just saving. A run that still writes there may have been
+    told to stop and be saving, so this waits for its end.
 
     Args:
-        folder: Of the run; exists.
-        patience: Seconds.
+        folder: The run's folder, which exists.
+        patience: Seconds to wait.
 
     Raises:
-        RecipeError: another run lives there; names its host and process.
+        RecipeError: Another run still writes there; its process and host are named.
     """
     path = (Path(folder) / LOCK_FILE).resolve()
     if fcntl is None or path in _locks:
@@ -123,7 +117,7 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
 
 
 def leave_folder(folder: str | Path) -> None:
-    """Let other runs have a folder that ``take_folder`` took."""
+    """Give back a folder that ``take_folder`` took."""
     path = (Path(folder) / LOCK_FILE).resolve()
     handle = _locks.pop(path, None)
     if handle is not None:
@@ -133,8 +127,8 @@ def leave_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def left_if_refused(folder: str | Path | None) -> Iterator[None]:
-    """Leave ``folder`` again if what is prepared for a run fails, unless it was taken before."""
+def leave_if_refused(folder: str | Path | None) -> Iterator[None]:
+    """Give ``folder`` back if the block fails, unless it was taken before."""
     before = set(_locks)
     try:
         yield
@@ -151,8 +145,8 @@ def check_shared_folder(folder: str | Path) -> None:
     the newest checkpoint. A single process leaves a folder that does not exist to ``check_output_folder``.
 
     Raises:
-        RecipeError: on every process: as ``check_output_folder`` and ``take_folder``, or it names the machines that see
-            another folder.
+        RecipeError: On every process: as ``check_output_folder`` and ``take_folder``, or some machines, which are
+            named, see another folder.
     """
     folder = Path(folder)
     token, problem, newest = f".shared-{secrets.token_hex(8)}", None, None
@@ -187,7 +181,7 @@ def check_shared_folder(folder: str | Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes while one waits for it as long as a network's file system may need."""
+    """Wait for a file as long as a network's file system may need to show it; returns whether it is there."""
     end = time.monotonic() + _PATIENCE
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
@@ -205,15 +199,15 @@ def check_disk_space(folder: str | Path, needed_bytes: int) -> None:
         )
 
 
-def disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int, lying: int = 0) -> int:
-    """Bytes that a run will still write: checkpoints that will lie there at once, one more while the next is written,
-    and the encoder.
+def estimate_disk_use(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int, present: int = 0) -> int:
+    """Estimate the bytes that a run will still write: the checkpoints it keeps, one more while the next is written, and
+    the encoder.
 
     Args:
         args: When checkpoints are written, and how many stay.
         plan: Steps of the run.
-        checkpoint: Bytes of one.
-        lying: Bytes of those that lie there already.
+        checkpoint: Bytes of one checkpoint.
+        present: Bytes of the checkpoints that are there already.
     """
     if args.save_strategy == "no":
         return checkpoint
@@ -223,11 +217,11 @@ def disk_need(args: EquiSSLTrainingArguments, plan: Schedule, checkpoint: int, l
     elif plan.steps:
         written = math.ceil(plan.steps / (args.save_steps if args.save_steps >= 1 else args.save_steps * plan.steps))
     kept = min(written, args.save_total_limit or written)
-    return max(0, checkpoint * (kept + min(1, written - kept) + 1) - lying)
+    return max(0, checkpoint * (kept + min(1, written - kept) + 1) - present)
 
 
-def checkpoints_lying(folder: str | Path) -> int:
-    """Bytes of the complete checkpoints in ``folder``."""
+def measure_checkpoints(folder: str | Path) -> int:
+    """Add up the bytes of the complete checkpoints in ``folder``."""
     total = 0
     for checkpoint in list_checkpoints(folder):
         with suppress(IncompleteCheckpointError):

@@ -1,4 +1,4 @@
-"""Stop a run in the middle, on all processes at the same step, and go on later as if nothing had been."""
+"""Stop a run in the middle, on all processes at the same step, so that it can go on later without a difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PreemptionCallback"]
 
 
 class PreemptionCallback(TrainerCallback):
-    """After a signal: one more checkpoint, at the same step on all processes, and the end of training.
+    """Saves after a signal, at the same step on all processes, and ends training.
 
     A signal may reach one process only, or each at another step. Their flags are exchanged in the background
     (``SharedFlag``), so with several processes training ends one step later than with one. Where a checkpoint is
@@ -24,7 +24,7 @@ class PreemptionCallback(TrainerCallback):
     there is nothing left to stop.
 
     Args:
-        signals: Entered by the caller, who asks ``stopped`` afterwards.
+        signals: Entered by the caller, who reads ``stopped`` afterwards.
 
     Attributes:
         stopped: Whether training was ended here.
@@ -40,7 +40,7 @@ class PreemptionCallback(TrainerCallback):
         """Begin to exchange flags.
 
         Raises:
-            Preempted: on all processes, if one was asked to stop before.
+            Preempted: On all processes, if one was asked to stop before.
         """
         self.stopped = False
         self._flag = SharedFlag(args.ddp_timeout)
@@ -66,7 +66,7 @@ class PreemptionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The Trainer ends an epoch here, which may not be over, and is saved already."""
+        """Keep the Trainer, which takes the epoch for over, from saving again and evaluating in the middle of it."""
         if self.stopped:
             control.should_save = False
             control.should_evaluate &= float(state.epoch or 0).is_integer()
@@ -74,14 +74,14 @@ class PreemptionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no exchange behind."""
+        """Finish the last exchange."""
         self._flag.now(self._asked)
 
     def stop(self, state: TrainerState, output_dir: Path) -> NoReturn:
         """Leave word for the scheduler and in ``run.json``, then stop. Called on all processes, after training.
 
         Raises:
-            Preempted: on all of them, once the files are written: a launcher ends the others when one ends.
+            Preempted: On all of them, once the files are written: a launcher ends the others when one ends.
         """
         text = f"{self._who}: stopped at step {state.global_step} of {state.max_steps}, with a complete checkpoint."
         if state.is_world_process_zero:
@@ -93,7 +93,7 @@ class PreemptionCallback(TrainerCallback):
 
     @property
     def _who(self) -> str:
-        """The signal, as the marker begins with it: of the first process that got one. All have to ask."""
+        """The signal of the first process that got one, with which the marker begins. All processes have to ask."""
         return first_message(self.signals.received) or "a signal"
 
     @property

@@ -48,7 +48,7 @@ class Publisher:
             Its full id, "name/model".
 
         Raises:
-            PublishError: it cannot be created, with the reason.
+            PublishError: It cannot be created, with the reason.
         """
         self.repo_id = create_repository(name, private=private, token=token)
         self._rights, self._revision = {"token": token, "private": private}, revision
@@ -64,10 +64,10 @@ class Publisher:
         Args:
             commit_message: Title of the commit.
             revision: Branch, in place of that of ``open``.
-            **options: Of ``build_repository``.
+            **options: Arguments of ``build_repository``.
 
         Raises:
-            ValueError: the repository cannot be built. What the upload raises, the future holds.
+            ValueError: The repository cannot be built. The future holds what the upload raises.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
@@ -91,10 +91,9 @@ class Publisher:
 
 
 class PublishCallback(TrainerCallback):
-    """Publishes after each checkpoint; what fails is a warning, and the next save tries again.
+    """Publishes after each checkpoint; a failure is a warning, and the next save tries again.
 
-    A save that finds the upload of an earlier one still running leaves its turn to the next, the last one to the end of
-    training.
+    A save during the upload of an earlier one is not published; the last one then is at the end of training.
 
     Args:
         start: Builds the repository and begins its upload, given the commit's message.

@@ -1,4 +1,4 @@
-"""Where a run goes on or starts: which checkpoint continues it, and under which launch."""
+"""Where a run starts or goes on: which checkpoint continues it, and under which launch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..recipes.overrides import as_mapping
 from ..recipes.recipe import Recipe
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
-from .initial_weights import InitialWeights, load_initial_weights, settle
+from .initial_weights import InitialWeights, adopt_encoder, load_initial_weights
 from .precision import keep_precision
 
-# What one run's weights mean follows from these; a checkpoint continues only a run that agrees in them.
+# The sections of a recipe that its weights follow from; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
-# So do these: which images meet in which step, how the optimizer's groups are cut (its state follows them), what the
-# teacher averages, what schedules call an epoch. And the global batch, which the checkpoint knows: how it is split over
-# processes may change, and so may how many steps there are: runs are prolonged.
+# The training arguments that they follow from, too: which images meet in which step, how the optimizer's groups are cut
+# (its state follows them), what the teacher averages, what schedules call an epoch. The global batch, which the
+# checkpoint holds, counts as well. How it is split over processes may change, and so may the number of steps.
 _IDENTITY_TRAINING = (
     "seed",
     "data_seed",
@@ -44,7 +44,7 @@ class Launch:
 
     Attributes:
         per_device, processes, accumulation: Their product is the global batch.
-        engine: ``None`` in a dry run, which knows none.
+        engine: What shares the model out; ``None`` in a dry run, which has none.
     """
 
     per_device: int
@@ -54,7 +54,7 @@ class Launch:
 
     @classmethod
     def of(cls, args: EquiSSLTrainingArguments, processes: int, dry: bool = False) -> Launch:
-        """The launch of these arguments on so many processes."""
+        """Make the launch of these arguments on so many processes."""
         engine = None if dry else asked_engine(args)
         return cls(args.per_device_train_batch_size, processes, args.gradient_accumulation_steps, engine)
 
@@ -69,40 +69,39 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
     if not (stored.is_file() and encoder.is_file()):
         return False
-    recipe = keep_precision(_settle_as_stored(recipe, Path(folder)) or recipe, folder)
+    recipe = keep_precision(_adopt_as_stored(recipe, Path(folder)) or recipe, folder)
     return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == recipe.to_dict()
 
 
 def find_start(
     recipe: Recipe, output_dir: str | Path | None, resume: str, launch: Launch
 ) -> tuple[Recipe, str | None, InitialWeights | None]:
-    """Where a run goes on or starts. A run that goes on needs nothing of the encoder that it once started from.
+    """Find where a run starts or goes on. One that goes on needs nothing of the encoder that it once started from.
 
     Returns:
-        The recipe, settled if it starts from an encoder; the checkpoint to go on from, or ``None``; the weights to
+        The recipe, adopted if it starts from an encoder; the checkpoint to go on from, or ``None``; the weights to
         start from, or ``None`` with a checkpoint or for random weights.
 
     Raises:
-        RecipeError: as ``find_checkpoint``, ``load_initial_weights`` and ``settle``.
+        RecipeError: As ``find_checkpoint``, ``load_initial_weights`` and ``adopt_encoder``.
     """
-    settled = recipe if recipe.model.get("init_from") is None else None
+    adopted = recipe if recipe.model.get("init_from") is None else None
     checkpoint = None
     if output_dir is not None:
-        settled = settled or _settle_as_stored(recipe, Path(resume).parent if _is_folder(resume) else Path(output_dir))
-        checkpoint = find_checkpoint(settled or recipe, output_dir, resume, launch)
-    if recipe.model.get("init_from") is None or (settled is not None and checkpoint is not None):
-        return settled or recipe, checkpoint, None
+        adopted = adopted or _adopt_as_stored(recipe, Path(resume).parent if _is_folder(resume) else Path(output_dir))
+        checkpoint = find_checkpoint(adopted or recipe, output_dir, resume, launch)
+    if recipe.model.get("init_from") is None or (adopted is not None and checkpoint is not None):
+        return adopted or recipe, checkpoint, None
     initial = load_initial_weights(recipe)
-    settled = settle(recipe, initial.encoder.config, initial.normalisation, initial.revision)
+    adopted = adopt_encoder(recipe, initial.encoder.config, initial.normalisation, initial.revision)
     if output_dir is not None:
-        find_checkpoint(
-            settled, output_dir, resume, launch
-        )  # the encoder may not be what it was for the run that lies there
-    return settled, checkpoint, None if checkpoint else initial
+        # The encoder may no longer be what it was for the run in this folder.
+        find_checkpoint(adopted, output_dir, resume, launch)
+    return adopted, checkpoint, None if checkpoint else initial
 
 
-def _settle_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
-    """``recipe`` as ``settle`` made it for the run in ``folder``; ``None`` if that started from something else."""
+def _adopt_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
+    """Repeat what ``adopt_encoder`` did for the run in ``folder``; ``None`` if that started from something else."""
     if recipe.model.get("init_from") is None or not (folder / "recipe.yaml").is_file():
         return None
     before = Recipe.load(folder / "recipe.yaml")
@@ -112,7 +111,7 @@ def _settle_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
     if not same or asked.get("init_revision") not in (None, revision):
         return None
     normalisation = before.views.image_mean, before.views.image_std
-    return settle(recipe, before.build_encoder_config(), normalisation, revision)
+    return adopt_encoder(recipe, before.build_encoder_config(), normalisation, revision)
 
 
 def _is_folder(resume: str) -> bool:
@@ -120,7 +119,7 @@ def _is_folder(resume: str) -> bool:
 
 
 def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch: Launch) -> str | None:
-    """The checkpoint to go on from.
+    """Find the checkpoint to go on from; ``None`` to start.
 
     Raises:
         RecipeError: ``resume`` names no complete checkpoint; the folder holds checkpoints or the encoder of another
@@ -154,7 +153,7 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch:
 
 
 def _check_launch(checkpoint: str, launch: Launch) -> None:
-    """Refuse what the engine of this launch cannot read. What is not DeepSpeed's goes by names, and fits any other."""
+    """Refuse a checkpoint that the engine of this launch cannot read. All but DeepSpeed read each other's by name."""
     saved, engine = Manifest.read(checkpoint), launch.engine
     anew = f"start anew from its weights: --init_from {checkpoint} and a new --output_dir"
     if saved.format == "weights":
@@ -182,7 +181,7 @@ def _count(processes: int) -> str:
 
 
 def describe_resume(checkpoint: str | None, launch: Launch) -> tuple[str, ...]:
-    """Lines that say what a change of launch means for a run that goes on, for people."""
+    """Say in lines for people what a change of launch means for a run that goes on."""
     if checkpoint is None or launch.engine is None:
         return ()
     saved = Manifest.read(checkpoint)
@@ -198,7 +197,7 @@ def describe_resume(checkpoint: str | None, launch: Launch) -> tuple[str, ...]:
 
 
 def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
-    """Refuse a folder with checkpoints or an encoder of another run; one without results is anybody's."""
+    """Refuse a folder with checkpoints or an encoder of another run; one without either belongs to nobody."""
     stored, checkpoint = folder / "recipe.yaml", newest_checkpoint(folder)
     if not stored.is_file() or not (checkpoint or (folder / ENCODER_FOLDER).is_dir()):
         return
@@ -219,7 +218,7 @@ def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
 
 
 def _trained_batch(folder: Path, checkpoint: str | None) -> int | None:
-    """Images per optimizer step of the run in ``folder``; ``None`` where nothing says."""
+    """Find the images per optimizer step of the run in ``folder``; ``None`` where nothing says."""
     if checkpoint is not None:
         return Manifest.read(checkpoint).global_batch
     try:
@@ -229,7 +228,7 @@ def _trained_batch(folder: Path, checkpoint: str | None) -> int | None:
 
 
 def _same_batch(batch: int, launch: Launch) -> str:
-    """How this launch would make ``batch``, in words."""
+    """Say how this launch would make ``batch``."""
     share, rest = divmod(batch, launch.processes)
     if rest or not share:
         return f"Start it on a number of processes that divides {batch}, "
@@ -241,7 +240,7 @@ def _same_batch(batch: int, launch: Launch) -> str:
 
 
 def _identity(plain: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a recipe that its weights follow from, defaults filled in: to name a default changes nothing."""
+    """Take the parts of a recipe that its weights follow from, with defaults: naming a default changes nothing."""
     defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
     training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
     if training["data_seed"] is None:

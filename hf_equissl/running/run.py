@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
-from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
+from ..checkpoints import ENCODER_FOLDER, Manifest, newest_checkpoint
 from ..data import ImageSource, SkippedImages, StreamingViewDataset
 from ..distributed.agreement import first_message
 from ..distributed.collectives import is_main_process
@@ -54,18 +54,17 @@ from .output_folder import (
     check_disk_space,
     check_output_folder,
     check_shared_folder,
-    checkpoints_lying,
-    disk_need,
+    estimate_disk_use,
     leave_folder,
-    left_if_refused,
+    leave_if_refused,
+    measure_checkpoints,
     take_folder,
-    trained_steps,
 )
 from .precision import assume_precision, describe_precision, keep_precision, leaves_precision_open
 from .preemption import PreemptionCallback
 from .publishing import Publisher
 from .resume import Launch, describe_resume, find_start
-from .stops import ExportError, explained
+from .stops import ExportError, explain_stops
 
 ASSUMED_CLASSES = 1000  # of a dry run without a data set
 TYPICAL_IMAGES = 256  # of which masks are drawn to count them
@@ -76,15 +75,15 @@ class Run:
     """A checked run, ready to train.
 
     Attributes:
-        recipe: Resolved.
+        recipe: The recipe with everything that it extends, its overrides, and the encoder that it starts from.
         args: Arguments of the Trainer.
         config: Student and objectives.
         pipeline: Makes the views.
         dataset: ``None`` in a dry run without data.
         plan: Batch, learning rate and steps.
-        first: Views of the first images.
+        first: Views of the first images, as tensors.
         checkpoint: Where training goes on, or ``None``.
-        unreadable: Names of those first images that do not decode.
+        unreadable: Names of the first images that do not decode.
         monitor: The online monitor, if the recipe asks for it.
         initial: What the run starts from, if not from random weights; dropped once it is used.
         notes: Lines for people: the precision, how the run goes on, what it starts from.
@@ -106,11 +105,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the checkpoint is that of the last step: nothing is left to train."""
-        return self.checkpoint is not None and trained_steps(self.checkpoint) == self.plan.steps
+        return self.checkpoint is not None and Manifest.read(self.checkpoint).step == self.plan.steps
 
     @property
     def typical(self) -> Views:
-        """``first`` with as many masked patches as many batches have on average."""
+        """``first`` with the number of masked patches that batches have on average."""
         masks = self.pipeline.masks
         if masks is None:
             return self.first
@@ -122,7 +121,7 @@ class Run:
         """Run one step on fake tensors, of ``batch`` images per device in place of those of ``args``.
 
         Raises:
-            RecipeError: what the model says of shapes that do not fit.
+            RecipeError: Shapes do not fit, in the model's words.
         """
         try:
             return measure(self.config, self.typical, self.args, batch, self.plan.processes)
@@ -145,9 +144,9 @@ def prepare(
         dry: Without a data set, go on with blank images.
 
     Raises:
-        RecipeError: names what is wrong and what to do.
+        RecipeError: It says what is wrong and what to do.
     """
-    with left_if_refused(output_dir):
+    with leave_if_refused(output_dir):
         return _prepare(recipe, output_dir, resume, processes, dry)
 
 
@@ -209,13 +208,13 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)
     check_schedules(args, model, plan)
-    if checkpoint is not None and plan.steps is not None and (done := trained_steps(checkpoint)) > plan.steps:
+    if checkpoint is not None and plan.steps is not None and (done := Manifest.read(checkpoint).step) > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
             "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
-    if output_dir is not None and (checkpoint is None or trained_steps(checkpoint) != plan.steps):
-        need = disk_need(args, plan, checkpoint_bytes(config), checkpoints_lying(output_dir))
+    if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
+        need = estimate_disk_use(args, plan, checkpoint_bytes(config), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
     if model.needs.labels:
@@ -260,7 +259,7 @@ def pretrain(run: Run, signals: Signals | None = None) -> Path:
     """
     output = Path(str(run.args.output_dir))
     try:
-        with nullcontext(signals) if signals else Signals(output) as caught, explained(output):
+        with nullcontext(signals) if signals else Signals(output) as caught, explain_stops(output):
             return _pretrain(run, caught, output)
     finally:
         leave_folder(output)
@@ -291,7 +290,7 @@ def _export(run: Run, build: Callable[[], EquiSSLModel], folder: Path) -> None:
     """Write the encoder that ``build`` gives, on the main process.
 
     Raises:
-        ExportError: on all processes.
+        ExportError: It cannot be written; on all processes.
     """
     problem = None
     if is_main_process():
@@ -306,10 +305,10 @@ def _export(run: Run, build: Callable[[], EquiSSLModel], folder: Path) -> None:
 
 
 def build_training(run: Run, *callbacks: TrainerCallback) -> tuple[EquiSSLForPreTraining, EquiSSLTrainer]:
-    """The run's model, random or as it starts, and the Trainer that trains it, with ``callbacks``.
+    """Build the run's model, random or from the weights it starts from, and the Trainer with ``callbacks``.
 
     Raises:
-        RecipeError: the Trainer refuses what it cannot do.
+        RecipeError: The Trainer refuses what it cannot do.
     """
     set_seed(run.args.seed)
     model = EquiSSLForPreTraining(run.config)
@@ -327,7 +326,7 @@ def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
     """Publish a finished run.
 
     Raises:
-        PublishError: it cannot be built or uploaded.
+        PublishError: It cannot be built or uploaded.
     """
     try:
         trainer.push_to_hub()
@@ -338,7 +337,7 @@ def _publish(trainer: EquiSSLTrainer, folder: Path) -> None:
 
 
 def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCallback) -> EquiSSLTrainer:
-    """The run's Trainer, which refuses what it cannot do; with ``push_to_hub`` also a Hub that it cannot write to."""
+    """Build the run's Trainer, which refuses what it cannot do and, with ``push_to_hub``, a Hub it cannot write to."""
     dataset = cast(ViewDataset, run.dataset)
     skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
     try:

@@ -1,4 +1,4 @@
-"""What stops a run for good: said once for all processes, in words that help, and followed by a bounded end."""
+"""What stops a run for good: one process says it for all, in words that help, and all end within seconds."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ from ..pretraining.loss_history import NonFiniteLossError
 from ..utils.files import readable_size
 from ..utils.suggestions import RecipeError
 
-__all__ = ["AGREED", "STOPS", "ExportError", "LoaderDiedError", "LostProcessError", "end", "explained", "together"]
-
 T = TypeVar("T")
 _FAILED = "failed"
 
 SHARED_MEMORY = Path("/dev/shm")
-# For what a broken process group, or a library's thread, makes of the end of a process that failed.
+# After so long a process that failed is ended, whatever a broken process group or a library's thread still waits for.
 END_SECONDS = 20
-ASKED_CODES = (1, 2)  # of the others, which all processes agreed on, the first one speaks
-ASKING_SECONDS = 5.0  # for the others to notice that one fails, and to ask whether it has said so
+ASKED_CODES = (1, 2)  # with these the processes ask each other who speaks; with all others the first one does
+ASKING_SECONDS = 5.0  # so long may the others take to notice that one failed, and to ask who speaks
 
 
 class ExportError(RuntimeError):
@@ -53,13 +51,13 @@ STOPS = (*AGREED, ImageDecodeError, LoaderDiedError, LostProcessError, PublishEr
 
 
 @contextmanager
-def explained(output_dir: str | Path | None) -> Iterator[None]:
-    """Say of the two faults that come from outside what they are, what is left of the run, and how it goes on.
+def explain_stops(output_dir: str | Path | None) -> Iterator[None]:
+    """Explain the two faults that come from outside: what they are, what is left of the run, and how it goes on.
 
     Where something else fails on one process of several, the others will lose it: this one speaks for them.
 
     Raises:
-        LoaderDiedError, LostProcessError: in place of what PyTorch says of them.
+        LoaderDiedError, LostProcessError: In place of what PyTorch raises for them.
     """
     try:
         yield
@@ -73,22 +71,25 @@ def explained(output_dir: str | Path | None) -> Iterator[None]:
         raise
 
 
-def together(prepare: Callable[[], T], expected: tuple[type[Exception], ...] = (RecipeError,)) -> T:
-    """What ``prepare`` returns, if it returns on all processes; else the others would wait for one that fails.
+def run_on_all(prepare: Callable[[], T], expected: tuple[type[Exception], ...] = (RecipeError,)) -> T:
+    """Do the same on all processes; if it fails on one, it fails on all of them, and none waits for another.
 
     Args:
         prepare: What to do.
         expected: Errors whose message is for the user.
 
+    Returns:
+        What ``prepare`` returns.
+
     Raises:
-        RecipeError: with the message of the first process that raised an expected error, on all of them.
+        RecipeError: With the message of the first process that raised an expected error.
     """
     result, failure = None, None
     try:
         result = prepare()
     except expected as error:
         failure = error
-    # Tagged: the others may be in an exchange of ``prepare`` still.
+    # With a tag, since the others may still be in an exchange of ``prepare``, and take this for its answer.
     told = gather_objects((_FAILED, str(failure)) if failure is not None else None)
     failures = [value[1] for value in told if isinstance(value, tuple) and value[0] == _FAILED]
     if failures:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from huggingface_hub.dataclasses import type_validator
+
 from .strict_yaml import load_yaml
 from .suggestions import RecipeError, check_keys
 
@@ -24,7 +26,7 @@ class _Names(dict[str, Any]):
 
 
 def hints_of(owner: Callable[..., Any]) -> dict[str, Any]:
-    """Resolved annotations of a function, or of a class's own fields (those of its parents are left out)."""
+    """Resolve the annotations of a function, or of a class's own fields (those of its parents are left out)."""
     names = _Names(vars(builtins) | vars(sys.modules[owner.__module__]))
     own = types.SimpleNamespace(__annotations__=dict(owner.__annotations__))
     return typing.get_type_hints(own, globalns={}, localns=names)
@@ -52,7 +54,7 @@ def parameters_of(function: Callable[..., Any], *, skip: Sequence[str] = ()) -> 
 def check_arguments(
     given: Mapping[str, Any], function: Callable[..., Any], where: str, *, skip: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Keyword arguments for ``function``: unknown names, missing names and wrong types are refused.
+    """Check keyword arguments for ``function``.
 
     Args:
         given: Name -> value, as YAML gave it.
@@ -62,6 +64,9 @@ def check_arguments(
 
     Returns:
         The arguments, lists turned into tuples where the annotation says so.
+
+    Raises:
+        RecipeError: A name is unknown or missing, or a value has another type.
     """
     parameters = parameters_of(function, skip=skip)
     check_keys(given, parameters, where)
@@ -72,7 +77,7 @@ def check_arguments(
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words that fit an error message."""
+    """Put an annotation into words for an error message."""
     if annotation is type(None):
         return "null"
     origin = typing.get_origin(annotation)
@@ -90,10 +95,10 @@ def describe(annotation: Any) -> str:
 
 
 def coerce(value: Any, annotation: Any, where: str) -> Any:
-    """``value`` as ``annotation`` wants it: a list becomes a tuple where it must; an integer counts as a number.
+    """Return ``value`` as ``annotation`` wants it: a list becomes a tuple where it must; an integer counts as a number.
 
     Raises:
-        RecipeError: names the place, the value and the expected type.
+        RecipeError: It names the place, the value and the expected type.
     """
     try:
         return _coerce(value, annotation)
@@ -112,33 +117,27 @@ def _is_scalar(text: str, annotation: Any) -> bool:
 
 
 def _coerce(value: Any, annotation: Any) -> Any:
+    """Bring what YAML has no word for into shape (tuples, paths, values of enums); the rest must have its type."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any or isinstance(annotation, typing.TypeVar):
-        return value
     if origin is typing.Annotated:
         return _coerce(value, args[0])
     if origin in (Union, types.UnionType):
         return _coerce_union(value, args)
-    if origin is Literal:
-        return _accept(value, any(value == choice and type(value) is type(choice) for choice in args))
-    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
-        return _accept(value, value in [member.value for member in annotation])
     kind = origin or annotation
-    if kind is float:
-        return _accept(value, isinstance(value, int | float) and not isinstance(value, bool))
-    if kind is int:
-        return _accept(value, isinstance(value, int) and not isinstance(value, bool))
+    is_class = inspect.isclass(kind)
+    if is_class and issubclass(kind, enum.Enum):
+        return _accept(value, value in [member.value for member in kind])
+    if kind is float and type(value) is int:
+        return value
     if kind is Path:
         return Path(_accept(value, isinstance(value, str)))
-    if kind is tuple and args:
-        return _coerce_tuple(value, args)
-    if inspect.isclass(kind) and issubclass(kind, Sequence) and not issubclass(kind, str):
-        _accept(value, isinstance(value, list | tuple))
-        items = [_coerce(item, args[0]) if args else item for item in value]
-        return tuple(items) if kind is tuple else items
-    if inspect.isclass(kind) and issubclass(kind, Mapping):
+    if is_class and issubclass(kind, Sequence) and kind is not str:
+        return _coerce_items(value, kind, args)
+    if is_class and issubclass(kind, Mapping):
         return _accept(value, isinstance(value, dict))
-    return _accept(value, isinstance(value, kind)) if inspect.isclass(kind) else value
+    if is_class or origin is Literal:
+        type_validator("value", value, annotation)
+    return value
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
@@ -153,12 +152,13 @@ def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
     raise TypeError
 
 
-def _coerce_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _coerce_items(value: Any, kind: type, args: tuple[Any, ...]) -> Sequence[Any]:
     _accept(value, isinstance(value, list | tuple))
-    if args[-1] is Ellipsis:
-        return tuple(_coerce(item, args[0]) for item in value)
-    _accept(value, len(value) == len(args))
-    return tuple(_coerce(item, kind) for item, kind in zip(value, args, strict=True))
+    if kind is tuple and args and args[-1] is not Ellipsis:
+        _accept(value, len(value) == len(args))
+        return tuple(map(_coerce, value, args))
+    items = [_coerce(item, args[0]) if args else item for item in value]
+    return tuple(items) if kind is tuple else items
 
 
 def _accept(value: Any, condition: bool) -> Any:

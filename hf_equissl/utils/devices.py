@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
     """Give the device called ``name``; ``auto``: an accelerator if there is one.
 
     Raises:
-        RecipeError: this machine has no such device.
+        RecipeError: This machine has no such device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
@@ -43,6 +43,9 @@ def choose_device(name: str) -> torch.device:
         raise RecipeError(f"--device {name}: not a device of PyTorch. Give auto, cpu or cuda.") from error
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         raise RecipeError(f"--device {name}: this machine has {accelerator or 'no accelerator'}. Give auto or cpu.")
+    count = torch.accelerator.device_count() if device.type != "cpu" else 1
+    if device.index is not None and device.index >= count:
+        raise RecipeError(f"--device {name}: this machine has {count} of {device.type}, counted from 0.")
     return device
 
 

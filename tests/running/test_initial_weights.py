@@ -24,7 +24,7 @@ from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.dry_run import dry_run_report
-from hf_equissl.running.initial_weights import InitialWeights, load_initial_weights, settle
+from hf_equissl.running.initial_weights import InitialWeights, adopt_encoder, load_initial_weights
 from hf_equissl.running.run import prepare
 from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError
@@ -366,6 +366,6 @@ def test_an_encoder_of_another_architecture_is_refused() -> None:
 
 def test_the_commit_is_kept(tmp_path: Path) -> None:
     recipe = load(tmp_path, tmp_path)
-    assert settle(recipe, EquiSSLConfig(**STOCK), revision="a1").model["init_revision"] == "a1"
+    assert adopt_encoder(recipe, EquiSSLConfig(**STOCK), revision="a1").model["init_revision"] == "a1"
     named = load(tmp_path, tmp_path, model__init_revision="v1")
-    assert settle(named, EquiSSLConfig(**STOCK), revision="a1").model["init_revision"] == "v1"
+    assert adopt_encoder(named, EquiSSLConfig(**STOCK), revision="a1").model["init_revision"] == "v1"

@@ -16,10 +16,10 @@ from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.running.output_folder import (
     LOCK_FILE,
     check_shared_folder,
-    checkpoints_lying,
-    disk_need,
+    estimate_disk_use,
     leave_folder,
-    left_if_refused,
+    leave_if_refused,
+    measure_checkpoints,
     take_folder,
 )
 from hf_equissl.utils.suggestions import RecipeError
@@ -68,7 +68,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_a_refused_start_leaves_the_folder_to_who_has_it(tmp_path: Path) -> None:
     def refuse() -> None:
-        with left_if_refused(tmp_path):
+        with leave_if_refused(tmp_path):
             take_folder(tmp_path)
             raise RecipeError("no")
 
@@ -97,16 +97,16 @@ def test_what_lies_there_needs_no_more_room(tmp_path: Path) -> None:
         output_dir=str(tmp_path), max_steps=10, save_steps=2, per_device_train_batch_size=4, save_total_limit=2
     )
     plan = schedule(args, 1, 100)
-    assert disk_need(args, plan, 1000) == 4000  # two that stay, one that is written, and the encoder
+    assert estimate_disk_use(args, plan, 1000) == 4000  # two that stay, one that is written, and the encoder
     for step in (2, 4):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(900))
         Manifest(Engine.SINGLE, 1, 4, step, "full", {"model.safetensors": 900}).write(folder)
     (tmp_path / "checkpoint-6").mkdir()  # not complete: nobody deletes it
-    assert checkpoints_lying(tmp_path) == 1800
-    assert disk_need(args, plan, 1000, 1800) == 2200
-    assert disk_need(args, plan, 100, 1800) == 0
+    assert measure_checkpoints(tmp_path) == 1800
+    assert estimate_disk_use(args, plan, 1000, 1800) == 2200
+    assert estimate_disk_use(args, plan, 100, 1800) == 0
 
 
 @pytest.mark.parametrize("split", [(32, 1, 1), (16, 2, 1), (4, 2, 4), (1, 1, 32)])

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from hf_equissl import EquiSSLForPreTraining
 from hf_equissl.hub import PARTS, repository
 from hf_equissl.training import push_to_hub
+from hf_equissl.utils.files import readable_size
 from tests.hub.loopback_hub import LoopbackHub
 from tests.pretraining.test_trainer import assert_same, make_trainer
 from tests.processes import limit
@@ -104,7 +105,7 @@ def test_dry_run(hub_here: LoopbackHub, run: Path, built: Path, capsys: pytest.C
         assert push_to_hub.main([str(source), "--repo_id", REPO, "--dry_run"]) == 0
         said = capsys.readouterr().out
         size = (built / "model.safetensors").stat().st_size
-        assert f"{size / 1000:.4g} kB  model.safetensors" in said
+        assert f"{readable_size(size)}  model.safetensors" in said
         assert "pretraining/model.safetensors" in said
         assert (built / "README.md").read_text() in said
         assert "Nothing was sent" in said
