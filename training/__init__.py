@@ -1,1 +1,1 @@
-"""What is launched: scripts and their recipes."""
+"""Scripts that are launched, and their recipes."""

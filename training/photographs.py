@@ -55,10 +55,10 @@ def check_packages() -> None:
 
 
 def find_photographs(files: Mapping[str, Sequence[str]]) -> list[Path]:
-    """Paths of files inside installed packages.
+    """Find files inside installed packages.
 
     Raises:
-        PhotographsMissingError: If a package does not hold such a file.
+        PhotographsMissingError: A package does not hold such a file.
     """
     found = []
     for module, names in files.items():
@@ -97,7 +97,7 @@ def cut_tiles(folder: Path, per_photograph: int, seed: int = 0) -> dict[str, int
 
 
 def random_windows(photograph: Image.Image, count: int, seed: int) -> list[Image.Image]:
-    """Square windows at random places, sides log-uniform from 64 px to 0.7 of the shorter side, resized to 48 px."""
+    """Cut square windows at random places, sides log-uniform from 64 px to 0.7 of the shorter one, resized to 48 px."""
     rng = np.random.default_rng(seed)
     width, height = photograph.size
     grey = np.asarray(photograph.convert("L"), dtype=np.float32)

@@ -31,6 +31,7 @@ from hf_equissl.training.photographs import (
     find_photographs,
 )
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow
+from hf_equissl.utils.commands import say, stop
 from hf_equissl.utils.files import move_into_place, write_text
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -75,12 +76,12 @@ class QuickstartError(RuntimeError):
 
 @dataclass
 class EncoderLane(Lane):
-    """One encoder's way through pretraining and probes.
+    """The commands of one encoder: pretraining, then probes.
 
     Attributes:
         encoder: Folder of the finished encoder.
         tiles: Folder of the images.
-        overrides: What its command line says beyond the recipe.
+        overrides: Values that its command line sets in the recipe.
     """
 
     encoder: Path = Path()
@@ -105,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_packages()
         run(Path(options.output_dir), options.steps, options.crops_per_photograph)
     except (QuickstartError, PhotographsMissingError) as error:
-        return _stop(f"error: {error}", code=2)
+        return stop(error, code=2)
     except CommandError as error:
-        return _stop(f"error: {error}", code=1)
+        return stop(error, code=1)
     except KeyboardInterrupt:
-        return _stop("stopped. The same command goes on from the last checkpoint.", code=130)
+        return stop("The same command goes on from the last checkpoint.", code=130, word="stopped")
     return 0
 
 
@@ -125,20 +126,20 @@ def run(output: Path, steps: int | None, crops_per_photograph: int) -> None:
     settings = claim(output, steps, crops_per_photograph)
     tiles = output / "tiles"
     counts = cut_tiles(tiles, crops_per_photograph)
-    _say(
+    say(
         f"{tiles}: {counts['train']} crops of photographs to train on, {counts['test']} of other photographs to test on"
     )
     try:
         lanes = train_and_probe(output, tiles, settings, Pace(start, steps is None and not _has_checkpoints(output)))
     except TooSlowError as slow:
         settings = shorten(output, settings, slow.steps)
-        _say(f"\nAt this speed the end would come after {clock(slow.expected)}. {cost_of(settings)}\nStarting anew.")
+        say(f"\nAt this speed the end would come after {clock(slow.expected)}. {cost_of(settings)}\nStarting anew.")
         lanes = train_and_probe(output, tiles, settings, Pace(start, may_shorten=False))
     table = write_results(lanes, output, settings)
     draw_losses(lanes, output / "loss.png")
     draw_reconstructions(lanes[-1], output / "reconstructions.png")
     seconds = time.monotonic() - start
-    _say(SUMMARY.format(time=clock(seconds), table=table, output=output, encoder=str(lanes[-1].encoder)))
+    say(SUMMARY.format(time=clock(seconds), table=table, output=output, encoder=str(lanes[-1].encoder)))
 
 
 def train_and_probe(output: Path, tiles: Path, settings: dict[str, int], pace: Pace) -> list[EncoderLane]:
@@ -149,11 +150,11 @@ def train_and_probe(output: Path, tiles: Path, settings: dict[str, int], pace: P
     """
     steps = settings["steps"]
     lanes = make_lanes(output, tiles, steps)
-    _say(f"pretraining for {steps} steps and probing, side by side; what the commands say: {output / 'runs'}/*/*.log")
+    say(f"pretraining for {steps} steps and probing, side by side; what the commands say: {output / 'runs'}/*/*.log")
 
     def watch() -> None:
         if (expected := pace.watch(lanes)) is not None:
-            _say(f"\n{expected}")
+            say(f"\n{expected}")
 
     follow(lanes, lambda lane: pretrain_and_probe(lane, steps), watch)
     return lanes
@@ -223,7 +224,7 @@ def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
 
 
 def pretrain_and_probe(lane: EncoderLane, steps: int) -> None:
-    """Both commands of one lane."""
+    """Run both commands of one lane."""
     if not lane.is_pretrained(steps):
         shutil.rmtree(lane.probes, ignore_errors=True)
         words = ("--recipe", RECIPE, "--data", lane.tiles / "train", "--output_dir", lane.run, *lane.overrides)
@@ -265,7 +266,7 @@ def describe_training(lanes: Sequence[EncoderLane], steps: int) -> str:
 
 
 def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
-    """Loss curves of all runs."""
+    """Draw the loss curves of all runs."""
     from hf_equissl.checkpoints import newest_checkpoint
     from hf_equissl.utils.figures import plot_losses
 
@@ -278,7 +279,7 @@ def draw_losses(lanes: Sequence[EncoderLane], path: Path) -> None:
 
 
 def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
-    """Views of held-out photographs as in training, the targets, and what the decoder makes of the views."""
+    """Draw views of held-out photographs as in training, the targets, and the decoder's images."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -310,7 +311,7 @@ def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
 
 
 def views_to_show(pipeline: Any, per_photograph: int = 2) -> Any:
-    """Views of the middle of each held-out photograph: the first draws that turn it far enough for people to see it."""
+    """Make views of the middle of each held-out photograph, with the first draws that turn it visibly."""
     import torch
 
     from hf_equissl.views.collator import collate_views
@@ -346,15 +347,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
     return number
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _stop(text: str, code: int) -> int:
-    print(f"\n{text}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

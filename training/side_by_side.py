@@ -79,7 +79,7 @@ class Lane:
             raise CommandError(f"{script.name} stopped with code {code} ({self.title}). The end of {self.log}:\n{end}")
 
     def finish(self) -> None:
-        """Say that nothing is left to do."""
+        """Note that nothing is left to do."""
         self.stage, self.log = "done", None
 
     def stop(self) -> None:
@@ -164,5 +164,5 @@ def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callabl
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Write seconds as minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

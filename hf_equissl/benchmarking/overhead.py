@@ -36,6 +36,7 @@ from ..pretraining.optimizer import clip_gradients, clipping_parts, optimizer_gr
 from ..pretraining.schedules import teacher_momentum
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
+from ..utils.devices import resident_peak
 from ..utils.suggestions import RecipeError
 from ..views.collator import ViewCollator
 from ..views.cropping import Box
@@ -60,13 +61,13 @@ Crop: TypeAlias = tuple[tuple[int, int], int, Box]
 
 @dataclass
 class Side:
-    """One of the two trainings.
+    """One of the two trainings that are compared.
 
     Attributes:
-        model, pipeline, optimizer: As the Trainer builds them from the recipe.
+        model, pipeline, optimizer: What the Trainer builds from the recipe.
         batch: Collated uint8 crops and draws, on the CPU.
         device: Where the step runs.
-        args: The recipe's.
+        args: Training arguments of the recipe.
     """
 
     model: EquiSSLForPreTraining
@@ -85,7 +86,7 @@ class Side:
             module.register_forward_hook(lambda *_, name=name: self.stopwatch.mark(name))
 
     def step(self, dtype: str) -> dict[str, Any]:
-        """One training step; see ``Stopwatch.stop``."""
+        """Do one training step; returns its times as ``Stopwatch.stop``."""
         watch = self.stopwatch
         watch.start()
         self.model.begin_step(PROGRESS)
@@ -113,7 +114,7 @@ class Side:
                 clip_gradients(clipping_parts(self.model, self.args.grad_clipping), self.args.max_grad_norm)
 
     def equivariance_alone(self, dtype: str) -> dict[str, Any]:
-        """The equivariance objectives on given tokens: their forward, and their backward up to those tokens."""
+        """Time the equivariance objectives on given tokens: their forward, and their backward up to those tokens."""
         views, watch = self.views(), self.stopwatch
         with torch.no_grad(), self.autocast(dtype):
             given = self.model.encode(views)
@@ -128,41 +129,41 @@ class Side:
         return watch.stop()
 
     def views(self) -> Any:
-        """The batch's views on the device, as ``EquiSSLTrainer`` makes them."""
+        """Make the batch's views on the device, as ``EquiSSLTrainer`` does."""
         return self.pipeline({key: tensor.to(self.device) for key, tensor in self.batch.items()})
 
     def autocast(self, dtype: str) -> AbstractContextManager[Any]:
-        """Mixed precision as the Trainer has it with ``bf16``."""
+        """Enter mixed precision as the Trainer does with ``bf16``."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
 
     def create_optimizer_state(self) -> None:
-        """What the optimizer remembers, so that a first step is like any other."""
+        """Create what the optimizer remembers, so that a first step is like any other."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.optimizer.step()
         self.model.zero_grad()
 
     def own_bytes(self) -> int:
-        """Weights, buffers and optimizer state."""
+        """Add up the bytes of weights, buffers and optimizer state."""
         state = (value for entry in self.optimizer.state.values() for value in entry.values())
         tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
         return sum(tensor.nbytes for tensor in tensors)
 
 
 def without_equivariance(recipe: Recipe) -> Recipe:
-    """The same recipe with lambda = 0: the base method on the same views."""
+    """Set lambda = 0 in a recipe: the base method on the same views."""
     entries = [{**entry, "weight": 0.0} for entry in recipe.objectives.equivariance]
     return replace(recipe, objectives=replace(recipe.objectives, equivariance=entries))
 
 
 def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Sequence[Image.Image]) -> Side:
-    """Model, pipeline, optimizer and one batch of crops.
+    """Build model, pipeline, optimizer and one batch of crops.
 
     Args:
-        recipe: What is trained.
+        recipe: The recipe that is trained.
         batch_size: Images in the batch; ``images`` are repeated to fill it.
         device: Where the step runs.
-        images: RGB.
+        images: RGB pictures.
     """
     args = recipe.build_training_arguments(
         "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
@@ -182,7 +183,7 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
 
 
 def check_random_weights(recipe: Recipe) -> None:
-    """Raise ``RecipeError`` for an encoder to start from: weights change no time, and its architecture is another."""
+    """Refuse a recipe that starts from an encoder, whose architecture would replace the recipe's."""
     if (encoder := recipe.model.get("init_from")) is not None:
         raise RecipeError(
             f"model.init_from: {encoder!r} is not loaded here. What a step costs follows from the architecture: leave "
@@ -191,10 +192,10 @@ def check_random_weights(recipe: Recipe) -> None:
 
 
 def both_recipes(recipe: Recipe, base: Recipe | None = None) -> dict[str, Recipe]:
-    """The two recipes to compare by side: ``recipe``, and ``base`` or else the same with lambda = 0.
+    """Choose the two recipes to compare: ``recipe``, and ``base`` or else the same with lambda = 0.
 
     Raises:
-        RecipeError: the recipe has no equivariance objective with a weight above 0, or one starts from an encoder.
+        RecipeError: The recipe has no equivariance objective with a weight above 0, or one starts from an encoder.
     """
     for one in (recipe, base):
         if one is not None:
@@ -210,12 +211,12 @@ def both_recipes(recipe: Recipe, base: Recipe | None = None) -> dict[str, Recipe
 def build_sides(
     recipes: dict[str, Recipe], batch_size: int, device: torch.device, images: Sequence[Image.Image]
 ) -> dict[str, Side]:
-    """Both trainings, on the same crops."""
+    """Build both trainings, on the same crops."""
     return {name: build_side(recipes[name], batch_size, device, images) for name in SIDES}
 
 
 def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size: int) -> dict[str, Tensor]:
-    """A collated batch of ``batch_size`` crops of ``images``, the same ones each time."""
+    """Make a collated batch of ``batch_size`` crops of ``images``, the same ones each time."""
     samples = []
     for index in range(batch_size):
         rng = sample_generator(0, 0, index)
@@ -226,17 +227,17 @@ def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size
 
 
 def synthetic_images(count: int, size: int) -> list[Image.Image]:
-    """Smooth coloured noise, ``size`` + 1/7 x ``size`` pixels."""
+    """Make images of smooth coloured noise, ``size`` pixels high and 8/7 as wide."""
     rng = np.random.default_rng(0)
     noise = (rng.integers(0, 256, (7, 8, 3), dtype=np.uint8) for _ in range(count))
     return [Image.fromarray(pixels).resize((size * 8 // 7, size), Image.Resampling.BICUBIC) for pixels in noise]
 
 
 def first_images(source: ImageSource, count: int) -> list[Image.Image]:
-    """The first ``count`` images that decode, or fewer.
+    """Read the first ``count`` images that decode, or fewer.
 
     Raises:
-        RecipeError: none does.
+        RecipeError: None does.
     """
     images = [image for _, image in islice(_decoded(source), count)]
     if not images:
@@ -253,7 +254,7 @@ def _decoded(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
 
 
 def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, Any]:
-    """Steps of both sides in turn, after one of each that does not count.
+    """Time steps of both sides in turn, after one of each that does not count.
 
     Returns:
         ``sides``: per side the medians ``wall``, ``cpu`` (process time, all threads), ``parts`` and ``cpu_parts`` and
@@ -287,10 +288,10 @@ def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, An
 
 
 def peak_memory(recipes: dict[str, Recipe], sides: dict[str, Side], dtype: str) -> dict[str, float] | str:
-    """Largest memory of one step of each side in MiB, weights and optimizer state included; or why it is not known.
+    """Measure the largest memory of one step of each side in MiB, weights and optimizer state included.
 
-    On CUDA what PyTorch has allocated. On a CPU the resident memory of a process of its own, above what that process
-    held before the model was built.
+    On CUDA it is what PyTorch has allocated; on a CPU the resident memory of a process of its own, beyond what that
+    process held before the model was built. Elsewhere a text says why it is not known.
     """
     device = sides[FULL].device
     if device.type == "cuda":
@@ -317,36 +318,30 @@ def _process_peak(recipe: Recipe, batch_size: int, dtype: str, threads: int) -> 
     torch.set_num_threads(threads)
     size = int(recipe.build_encoder_config().image_size)  # type: ignore[arg-type]  # the pipeline refuses pairs
     images = synthetic_images(min(batch_size, 4), size)
-    before = _resident_peak()
+    before = resident_peak()
     side = build_side(recipe, batch_size, torch.device("cpu"), images)
     side.create_optimizer_state()
     side.step(dtype)
-    return _resident_peak() - before
-
-
-def _resident_peak() -> float:
-    """Largest resident memory of this process so far, MiB. ``getrusage`` would count the process that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return (resident_peak() - before) / MIB
 
 
 class _CropRecorder:
-    """Stands for an image of ``size`` and writes down which crops are cut."""
+    """Takes the place of an image of ``size`` and notes which crops are cut."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
         self.crops: list[Crop] = []
 
     def resize(self, size: tuple[int, int], resample: int, box: Box) -> np.ndarray:
-        """Note the crop; the pixels do not matter."""
+        """Note the crop, and return black pixels."""
         self.crops.append((size, resample, box))
         return np.zeros((size[1], size[0], 3), dtype=np.uint8)
 
 
 def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, int]], list[tuple[bytes, list[Crop]]]]:
-    """The first ``count`` images as keys of ``dataset``, and the same as bytes with the crops of epoch 0.
+    """List the first ``count`` images as keys of ``dataset``, and the same as bytes with the crops of epoch 0.
 
-    Images that do not decode are left out, and those turned by their EXIF block, which a plain loop would ignore.
+    Left out are images that do not decode, and those turned by their EXIF block, which a plain loop would ignore.
     """
     keys, plain = [], []
     for index, image in islice(_decoded(dataset.source), count):
@@ -363,7 +358,7 @@ def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, 
 
 
 def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_size: int) -> dict[str, Any]:
-    """Images per second of the loader in this process, one thread, beside a plain loop that cuts the same crops.
+    """Time the loader in this process, one thread, beside a plain loop that cuts the same crops.
 
     The loader reads rows, decodes, draws, crops and collates. The plain loop has bytes and boxes ready and does no more
     than ``Image.open``, ``convert``, ``resize`` and ``numpy.asarray``: it bounds what a loader can reach.

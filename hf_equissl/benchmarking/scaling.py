@@ -49,12 +49,12 @@ LOG_TAIL = 25  # lines shown of a launch that failed
 
 @dataclass(frozen=True)
 class Setup:
-    """What runs at the same time.
+    """Processes that run at the same time.
 
     Attributes:
-        engine: ``SINGLE``: nothing around the model.
-        processes: Under one engine.
-        copies: Trainings side by side that know nothing of each other.
+        engine: The engine around the model; ``SINGLE``: none.
+        processes: Number of processes under one engine.
+        copies: Number of such trainings side by side, which exchange nothing.
     """
 
     engine: Engine = Engine.SINGLE
@@ -63,12 +63,12 @@ class Setup:
 
     @property
     def count(self) -> int:
-        """Processes on the machine."""
+        """Number of processes on the machine."""
         return self.processes * self.copies
 
     @property
     def title(self) -> str:
-        """For people, and the key in reports."""
+        """Name for people, and key in reports."""
         name = "no exchange" if self.copies > 1 else self.engine.value
         return f"{name} x {self.count}"
 
@@ -78,7 +78,7 @@ class MeasurementError(RuntimeError):
 
 
 def settings(steps: Steps, batch_size: int) -> dict[str, Any]:
-    """What a measured run sets in its recipe: how many steps of which size, and nothing between them."""
+    """Make the values that a measured run sets in its recipe: steps, their size, and nothing between them."""
     own: dict[str, Any] = {
         "training.max_steps": steps.total,
         "training.per_device_train_batch_size": batch_size,
@@ -100,7 +100,7 @@ def settings(steps: Steps, batch_size: int) -> dict[str, Any]:
 
 
 def setups(engines: Sequence[Engine], processes: Sequence[int]) -> list[Setup]:
-    """All that is measured: one process, then for each number of processes those without exchange and each engine."""
+    """List what is measured: one process, then for each number of processes no exchange and each engine."""
     several = sorted({number for number in processes if number > 1})
     groups = [[Setup(copies=number), *(Setup(engine, number) for engine in engines)] for number in several]
     return [Setup(), *(setup for group in groups for setup in group)]
@@ -111,11 +111,11 @@ class Launcher:
     """Starts measurements, each in processes of its own.
 
     Attributes:
-        script: Calls ``measure`` when it finds a task.
-        words: Its arguments.
+        script: Script that calls ``measure`` when it finds a task.
+        words: Arguments of the script.
         configs: Folder with accelerate's YAML files.
-        folder: Scratch.
-        images: See ``Task``.
+        folder: Folder for logs and runs, which is thrown away.
+        images: Folder with images, as in ``Task``.
         environment: Variables of the processes, where the user has not set them.
         say: Gets a line for each measurement.
     """
@@ -133,11 +133,11 @@ class Launcher:
         self.launches = 0
 
     def __call__(self, setup: Setup) -> list[dict[str, Any]]:
-        """Measure once; what ``StepClock.result`` says, by process.
+        """Measure once; returns ``StepClock.result`` of each process.
 
         Raises:
-            RecipeError: a process says what can be mended.
-            MeasurementError: a process failed; the message holds what it says, or the end of its output.
+            RecipeError: A process says what can be mended.
+            MeasurementError: A process failed; the message holds what it says, or the end of its output.
         """
         self.launches += 1
         prefix = f"launch {self.launches}"
@@ -187,7 +187,7 @@ class Launcher:
 
     @staticmethod
     def _devices(setup: Setup, number: int) -> dict[str, str]:
-        """A GPU of its own for a process without an engine, and CPUs for DeepSpeed where there is nothing else."""
+        """Choose a GPU for each process without an engine, and CPUs for DeepSpeed where there is nothing else."""
         if not torch.accelerator.is_available():
             return {"DS_ACCELERATOR": "cpu"}
         if setup.engine is not Engine.SINGLE or not torch.cuda.is_available():
@@ -198,7 +198,7 @@ class Launcher:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all are done; the number of one that failed, as soon as it does, or ``None``."""
+    """Wait until all are done or one fails; returns the number of the one that failed, or ``None``."""
     while True:
         codes = [process.poll() for process in processes]
         for number, code in enumerate(codes):
@@ -210,7 +210,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: asked to, launchers end their processes; others are in their group."""
+    """End what still runs. Launchers end their processes when asked to; the rest is in their process group."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         os.killpg(process.pid, signal.SIGTERM)
@@ -223,7 +223,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def write_images(folder: Path, count: int, size: int) -> Path:
-    """``count`` synthetic JPEG files for images of ``size`` pixels; returns the folder."""
+    """Write ``count`` synthetic JPEG files for images of ``size`` pixels; returns the folder."""
     folder.mkdir(parents=True)
     for number, image in enumerate(synthetic_images(count, size)):
         image.save(folder / f"{number:05d}.jpg")
@@ -233,18 +233,18 @@ def write_images(folder: Path, count: int, size: int) -> Path:
 def measure_rounds(
     launcher: Launcher, wanted: Sequence[Setup], repeats: int
 ) -> dict[Setup, list[list[dict[str, Any]]]]:
-    """Every setup ``repeats`` times, in turns, so that whatever else the machine does falls on all."""
+    """Measure every setup ``repeats`` times, in turns, so that whatever else the machine does falls on all."""
     tasks: dict[str, Callable[[], Any]] = {setup.title: partial(launcher, setup) for setup in wanted}
     results = take_turns(tasks, repeats, rehearse=False)
     return {setup: results[setup.title] for setup in wanted}
 
 
 def summarize(results: dict[Setup, list[list[dict[str, Any]]]], images: int) -> list[dict[str, Any]]:
-    """What the measurements mean; see the module for the terms.
+    """Summarize measurements in the terms of the module.
 
     Args:
-        results: Of ``measure_rounds``.
-        images: Per process and step.
+        results: What ``measure_rounds`` returns.
+        images: Images per process and step.
 
     Returns:
         By setup: ``steps``, seconds of each step by round; ``seconds``, ``seconds_min``, ``seconds_max`` of all rounds;
@@ -279,7 +279,7 @@ def summarize(results: dict[Setup, list[list[dict[str, Any]]]], images: int) -> 
 
 
 def _slowest(processes: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of each step: it is over when the last process is done."""
+    """Compute the seconds of each step, which is over when the last process is done."""
     return [max(step) for step in zip(*(process["wall"] for process in processes), strict=True)]
 
 

@@ -40,7 +40,7 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of all steps."""
         return self.warmup + self.timed + self.profiled
 
 
@@ -49,13 +49,13 @@ class Task:
     """What a launched process has to measure.
 
     Attributes:
-        engine: What must wrap the model.
-        port: Where the command that launched it listens.
-        prefix: Of this launch's keys there.
-        count: Processes that measure at the same time.
+        engine: The engine that must wrap the model.
+        port: Port of the store that the launching command keeps.
+        prefix: Prefix of this launch's keys there.
+        count: Number of processes that measure at the same time.
         first: Number of this launch's first process among them.
         images: Folder with images, unless the recipe names a data set.
-        output_dir: Scratch.
+        output_dir: Folder of the run, which is thrown away.
     """
 
     engine: str
@@ -68,13 +68,13 @@ class Task:
 
 
 def given_task() -> Task | None:
-    """The task of this process, if a measuring command launched it."""
+    """Read the task of this process, if a measuring command launched it."""
     text = os.environ.get(TASK)
     return None if text is None else Task(**json.loads(text))
 
 
 class Meeting:
-    """Where the processes of a measurement wait for each other, whatever engine they have or have not."""
+    """Lets the processes of a measurement wait for each other, with any engine or none."""
 
     def __init__(self, task: Task) -> None:
         self.count, self.number = task.count, task.first + int(os.environ.get("RANK", "0"))
@@ -83,7 +83,7 @@ class Meeting:
         )
 
     def wait(self, name: str) -> None:
-        """Return when all are here."""
+        """Wait until all processes have called it."""
         if self.store.add(name, 1) == self.count:
             self.store.set(f"{name} complete", "")
         self.store.wait([f"{name} complete"])
@@ -97,13 +97,13 @@ class StepClock(TrainerCallback):
     """Times whole steps of a Trainer, and says what wraps its model.
 
     Args:
-        trainer: The one that it is added to.
-        meeting: Where steps begin together.
-        steps: How many of which kind.
-        asked: The engine that the launch was for.
+        trainer: The Trainer that it is added to.
+        meeting: Lets all processes begin a step together.
+        steps: How many steps of which kind.
+        asked: The engine that the launch asked for.
 
     Raises:
-        RecipeError: when training begins: another engine wraps the model.
+        RecipeError: When training begins, another engine wraps the model.
     """
 
     def __init__(self, trainer: EquiSSLTrainer, meeting: Meeting, steps: Steps, asked: Engine) -> None:
@@ -119,7 +119,7 @@ class StepClock(TrainerCallback):
         self._start = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at what wraps the model."""
+        """Check what wraps the model."""
         wrapped = self.trainer.model_wrapped
         running = running_engine(self.trainer.accelerator, wrapped)
         if running != self.asked:
@@ -130,7 +130,7 @@ class StepClock(TrainerCallback):
         self.wrapped = type(wrapped).__name__
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for all, and begin."""
+        """Wait for all processes, and start the clock."""
         if self.steps.profiled and state.global_step == self.steps.warmup + self.steps.timed:
             self.profiler.start()
         synchronize(args.device)
@@ -140,7 +140,7 @@ class StepClock(TrainerCallback):
         self._start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for the device, and note the times."""
+        """Wait for the device, and note the step's times."""
         synchronize(args.device)
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
@@ -149,19 +149,16 @@ class StepClock(TrainerCallback):
             self.profiler.stop()
 
     def result(self) -> dict[str, Any]:
-        """Seconds of the steps that count, and the share of the profiled ones that collectives take."""
+        """Return seconds of the steps that count, and the share of the profiled ones that collectives take."""
         counted = slice(self.steps.warmup, self.steps.warmup + self.steps.timed)
         share = collective_share(self.profiler.events() or []) if self.steps.profiled else None
         result = {"wrapped": self.wrapped, "wall": self.wall[counted], "cpu": self.cpu[counted], "collectives": share}
-        return {
-            **result,
-            "threads": torch.get_num_threads(),
-            "cores": usable_cores() if _on_cpu(self.trainer) else None,
-        }
+        cores = usable_cores() if self.trainer.args.device.type == "cpu" else None
+        return {**result, "threads": torch.get_num_threads(), "cores": cores}
 
 
 def collective_share(events: Iterable[FunctionEvent]) -> float:
-    """Share of the profiled steps in which at least one collective is under way."""
+    """Compute the share of the profiled steps in which at least one collective is under way."""
     spans: list[tuple[float, float]] = []
     steps: list[tuple[float, float]] = []
     for event in events:
@@ -184,7 +181,7 @@ def measure(recipe: Recipe, task: Task, steps: Steps) -> None:
     """Train for ``steps`` steps and tell the command that launched this process what they took.
 
     Raises:
-        RecipeError: the recipe cannot be trained so, or another engine wraps the model.
+        RecipeError: The recipe cannot be trained so, or another engine wraps the model.
     """
     meeting = Meeting(task)
     try:
@@ -196,8 +193,10 @@ def measure(recipe: Recipe, task: Task, steps: Steps) -> None:
         trainer.train()
     except Exception as error:
         # The launcher's own report of a failed process hides what it says.
-        mendable = isinstance(error, ValueError | OSError)
-        meeting.tell("error" if mendable else "failure", str(error) if mendable else f"{type(error).__name__}: {error}")
+        if isinstance(error, ValueError | OSError):
+            meeting.tell("error", str(error))
+        else:
+            meeting.tell("failure", f"{type(error).__name__}: {error}")
         raise
     meeting.tell(f"result {meeting.number}", json.dumps(clock.result()))
 
@@ -206,7 +205,3 @@ def _pin(number: int, count: int) -> None:
     """On CPUs give each process a core of its own, where there are enough."""
     if not torch.accelerator.is_available() and count <= usable_cores() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
-
-
-def _on_cpu(trainer: EquiSSLTrainer) -> bool:
-    return trainer.args.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Measuring tools: a stopwatch, turns, the device, and what a time depends on."""
+"""Tools to measure with: a stopwatch, turns, and what a time depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stopwatch:
         self._marks: list[tuple[str, float, float, Any]] = []
 
     def start(self) -> None:
-        """Wait for what runs, and begin."""
+        """Wait for the device, and start."""
         self._marks = []
         synchronize(self.device)
         self.mark("")
@@ -43,7 +43,7 @@ class Stopwatch:
         self._marks.append((name, time.perf_counter(), time.process_time(), event))
 
     def stop(self) -> dict[str, Any]:
-        """Wait for the device; seconds of the whole and of each part, by the clock and of processor time."""
+        """Wait for the device; returns seconds of the whole and of each part, by the clock and of processor time."""
         synchronize(self.device)
         first, last = self._marks[0], self._marks[-1]
         # What a device does is over later than the last mark; a CPU has nothing left to do there.
@@ -58,12 +58,12 @@ class Stopwatch:
 
 
 def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int, rehearse: bool = True) -> dict[str, list[Any]]:
-    """Results of each task, ``repeats`` times, in turns whose order alternates.
+    """Do each task ``repeats`` times, in turns whose order alternates; returns their results.
 
     Args:
-        tasks: By name.
-        repeats: Results of each.
-        rehearse: Throw a first round away. Without: for tasks that warm up by themselves.
+        tasks: Name -> task.
+        repeats: Number of results of each.
+        rehearse: Whether to throw a first round away; not for tasks that warm up by themselves.
     """
     results: dict[str, list[Any]] = {name: [] for name in tasks}
     for number in range(0 if rehearse else 1, repeats + 1):
@@ -75,14 +75,14 @@ def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int, rehearse: bool
 
 
 def timed(task: Callable[[], None]) -> dict[str, float]:
-    """Seconds of ``task`` by the clock (``wall``) and of processor time, all threads (``cpu``)."""
+    """Measure the seconds of ``task`` by the clock (``wall``) and of processor time, all threads (``cpu``)."""
     wall, cpu = time.perf_counter(), time.process_time()
     task()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, versions, commit: what a time depends on. No paths, no host name."""
+    """Collect what a time depends on: processor, threads, versions, commit. No paths, no host name."""
     packages = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -96,7 +96,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit(root: Path) -> str | None:
-    """The checkout's commit, with "+" where files differ from it; ``None`` outside of a checkout."""
+    """Find the checkout's commit, with "+" where files differ from it; ``None`` outside of a checkout."""
     if not (root / ".git").exists():
         return None
     words = ["git", "-C", str(root)]

@@ -1,4 +1,4 @@
-"""Checkpoints: which of them are complete, how they are written, and that other engines read them (``portable``)."""
+"""Checkpoints: which are complete, how they are written, and how other engines read them (``portable``)."""
 
 from .manifest import (
     ARGUMENTS_FILE,

@@ -1,7 +1,7 @@
-"""Where a run's checkpoints lie, which of them are complete, and what is in them.
+"""Where a run's checkpoints are, which of them are complete, and what they hold.
 
-``checkpoint.json`` is written last and lists every file with its size. What has no such list, or not what it lists, is
-not complete.
+``checkpoint.json`` is written last and lists every file with its size. A folder without this list, or without a file
+that it lists, is not a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers.utils import logging
 
 from ..distributed.collectives import is_main_process
 from ..distributed.engines import Engine
-from ..utils.files import sync_to_disk
+from ..utils.files import write_text
 from .sharded_files import read_whole
 
 logger = logging.get_logger(__name__)
 ARGUMENTS_FILE = "training_args.json"
 MANIFEST = "checkpoint.json"
 STAGING_FOLDER = ".saving"
-MODEL_SHARDS = "model_shards"  # what FSDP2 writes with SHARDED_STATE_DICT, in place of model.safetensors
+MODEL_SHARDS = "model_shards"  # FSDP2 writes this folder with SHARDED_STATE_DICT, in place of model.safetensors
 ENCODER_FOLDER = "encoder"  # where a finished run puts its encoder
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -38,16 +38,16 @@ class IncompleteCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``checkpoint.json`` says.
+    """The content of ``checkpoint.json``.
 
     Attributes:
-        engine: What wrapped the model.
+        engine: The engine that wrapped the model.
         world_size: Number of processes.
         global_batch: Images per optimizer step: per device x processes x accumulation.
-        step: Optimizer steps that were taken.
+        step: Number of optimizer steps taken.
         format: "full" (every tensor whole, by name), "sharded" (by name, any number of processes reads it),
             "deepspeed" (the stage's own files), or "weights" (``save_only_model``).
-        files: Path in the folder -> bytes.
+        files: Path in the folder -> size in bytes.
     """
 
     engine: Engine
@@ -67,7 +67,7 @@ class Manifest:
         """Read the manifest of a complete checkpoint.
 
         Raises:
-            IncompleteCheckpointError: it is not complete, or no checkpoint.
+            IncompleteCheckpointError: It is not complete, or not a checkpoint.
         """
         folder = Path(folder)
         try:
@@ -88,19 +88,14 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Write ``checkpoint.json``, with every file that lies in ``folder`` now."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        staging = folder / f".{MANIFEST}"
-        staging.write_text(text, encoding="utf-8")
-        sync_to_disk(staging)
-        staging.rename(folder / MANIFEST)
-        sync_to_disk(folder / MANIFEST)
+        """Write ``checkpoint.json`` into ``folder``, in one step."""
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def newest_checkpoint(output_dir: str | Path) -> str | None:
-    """The complete checkpoint with the highest step below ``output_dir``, or ``None``.
+    """Find the complete checkpoint with the highest step below ``output_dir``, or ``None``.
 
-    Warns of each that is newer and not complete.
+    A warning names each folder that is newer and not complete.
     """
     for folder in reversed(list_checkpoints(output_dir)):
         try:
@@ -114,21 +109,21 @@ def newest_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders ``checkpoint-N`` below ``output_dir`` by their steps, complete or not."""
+    """List the folders ``checkpoint-N`` below ``output_dir`` by their steps, complete or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
     return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(folder: str | Path) -> int:
-    """The step in a checkpoint's name."""
+    """Read the step in a checkpoint's name."""
     return int(Path(folder).name[11:])
 
 
 def read_checkpoint_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint of any engine, whole, on the CPU of this process alone.
+    """Read all weights of a checkpoint of any engine, whole, on the CPU of this process alone.
 
     Raises:
-        OSError: the weights are missing or damaged.
+        OSError: The weights are missing or damaged.
     """
     folder = Path(folder)
     try:
@@ -140,7 +135,7 @@ def read_checkpoint_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint with whole weights: one, or several of a large model."""
+    """List the safetensors files of a checkpoint with whole weights: one, or several of a large model."""
     if not (folder / _INDEX).is_file():
         return [folder / _WEIGHTS]
     names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()

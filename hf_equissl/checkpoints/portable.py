@@ -1,8 +1,11 @@
-"""Weights and optimizer states that go by their names, so that what one engine wrote another one reads.
+"""Weights and optimizer states by name, so that one engine reads what another one wrote.
 
 One process, DDP and FSDP2 write the same files: ``model.safetensors`` and ``optimizer.pt``, every tensor whole. FSDP2
 with SHARDED_STATE_DICT writes ``model_shards/`` and ``optimizer_shards/`` in place of the tensors, each process its own
-part. Either is read by any of them, on any number of processes. DeepSpeed's stages keep their own files.
+part. Any of them reads either form, on any number of processes. DeepSpeed's stages keep their own files.
+
+Names are put into the optimizer's ``state_dict`` here and not by ``torch.distributed.checkpoint.state_dict``: the
+latter refuses parameters that have no state yet (a last layer that is held), and accepts other groups in silence.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ OPTIMIZER_SHARDS = "optimizer_shards"
 
 
 class PortableStates(WholeCheckpoints):
-    """``WholeCheckpoints`` whose weights and optimizer state do not depend on the engine, DeepSpeed's apart."""
+    """``WholeCheckpoints`` whose weights and optimizer state do not depend on the engine, except under DeepSpeed."""
 
     @property
     def checkpoint_format(self) -> str:
-        """``Manifest.format`` of what is saved."""
+        """``Manifest.format`` of the checkpoints that are saved."""
         kind = super().checkpoint_format
         return "sharded" if kind == "full" and self._writes_shards else kind
 
@@ -47,7 +50,7 @@ class PortableStates(WholeCheckpoints):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's, which writes nothing where weights stay sharded: there, the shards. Every process calls it."""
+        """Save as the parent does; where weights stay sharded, each process writes its shards. All have to call it."""
         if not self._writes_shards:
             return super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
@@ -81,7 +84,7 @@ class PortableStates(WholeCheckpoints):
         return None
 
     def _save_deepspeed(self, folder: Path) -> None:
-        """The parent's, without leaving the others to wait where one process cannot write."""
+        """Save as the parent does, without letting the others wait for a process that cannot write."""
         engine = cast(Any, self.model_wrapped)
         with (
             _shielded(engine.checkpoint_engine, "save", self.writing),
@@ -95,7 +98,7 @@ class PortableStates(WholeCheckpoints):
                     torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
 
     def _named_optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's ``state_dict`` with names in place of numbers."""
+        """Make the optimizer's ``state_dict`` with names in place of numbers."""
         names = [name for group in self._parameter_names() for name in group]
         packed = self._plain_optimizer().state_dict()
         return {
@@ -141,7 +144,7 @@ class PortableStates(WholeCheckpoints):
         return None
 
     def _load_named_optimizer_state(self, saved: dict[str, Any], folder: Path) -> None:
-        """What ``_named_optimizer_state`` gave, into the optimizer."""
+        """Load what ``_named_optimizer_state`` made into the optimizer."""
         ours = self._parameter_names()
         numbers = {name: number for number, name in enumerate(name for group in ours for name in group)}
         theirs = {frozenset(group["params"]): group for group in saved["param_groups"]}
@@ -157,7 +160,7 @@ class PortableStates(WholeCheckpoints):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or Manifest.read(checkpoint).world_size == self.args.world_size:
             return super()._load_rng_state(checkpoint)
-        # Each process had a state of its own. Only drop path draws from it; new draws, but not those of the first step.
+        # Each process had a state of its own, from which only drop path draws. Draw anew, not as in the first step.
         words = [self.args.seed, self.state.global_step, self.args.process_index]
         set_seed(int(SeedSequence(words).generate_state(1)[0]))
         return None
@@ -168,14 +171,14 @@ class PortableStates(WholeCheckpoints):
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _parameter_names(self) -> list[list[str]]:
-        """Names of the parameters in each of the optimizer's groups."""
+        """List the names of the parameters in each of the optimizer's groups."""
         names = {id(p): plain_name(name) for name, p in cast(nn.Module, self.model).named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in self._plain_optimizer().param_groups]
 
 
 @contextmanager
 def _shielded(owner: Any, name: str, shield: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Meanwhile a method of ``owner`` runs within ``shield``."""
+    """Let a method of ``owner`` run within ``shield`` for the time of the block."""
     method = getattr(owner, name)
 
     def shielded(*args: Any, **kwargs: Any) -> Any:
@@ -210,7 +213,7 @@ def _take_tensors(states: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _read_states(folder: Path, states: dict[str, dict[str, Any]], parameters: dict[str, nn.Parameter]) -> None:
-    """Put the tensors that ``_take_tensors`` took back into ``states``, sharded as the parameters are."""
+    """Read tensors that ``_take_tensors`` took out back into ``states``, sharded as the parameters are."""
     tensors: dict[str, Tensor] = {}
     for name, meta in list_tensors(folder).items():
         parameter = parameters[name.rpartition(".")[0]]
@@ -225,14 +228,16 @@ def _read_states(folder: Path, states: dict[str, dict[str, Any]], parameters: di
 
 
 def _whole(value: Any, keep: bool) -> Any:
-    """A whole tensor on the CPU for the process that writes it; the others only help to gather it."""
+    """Gather a whole tensor on the CPU of the process that writes it; the others only take part."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    return (value.cpu() if isinstance(value, Tensor) else value) if keep else None
+    if not keep:
+        return None
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _shard(value: Any, parameter: Tensor) -> Any:
-    """This process's part of a whole tensor, if the parameter it belongs to is sharded."""
+    """Cut this process's part out of a whole tensor, if the parameter it belongs to is sharded."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor)):
         return value
     if value.shape != parameter.shape:  # a count of steps

@@ -1,7 +1,7 @@
-"""Named tensors, some of them sharded over processes, as files that any number of processes reads again.
+"""Files of named tensors, some of them sharded over processes, which any number of processes can read.
 
 The files are those of ``torch.distributed.checkpoint``. Their index, ``.metadata``, is a pickle, which torch opens
-without restriction; here it may name nothing but what such an index consists of. Tensors are read as ``weights_only``.
+without restriction; here it may name only what such an index consists of. Tensors are read as ``weights_only``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-# Modules and names from which an index is made.
+# Modules and names that an index may consist of.
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _INDEX_NAMES = {
     ("torch", "Size"),
@@ -34,7 +34,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write ``tensors``, each process its shards. All processes have to call it.
 
     Raises:
-        OSError: a process cannot write its part; on all of them.
+        OSError: On all processes, if one cannot write its part.
     """
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
@@ -44,12 +44,12 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` in place, whole ones and those that are sharded over processes alike."""
+    """Fill ``tensors`` in place, whole ones and sharded ones alike."""
     dcp.load(cast(dict[str, Any], tensors), storage_reader=_Reader(folder))
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors, whole, on the CPU of this process alone."""
+    """Read all tensors, whole, on the CPU of this process alone."""
     tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in list_tensors(folder).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
@@ -58,13 +58,13 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
 
 
 def list_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Names, sizes and types of what lies in ``folder``."""
+    """List names, sizes and types of the tensors in ``folder``."""
     content = _Reader(folder).read_metadata().state_dict_metadata
     return {name: meta for name, meta in content.items() if isinstance(meta, TensorStorageMetadata)}
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's, which opens the index of a checkpoint from anywhere without letting it run code."""
+    """torch's reader, which opens the index of a checkpoint from anywhere without letting it run code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

@@ -1,7 +1,7 @@
-"""How a Trainer writes checkpoints that are whole or absent.
+"""A Trainer that writes checkpoints which are whole or absent.
 
-A checkpoint is written into a staging folder, by all processes; then the main process writes ``checkpoint.json`` and
-renames the folder.
+All processes write a checkpoint into a staging folder; then the main process writes ``checkpoint.json`` and renames the
+folder.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the same on every process. Says why, and what can be resumed."""
+    """A checkpoint could not be written, on every process; the message says why, and what can be resumed."""
 
 
 class WholeCheckpoints(_Trainer):
-    """Stands before ``transformers.Trainer`` among a Trainer's parents. What differs from the latter:
+    """Stands before ``transformers.Trainer`` among a Trainer's parents, from which it differs:
 
-    - a checkpoint is written beside and renamed: a folder ``checkpoint-N`` is complete, or not written here;
-    - ``check_finite`` is called before: what it refuses stops the run and is not saved;
-    - what cannot be written stops all processes together, and leaves the earlier checkpoints as they are;
-    - which checkpoint is never deleted says ``best_checkpoint``; what is not complete is neither counted nor deleted.
+    - a checkpoint is written beside its place and renamed: a folder ``checkpoint-N`` is complete, or not written here;
+    - ``check_finite`` is called before: weights that it refuses stop the run and are not saved;
+    - a failure to write stops all processes together, and leaves the earlier checkpoints as they are;
+    - ``best_checkpoint`` is never deleted; incomplete checkpoints are neither counted nor deleted.
 
     Raises:
-        CheckpointError: when it saves; and what ``check_finite`` raises.
+        CheckpointError: A checkpoint cannot be saved. ``check_finite`` raises its own.
     """
 
     _saving = False
@@ -51,12 +51,12 @@ class WholeCheckpoints(_Trainer):
 
     @property
     def best_checkpoint(self) -> str | None:
-        """The checkpoint that stays whatever comes after it; none unless a subclass names one."""
+        """The checkpoint that is never deleted; ``None`` unless a subclass names one."""
         return None
 
     @property
     def checkpoint_format(self) -> str:
-        """``Manifest.format`` of what is saved."""
+        """``Manifest.format`` of the checkpoints that are saved."""
         if self.args.save_only_model:
             return "weights"
         return "deepspeed" if self.is_deepspeed_enabled else "full"
@@ -69,13 +69,13 @@ class WholeCheckpoints(_Trainer):
         return os.path.join(run_dir, STAGING_FOLDER) if self._saving else run_dir
 
     def _save_more(self, folder: Path) -> None:
-        """Write what else belongs to a checkpoint into ``folder``. Called on every process, before the manifest."""
+        """Write what else belongs to a checkpoint into ``folder``; for subclasses. Called on every process."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's. ``True`` goes on from the newest complete checkpoint.
+        """Train as the parent does; ``True`` goes on from the newest complete checkpoint.
 
         Raises:
-            ValueError: there is none, or the one that is named is not complete.
+            ValueError: There is none, or the one that is named is not complete.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
@@ -86,13 +86,13 @@ class WholeCheckpoints(_Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_finite(self) -> None:
-        """Raise on all processes if a loss or a weight is not finite on one of them; a Trainer says how it knows."""
+        """Raise on all processes if a loss or a weight is not finite on one of them; for subclasses."""
 
     # ---- writing ----
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While a checkpoint is saved, keep an error of writing until all processes are there to hear of it."""
+        """Keep an error of writing a checkpoint until all processes can be told of it."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError, IncompleteCheckpointError) as error:
@@ -130,12 +130,12 @@ class WholeCheckpoints(_Trainer):
                 write()
 
     def _begin(self, folder: Path) -> None:
-        """Empty the staging folder, and do not begin what cannot end."""
+        """Empty the staging folder, and refuse to begin where space is too small for another checkpoint."""
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.mkdir(parents=True)
         last = self._last_checkpoint()
         before = Manifest.read(last) if last else None
-        # Of the first one nobody knows better than the check before training.
+        # The size of the first one is not known here; the check before training has estimated it.
         needed = before.size if before is not None and before.format == self.checkpoint_format else 0
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -203,7 +203,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """In words, with the room that there is; of torch's own, which has a stack behind it, the first line."""
+    """Say why writing failed, and what space there is; of torch's errors, which end in a stack, the first line."""
     said = error.strerror if isinstance(error, OSError) else None
     said = said or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     try:
@@ -213,7 +213,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def _set_incomplete_aside(folder: Path) -> None:
-    """Keep what lies where a checkpoint goes and is not complete: nobody knows whose it is."""
+    """Rename an incomplete folder that is in the way of a checkpoint: it may be somebody's."""
     try:
         if folder.exists():
             Manifest.read(folder)

@@ -21,19 +21,16 @@ from torch.distributed.distributed_c10d import _get_default_store
 from .collectives import T, _initialized, is_main_process, rank, world_size
 
 _LEFT_TO_MAIN = itertools.count()
-
-
+# Keys of the rendezvous store: the rank that speaks for all, and how many processes have asked who does.
 _SPEAKER, _ASKED = "hf_equissl/speaker", "hf_equissl/asked"
-
-
-_asked: list[str] = []
+_asked: list[str] = []  # holds the own rank once this process has asked
 
 
 def end_process(code: int) -> NoReturn:
     """Close the process group, if there is one, and end this process.
 
-    One of several does not wait for the interpreter to be taken down: wrappers and DeepSpeed keep groups of their own,
-    whose threads may ask for it meanwhile, and then the process aborts after all its work is done.
+    With several processes the interpreter is not taken down in order: wrappers and DeepSpeed keep process groups, whose
+    threads may still use it, and the process would abort after all its work is done.
     """
     several = world_size() > 1
     if _initialized():
@@ -47,10 +44,12 @@ def end_process(code: int) -> NoReturn:
 
 
 def leave_to_main(work: Callable[[], T]) -> T | None:
-    """What ``work`` returns on the main process, ``None`` on the others, which wait for it, however long it takes.
+    """Do ``work`` on the main process while the others wait, however long it takes. All processes have to call it.
 
-    A barrier of the process group would end them after its timeout; an upload may take longer. All processes have to
-    call it, in the same order.
+    A barrier of the process group would end them after its timeout, and an upload may take longer.
+
+    Returns:
+        What ``work`` returns; ``None`` on the other processes.
     """
     if world_size() == 1:
         return work()
@@ -66,12 +65,12 @@ def leave_to_main(work: Callable[[], T]) -> T | None:
 
 
 def first_message(message: str | None) -> str | None:
-    """The message of the lowest rank that has one, on all processes; ``None`` if none has. All have to call it."""
+    """Give all processes the message of the lowest rank that has one, or ``None``. All have to call it."""
     return next((text for text in gather_objects(message) if text is not None), None)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each process gave, by rank, on all of them. For small things: they are pickled. All have to call it."""
+    """Give all processes the values of all of them, by rank. They are pickled: small ones only. All have to call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -80,17 +79,17 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether ``error`` is what torch.distributed says when another process has ended or cannot be reached."""
+    """Whether ``error`` is what torch.distributed raises when another process has ended or cannot be reached."""
     text = str(error)
     spoken_by_backend = isinstance(error, dist.DistError) or "/gloo/" in text or "ProcessGroup" in text
     return isinstance(error, RuntimeError) and world_size() > 1 and spoken_by_backend
 
 
 def speaks_for_all(patience: float = 5.0) -> bool:
-    """Whether this process is the first that asked, and says for all what stopped them.
+    """Whether this process is the first that asked, and so says for all what stopped them.
 
-    True, too, where nobody can be asked: with one process, or where the one that keeps the rendezvous store is gone or
-    does not answer in ``patience`` seconds.
+    It is, too, where nobody can be asked: with one process, or where the one that keeps the rendezvous store is gone or
+    does not answer within ``patience`` seconds.
     """
     if world_size() == 1:
         return True
@@ -106,7 +105,7 @@ def speaks_for_all(patience: float = 5.0) -> bool:
                 store.add(_ASKED, 1)
             answers.append(speaker == own)
 
-    # The store is asked without a limit of time, and a process that was stopped never answers.
+    # In a thread: asking the store has no time limit, and a process that was stopped never answers.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(patience)
@@ -114,7 +113,7 @@ def speaks_for_all(patience: float = 5.0) -> bool:
 
 
 def answer_others(seconds: float) -> None:
-    """On the process that may keep the store: stay until all have asked who speaks, at most ``seconds``."""
+    """Stay until all processes have asked who speaks, at most ``seconds``, if this one may keep the store."""
     if world_size() == 1 or rank() != 0:
         return
     end = time.monotonic() + seconds
@@ -127,8 +126,8 @@ def answer_others(seconds: float) -> None:
 class SharedFlag:
     """A flag that any process may raise, and that all of them see raised at the same step.
 
-    The flags of a step are exchanged between hosts, over gloo, while the next one computes: no device is waited for,
-    and hosts wait only for the others to have come one step less far. All processes have to make the same calls.
+    The flags of a step are exchanged between hosts, over gloo, while the next step computes: nobody waits for a device,
+    and a host waits only until the others have finished the step before. All processes have to make the same calls.
 
     Args:
         timeout: Seconds after which a process that does not answer is an error.
@@ -140,7 +139,7 @@ class SharedFlag:
         self._pending: tuple[Any, Tensor] | None = None
 
     def in_step(self, raised: bool) -> bool:
-        """Once per step: whether a process had raised it in the step before; with one process, whether it has."""
+        """Whether a process had raised it in the step before (a single one: whether it has). Called once per step."""
         if self._group is None:
             return raised
         earlier = self._wait()

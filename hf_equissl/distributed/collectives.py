@@ -1,6 +1,6 @@
-"""Gather and reduce with gradient, rank and world size: the one file that knows torch.distributed.
+"""Gather and reduce with gradient, rank and world size: what losses and the Trainer exchange.
 
-Every function is a no-op with one process, initialised or not, and works on any backend (gloo on CPU, NCCL on GPUs).
+With one process, initialised or not, nothing is exchanged. All of it works on any backend (gloo on CPU, NCCL on GPUs).
 
 **Gradients.** Every process evaluates the same global term, and data-parallel wrappers average gradients over the W
 processes. So a backward pass here *sums* what arrives on all processes: the sum is W times the gradient of the global
@@ -38,12 +38,12 @@ def _initialized() -> bool:
 
 
 def rank() -> int:
-    """Index of this process, 0 without a process group."""
+    """Return the index of this process, 0 without a process group."""
     return dist.get_rank() if _initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes W, 1 without a process group."""
+    """Return the number of processes W, 1 without a process group."""
     return dist.get_world_size() if _initialized() else 1
 
 
@@ -53,17 +53,17 @@ def is_main_process() -> bool:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a parameter, buffer or gradient: all of it, or its shard under FSDP2 or ZeRO-3."""
+    """Return what this process holds of a parameter, buffer or gradient: all of it, or its shard (FSDP2, ZeRO-3)."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return getattr(tensor, "ds_tensor", tensor)
 
 
 def wait_for_shards(parameter: Tensor) -> None:
-    """Behind writing to shards under ZeRO-3: DeepSpeed gathers them on a stream that waits for no other.
+    """Wait until shards that were written under ZeRO-3 can be read: DeepSpeed gathers them on a stream of its own.
 
     Args:
-        parameter: Any one of the model.
+        parameter: Any parameter of the model.
     """
     shard = getattr(parameter, "ds_tensor", None)
     if shard is not None and shard.device.type != "cpu":
@@ -100,7 +100,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reduce_mean(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over the processes of named scalars, in one exchange and without gradient.
+    """Average named scalars over the processes, in one exchange and without gradient.
 
     Args:
         scalars: Name -> scalar tensor; the same names on every process.

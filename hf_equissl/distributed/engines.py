@@ -1,4 +1,4 @@
-"""What spreads a run over processes: which engine a launch asks for, which one it gets, and what each refuses."""
+"""The engines that spread a run over processes: which one a launch asks for, which one it gets, what each refuses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _YES = ("1", "true", "yes", "on", "y", "t")
 class Engine(StrEnum):
     """How model, gradients and optimizer lie on the processes.
 
-    ``DDP`` keeps all of it on each; ``ZERO1`` shares out the optimizer, ``ZERO2`` the gradients too, ``ZERO3`` and
-    ``FSDP2`` the weights as well.
+    ``DDP`` keeps all of it on each process; ``ZERO1`` shares out the optimizer, ``ZERO2`` the gradients too, ``ZERO3``
+    and ``FSDP2`` the weights as well.
     """
 
     SINGLE = "single"
@@ -43,15 +43,15 @@ class Engine(StrEnum):
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a process holds shards of the weights only."""
+        """Whether each process holds only a shard of the weights."""
         return self in (Engine.FSDP2, Engine.ZERO3)
 
 
 def asked_engine(args: TrainingArguments | None = None) -> Engine:
-    """The engine that a launch asks for: by ``args`` (``fsdp``, ``deepspeed``), else by the launcher's environment.
+    """Find the engine that a launch asks for: by ``fsdp`` or ``deepspeed`` of ``args``, else by the environment.
 
     Raises:
-        ValueError: It asks for what is not supported: FSDP1, or a DeepSpeed stage other than 1, 2, 3.
+        ValueError: It is not supported: FSDP1, or a DeepSpeed stage other than 1, 2, 3.
     """
     if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
         stage = _deepspeed_stage(args)
@@ -77,7 +77,7 @@ def check_engine(args: TrainingArguments) -> None:
     """Refuse, before anything is built, a launch that cannot do what the arguments ask for.
 
     Args:
-        args: Their ``bf16`` and ``fp16`` decide the precision, whatever the launcher's configuration holds.
+        args: Arguments whose ``bf16`` and ``fp16`` decide the precision, whatever the launcher's configuration says.
 
     Raises:
         ValueError: The engine is not supported or not installed, or precision or compilation contradict it.
@@ -103,7 +103,7 @@ def check_engine(args: TrainingArguments) -> None:
 
 
 def granted_engine(accelerator: Accelerator) -> Engine:
-    """What accelerate will wrap a model with, known once it is set up."""
+    """Find what accelerate will wrap a model with, known once it is set up."""
     state = accelerator.state
     kind = str(state.distributed_type.value)
     if kind == "DEEPSPEED":
@@ -114,7 +114,7 @@ def granted_engine(accelerator: Accelerator) -> Engine:
 
 
 def running_engine(accelerator: Accelerator, model_wrapped: nn.Module) -> Engine:
-    """What really wraps a model: told by the module and its parameters, not by settings."""
+    """Find what really wraps a model, by the module itself and not by settings."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
@@ -134,7 +134,7 @@ def plain_name(name: str) -> str:
 
 
 def fp32_sharding(plugin: FullyShardedDataParallelPlugin | None = None) -> FullyShardedDataParallelPlugin:
-    """FSDP2 with weights gathered, gradients reduced and inputs left in fp32: autocast chooses per operation.
+    """Set up FSDP2 with weights gathered, gradients reduced and inputs left in fp32: autocast chooses per operation.
 
     Left to itself, accelerate would cast weights, reductions, inputs (targets of the reconstruction among them) and
     losses to bf16, unlike DDP under autocast. The price: twice the bytes when weights are gathered, and the bf16 copies
@@ -154,8 +154,8 @@ def fp32_sharding(plugin: FullyShardedDataParallelPlugin | None = None) -> Fully
 def load_models_whole() -> None:
     """Let ``from_pretrained`` give whole models under ZeRO-3, too, on a single process as well.
 
-    While transformers knows of ZeRO-3, it shares out every model that it loads, on all processes together: encoders to
-    start from would be empty, and who loads one alone would wait for ever. What is trained is shared out afterwards.
+    While transformers knows of ZeRO-3, it shares out every model that it loads over all processes: encoders to start
+    from would be empty, and a process that loads one alone would wait for ever. What is trained is shared out later.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -166,12 +166,12 @@ def check_same(asked: Engine, given: Engine, device: str) -> None:
     """Refuse to train with another engine than the one that was asked for.
 
     Args:
-        asked: By ``asked_engine``.
-        given: By ``granted_engine`` or ``running_engine``.
+        asked: What ``asked_engine`` found.
+        given: What ``granted_engine`` or ``running_engine`` found.
         device: Type of the training device.
 
     Raises:
-        ValueError: They differ. A single process that is launched as one of many may run as DDP: it is the same.
+        ValueError: They differ. With a single process, DDP and no engine are the same.
     """
     if asked is given or ({asked, given} == {Engine.SINGLE, Engine.DDP} and _world_size() == 1):
         return

@@ -1,4 +1,4 @@
-"""A scheduler's request to stop: SIGTERM and SIGUSR1, kept until the run can stop without losing anything.
+"""A scheduler's request to stop, SIGTERM or SIGUSR1: remembered until the run can stop without losing anything.
 
 Needs no torch, so that a run listens from its first moment.
 """
@@ -29,11 +29,11 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Preempted(BaseException):
-    """The run was asked to stop and did; the same command goes on. No ``Exception``, as ``KeyboardInterrupt``."""
+    """The run was asked to stop and did; the same command goes on. As ``KeyboardInterrupt``, it is no ``Exception``."""
 
 
 class Signals:
-    """Catches SIGTERM and SIGUSR1 while it is entered, and gives them back to whom they belonged before.
+    """Catches SIGTERM and SIGUSR1 while it is entered, and restores the handlers that were there before.
 
     The first one is remembered (``received``); a loop looks at it where it can stop. Before training there is nothing
     to lose, so ``Preempted`` is raised at once, if this is the only process: one of several cannot tell a scheduler
@@ -43,12 +43,12 @@ class Signals:
     Outside of the main thread, where Python does not allow handlers, nothing is caught.
 
     Args:
-        output_dir: Where the marker file goes; launchers swallow exit codes.
+        output_dir: Where the marker file goes, since launchers hide exit codes.
 
     Attributes:
         output_dir: The same; may be set later.
         received: Name of the first signal, or ``None``.
-        raises: Whether a signal raises ``Preempted``; ``None`` of them do once training begins.
+        raises: Whether a signal raises ``Preempted``; the Trainer switches it off when training begins.
     """
 
     def __init__(self, output_dir: str | Path | None = None) -> None:
@@ -72,7 +72,7 @@ class Signals:
         self._before = {}
 
     def leave_marker(self, text: str) -> None:
-        """Write the marker file, for whoever decides to start the run again; it begins with the signal's name."""
+        """Write the marker file, which begins with the signal's name, for whoever decides to start the run again."""
         if self.output_dir is not None and Path(self.output_dir).is_dir():
             with contextlib.suppress(OSError):  # on a full disk the exit code must do
                 (Path(self.output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
@@ -98,9 +98,9 @@ class Signals:
 
 
 def ignore_stop_signals(start: Callable[[int], None] | None, worker: int) -> None:
-    """``worker_init_fn`` of data loaders, before their own ``start``: a scheduler signals workers, too.
+    """Let a worker of a data loader ignore signals, which a scheduler sends to workers, too; then call ``start``.
 
-    One that died of it would take the run along; so it lives until its loader ends it, or ``kill_workers``.
+    A worker that died of one would end the run; so it lives until its loader ends it, or ``kill_workers`` does.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -118,17 +118,17 @@ def guard_workers(loader: Any) -> Any:
 
 
 def kill_workers() -> None:
-    """For ``atexit``: end the workers that ``ignore_stop_signals``, at which Python would wait for them for ever."""
+    """End the workers that ignore signals, for which Python would wait for ever at its exit."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def listen_to_launcher() -> None:
-    """Let the end of a launcher that started this process count as SIGTERM.
+    """Let the end of the launcher that started this process count as SIGTERM.
 
-    `accelerate launch` with one process dies of every signal and torchrun of SIGUSR1; the run would go on without them,
-    beside the one that the scheduler starts next.
+    `accelerate launch` with one process dies of every signal, and torchrun of SIGUSR1. The run would go on without its
+    launcher, beside the one that the scheduler starts next.
     """
     launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
     if launched and sys.platform == "linux":
@@ -147,7 +147,7 @@ def speaks_for_failure() -> bool:
 
 
 def end_command(code: int) -> NoReturn:
-    """End a command that trains, by ``running.stops.end`` if it came so far; nothing is imported for it."""
+    """End a command that trains, with ``running.stops.end`` if that was imported already; nothing is imported here."""
     end = getattr(sys.modules.get("hf_equissl.running.stops"), "end", None)
     if end is not None:
         end(code)
@@ -159,6 +159,6 @@ def end_command(code: int) -> NoReturn:
 
 
 def remove_marker(output_dir: str | Path) -> None:
-    """The run goes on: what a stopped one left there no longer holds."""
+    """Delete the marker of an earlier stop, since the run goes on."""
     with contextlib.suppress(OSError):  # whether the folder can be written is found out later
         (Path(output_dir) / MARKER_FILE).unlink()

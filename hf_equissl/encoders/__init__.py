@@ -1,6 +1,6 @@
 """Encoders in and out: loaded frozen, converted from public checkpoints, saved as folders that ``AutoModel`` loads.
 
-Names are resolved when they are first used, so that who only exports does not load what evaluation needs.
+Names are imported when they are first used, so that an export does not load what evaluation needs.
 """
 
 from __future__ import annotations

@@ -9,23 +9,21 @@ from torch import Tensor
 
 # Photographs are resized to 256 and cropped to 224; images that are small already would only lose their border.
 SMALLEST_CROPPED_SIZE = 96
-
-
 RESIZE_RATIO = 256 / 224
 
 
 def resized_side(size: int) -> int:
-    """The shorter side before the centre crop of ``size``: 256/224 of it from 96 pixels on, else ``size`` itself.
+    """Compute the shorter side before the centre crop of ``size``: 256/224 of it from 96 pixels on, else ``size``.
 
-    The one rule of the probes and of the image processor that is saved beside an encoder. It depends on nothing but
-    ``size``, because the settings of an image processor cannot depend on the picture. Small pictures are not enlarged
-    by 8/7: that would blur a 32-pixel image and then throw a quarter of it away.
+    Probes and the image processor that is saved beside an encoder share this rule. It depends on nothing but ``size``,
+    because the settings of an image processor cannot depend on the picture. Small pictures are not enlarged by 8/7:
+    that would blur a 32-pixel image and then throw a quarter of it away.
     """
     return round(size * RESIZE_RATIO) if size >= SMALLEST_CROPPED_SIZE else size
 
 
 def base_image(image: Image.Image, size: int) -> Tensor:
-    """The base image I of an RGB picture: shorter side to ``resized_side(size)``, centre crop, nothing else.
+    """Make the base image I of an RGB picture: shorter side to ``resized_side(size)``, centre crop, nothing else.
 
     A picture whose shorter side is that already is only cropped: CIFAR-10 at 32 pixels keeps its pixels. Rounding is
     that of image processors, so that both make the same pixels.

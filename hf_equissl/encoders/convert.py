@@ -44,10 +44,10 @@ class Converter:
 
     Attributes:
         model_class: The stock encoder that reads the weights.
-        fields: From its configuration to the fields of ``EquiSSLConfig``; raises ``ValueError`` with the reason if the
-            architecture is another.
+        fields: Makes the fields of ``EquiSSLConfig`` from its configuration; raises ``ValueError`` with the reason if
+            the architecture is another.
         renamings: Pairs of a pattern and its replacement, from the stock names to ours.
-        dropped: First parts of the names that are no part of an encoder: heads, poolers, decoders.
+        dropped: First parts of the names that do not belong to an encoder: heads, poolers, decoders.
         load_options: Keywords for ``model_class.from_pretrained``.
     """
 
@@ -67,7 +67,7 @@ def convert_encoder(
     num_attention_heads: int | None = None,
     **hub_options: Any,
 ) -> EquiSSLModel:
-    """An EquiSSL encoder, in float32 and eval mode, whose tokens equal those of an existing encoder.
+    """Convert an existing encoder to an EquiSSL encoder with equal tokens, in float32 and eval mode.
 
     It has no stem and no decoder, unless the source is an EquiSSL encoder, which is returned as it is. Heads, poolers
     and decoders in the checkpoint are left out, and a log line names them. Of ViT-MAE the encoder sees every patch, in
@@ -86,8 +86,8 @@ def convert_encoder(
         **hub_options: ``cache_dir``, ``token``, ``local_files_only`` as in ``from_pretrained``.
 
     Raises:
-        ValueError: if there is nothing that can be read, if the architecture is another (with the reason), or if
-            weights are missing or left over (with their names).
+        ValueError: There is nothing that can be read, the architecture is another (with the reason), or weights are
+            missing or left over (with their names).
     """
     if isinstance(source, PreTrainedModel):
         return _convert_model(source)
@@ -120,10 +120,10 @@ def convert_encoder(
 def read_normalisation(
     source: str | Path | PreTrainedModel, **hub_options: Any
 ) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation per channel that an encoder's images are normalised with.
+    """Read mean and standard deviation per channel that an encoder's images are normalised with.
 
-    Those of the image processor beside it; of an upstream file ImageNet's, which iBOT, DINO and DINOv2 train with;
-    ``None`` where nothing says it.
+    They are those of the image processor beside it, and of an upstream file ImageNet's, which iBOT, DINO and DINOv2
+    train with; ``None`` where nothing says them.
     """
     if isinstance(source, PreTrainedModel):
         return None
@@ -149,7 +149,7 @@ def convert_to_folder(
 
     Args:
         source: As in ``convert_encoder``.
-        directory: Where to; absent or empty.
+        directory: Folder to write, absent or empty.
         native: Save a stock model (``to_native``) instead of an EquiSSL encoder.
         image_size: Side in pixels that the image processor crops; default: that of the source's processor, else the
             size of the stored positions.
@@ -163,7 +163,7 @@ def convert_to_folder(
         The encoder.
 
     Raises:
-        ValueError: as ``convert_encoder``; if the folder holds files; if nothing says how images are normalised.
+        ValueError: As ``convert_encoder``; the folder holds files; nothing says how images are normalised.
     """
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
@@ -196,7 +196,7 @@ def convert_to_folder(
 
 
 def _convert_model(model: PreTrainedModel) -> EquiSSLModel:
-    """A model in memory: its encoder alone, whatever head it has."""
+    """Convert the encoder of a model in memory, whatever head it has."""
     name, prefix = type(model).__name__, f"{model.base_model_prefix}."
     converter = _converter(model.config, name)
     encoder = getattr(model, model.base_model_prefix, model)
@@ -211,7 +211,7 @@ def _convert_model(model: PreTrainedModel) -> EquiSSLModel:
 
 
 def _converter(config: PreTrainedConfig, source: str) -> Converter:
-    """The converter for a configuration; ``ValueError`` with the reason where there is none."""
+    """Find the converter for a configuration; raise ``ValueError`` with the reason where there is none."""
     found = CONVERTERS.get(config.model_type)
     if found is None:
         reason = NOT_CONVERTIBLE.get(config.model_type, "its architecture is not that of a plain ViT")
@@ -223,7 +223,7 @@ def _converter(config: PreTrainedConfig, source: str) -> Converter:
 
 
 def _check_report(report: Mapping[str, Any], converter: Converter, source: str) -> bool:
-    """Refuse checkpoints that are not this encoder's; whether the checkpoint has no mask token."""
+    """Refuse checkpoints of another encoder; returns whether the checkpoint lacks a mask token."""
     optional = {_MASK_TOKEN} if "use_mask_token" in converter.load_options else set()
     missing = set(report["missing_keys"]) - optional
     unexpected = set(report["unexpected_keys"])
@@ -244,7 +244,7 @@ def _check_report(report: Mapping[str, Any], converter: Converter, source: str) 
 
 
 def _build(converter: Converter, fields: dict[str, Any], state: dict[str, Tensor], source: str) -> EquiSSLModel:
-    """Rename, leave out what is no encoder, and build."""
+    """Build the encoder from renamed weights, without those that are not its own."""
     dropped = [name for name in state if name.split(".")[0] in converter.dropped]
     if dropped:
         logger.info("Left out of %s: %s.", source, grouped(dropped))

@@ -19,9 +19,9 @@ _SAVED = ("config.json", "preprocessor_config.json", "model*.safetensors", "mode
 
 
 def image_processor(image_size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> BitImageProcessorPil:
-    """The evaluation transform: shorter side to ``resized_side``, centre crop, normalise.
+    """Make the evaluation transform: shorter side to ``resized_side``, centre crop, normalise.
 
-    Its pixels are those of ``hf_equissl.evaluation.images.base_image``: who loads the encoder sees what was measured.
+    Its pixels are those of ``base_image``, so that a loaded encoder sees what was measured.
     """
     return BitImageProcessorPil(
         size={"shortest_edge": resized_side(image_size)},
@@ -32,10 +32,10 @@ def image_processor(image_size: int, image_mean: Sequence[float], image_std: Seq
 
 
 def check_replaceable(directory: str | Path, also: Sequence[str] = ()) -> None:
-    """Make sure that nothing but a saved model, with files ``also``, is deleted when another one takes its place.
+    """Make sure that only a saved model, with files ``also``, is deleted when another one takes its place.
 
     Raises:
-        ValueError: ``directory`` is a file, or holds what no saved encoder does.
+        ValueError: ``directory`` is a file, or holds other files.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -57,8 +57,8 @@ def save_encoder(
     """Save encoder, its code and its image processor into ``directory``; an older one there is replaced as a whole.
 
     Raises:
-        ValueError: as ``check_replaceable``; if the encoder was trained on images that are not square: the processor
-            crops squares; if code that its config names is not beside it, as of a class that a script defines.
+        ValueError: As ``check_replaceable``; the encoder was trained on images that are not square, which the processor
+            cannot crop; code that its config names is not beside it, e.g. that of a class defined in a script.
     """
     size = encoder.config.image_size
     if not isinstance(size, int) and len(set(size)) > 1:
@@ -81,7 +81,7 @@ def save_encoder(
 
 
 def _check_code(folder: Path) -> None:
-    """Every module that ``auto_map`` names is there, and what those import of each other."""
+    """Check that the modules named by ``auto_map`` are there, and those that they import."""
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     needed = {name.rpartition(".")[0] for name in entries.values()}
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""An encoder as a stock transformers model, for who has neither our package nor trust in remote code."""
+"""An encoder as a stock transformers model, which needs neither this package nor remote code."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .weights import SAME_NAME
 
 logger = logging.getLogger(__name__)
 
-# Of our encoder alone; what a stock model computes does not depend on them.
+# First parts of our encoder's names that a stock model does not have.
 _OURS_ALONE = ("stem.", "decoder.")
 
 
 def to_native(encoder: EquiSSLModel) -> Dinov2Model | Dinov2WithRegistersModel:
-    """The stock model with the weights of an encoder, in eval mode, on its device and in its dtype.
+    """Make the stock model with the weights of an encoder, in eval mode, on its device and in its dtype.
 
-    ``Dinov2Model``, or with register tokens ``Dinov2WithRegistersModel``. Its ``last_hidden_state`` equals the
-    encoder's for every image and mask. Stem and decoder are left out. Where ours has no LayerScale the stock model has
-    one of ones; where a model with registers has no mask token the stock model, which always holds one, has zeros.
-    Stochastic depth of mode "uniform" is carried; the stock models know no ramp over depth, so "linear" becomes 0.
+    It is a ``Dinov2Model``, or with register tokens a ``Dinov2WithRegistersModel``. Its ``last_hidden_state`` equals
+    the encoder's for every image and mask. Stem and decoder are left out. Where ours has no LayerScale the stock model
+    has one of ones; where a model with registers has no mask token the stock model, which always holds one, has zeros.
+    Stochastic depth of mode "uniform" is kept; stock models know no ramp over depth, so "linear" becomes 0.
 
     Raises:
-        ValueError: if no stock model computes the same: CLS that enters after the first block, positions of images
-            that are not square, an MLP whose ratio is not whole.
+        ValueError: No stock model computes the same: CLS enters after the first block, images are not square, or the
+            MLP's ratio is not whole.
     """
     config = encoder.config
     stock, fields = _stock_fields(config)
@@ -56,13 +56,13 @@ def save_native(
     in the file are those of transformers 4 and 5 alike.
 
     Args:
-        encoder: What to save.
-        directory: Where to.
-        image_mean: Per channel, of pixels in [0, 1].
+        encoder: The encoder to save.
+        directory: Folder to write.
+        image_mean: Mean per channel, of pixels in [0, 1].
         image_std: Likewise.
 
     Raises:
-        ValueError: as ``to_native`` and ``check_replaceable``.
+        ValueError: As ``to_native`` and ``check_replaceable``.
     """
     native = to_native(encoder)
     directory = Path(directory)
@@ -77,7 +77,7 @@ def save_native(
 
 
 def _stock_fields(config: EquiSSLConfig) -> tuple[Any, dict[str, Any]]:
-    """The stock class, and the fields of its configuration."""
+    """Choose the stock class and the fields of its configuration."""
     if config.cls_insertion_layer > 0:
         raise ValueError(
             f"cls_insertion_layer={config.cls_insertion_layer} has no stock counterpart: in Dinov2Model CLS enters "
@@ -108,7 +108,7 @@ def _stock_fields(config: EquiSSLConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def _stock_state(encoder: EquiSSLModel, native: torch.nn.Module) -> dict[str, Tensor]:
-    """The encoder's weights, and the constants that stand for what it does not have."""
+    """Collect the encoder's weights, with constants in place of those that it does not have."""
     state = {name: value for name, value in encoder.state_dict().items() if not name.startswith(_OURS_ALONE)}
     for name, value in native.state_dict().items():
         if name.endswith("lambda1") and encoder.config.layerscale_value is None:

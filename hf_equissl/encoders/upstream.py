@@ -20,7 +20,7 @@ from .weights import build_encoder, grouped, listed
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".pth", ".pt")
-_HEAD_SIZE = 64  # of every ViT that the three projects release, from ViT-Ti to ViT-g
+_HEAD_SIZE = 64  # width of a head in every ViT that the three projects release, from ViT-Ti to ViT-g
 _HEADS = ("head", "dino_head", "ibot_head")
 # iBOT (https://github.com/bytedance/ibot), DINO and DINOv2 (https://github.com/facebookresearch/dinov2) -> ours.
 _NAMES = (
@@ -46,7 +46,7 @@ def is_upstream_file(source: Any) -> bool:
 def convert_upstream(
     path: str | Path, *, weights_of: str = "teacher", num_attention_heads: int | None = None
 ) -> EquiSSLModel:
-    """The ViT in a checkpoint of iBOT, DINO or DINOv2 as an EquiSSL encoder, in float32 and eval mode.
+    """Convert the ViT in a checkpoint of iBOT, DINO or DINOv2 to an EquiSSL encoder, in float32 and eval mode.
 
     Reads what these projects publish and what their training leaves: a bare state dict, ``{"state_dict": ...}``, or
     ``{"student": ..., "teacher": ...}`` with the encoder below ``backbone.``. Heads, optimizer and the other network
@@ -59,11 +59,11 @@ def convert_upstream(
     Args:
         path: The file. It is read with ``weights_only=True``: no code in it runs.
         weights_of: "teacher" or "student", where the file holds both.
-        num_attention_heads: Not stored in such a file; default: width / 64.
+        num_attention_heads: Number of heads, which such a file does not store; default: width / 64.
 
     Raises:
-        ValueError: if the file cannot be read or needs code, if its network is no plain ViT (Swin, SwiGLU, rotary
-            positions), or if weights are missing or left over; the message lists them.
+        ValueError: The file cannot be read or needs code, its network is not a plain ViT (Swin, SwiGLU, rotary
+            positions), or weights are missing or left over, which the message lists.
     """
     if weights_of not in ("teacher", "student"):
         raise ValueError(f"weights_of={weights_of!r}: expected 'teacher' or 'student'.")
@@ -112,7 +112,7 @@ def _unreadable(path: Path, error: BaseException) -> str:
 
 
 def _network(checkpoint: Mapping[str, Any], weights_of: str, path: Path) -> Mapping[str, Any]:
-    """The state dict of one network in a file."""
+    """Find the state dict of one network in a file."""
     if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         return checkpoint
     key = weights_of if weights_of in checkpoint else "state_dict"
@@ -128,7 +128,7 @@ def _network(checkpoint: Mapping[str, Any], weights_of: str, path: Path) -> Mapp
 
 
 def _encoder_weights(network: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The encoder's entries without the prefixes of wrappers; the heads' are left out."""
+    """Take the encoder's entries without the prefixes of wrappers, and leave those of heads out."""
     entries = {str(name).removeprefix("module."): value for name, value in network.items()}
     wrapped = any(name.startswith("backbone.") for name in entries)
     heads = {name for name in entries if name.split(".")[0] in _HEADS}
@@ -156,7 +156,7 @@ def _refuse_other_architectures(state: Mapping[str, Tensor], path: Path) -> None
 
 
 def _fields(state: Mapping[str, Tensor], num_attention_heads: int | None, path: Path) -> dict[str, Any]:
-    """Fields of ``EquiSSLConfig`` from names and shapes."""
+    """Derive the fields of ``EquiSSLConfig`` from names and shapes."""
     first = "encoder.layer.0."
     needed = {
         "positions": "embeddings.position_embeddings",

@@ -1,4 +1,4 @@
-"""A state dict in our names becomes an encoder, or an error that lists what does not fit."""
+"""Build an encoder from a state dict in our names, or list what does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..modeling import EquiSSLConfig, EquiSSLModel
 
-# Fields that our configuration and those of the stock ViTs call alike and mean alike.
+# Fields that have the same name and meaning in our configuration and in those of the stock ViTs.
 SAME_NAME = (
     "hidden_size",
     "num_hidden_layers",
@@ -29,7 +29,7 @@ _LISTED = 20
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Quiet while transformers lists missing and unexpected weights, for callers who check them and speak of them."""
+    """Silence transformers' list of missing and unexpected weights, for callers that check them themselves."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -39,14 +39,14 @@ def without_load_report() -> Iterator[None]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in order, comma-separated; beyond 20 their number."""
+    """Join names in order with commas; beyond 20 only their number is given."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
     return ", ".join(ordered[:_LISTED]) + more
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Names counted by their first part, e.g. ``"classifier (2), pooler (2)"``."""
+    """Count names by their first part, e.g. ``"classifier (2), pooler (2)"``."""
     counts: dict[str, int] = {}
     for name in sorted(names):
         group = name.split(".")[0]
@@ -55,7 +55,7 @@ def grouped(names: Iterable[str]) -> str:
 
 
 def build_encoder(fields: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> EquiSSLModel:
-    """An encoder with exactly these weights, in float32 and eval mode. The tensors are copied.
+    """Build an encoder with exactly these weights, in float32 and eval mode. The tensors are copied.
 
     Args:
         fields: Fields of ``EquiSSLConfig``.
@@ -63,7 +63,7 @@ def build_encoder(fields: Mapping[str, Any], state: Mapping[str, Tensor], source
         source: Where they come from, for the error.
 
     Raises:
-        ValueError: if weights are missing, left over or of another shape; the message lists them.
+        ValueError: Weights are missing, left over or of another shape; the message lists them.
     """
     with no_init_weights():
         encoder = EquiSSLModel(EquiSSLConfig(**fields))

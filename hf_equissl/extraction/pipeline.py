@@ -1,4 +1,4 @@
-"""Decoding, the encoder and writing at the same time: what the encoder begins is fetched one batch later."""
+"""Decode, encode and write at the same time: features of a batch are fetched when the next one has begun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..encoders.frozen import FrozenEncoder, extremes
 from .reading import Batch
 
-# Waits for features of a batch that was begun, and gives them on the CPU.
+# A function that waits for the features of a batch that was begun, and returns them on the CPU.
 Result = Callable[[], dict[str, Tensor]]
 
 
@@ -20,20 +20,20 @@ def begin(encoder: FrozenEncoder, pixels: Tensor, names: Sequence[str], *, norma
     """Begin one forward pass. On CUDA this returns while the device still works, also on what was begun before.
 
     Args:
-        encoder: Whose features.
+        encoder: The encoder that makes them.
         pixels: As for ``encoder.encode``, on the CPU. Pinned memory is copied without waiting.
-        names: Which features.
+        names: Names of the features.
         normalised: Whether the pixels are what ``encoder.features`` reads.
-        dtype: In which features are stored; they are cast and looked at on the encoder's device.
+        dtype: Type in which features are stored; they are cast and checked on the encoder's device.
 
     Returns:
-        A function that waits and gives name -> (B, .) on the CPU, in pinned memory where the encoder is on CUDA. It
+        A function that waits and returns name -> (B, .) on the CPU, in pinned memory where the encoder is on CUDA. It
         raises ``NonFiniteFeaturesError``, and ``OverflowError`` where a feature exceeds what ``dtype`` holds.
     """
     device, stored_dtype = encoder.device, getattr(torch, dtype)
     asynchronous = device.type == "cuda"
     pixels = pixels.to(device, non_blocking=asynchronous) if normalised else encoder.normalise(pixels)
-    # Contiguous: numbers of which rows are left out are slow to look at and to copy.
+    # Contiguous: tensors with gaps between their rows are slow to check and to copy.
     made = {name: value.contiguous() for name, value in encoder.unchecked_features(pixels, names).items()}
     ends = _to_host(extremes(made), torch.float32)
     stored = {name: _to_host(value, stored_dtype) for name, value in made.items()}
@@ -56,7 +56,7 @@ def begin(encoder: FrozenEncoder, pixels: Tensor, names: Sequence[str], *, norma
 
 
 def _to_host(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU, never a view: one row of tokens would keep all of them. From CUDA it is still under way."""
+    """Copy to the CPU, never as a view, which would keep the whole tensor. From CUDA the copy is still under way."""
     pinned = value.device.type == "cuda"
     host = torch.empty(value.shape, dtype=dtype, pin_memory=pinned)
     return host.copy_(value.to(dtype) if pinned else value, non_blocking=pinned)
@@ -65,14 +65,14 @@ def _to_host(value: Tensor, dtype: torch.dtype) -> Tensor:
 def with_features(
     batches: Iterable[Batch], start: Callable[[Batch], Result]
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Batches and their features, in order, each once the next one has been begun.
+    """Yield batches with their features, in order, each when the next one has been begun.
 
-    Where the next one cannot be read or begun, the one before is still given, and then the error raised: all that
-    precedes an error is complete.
+    Where the next one cannot be read or begun, the one before is still yielded, and then the error raised: everything
+    before an error is complete.
 
     Args:
-        batches: Read one after the other.
-        start: ``begin`` for one of them.
+        batches: Batches to read, one after the other.
+        start: Calls ``begin`` for one of them.
     """
     source = iter(batches)
     behind: tuple[Batch, Result] | None = None
@@ -94,13 +94,13 @@ def with_features(
 
 
 class DataWait:
-    """How much of the time the encoder stood still for its images, from the first batch on.
+    """Measures the share of time in which the encoder waited for images, from the first batch on.
 
-    As ``data.throughput`` counts it: on an accelerator, which works on while the host already asks for the next batch,
-    only the time in which the device had nothing left to do.
+    As in ``data.throughput``, only the time counts in which the device had nothing left to do: an accelerator still
+    works while the host asks for the next batch.
 
     Args:
-        device: Of the encoder.
+        device: Device of the encoder.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,7 +110,7 @@ class DataWait:
         self._events: deque[tuple[torch.Event, torch.Event]] = deque()
 
     def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; the time is taken for which each is waited for."""
+        """Yield the same batches, and measure the time for which each is waited for."""
         source = iter(batches)
         while True:
             before, start = self._event(), time.perf_counter()
@@ -128,7 +128,7 @@ class DataWait:
             yield batch
 
     def share(self) -> float:
-        """The share until now, when the features of all batches have been fetched."""
+        """Compute the share until now; call it when the features of all batches have been fetched."""
         self._collect()
         elapsed = time.perf_counter() - self._begin if self._begin is not None else 0.0
         return self._waited / elapsed if elapsed else 0.0
@@ -141,7 +141,7 @@ class DataWait:
         return event
 
     def _collect(self) -> None:
-        """Add up what the device has passed: a long extraction would pile up events."""
+        """Add up the events that the device has passed, which would pile up in a long extraction."""
         while self._events and self._events[0][1].query():
             before, after = self._events.popleft()
             self._waited += before.elapsed_time(after) / 1000

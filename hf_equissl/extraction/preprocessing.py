@@ -1,4 +1,4 @@
-"""From a decoded picture to what the encoder reads, as the image processor beside it makes it."""
+"""Turn a decoded picture into the encoder's input, as the image processor beside it does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLOSE = 1e-5
 
 
 class Preprocessing:
-    """Pixels of pictures for one encoder.
+    """Makes an encoder's input from pictures.
 
     Where an image processor lies beside the encoder, the pixels are its own (with its Pillow backend, which every
     machine has, so that all machines make the same). They travel as uint8 and are normalised on the encoder's device
@@ -34,7 +34,7 @@ class Preprocessing:
         **load_options: As for ``load_encoder``.
 
     Attributes:
-        settings: What is done, for the record.
+        settings: What is done to a picture, for the record.
         size: Side of the images in pixels.
         normalised: Whether pixels come as normalised floats instead of uint8.
 
@@ -58,7 +58,7 @@ class Preprocessing:
         self._try_out(source, encoder)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """One RGB picture -> (3, S, S), uint8, or float32 where ``normalised``."""
+        """Turn one RGB picture into (3, S, S), uint8, or float32 where ``normalised``."""
         if self._processor is None:
             return base_image(image, self.size)
         steps = {} if self.normalised else {"do_rescale": False, "do_normalize": False}

@@ -1,4 +1,4 @@
-"""Features to a data set repository on the Hub, in one commit."""
+"""Upload features to a data set repository on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
     """Upload shards, card and record; an interruption leaves the repository as it was.
 
     Args:
-        folder: Of a finished extraction.
-        record: What its ``extraction.json`` says. Uploaded without paths of this machine.
+        folder: Folder of a finished extraction.
+        record: Content of its ``extraction.json``, uploaded without paths of this machine.
         repo_id: "name/features"; created if it does not exist.
         private: Create it as private. An existing public repository is then refused.
 
@@ -28,7 +28,7 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
         The address of the commit.
 
     Raises:
-        PublishError: no rights, no network, ...: what to do is in the message.
+        PublishError: Rights or network are missing, ...; it says what to do.
     """
     with explain_hub_errors(repo_id):
         repo_id = create_repository(repo_id, private=private or None, repo_type="dataset")
@@ -54,7 +54,7 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
 
 
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as others may read it."""
+    """Remove paths and tokens from the record."""
     splits = {
         name: {
             **public_values(split),

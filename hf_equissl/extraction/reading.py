@@ -1,4 +1,4 @@
-"""Batches of pictures, each of one shard only, in an order that depends on nothing but the data."""
+"""Read batches of pictures, each of one shard only, in an order that depends on nothing but the data."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .settings import ExtractionError
 
 @dataclass(frozen=True)
 class Shard:
-    """A range of rows of the source; of a stream, one of the source's own shards, which does not say how many.
+    """A range of rows of the source; of a stream, one of the source's own shards, whose length is not known.
 
     Attributes:
-        number: Counted from 0.
-        start: First row; 0 of a stream.
-        stop: One behind the last row; ``None`` of a stream.
+        number: Number of the shard, from 0.
+        start: First row; 0 for a stream.
+        stop: One behind the last row; ``None`` for a stream.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Batch:
     """Some images of one shard.
 
     Attributes:
-        shard: Its number.
+        shard: Number of the shard.
         last: Whether the shard ends here.
         pixels: (b, 3, S, S), uint8 or normalised floats; ``None`` where no image decodes.
         index: Row of each image in the source; of a stream, in the source's shard.
@@ -55,7 +55,7 @@ class Batch:
     skipped: list[tuple[int, str, str]]
 
     def pin_memory(self) -> Batch:
-        """For ``DataLoader(pin_memory=True)``."""
+        """Pin the pixels' memory; ``DataLoader(pin_memory=True)`` calls it."""
         if self.pixels is not None:
             self.pixels = self.pixels.pin_memory()
         return self
@@ -128,10 +128,10 @@ def _failed(what: str, error: Exception) -> ExtractionError:
 
 
 def stream_rows(source: ImageSource, number: int, limit: int | None = None) -> Iterator[Mapping[str, Any]]:
-    """Rows of shard ``number`` of a streamed source; with a ``limit``, the first rows of the whole stream.
+    """Yield the rows of shard ``number`` of a streamed source; with a ``limit``, the first rows of the whole stream.
 
     Raises:
-        ImageSourceError: A shard cannot be read, naming it.
+        ImageSourceError: A shard, which is named, cannot be read.
     """
     files = source.dataset.num_shards
     if limit is None:
@@ -140,7 +140,7 @@ def stream_rows(source: ImageSource, number: int, limit: int | None = None) -> I
 
 
 def stored_name(source: ImageSource, row: Mapping[str, Any]) -> str | None:
-    """The path of a row's image as the source has it, ``None`` where it has none."""
+    """Return the path of a row's image as the source has it, ``None`` where it has none."""
     value = row[source.image_column]
     path = value.get("path") if isinstance(value, Mapping) else value
     return path if isinstance(path, str) and path else None
@@ -156,9 +156,9 @@ def image_batches(
     pin_memory: bool = False,
     limit: int | None = None,
 ) -> Iterable[Batch]:
-    """The images of some shards. Batches of a stream's shards may alternate, those of one shard come in order."""
+    """Read the images of some shards. Batches of a stream's shards may alternate, those of one shard come in order."""
     reader = _Reader(source, preprocessing)
-    # A generator of its own: otherwise making workers would take a number from the caller's.
+    # A generator of its own: otherwise starting workers would draw a number from the caller's.
     options: dict[str, Any] = {"batch_size": None, "pin_memory": pin_memory, "generator": torch.Generator()}
     if source.streaming:
         workers = min(num_workers, len(shards))

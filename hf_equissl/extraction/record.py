@@ -1,4 +1,4 @@
-"""``extraction.json``: what a folder of features holds, and the refusal to mix it with anything else."""
+"""Read and write ``extraction.json``, which says what a folder of features holds, and refuse to mix it with others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LISTED = 10
 
 
 def read_extraction(folder: Path) -> dict[str, Any]:
-    """What ``extraction.json`` says, without splits that have no shard yet; empty where there is none.
+    """Read ``extraction.json`` without splits that have no shard yet; empty where there is none.
 
     Raises:
-        ExtractionError: The file is not what this command writes.
+        ExtractionError: The file was not written by this command.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -58,7 +58,7 @@ def check_same(work: Extraction) -> None:
     """Refuse a folder that holds features of another encoder, other data or other options.
 
     Raises:
-        ExtractionError: names the first difference.
+        ExtractionError: It names the first difference.
     """
     folder = Path(work.settings.output_dir)
     record = read_extraction(folder)
@@ -85,11 +85,11 @@ def finish(work: Extraction, command: str, run: Mapping[str, Any] | None) -> dic
 
     Args:
         work: The extraction.
-        command: As it was typed.
+        command: The command as it was typed.
         run: Speed and settings of this command's share; ``None`` where nothing was left to do.
 
     Returns:
-        What ``extraction.json`` says of the whole folder.
+        The content of ``extraction.json``.
 
     Raises:
         ExtractionError: Shards are missing, or too many images do not decode.
@@ -100,7 +100,7 @@ def finish(work: Extraction, command: str, run: Mapping[str, Any] | None) -> dic
             "the same command again."
         )
     records = [read_record(work.path(shard)) for shard in work.shards]
-    # Of a stream a row's number counts within its shard.
+    # In a stream, rows are numbered within their shard.
     where = [{"shard": record["shard"]} if work.images is None else {} for record in records]
     skipped = [
         {**place, "index": index, "name": name, "reason": reason}
@@ -126,7 +126,7 @@ def check_bad_share(work: Extraction, bad: int, seen: int, named: list[str]) -> 
     """Refuse an extraction in which too many images do not decode.
 
     Raises:
-        ExtractionError: names the first of them.
+        ExtractionError: It names the first of them.
     """
     allowed = work.settings.max_bad_share
     if bad <= allowed * (work.images or seen):
@@ -155,7 +155,7 @@ def _split(work: Extraction, command: str) -> dict[str, Any]:
 
 
 def _runs(work: Extraction) -> list[dict[str, Any]]:
-    """Speed and settings of earlier commands for this split."""
+    """Read speed and settings of earlier commands for this split."""
     splits = read_extraction(Path(work.settings.output_dir)).get("splits", {})
     return list(splits.get(work.settings.split_name, {}).get("runs", []))
 
@@ -176,7 +176,7 @@ def _write(work: Extraction, split: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_index(work: Extraction, records: list[dict[str, Any]]) -> None:
-    """Which file of tensors holds which rows."""
+    """Write which file of tensors holds which rows."""
     labels = [LABEL] if LABEL in work.columns else []
     index = {
         "metadata": {"split": work.settings.split_name, "rows": sum(record["rows"] for record in records)},
@@ -192,7 +192,7 @@ def _write_index(work: Extraction, records: list[dict[str, Any]]) -> None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists stay whole."""
+    """Flatten nested mappings into one with dotted keys; lists stay whole."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}

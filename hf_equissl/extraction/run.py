@@ -1,4 +1,4 @@
-"""The extraction itself: every process computes whole shards, and they meet only at the beginning and at the end."""
+"""Extract features: every process computes whole shards; processes meet only at the beginning and at the end."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _QUEUE = 4
 
 @dataclass
 class Share:
-    """What one process has done.
+    """The work of one process.
 
     Attributes:
-        images: Of which it has made features.
-        seconds: From the first image asked for to the last shard on disk.
+        images: Number of images whose features it has made.
+        seconds: Time from the first image asked for to the last shard on disk.
         skipped: Images that do not decode, as ``name: reason``.
         data_wait: Share of the time in which the encoder stood still for its images.
     """
@@ -57,7 +57,7 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
         shards: This process's share of them.
         num_workers: Processes that decode.
         progress: Whether to show a bar.
-        title: Of the bar.
+        title: Title of the bar.
 
     Raises:
         ExtractionError: It cannot go on; what is whole is kept.
@@ -110,7 +110,7 @@ def _begin(work: Extraction, batch: Batch) -> Result:
 
 
 class _Files:
-    """The shards that are being written. A stream's workers may have several in work."""
+    """The shards that are being written; of a stream, there may be several at a time."""
 
     def __init__(self, work: Extraction) -> None:
         self.work = work

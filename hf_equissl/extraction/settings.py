@@ -1,4 +1,4 @@
-"""What is asked for, checked as far as that is possible without reading anything."""
+"""The settings of an extraction, checked as far as that is possible without reading anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ExtractionError(RuntimeError):
     """An extraction stopped on its way; the shards that are whole are kept, and the same command goes on."""
 
 
-# What a file of features is called, after the number of its shard.
+# Format -> suffix of the files of features.
 FORMATS = {"parquet": ".parquet", "safetensors": ".safetensors"}
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -30,15 +30,15 @@ class ExtractionSettings:
 
     Attributes:
         encoder: Folder or Hub id that ``AutoModel`` loads.
-        data: What ``hf_equissl.data.load_images`` reads.
+        data: Images that ``hf_equissl.data.load_images`` reads.
         output_dir: Where ``data/``, ``extraction.json`` and ``README.md`` are written. Several splits may share it.
-        split: Of the data.
+        split: Split of the data.
         features: Names of ``FrozenEncoder.features``, also ``patch_tokens``.
         file_format: "parquet" or "safetensors".
-        dtype: In which features are stored, "float32" or "float16".
-        shard_size: Images per shard; ``None``: 10,000, fewer where a shard would exceed 500 MB. Of a stream every
-            shard of the source gives one shard of features.
-        limit: Only the first images.
+        dtype: Type in which features are stored, "float32" or "float16".
+        shard_size: Images per shard; ``None``: 10,000, fewer where a shard would exceed 500 MB. For a stream
+            every shard of the source gives one shard of features.
+        limit: Number of images to take, from the first on; ``None``: all.
         source_options: Further arguments of ``load_images``.
         load_options: ``revision``, ``subfolder``, ``trust_remote_code`` of the encoder.
         image_size: Side of the images in pixels, resized and cropped as for the probes; ``None``: as the image
@@ -104,11 +104,11 @@ class ExtractionSettings:
 
     @property
     def split_name(self) -> str:
-        """The split as file names and ``datasets`` can write it: "train[:10%]" becomes "train_10"."""
+        """Name of the split in file names and in ``datasets``: "train[:10%]" becomes "train_10"."""
         return re.sub(r"\W+", "_", self.split).strip("_")
 
     def workers(self, local_processes: int) -> int:
-        """Processes that decode for one of ``local_processes`` on this machine: its share of the cores, at most 32."""
+        """Choose how many processes decode for one of ``local_processes`` here: its share of the cores, at most 32."""
         if self.num_workers is not None:
             return self.num_workers
         return max(1, min(MOST_WORKERS, usable_cores() // local_processes))

@@ -1,4 +1,4 @@
-"""Files of features: renamed to their final name when they are whole, and saying themselves what they hold."""
+"""Files of features, which get their final name when they are whole and say themselves what they hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .settings import ExtractionError
 _KEY = "hf_equissl"
 # Parquet is written in groups of rows of about this size, so that a shard need not fit into memory.
 _GROUP_BYTES = 32 * 10**6
-# What safetensors calls the types of our columns, and bytes that are copied at a time into its files.
+# Names of our columns' types in safetensors, and bytes that are copied at a time into its files.
 _TYPES, _COPIED = {"int64": "I64", "float32": "F32", "float16": "F16"}, 2**20
 # Columns beside the features.
 INDEX, NAME, LABEL = "index", "name", "label"
@@ -35,11 +35,11 @@ Columns = Mapping[str, np.ndarray | list[Any]]
 def shard_features(
     shapes: Mapping[str, tuple[int, ...]], dtype: str, classes: Sequence[str] | None, labelled: bool
 ) -> datasets.Features:
-    """The columns of a shard: index, name, label, and each feature as a list of fixed length or an ``Array2D``.
+    """List the columns of a shard: index, name, label, and each feature as a list of fixed length or an ``Array2D``.
 
     Args:
         shapes: Feature -> its shape for one image, (D,) or (N, D).
-        dtype: Of the features.
+        dtype: Type of the features.
         classes: Names of the classes, where the source has them.
         labelled: Whether there are labels.
     """
@@ -56,12 +56,12 @@ def shard_features(
 
 
 def staging_path(path: Path) -> Path:
-    """Where a file lies until it is whole: hidden from ``datasets``, and of this process alone."""
+    """Name the file in which a shard is written until it is whole: hidden from ``datasets``, for this process alone."""
     return path.with_name(f".{path.name}.{_own()}.tmp")
 
 
 def remove_leftovers(folder: Path, split: str, *, own: bool = False) -> None:
-    """Delete what is not whole of a split: what this process has in work (``own``), or interrupted ones have left."""
+    """Delete unfinished files of a split: those of this process (``own``), or those of interrupted ones, too."""
     for path in folder.glob(f".{split}-*.{_own()}.tmp" if own else f".{split}-*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ def _own() -> str:
 
 
 class ParquetShard:
-    """One ``.parquet`` file in the making.
+    """Writes one ``.parquet`` file.
 
     Args:
         path: Its final name.
@@ -107,10 +107,10 @@ class ParquetShard:
 
 
 class SafetensorsShard:
-    """One ``.safetensors`` file in the making. Names stand in its metadata.
+    """Writes one ``.safetensors`` file, with the images' names in its metadata.
 
-    A file begins with the length of all its tensors. Until that is known, each column lies in a file without a name
-    beside the final one, and not in memory: a shard of a stream may be of any length.
+    A file begins with the length of all its tensors. Until that is known, each column is kept in a file without a name
+    beside the final one, and not in memory, since a shard of a stream may have any length.
 
     Args:
         path: Its final name.
@@ -148,7 +148,7 @@ class SafetensorsShard:
         _put_in_place(self._staging, self.path)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        """As safetensors writes it, whose own metadata come in an order of chance: the same rows are the same file."""
+        """Write the header as safetensors does, but with metadata in a fixed order: same rows, same file."""
         entries: dict[str, Any] = {"__metadata__": metadata}
         begin = 0
         for name in self._columns:
@@ -162,12 +162,12 @@ class SafetensorsShard:
 
 
 def open_shard(path: Path, features: datasets.Features) -> ParquetShard | SafetensorsShard:
-    """A file in the making, of the kind that its name says."""
+    """Begin a file of the kind that its suffix names."""
     return ParquetShard(path, features) if path.suffix == ".parquet" else SafetensorsShard(path, features)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a finished file says of itself.
+    """Read what a finished file says of itself.
 
     Raises:
         ExtractionError: It is damaged, or not a file of ours.
@@ -210,7 +210,7 @@ def _dtype(feature: Any) -> str:
 
 
 def _arrow(values: np.ndarray | list[Any], kind: pa.DataType) -> pa.Array:
-    """Values of one column, features without copies of their numbers."""
+    """Turn the values of one column into an Arrow array; numbers of features are not copied."""
     if isinstance(kind, pa.ExtensionType):  # Array2D: lists of lists
         array = np.asarray(values)
         count, rows, columns = array.shape

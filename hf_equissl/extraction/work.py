@@ -1,4 +1,4 @@
-"""An extraction with everything that it needs, checked before anything is computed."""
+"""Prepare an extraction: load and check everything that it needs before anything is computed."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from .reading import Shard, stored_name, stream_rows
 from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionError, ExtractionSettings
 from .shards import read_record, shard_features
 
-# Rows by which a source is recognised again, and rows among which one has to decode.
+# Number of rows in a source's digest, and number of first rows of which one has to decode.
 _SAMPLED, _TRIED = 64, 8
-# Beyond the features: what the file format takes, and bytes of an image's other columns.
+# What a file takes beyond the features: a factor for its format, and bytes of an image's other columns.
 _MARGIN, _OTHER_BYTES = 1.01, 64
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """What ``prepare`` made.
+    """A checked extraction, made by ``prepare``.
 
     Attributes:
-        settings: What was asked for.
-        encoder, preprocessing, source: Loaded.
+        settings: Its settings.
+        encoder, preprocessing, source: The loaded encoder, its preprocessing, the opened data.
         shapes: Feature -> its shape for one image, (D,) or (N, D).
         classes: Names of the classes, where the source has them.
-        images: Rows that are read, with and without those that do not decode; ``None`` of a stream.
-        shards: All of them, finished or not.
-        encoding: What features follow from, whatever the images: the same for all splits in a folder.
-        selection: Which images, and how they are divided.
+        images: Number of rows that are read, including those that do not decode; ``None`` for a stream.
+        shards: All shards, finished or not.
+        encoding: Settings that features of any image follow from: the same for all splits in a folder.
+        selection: Which images are taken, and how they are divided.
     """
 
     settings: ExtractionSettings
@@ -59,18 +59,18 @@ class Extraction:
 
     @property
     def folder(self) -> Path:
-        """Where the shards lie."""
+        """Folder of the shards."""
         return Path(self.settings.output_dir) / "data"
 
     @property
     def columns(self) -> datasets.Features:
-        """Of every shard."""
+        """Columns of every shard."""
         labelled = self.source.label_column is not None
         return shard_features(self.shapes, self.settings.dtype, self.classes, labelled)
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of what the content of the shards follows from."""
+        """Digest of the settings that the content of the shards follows from, 16 hexadecimal digits."""
         plain = json.dumps([self.encoding, self.selection], sort_keys=True)
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
@@ -80,12 +80,12 @@ class Extraction:
         return _row_bytes(self.shapes, self.settings.dtype)
 
     def path(self, shard: Shard) -> Path:
-        """The file of a shard."""
+        """Return the file of a shard."""
         name = f"{self.settings.split_name}-{shard.number:05d}-of-{len(self.shards):05d}"
         return self.folder / f"{name}{FORMATS[self.settings.file_format]}"
 
     def remaining(self) -> list[Shard]:
-        """Shards that are not finished yet.
+        """List the shards that are not finished yet.
 
         Raises:
             ExtractionError: A file is damaged, or of another extraction.
@@ -101,7 +101,7 @@ class Extraction:
         return left
 
     def check_disk(self, remaining: list[Shard], processes: int = 1) -> None:
-        """Refuse to begin what the disk cannot hold, when so many processes write.
+        """Refuse an extraction that the disk cannot hold while so many processes write.
 
         Raises:
             ExtractionError: There is too little space.
@@ -118,18 +118,18 @@ class Extraction:
             )
 
     def bytes_of(self, shards: list[Shard]) -> int | None:
-        """Bytes on disk that some shards take, ``None`` of a stream."""
+        """Estimate the bytes on disk of some shards; ``None`` for a stream."""
         if self.images is None:
             return None
         rows = sum((shard.stop or 0) - shard.start for shard in shards)
         return round(_MARGIN * (self.row_bytes + _OTHER_BYTES) * rows)
 
     def begin(self, pixels: Tensor) -> Callable[[], dict[str, Tensor]]:
-        """Begin to make features of a batch; the function that comes back waits, and gives them as they are stored.
+        """Begin to make features of a batch; returns a function that waits for them, as they are stored.
 
         Raises:
-            ExtractionError: Memory runs out. The function: a feature does not fit into the stored type.
-            NonFiniteFeaturesError: The function: the encoder gives something that is not finite.
+            ExtractionError: Memory runs out. From the function: a feature does not fit into the stored type.
+            NonFiniteFeaturesError: From the function: a feature is not finite.
         """
         settings, normalised = self.settings, self.preprocessing.normalised
         try:
@@ -148,12 +148,12 @@ class Extraction:
         return stored
 
     def describe(self, remaining: list[Shard], processes: int, workers: int) -> str:
-        """The plan, for people.
+        """Write the plan for people.
 
         Args:
             remaining: Shards that are to be made.
-            processes: That compute.
-            workers: Processes that decode, for each of them.
+            processes: Number of processes that compute.
+            workers: Number of processes that decode, for each of them.
         """
         settings, size = self.settings, self.bytes_of(self.shards)
         images = "a stream of images" if self.images is None else f"{self.images:,} images"
@@ -179,7 +179,7 @@ class Extraction:
         return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
 
     def _idle(self, processes: int, workers: int) -> str | None:
-        """Who will have nothing to do, and what helps; ``None`` where there are shards for all."""
+        """Say who will have nothing to do, and what helps; ``None`` where there are shards for all."""
         shards = len(self.shards)
         without = f", and {processes - shards} of {processes} processes have nothing to do" * (shards < processes)
         if self.images is not None:
@@ -197,11 +197,11 @@ def prepare(settings: ExtractionSettings, device: str | None = None) -> Extracti
     """Load the encoder and the data, and try both out on an image. Nothing is written.
 
     Args:
-        settings: What is asked for.
-        device: Where this process puts the encoder.
+        settings: The settings.
+        device: Device of this process's encoder.
 
     Raises:
-        ValueError: Something that was asked for does not exist, or does not fit together.
+        ValueError: Something does not exist, or settings contradict each other.
     """
     encoder = FrozenEncoder(
         settings.encoder,
@@ -250,7 +250,7 @@ def prepare(settings: ExtractionSettings, device: str | None = None) -> Extracti
 def _shapes(
     settings: ExtractionSettings, encoder: FrozenEncoder, preprocessing: Preprocessing, source: ImageSource
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each feature, from the first image that decodes."""
+    """Find the shape of each feature, from the first image that decodes."""
     source.check(_TRIED)
     reasons = []
     for row in islice(iter(source.dataset), _TRIED):
@@ -268,7 +268,7 @@ def _shapes(
 def _divide(
     settings: ExtractionSettings, source: ImageSource, row_bytes: int
 ) -> tuple[list[Shard], int | None, int | None]:
-    """The shards, the number of images and that of a shard; the latter two ``None`` of a stream."""
+    """Divide the images: shards, number of images, images per shard; the latter two are ``None`` for a stream."""
     if source.streaming:
         stream: Any = source.dataset
         return [Shard(number) for number in range(1 if settings.limit else stream.num_shards)], None, None
@@ -285,7 +285,7 @@ def _classes(source: ImageSource) -> list[str] | None:
 
 
 def _digest(source: ImageSource, images: int | None, classes: list[str] | None) -> str:
-    """16 hexadecimal digits by which a source is recognised: its size, its names, and some of its rows in full."""
+    """Compute 16 hexadecimal digits of a source's size, its names and some of its rows in full."""
     stream: Any = source.dataset
     sha = hashlib.sha256(json.dumps([images or stream.num_shards, source.label_column and "label", classes]).encode())
     if images is None:
@@ -311,7 +311,7 @@ def _row_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest folder above it that exists."""
     while not path.exists():
         path = path.absolute().parent
     return path

@@ -1,6 +1,6 @@
-"""What leaves this machine: whole repositories with their card, checked and pushed.
+"""Repositories on the Hub: built whole with their card, checked and pushed.
 
-Names are resolved when they are first used: the Trainer imports this package, and a repository is built from its runs.
+Names are imported when they are first used, so that a push does not load what building a repository needs.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 
 
 def load_pretraining_state(source: str | Path, **options: Any) -> EquiSSLForPreTraining:
-    """``EquiSSLForPreTraining.from_pretrained``, which also reads a checkpoint that FSDP2 wrote in shards.
+    """Load as ``EquiSSLForPreTraining.from_pretrained`` does, also a checkpoint that FSDP2 wrote in shards.
 
     Args:
         source: A Hub id, a folder, or a checkpoint of any engine.
-        **options: As of ``from_pretrained``.
+        **options: Arguments of ``from_pretrained``.
 
     Raises:
-        OSError: there is no such state, or its weights cannot be read.
-        ValueError: the weights are not all that its objectives need.
+        OSError: There is no such state, or its weights cannot be read.
+        ValueError: Weights that its objectives need are missing.
     """
     folder = Path(source, options.get("subfolder", ""))
     if not (folder / MODEL_SHARDS).is_dir():

@@ -1,4 +1,4 @@
-"""What may be published of a run's own words: no path of the machine it ran on, no token."""
+"""Take paths of this machine and tokens out of what a run says, so that it can be published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..utils.redaction import SECRET_NAME, without_secrets, without_tokens
 
-# A path from the root, from a home folder, from a folder above, or of another drive. "https://" is none.
+# How a path begins: at the root, in a home folder, in a folder above, or on another drive; not as "https://" does.
 _START = r"(?:file:/+|~[\w.-]*/|/|\.\./|[A-Za-z]:[\\/])"
 _WHOLE = re.compile(rf"^{_START}")
 _INSIDE = re.compile(rf"(?<![\w.:/~\\-]){_START}[^\s'\"`,;()\[\]{{}}|<>]*[\w*?-]")
@@ -24,19 +24,19 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def public_source(source: str) -> str:
-    """A data set or model as others know it: a Hub id as it is, the last component of a path."""
-    # "data/photos" has the form of a Hub id; where it lies here, it is a folder.
+    """Name a data set or model as others know it: a Hub id as it is, a path by its last component."""
+    # "data/photos" has the form of a Hub id; where there is such a folder, that is meant.
     return last_component(source) if is_hub_id(source) and Path(source).exists() else public_text(source)
 
 
 def last_component(path: str) -> str:
-    """The name of a file or folder without the way to it."""
+    """Return the name of a file or folder without its path."""
     kind = PureWindowsPath if re.match(r"^[A-Za-z]:[\\/]", path) else PurePosixPath
     return kind(path.rstrip("/\\")).name or "data"
 
 
 def public_text(text: str) -> str:
-    """``text`` with every local path reduced to its last component, and without tokens."""
+    """Reduce every local path in ``text`` to its last component, and remove tokens."""
     if _WHOLE.match(text) and "\n" not in text and ": " not in text:  # all of it is one path, perhaps with spaces
         name, split, rest = text.partition(" (")  # sources are called "path (split)"
         return without_tokens(last_component(name) + split + rest)
@@ -44,7 +44,7 @@ def public_text(text: str) -> str:
 
 
 def public_values(value: Any) -> Any:
-    """Plain data with ``public_text`` applied to every string, without entries that are called a token or secret."""
+    """Apply ``public_text`` to every string in plain data, and drop entries that are called a token or secret."""
     if isinstance(value, str):
         return public_text(value)
     if isinstance(value, Mapping):
@@ -53,10 +53,10 @@ def public_values(value: Any) -> Any:
 
 
 def public_command(command: str, names: Mapping[str, str] | None = None) -> str:
-    """A command line that others can read: paths by their last component, ``names`` replaced, no tokens.
+    """Write a command line that others can read: paths by their last component, ``names`` replaced, no tokens.
 
     Args:
-        command: As one would type it.
+        command: The command as one would type it.
         names: Word of the command -> what stands for it, e.g. the encoder's folder -> its name on the Hub.
     """
     names = names or {}

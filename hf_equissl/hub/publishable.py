@@ -1,4 +1,4 @@
-"""What may go to the Hub: a folder is looked through, tensor by tensor, before anything is sent."""
+"""Check a folder, tensor by tensor, before anything of it is sent to the Hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PublishError(ValueError):
 
 
 def repository_files(directory: str | Path) -> dict[str, Path]:
-    """What is uploaded: path in the repository -> file, without hidden files and folders, in order."""
+    """List what is uploaded: path in the repository -> file, without hidden files and folders, in order."""
     root = Path(directory)
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
     return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
@@ -60,7 +60,7 @@ def check_publishable(directory: str | Path) -> None:
             an adapter. The root and each folder below it may hold a model.
 
     Raises:
-        PublishError: names the file, what is wrong with it and what to do.
+        PublishError: It names the file, what is wrong with it and what to do.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -97,7 +97,7 @@ def _check_names(files: dict[str, Path]) -> None:
 
 
 def _check_model(folder: Path) -> None:
-    """Config, weight files and, for what sees pictures, the image processor of one folder."""
+    """Check config, weight files and, of a model that sees pictures, the image processor of one folder."""
     if (folder / ADAPTER_CONFIG).is_file():
         _read_json(folder / ADAPTER_CONFIG)
         if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -124,7 +124,7 @@ def _check_processor(folder: Path) -> None:
             f"{folder / PROCESSOR} is missing: without the image processor everyone has to guess size and "
             f"normalisation. {how}"
         )
-    # Of what the file does not say, transformers takes the defaults of the model's type.
+    # For what the file does not say transformers takes the defaults of the model's type.
     if unsaid := [name for name in _PROCESSOR_SAYS if not _read_json(folder / PROCESSOR).get(name)]:
         raise PublishError(f"{folder / PROCESSOR} does not say {', '.join(unsaid)}. {how}")
     try:
@@ -161,7 +161,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_card(root: Path) -> None:
-    """A card whose metadata parse and in which nothing is left to fill in."""
+    """Check that there is a card, that its metadata parse and that nothing in it is left to fill in."""
     path = root / CARD
     if not path.is_file():
         raise PublishError(f"{path} is missing. hf_equissl.hub.build_repository writes the card of a run.")

@@ -33,7 +33,7 @@ from ..utils.versions import library_versions
 from .publishable import CARD, CONFIG, PublishError, check_publishable, repository_files
 
 logger = logging.get_logger(__name__)
-# A part -> the file that says it is published now, and what of it is on the Hub from earlier.
+# A part of a repository -> the files that show that it is published now, and those that an earlier publication left.
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "the encoder": (
         CONFIG,
@@ -74,7 +74,7 @@ def push_repository(
         The commit; the newest one of the branch if nothing has changed.
 
     Raises:
-        PublishError: what ``check_publishable`` refuses, no rights, no network, ...: what to do is in the message.
+        PublishError: ``check_publishable`` refuses it, rights or network are missing, ...; it says what to do.
     """
     check_publishable(directory)
     with explain_hub_errors(repo_id):
@@ -108,7 +108,7 @@ def create_repository(
         Its full name: with the user's name in front where ``repo_id`` has none.
 
     Raises:
-        PublishError: it cannot be created, or it is public and ``private`` is wanted.
+        PublishError: It cannot be created, or it is public and ``private`` is wanted.
     """
     with explain_hub_errors(repo_id):
         validate_repo_id(repo_id)
@@ -126,10 +126,10 @@ def create_repository(
 
 
 def account(repo_id: str, *, token: str | None = None) -> str:
-    """The user's name on the Hub: one request, before the work for ``repo_id`` begins, that needs network and login.
+    """Ask the Hub for the user's name, which shows before any work that network and login are there.
 
     Raises:
-        PublishError: one of them is missing, or ``repo_id`` cannot be a name.
+        PublishError: One of them is missing, or ``repo_id`` cannot be a name.
     """
     with explain_hub_errors(repo_id):
         validate_repo_id(repo_id)
@@ -137,10 +137,10 @@ def account(repo_id: str, *, token: str | None = None) -> str:
 
 
 def describe(directory: str | Path) -> str:
-    """What would be uploaded: each file with its size, and the card.
+    """Show what would be uploaded: each file with its size, and the card.
 
     Raises:
-        PublishError: as ``check_publishable``.
+        PublishError: As ``check_publishable``.
     """
     check_publishable(directory)
     files = repository_files(directory)
@@ -197,7 +197,7 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
 
 
 def _explain_status(error: HfHubHTTPError, repo_id: str, login: str, again: str) -> str:
-    """What an HTTP status means for who publishes."""
+    """Say what an HTTP status means for a publication."""
     status = error.response.status_code
     said = error.server_message or ""
     if status == 401:
@@ -222,7 +222,7 @@ def _client(token: str | None) -> HfApi:
 
 
 def _earlier(there: list[str], files: Mapping[str, Path]) -> tuple[list[str], list[str]]:
-    """Files on the Hub to delete, and parts on the Hub that are not published now."""
+    """List files on the Hub to delete, and parts on the Hub that are not published now."""
     gone: list[str] = []
     left: list[str] = []
     for part, (sign, patterns) in _PARTS.items():
@@ -235,5 +235,5 @@ def _earlier(there: list[str], files: Mapping[str, Path]) -> tuple[list[str], li
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """``fnmatch``, but a pattern without a folder is of the root."""
+    """Match as ``fnmatch`` does, but patterns without a folder match files of the root only."""
     return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)

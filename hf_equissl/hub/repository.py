@@ -54,7 +54,7 @@ def build_repository(
 
     Args:
         run_dir: What ``training/pretrain.py`` or an ``EquiSSLTrainer`` left. The newest complete checkpoint counts.
-        directory: Where the repository is built: a new or an empty folder.
+        directory: Folder to build it in, new or empty.
         repo_id: Its name on the Hub, "owner/name", as the card's code uses it.
         parts: Which of ``PARTS``; files go to the root, or to the sub-folder of the part's name.
         results: Records of this encoder, or ``results.json`` files, or folders that hold one.
@@ -66,10 +66,10 @@ def build_repository(
         ``directory``.
 
     Raises:
-        ValueError: ``run_dir`` is no run or has no complete checkpoint; unknown parts; a ``repo_id`` that is none;
-            ``directory`` holds files; results of another encoder.
-        LoadError: the checkpoint's weights are damaged.
-        SnippetError: code of the card does not run.
+        ValueError: ``run_dir`` is not a run or has no complete checkpoint; parts are unknown; ``repo_id`` is not a name
+            on the Hub; ``directory`` holds files; results are of another encoder.
+        LoadError: The checkpoint's weights are damaged.
+        SnippetError: Code of the card does not run.
     """
     directory = Path(directory)
     _check_request(repo_id, parts, license, dataset)
@@ -112,10 +112,10 @@ def build_repository(
 
 
 def read_results(results: Results) -> list[ResultRecord]:
-    """Records from records, ``results.json`` files, and folders that hold one; equal measurements are merged.
+    """Collect records from records, ``results.json`` files and folders with one; equal measurements are merged.
 
     Raises:
-        ValueError: a path holds no such file.
+        ValueError: A path holds no such file.
     """
     found: list[ResultRecord] = []
     for item in results:
@@ -142,11 +142,11 @@ class _Source:
 
     @property
     def num_parameters(self) -> int:
-        """Of the encoder, without its decoder."""
+        """Number of parameters of the encoder, without its decoder."""
         return sum(p.numel() for name, p in self.encoder.named_parameters() if not name.startswith("decoder."))
 
     def digest(self) -> str:
-        """As a result record of this encoder carries it."""
+        """Compute the digest that result records of this encoder carry."""
         return FrozenEncoder(self.encoder, image_mean=self.image_mean, image_std=self.image_std).digest()
 
 
@@ -159,7 +159,7 @@ class _DataNames:
         self.training = dataset or (None if run.data is None else self(run.data))
 
     def __call__(self, source: str) -> str:
-        """The public name of ``source``; the user's ``dataset`` where it is called like the training data."""
+        """Return the public name of ``source``; the user's ``dataset`` where it is called like the training data."""
         return self.given if self.given and self._short(source) == self.known else public_source(source)
 
     @staticmethod
@@ -179,7 +179,7 @@ def _check_request(repo_id: str, parts: Sequence[str], license: str, dataset: st
 
 
 def _load(run: RunFolder) -> _Source:
-    """The state of the newest checkpoint and its encoder; of a finished run without its last checkpoint, its export."""
+    """Load the newest checkpoint and its encoder; of a finished run without its last checkpoint, its export."""
     with explain_load_errors(run.checkpoint, "checkpoint"):
         state = load_pretraining_state(run.checkpoint, dtype=torch.float32)
     mean, std = run.normalisation()
@@ -208,10 +208,10 @@ def _equal(left: EquiSSLModel, right: EquiSSLModel) -> bool:
 def _public_records(
     records: Sequence[ResultRecord], source: _Source, repo_id: str, names: _DataNames
 ) -> list[ResultRecord]:
-    """Records of this encoder under its new name; those of others are left out.
+    """Rename the records of this encoder, and leave those of others out.
 
     Raises:
-        ValueError: all of them are of other encoders.
+        ValueError: All of them are of other encoders.
     """
     if not records:
         return []
@@ -269,9 +269,9 @@ def _write_weights(
 
 
 def _recipe_to_go_on(run: RunFolder, dataset: str | None) -> dict[str, Any]:
-    """The recipe for who starts from the published state, on images of their own and with a repository of their own."""
+    """Make the recipe for others, who start from the published state with images and a repository of their own."""
     recipe = public_recipe(run, dataset)
-    recipe.pop("monitor", None)  # of images that others may lack
+    recipe.pop("monitor", None)  # others may not have its images
     for section, theirs in (("model", ("init_",)), ("training", ("push_to_hub", "hub_"))):
         if section in recipe:
             recipe[section] = {key: value for key, value in recipe[section].items() if not key.startswith(theirs)}

@@ -36,19 +36,19 @@ _NOT_SETTINGS = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left.
+    """The folder of a run, as far as a publication needs it.
 
     Attributes:
         path: The folder.
         checkpoint: The newest complete checkpoint.
-        config: Of its ``EquiSSLForPreTraining``.
+        config: Configuration of its ``EquiSSLForPreTraining``.
         steps: Optimizer steps of that checkpoint.
-        planned_steps: At which step the run ends.
+        planned_steps: Step at which the run ends.
         epoch: Passes over the images as the Trainer counts them.
         history: ``log_history`` of the Trainer.
         arguments: Training arguments that differ from their defaults.
-        recipe: As stored by ``training/pretrain.py``; ``None`` for a run from Python.
-        record: ``run.json``; ``None`` in runs of older versions.
+        recipe: The recipe that ``training/pretrain.py`` stored; ``None`` for a run from Python.
+        record: Content of ``run.json``; ``None`` in runs of older versions.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class RunFolder:
         """Read a run's folder.
 
         Raises:
-            ValueError: it is no folder, holds no complete checkpoint, or a file in it is damaged.
+            ValueError: It is not a folder, holds no complete checkpoint, or a file in it is damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -107,12 +107,12 @@ class RunFolder:
 
     @property
     def data(self) -> str | None:
-        """What the user named as training data, without the split."""
+        """The training data as the user named them, without the split."""
         source = self.section("data").get("source")
         return source or (self.record.data.rpartition(" (")[0] or self.record.data if self.record else None)
 
     def passes(self, steps: int) -> float | None:
-        """How often each training image was seen after ``steps``; ``None`` where that is not known."""
+        """Compute how often each training image was seen after ``steps``; ``None`` where that is not known."""
         if self.record is None:
             return self.epoch
         if self.record.num_images is None:  # a stream: the Trainer's epochs count something else
@@ -121,10 +121,10 @@ class RunFolder:
 
     @property
     def base_model(self) -> str | None:
-        """What the run started from: a Hub id, or the name of a run, folder or file; ``None`` for random weights."""
+        """Origin of the first weights: a Hub id, or the name of a run, folder or file; ``None`` if they were random."""
         model = self.section("model")
         source = model.get("init_from")
-        # Of what is from the Hub a run keeps the commit; "runs/rot" alone may have been a folder.
+        # A run keeps the commit of an encoder from the Hub; "runs/rot" alone may have been a folder.
         if source is None or model.get("init_revision"):
             return source
         run, _, name = source.rstrip("/").rpartition("/")
@@ -137,18 +137,18 @@ class RunFolder:
         return (self.section("views").get("transformation") or {}).get("name")
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of the recipe; empty where there is none."""
+        """Return a section of the recipe; empty where there is none."""
         return (self.recipe or {}).get(name) or {}
 
     def objectives(self) -> dict[str, Any]:
-        """The objectives that were trained, as a recipe says it: those of weight 0 are not built."""
+        """Return the objectives that were trained, as a recipe names them; those of weight 0 are not built."""
         return {"invariance": self.config.invariance, "equivariance": self.config.trained}
 
     def normalisation(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the views' pixels.
+        """Find mean and standard deviation of the views' pixels.
 
         Raises:
-            ValueError: nothing in the folder says them.
+            ValueError: Nothing in the folder says them.
         """
         if self.record is not None:
             return list(self.record.image_mean), list(self.record.image_std)
@@ -186,9 +186,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _changed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments that differ from their defaults, without those that change no number."""
+    """Choose the training arguments that differ from their defaults and change a result."""
     defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
     known = {key: value for key, value in arguments.items() if key in defaults and not key.startswith(_NOT_SETTINGS)}
-    # What the arguments fill in themselves (None, empty, switched off) was nobody's choice.
+    # Values that the arguments fill in themselves (None, empty, switched off) were not chosen.
     chosen = {key: value for key, value in known.items() if value not in (None, [], {}) and value != defaults[key]}
     return {key: value for key, value in chosen.items() if value is not False or defaults[key] is not None}

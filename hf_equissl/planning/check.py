@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..pretraining.model import EquiSSLForPreTraining
 from ..recipes.recipe import Recipe
+from ..utils.devices import resident_peak
 from ..utils.suggestions import RecipeError
 
 STEPS = 3  # the first is not counted: it brings the optimizer's state into being
@@ -35,7 +36,7 @@ OVERRIDES: dict[str, Any] = {
     "training.report_to": "none",
     "training.disable_tqdm": True,
 }
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _SMALL = -1, -3, 1 << 16  # of malloc.h; bytes
 
 
@@ -77,8 +78,7 @@ class PeakMeter:
     def _peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.baseline
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1]) - self.baseline
+        return resident_peak() - self.baseline
 
     def _reset(self) -> None:
         if self.device.type == "cuda":

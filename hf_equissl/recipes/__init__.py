@@ -1,1 +1,1 @@
-"""What a run is told: YAML files, values from the command line, sweeps over them."""
+"""Recipes of runs: YAML files, values from the command line, sweeps over them."""

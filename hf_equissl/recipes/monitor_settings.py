@@ -1,4 +1,4 @@
-"""What a recipe says about measuring the encoder during training."""
+"""The section of a recipe about measuring the encoder during training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ class MonitorSettings:
     """The section ``monitor`` of a recipe.
 
     Attributes:
-        every_steps: Measure every so many optimizer steps; ``None``: never.
-        train_images: Images among which neighbours are looked for, and of which effective rank (at most this number)
-            and feature std are taken.
+        every_steps: Optimizer steps from one measurement to the next; ``None``: never measure.
+        train_images: Images among which neighbours are looked for, and whose effective rank (at most this number) and
+            feature std are measured.
         test_images: Images that are classified; 0: no accuracy.
         source: Another data set than the training data, as in ``load_images``.
-        split: Of ``source`` or, without one, of the training data. Default: "train", or the split that is trained on.
-        column, label_column: Of ``source``, where they are not found by themselves.
-        neighbours: k.
-        evaluate_at_start: Measure before the first step, too.
+        split: Split of ``source`` or, without one, of the training data; default: "train", or the one trained on.
+        column, label_column: Columns of ``source``, where their types do not tell.
+        neighbours: Number of neighbours k.
+        evaluate_at_start: Whether to measure before the first step, too.
 
     Raises:
-        ValueError: for numbers out of their range, and columns without a source.
+        ValueError: A number is out of its range, or a column has no source.
     """
 
     every_steps: int | None = None

@@ -13,7 +13,7 @@ from ..utils.suggestions import RecipeError, check_keys, nearest
 
 SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
-# What the section `model` says of an encoder to start from.
+# Keys of the section `model` that name an encoder to start from.
 INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
 
 

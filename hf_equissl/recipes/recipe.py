@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from ..views.needs import Needs
 from ..views.pipelines import ViewPipeline
 
-# What the section `data` says beside the arguments of `load_images`.
+# Keys of the section `data` beside the arguments of `load_images`.
 _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
-# What the section `model` says beside the fields of the encoder's config: the last is the run's, not stored with it.
+# Keys of the section `model` beside the fields of the encoder's config; the last one is not stored with the encoder.
 _MODEL_KEYS = {**dict.fromkeys(INIT_KEYS, str | None), "preset": str, "attn_implementation": str}
 _HUB_STRATEGIES = ("end", "every_save")
 _NOT_IN_RECIPES = {
@@ -94,11 +94,11 @@ class ViewsSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: every key is known and every value has its type. See the module for the shape of the file.
+    """A checked recipe: every key is known and every value has its type. The module shows the shape of the file.
 
     Raises:
-        RecipeError: from ``load`` and ``from_dict`` for unknown keys, wrong types, missing files, ``extends`` in a
-            circle; from ``build_*`` for values that do not go together.
+        RecipeError: ``load`` and ``from_dict`` raise it for unknown keys, wrong types, missing files and ``extends`` in
+            a circle; ``build_*`` for values that contradict each other.
     """
 
     name: str
@@ -157,13 +157,13 @@ class Recipe:
             monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
             given=frozenset(given),
         )
-        if "init_from" not in recipe.model:  # else the encoder decides whether values go together
-            recipe.build_pretraining_config()  # those that do not fail here, not minutes later
+        if "init_from" not in recipe.model:  # the sizes of an encoder to start from are not known yet
+            recipe.build_pretraining_config()  # values that contradict each other fail here, not minutes later
         recipe.build_transformation()
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``from_dict`` reads back."""
+        """Turn the recipe into plain data that ``from_dict`` reads back."""
         plain = {
             "name": self.name,
             "description": self.description,
@@ -178,7 +178,7 @@ class Recipe:
         return _plain({key: value for key, value in plain.items() if value not in ("", None)})
 
     def to_yaml(self) -> str:
-        """The recipe with ``extends`` and overrides resolved."""
+        """Write the recipe as YAML, with ``extends`` and overrides resolved."""
         return dump_yaml(self.to_dict())
 
     def save(self, directory: str | Path) -> Path:
@@ -228,14 +228,14 @@ class Recipe:
             )
 
     def build_transformation(self) -> TransformationFamily | None:
-        """The family g, if any."""
+        """Build the family g; ``None`` where the recipe has none."""
         if self.views.transformation is None:
             return None
         with naming_section("views.transformation"):
             return build_transformation(**self.views.transformation)
 
     def build_pipeline(self, needs: Needs) -> ViewPipeline:
-        """The pipeline that makes what ``needs`` asks for, at the encoder's image size."""
+        """Build the pipeline that makes what ``needs`` asks for, at the encoder's image size."""
         encoder = self.build_encoder_config()
         size: Any = encoder.image_size  # a pair is refused by the pipeline: crops are squares
         with naming_section("views.pipeline"):
@@ -257,7 +257,7 @@ class Recipe:
         return pipeline
 
     def build_source(self) -> ImageSource:
-        """The data set. Its own errors say what is wrong with it."""
+        """Open the data set, whose own errors say what is wrong with it."""
         if not self.data.get("source"):
             raise RecipeError("data.source: no data set is named. Give one with --data (a folder, a file, a Hub id).")
         return load_images(**self.source_arguments)
@@ -269,7 +269,7 @@ class Recipe:
 
     @property
     def expected_images(self) -> int | None:
-        """Images of the data set that the recipe was written for: plans without a data set count with them."""
+        """Number of images that the recipe was written for, which plans without a data set use."""
         return self.data.get("num_images")
 
     @property
@@ -278,7 +278,7 @@ class Recipe:
         return self.data.get("max_bad_share", 0.01)
 
     def build_training_arguments(self, output_dir: str | Path, **extra: Any) -> EquiSSLTrainingArguments:
-        """Arguments of the run; ``extra`` goes on top."""
+        """Build the arguments of the run, with ``extra`` in place of the recipe's."""
         with naming_section("training"):
             return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
 
@@ -294,8 +294,9 @@ def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoder_fields() -> dict[str, Any]:
-    """Fields of an encoder's config that a recipe may set -> their types: neither decoders, which are the objectives'
-    own, nor what classifiers and backbones read.
+    """List the fields of an encoder's config that a recipe may set, with their types.
+
+    Left out are decoders, which belong to the objectives, and what only classifiers and backbones read.
     """
     others = ("decoder_", "num_intermediate_images", "pooling", "apply_layernorm", "reshape_", "equissl_version", "_")
     return {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(others)}
@@ -304,7 +305,7 @@ def encoder_fields() -> dict[str, Any]:
 def _check_entry(
     raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = (), beside: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """``{"name": key of registry, **arguments of its constructor}`` without the keys ``beside`` those, if any."""
+    """Check ``{"name": key of registry, **arguments of its constructor}``; drops the keys ``beside`` those."""
     entry = as_mapping(raw, where)
     name = _check_name(entry, registry, where)
     own = ("name", *beside)
@@ -394,7 +395,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def naming_section(where: str) -> Iterator[None]:
-    """Errors of constructors, with the section that they come from."""
+    """Let errors of constructors name the section that they come from."""
     try:
         yield
     except RecipeError:

@@ -42,8 +42,8 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-        name: Of the run and its folder.
-        recipe: File that it starts from.
+        name: Name of the run and its folder.
+        recipe: File of the recipe that it starts from.
         overrides: Dotted key -> value.
     """
 
@@ -65,15 +65,15 @@ def is_sweep(path: str | Path) -> bool:
 
 
 def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Member]:
-    """The runs of a sweep, in the order of the file.
+    """Read the runs of a sweep, in the order of the file.
 
     Args:
         path: YAML file.
         search: Further folders in which ``extends`` may find a file.
 
     Raises:
-        RecipeError: the file is no sweep or has unknown keys; a recipe is missing; a key does not exist in it; two runs
-            share a name.
+        RecipeError: The file is not a sweep or has unknown keys; a recipe is missing; a key does not exist in it; two
+            runs share a name.
     """
     path = Path(path)
     try:
@@ -97,10 +97,10 @@ def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Memb
 
 
 def choose(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
-    """The members called ``names``, in the sweep's order; all of them where no name is given.
+    """Choose the members called ``names``, in the sweep's order; without names, all of them.
 
     Raises:
-        RecipeError: a name does not exist; the nearest one is named.
+        RecipeError: A name does not exist; the nearest one is named.
     """
     known = [member.name for member in members]
     for name in names:
@@ -135,7 +135,7 @@ def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) 
     members = []
     for values in combine(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
-        apply_overrides(raw, fixed | chosen)  # for its errors
+        apply_overrides(raw, fixed | chosen)  # raises for keys that the recipe does not have
         members.append(Member(_name(pattern, chosen, where), recipe, fixed | chosen))
     return members
 

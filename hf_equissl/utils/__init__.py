@@ -1,1 +1,1 @@
-"""Small things that every room uses: files, versions, errors, figures, YAML. They know nothing of the rest."""
+"""Small things that every room uses: files, versions, errors, figures, YAML. They import no other room."""

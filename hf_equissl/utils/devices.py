@@ -49,6 +49,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def resident_peak() -> int:
+    """Read the largest resident memory of this process so far, in bytes, from Linux' /proc.
+
+    ``getrusage`` would count the process that started it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def usable_cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ __all__ = ["effective_rank", "feature_std"]
 
 @torch.no_grad()
 def feature_std(h: Tensor) -> Tensor:
-    r"""Standard deviation of L2-normalised representations, averaged over dimensions.
+    r"""Average the standard deviation of L2-normalised representations over dimensions.
 
     .. math:: \frac{1}{D} \sum_j \mathrm{std}_i \left( h_{ij} / \lVert h_i \rVert_2 \right)
 
@@ -36,7 +36,7 @@ def feature_std(h: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(h: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""RankMe: the exponential of the entropy of the singular values, between 1 and min(M, D).
+    r"""Compute RankMe: the exponential of the entropy of the singular values, between 1 and min(M, D).
 
     .. math:: \exp\left( -\sum_k p_k \log p_k \right), \quad p_k = \sigma_k / \lVert \sigma \rVert_1 + \epsilon
 
@@ -57,7 +57,7 @@ def effective_rank(h: Tensor, eps: float = 1e-7) -> Tensor:
     _check_rows(h)
     h = h.float() if h.device.type == "mps" else h.double()
     gram = h @ h.T if h.shape[0] < h.shape[1] else h.T @ h
-    # The eigenvalues of a matrix with a NaN would raise an error of their own, before the loss can be named.
+    # eigvalsh raises an error for a matrix with a NaN; this returns NaN, and the Trainer names the loss.
     finite = gram.isfinite().all()
     singular_values = torch.linalg.eigvalsh(torch.where(finite, gram, torch.zeros_like(gram))).clamp(min=0).sqrt()
     total = singular_values.sum().clamp(min=torch.finfo(h.dtype).tiny)  # all representations zero: rank 1

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 __all__ = ["denormalize", "plot_image_grid", "plot_losses"]
 
 DPI = 150
-# The grid of images, in inches: an image with the gap behind it, and what stands around it.
+# Sizes in the grid of images, in inches: an image with the gap behind it, and the margins.
 CELL_INCHES = 1.1
 GAP_INCHES = 0.06
 GROUP_GAP_INCHES = 0.16
 LABEL_INCHES = 0.55
 HEADING_INCHES = 0.52
-# Small images are shown large: as squares people would see the pixels and not the picture.
+# Small images are enlarged smoothly, so that one sees the picture and not its pixels.
 INTERPOLATION = "bicubic"
 
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels in [0, 1] of normalised images.
+    """Turn normalised images back into pixels in [0, 1].
 
     Args:
         images: (..., C, H, W), normalised with ``mean`` and ``std``.
@@ -46,7 +46,7 @@ def plot_losses(
     path: str | os.PathLike[str] | None = None,
     columns: int | None = None,
 ) -> Figure:
-    """Curves of logged numbers over training steps, one panel per number and one line per run.
+    """Draw logged numbers over training steps, one panel per number and one line per run.
 
     Args:
         histories: Name of the run -> its ``log_history``, as in ``trainer_state.json``.
@@ -88,7 +88,7 @@ def plot_image_grid(
     row_labels: Sequence[str] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Images side by side, one row per sample.
+    """Draw images side by side, one row per sample.
 
     Args:
         groups: Heading of a group -> title of a column -> images (B, 3, H, W) in [0, 1]. Groups stand apart.

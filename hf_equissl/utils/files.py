@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are written whole or not at all, and sizes for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def move_into_place(source: Path, target: Path) -> None:
-    """Rename a complete folder to its final name. What stood there is moved aside first and deleted last."""
+    """Rename a complete folder to its final name. A folder of that name is moved aside first and deleted last."""
     aside = target.with_name(f".old-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
@@ -22,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step: readers see the old or the new content, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text)
+    staging.write_text(text, encoding="utf-8")
     sync_to_disk(staging)  # else a loss of power may leave the new name with nothing in it
     os.replace(staging, path)
 
@@ -46,7 +46,7 @@ def _sync(path: Path) -> None:
 
 
 def readable_size(count: float) -> str:
-    """Bytes for people, e.g. "61.2 MiB"."""
+    """Write a number of bytes for people, e.g. "61.2 MiB"."""
     for unit in ("bytes", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Access tokens are not written down: neither in a run's record nor in anything that is published."""
+"""Remove access tokens from a run's record and from everything that is published."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 # User, organisation, OAuth and job tokens of the Hub.
 TOKEN = re.compile(r"\b(?:(?:hf|api_org)_[A-Za-z0-9]{16,}\b|hf_(?:oauth|jwt)_[\w.-]{16,})")
-# A setting or option whose value is a secret. A mask token is none.
+# Names of settings and options whose value is a secret; "mask_token" is not one of them.
 SECRET_NAME = re.compile(r"(^|[.-])((hub|hf|access|auth|api)_)?(token|password|secret|key)$|api_?key$", re.IGNORECASE)
 
 
 def without_tokens(text: str) -> str:
-    """``text`` with "removed" in place of every token."""
+    """Replace every token in ``text`` by "removed"."""
     return TOKEN.sub("removed", text)
 
 
 def without_secrets(words: Iterable[str]) -> list[str]:
-    """The words of a command line without options that are called a token or secret, and without tokens elsewhere."""
+    """Drop options with a secret from the words of a command line, and remove tokens from the others."""
     kept: list[str] = []
     of_secret = False  # the word before was the name of a secret
     for word in words:

@@ -1,4 +1,4 @@
-"""Strict reading of what people write: YAML without surprises, types that are checked, errors that name a remedy.
+"""YAML without surprises: strict reading, errors that name file and line, and writing that reads back the same.
 
 YAML is read by the core schema of YAML 1.2: ``1e-3`` is a float, ``no`` and ``on`` are strings, ``1:30`` is not a
 number of seconds, and a key that is given twice is an error.

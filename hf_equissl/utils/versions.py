@@ -1,4 +1,4 @@
-"""Versions of what a number may depend on."""
+"""Versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LIBRARIES = ("hf-equissl", "torch", "transformers", "datasets", "numpy", "pillow
 
 
 def library_versions(also: tuple[str, ...] = ()) -> dict[str, str]:
-    """Versions of Python, of ``LIBRARIES`` and of the distributions ``also``, as far as they are installed."""
+    """Read the versions of Python, of ``LIBRARIES`` and of the distributions ``also``, where they are installed."""
     found = {"python": platform.python_version()}
     for name in (*LIBRARIES, *also):
         try:

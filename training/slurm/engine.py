@@ -16,7 +16,7 @@ ENGINE_VARIABLES = ("ACCELERATE_", "FSDP_")
 
 
 def engine_variables(config_file: str) -> dict[str, str]:
-    """Variables by name. Ranks, machines and ports, which Slurm knows, are not among them."""
+    """List the variables by name, without ranks, machines and ports, which Slurm knows."""
     words = ["--config_file", config_file, "--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "pretrain.py"]))
     if args.use_deepspeed:
