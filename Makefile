@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= quickstart_output
 # A file's tests stay on one process: its fixtures are made once.
 PARALLEL := --numprocesses auto --dist loadfile
-FAST := $(addprefix tests/,test_architecture.py checkpoints data encoders evaluation modeling objectives planning recipes utils views)
+FAST := $(addprefix tests/,test_architecture.py encoders evaluation modeling objectives planning recipes utils views)
 # One thread per process: two OpenMP pools on few cores wait for each other. The allocator settings keep large buffers
 # from being returned to the system and faulted in again at every training step.
 export OMP_NUM_THREADS ?= 1
@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 help:
 	@echo "make quickstart   pretrain twice on photographs, probe, draw; results in $(OUTPUT)/"
 	@echo "make test         the whole test suite (ARGS='-k vicreg' to choose)"
-	@echo "make test-fast    what needs no process of its own, in a minute and a half"
+	@echo "make test-fast    its quick part: no launches, no scripts"
 	@echo "make style        ruff and mypy"
 
 $(BIN)/.ready-%: pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import NoReturn
 
@@ -106,8 +106,9 @@ def end(error: BaseException | None) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def main(descriptor: str, *modules: str) -> NoReturn:
+def main(address: str, *modules: str) -> NoReturn:
     """Import ``modules`` and serve; each fork runs its command and ends."""
+    connection = Client(address)
     for name in modules:
         importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
@@ -115,7 +116,7 @@ def main(descriptor: str, *modules: str) -> NoReturn:
         raise RuntimeError(f"importing {', '.join(modules)} started a thread: a fork would not be safe")
     gc.collect()
     gc.freeze()  # the collector of a fork then leaves the shared memory alone
-    words = serve(Connection(int(descriptor)))
+    words = serve(connection)
     try:
         become(words)
     except BaseException as error:

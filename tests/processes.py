@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,16 +27,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ("torch", "transformers.trainer", "hf_equissl.running.run")
-# DeepSpeed imports the second when a run begins, and with it the whole of torch.compile.
+# What a server imports; each begins as a fork of the one before.
+BARE = ("torch", "datasets", "accelerate")
+WITHOUT_US = (*BARE, "transformers.trainer")
+PRELOADED = (*WITHOUT_US, "hf_equissl.running.run")
+# The last one is imported when a run begins, and with it the whole of torch.compile.
 WITH_DEEPSPEED = (*PRELOADED, "deepspeed", "deepspeed.runtime.zero.muon.original_muon")
-WITHOUT_US = ("torch", "datasets", "accelerate", "transformers.trainer")
-BARE = ("torch", "datasets", "accelerate")  # neither transformers nor this package
+FORK_OF = {WITHOUT_US: BARE, PRELOADED: WITHOUT_US, WITH_DEEPSPEED: PRELOADED}
 # Variables with these beginnings are read while Python or a library is imported or loaded. (KMP_ ones, too, but they
 # say how the threads of a process share cores, and ours have one.)
 READ_AT_IMPORT = (
@@ -44,8 +47,7 @@ READ_AT_IMPORT = (
 )
 SET_WHEN_USED = ("TORCHINDUCTOR_CACHE_DIR",)
 # No model or data set that somebody has loaded before, and only CPUs.
-HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
-FIXED = {"HF_HOME": HOME.name, "DS_ACCELERATOR": "cpu"}
+FIXED = {"HF_HOME": f"{tempfile.gettempdir()}/hf-home-{os.getpid()}", "DS_ACCELERATOR": "cpu"}
 # As it is when pytest starts, whatever a test changes later.
 ENVIRONMENT = {**os.environ, **FIXED}
 
@@ -95,21 +97,26 @@ class Server:
 
     Args:
         modules: What it imports.
+        parent: A server of which it is a fork; by default it is a new interpreter.
     """
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], parent: Server | None = None) -> None:
         self.log = Path(tempfile.mkstemp(prefix="processes-", suffix=".log")[1])
-        self._connection, theirs = Pipe()
         self._codes: dict[int, int] = {}
         self._lock = threading.Lock()
-        words = [sys.executable, "-m", "tests.process_server", str(theirs.fileno()), *modules]
-        quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # Arrow's allocator would start a thread
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                words, cwd=ROOT, env=ENVIRONMENT | quiet, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[theirs.fileno()], start_new_session=True,
-            )  # fmt: skip
-        theirs.close()
+        self.process: Child | subprocess.Popen[bytes]
+        with Listener(family="AF_UNIX") as listener:
+            words = [sys.executable, "-m", "tests.process_server", str(listener.address), *modules]
+            if parent:
+                self.process = parent.start(words, ROOT, ENVIRONMENT, self.log, self.log)
+            else:
+                quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # Arrow's allocator would start a thread
+                with self.log.open("wb") as log:
+                    self.process = subprocess.Popen(
+                        words, cwd=ROOT, env=ENVIRONMENT | quiet, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        start_new_session=True,
+                    )  # fmt: skip
+            self._connection = listener.accept()
         atexit.register(self.close)
 
     def start(self, words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
@@ -137,6 +144,7 @@ class Server:
         self._connection.close()
         self.process.wait()
         self.log.unlink(missing_ok=True)
+        shutil.rmtree(FIXED["HF_HOME"], ignore_errors=True)
 
     def _send(self, request: Any) -> None:
         try:
@@ -158,7 +166,7 @@ class Server:
 @functools.cache
 def server(*modules: str) -> Server:
     """The server of this pytest process that has imported ``modules``."""
-    return Server(modules)
+    return Server(modules, server(*FORK_OF[modules]) if modules in FORK_OF else None)
 
 
 def start(

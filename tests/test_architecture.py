@@ -235,6 +235,7 @@ def test_public_names_exist() -> None:
         hf_equissl.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
