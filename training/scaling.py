@@ -60,10 +60,13 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options, overrides = parse_words(_parser(), words)
+    except ValueError as error:
+        return stop(error, code=2)
 
-        from hf_equissl.benchmarking import scaling, step_clock
-        from hf_equissl.distributed.agreement import end_process
+    from hf_equissl.benchmarking import scaling, step_clock
+    from hf_equissl.distributed.agreement import end_process
 
+    try:
         task = step_clock.given_task()
         recipe, steps = _read(options, overrides, task)
         if task is not None:
