@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 __all__ = [
     "all_reduce_sum",
     "gather",
+    "gather_rows",
     "is_gathered",
     "is_main_process",
     "local_shard",
@@ -88,6 +89,34 @@ def gather(x: Tensor) -> Tensor:
         the own slice.
     """
     return x if world_size() == 1 else _Gather.apply(x)
+
+
+def gather_rows(x: Tensor, most_rows: int) -> tuple[Tensor, Tensor]:
+    """Concatenate ``x`` of all processes along the first dimension where they have different numbers of rows.
+
+    Rows are filled up with zeros before the exchange: all processes know the shape without telling each other lengths,
+    which would make the host wait for the device.
+
+    Args:
+        x: (n, ...), n <= ``most_rows``; the other dimensions and the dtype are the same on every process.
+        most_rows: The largest n that a process may have, the same on every process.
+
+    Returns:
+        (M, ...), ordered by rank, with gradient as in ``gather``, and (M,) bool, whether a row is one of some process.
+        M = W * ``most_rows``; with one process there is nothing to fill up, and M = n.
+
+    Raises:
+        ValueError: ``x`` has more rows than that.
+    """
+    if len(x) > most_rows:
+        raise ValueError(f"gather_rows was told of at most {most_rows} rows per process, got {len(x)}.")
+    if world_size() == 1:
+        return x, torch.ones(len(x), dtype=torch.bool, device=x.device)
+    rows = x.flatten(1) if x.ndim > 1 else x[:, None]
+    rows = torch.cat([rows, rows.new_ones(len(x), 1)], dim=1)  # the last column tells rows from filling
+    rows = torch.cat([rows, rows.new_zeros(most_rows - len(x), rows.shape[1])])
+    gathered = gather(rows)
+    return gathered[:, :-1].unflatten(1, x.shape[1:]) if x.ndim > 1 else gathered[:, 0], gathered[:, -1].detach() > 0
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..pretraining.optimizer import freeze_parameters
 from ..views.base import Views
 from .flop_counts import flop_counter, flops_by_module
 from .processes import Exchanged, as_one_of
@@ -165,6 +166,7 @@ def measure(
         processes: Number of processes whose batches the objectives see.
     """
     mode, model = without_weights(config)
+    freeze_parameters(model, args)
     if args.activation_checkpointing:
         given = args.activation_checkpointing_kwargs
         kwargs = dict(given) if isinstance(given, dict) else {}

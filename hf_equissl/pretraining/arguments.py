@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available, logging
 
 from ..distributed.engines import check_engine, load_models_whole
@@ -18,6 +19,7 @@ from ..utils.devices import Precision, choose_device, choose_precision
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
 GRADIENT_CLIPPINGS = ("global", "parameter", "module")
+LARS_NAME = "lars"
 LAST_LAYER_HOLDS = ("learning_rate", "gradient")
 
 
@@ -46,6 +48,10 @@ class EquiSSLTrainingArguments(TrainingArguments):
             iBOT): there the optimizer's moments start only afterwards. DeepSpeed needs the first.
         grad_clipping: What ``max_grad_norm`` bounds: "global", all gradients together; "parameter", each tensor (iBOT);
             "module", encoder, heads, stem and decoders apart (DINOv2).
+        decay_one_dimensional: Weight decay acts on biases and other parameters with one dimension, too (MoCo-v3).
+        freeze_patch_embedding: The patch embedding stays as it was initialised, which steadies ViTs (MoCo-v3).
+        optim: One of transformers' optimizers, or "lars" (``lars.LARS``), whose ``momentum`` and ``trust_coefficient``
+            are set by ``optim_args``, e.g. "momentum=0.9,trust_coefficient=0.001". DeepSpeed has no place for LARS.
         bf16: "auto" becomes true where the device of the run has units for bf16, unless ``fp16`` is on, and false
             elsewhere (``utils.devices.choose_precision``): once built, the arguments say what runs.
 
@@ -95,11 +101,22 @@ class EquiSSLTrainingArguments(TrainingArguments):
     grad_clipping: str = field(
         default="global", metadata={"help": "What max_grad_norm bounds: global, parameter or module."}
     )
+    decay_one_dimensional: bool = field(
+        default=False, metadata={"help": "Let weight decay act on biases and other 1-D parameters, too."}
+    )
+    freeze_patch_embedding: bool = field(
+        default=False, metadata={"help": "Leave the patch embedding as it was initialised."}
+    )
+    optim: OptimizerNames | Literal["lars"] | str = field(
+        default=TrainingArguments.optim, metadata={"help": "One of transformers' optimizers, or lars."}
+    )
 
     bf16: bool | Literal["auto"] = field(  # type: ignore[assignment]
         default=False, metadata={"help": "Compute in bfloat16 by autocast; auto: where the device has units for it."}
     )
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and 1-D parameters."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay; by default none on biases and 1-D parameters."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Bound of grad_clipping; 0 means no clipping."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule; e.g. cosine, cosine_with_min_lr."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
@@ -130,7 +147,12 @@ class EquiSSLTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
         elif self.tf32 is None and (self.bf16 or self.fp16) and is_torch_tf32_available():
             self.tf32 = True
+        optim = self.optim
+        if optim == LARS_NAME:  # the parent knows its own names only
+            self.optim = TrainingArguments.optim
         super().__post_init__()
+        if optim == LARS_NAME:
+            self.optim = optim
         if cast(Any, torch.backends).fp32_precision == "tf32":
             # The same said in PyTorch's older words: parts of torch.compile still ask for them, and refuse a mixture.
             torch.set_float32_matmul_precision("high")

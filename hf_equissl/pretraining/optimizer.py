@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ..distributed.collectives import local_shard
 from ..distributed.engines import plain_name
-from .arguments import EquiSSLTrainingArguments
+from ..utils.suggestions import check_keys
+from .arguments import LARS_NAME, EquiSSLTrainingArguments
+from .lars import LARS
 
 if TYPE_CHECKING:
     from .model import EquiSSLForPreTraining
@@ -63,7 +66,8 @@ def parameter_group(
 ) -> ParameterGroup:
     """Say how a parameter is trained, by the rules of iBOT and DINOv2.
 
-    Weight decay spares biases and whatever else has one dimension (norms, layer scale). Layer-wise decay d gives block
+    Weight decay spares biases and whatever else has one dimension (norms, layer scale), unless
+    ``decay_one_dimensional``. Layer-wise decay d gives block
     i of n, counted from 0, the multiplier d^(n - i), the embeddings (patches, positions, CLS, registers, mask token)
     d^(n + 1), and 1 to the final norm, stem, heads and decoders.
 
@@ -71,7 +75,8 @@ def parameter_group(
         name: In the pretraining model.
         shape: Of the whole parameter.
         model: Has n blocks, and objectives that say which of their parameters are a last layer.
-        args: ``layer_decay``, ``patch_embedding_lr_multiplier``, ``freeze_last_layer_epochs``.
+        args: ``decay_one_dimensional``, ``layer_decay``, ``patch_embedding_lr_multiplier`` and
+            ``freeze_last_layer_epochs``.
     """
     multiplier, num_layers = 1.0, model.config.encoder_config.num_hidden_layers
     if name.startswith("student.embeddings."):
@@ -82,7 +87,7 @@ def parameter_group(
         multiplier = args.layer_decay ** (num_layers - int(block[1]))
     return ParameterGroup(
         lr_multiplier=multiplier,
-        decayed=len(shape) > 1 and not name.endswith(".bias"),
+        decayed=args.decay_one_dimensional or (len(shape) > 1 and not name.endswith(".bias")),
         last_layer=args.freeze_last_layer_epochs > 0 and is_last_layer(model, name),
     )
 
@@ -108,6 +113,26 @@ def check_last_layer(model: EquiSSLForPreTraining, args: EquiSSLTrainingArgument
             f"freeze_last_layer_epochs is {args.freeze_last_layer_epochs:g}, and this model has no prototypes (or "
             "another last layer) to hold. Set it to 0."
         )
+
+
+def freeze_parameters(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> None:
+    """Freeze what a run does not train: what no gradient reaches and, where asked, the patch embedding."""
+    model.freeze_unused()
+    if args.freeze_patch_embedding:
+        model.student.embeddings.patch_embeddings.requires_grad_(False)
+
+
+def optimizer_class(args: EquiSSLTrainingArguments) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """Return an optimizer of this package, and its keyword arguments; ``None`` where transformers has it.
+
+    Raises:
+        ValueError: ``optim_args`` has an argument that the optimizer does not know, or no number.
+    """
+    if args.optim != LARS_NAME:
+        return None
+    given = dict(setting.split("=", 1) for setting in (args.optim_args or "").replace(" ", "").split(",") if setting)
+    check_keys(given, ("momentum", "trust_coefficient"), "optim_args of lars")
+    return LARS, {"lr": args.learning_rate, **{name: float(value) for name, value in given.items()}}
 
 
 def parameter_rules(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> list[ParameterRule]:

@@ -26,7 +26,7 @@ from ..distributed.engines import Engine, asked_engine, check_same, fp32_shardin
 from ..objectives.progress import TrainingProgress
 from ..views.collator import ViewCollator
 from ..views.pipelines import ViewPipeline
-from .arguments import EquiSSLTrainingArguments
+from .arguments import LARS_NAME, EquiSSLTrainingArguments
 from .callbacks import EquiSSLProgressCallback, ScheduleCallback
 from .compilation import compile_layers
 from .data_feed import DataFeed
@@ -37,7 +37,9 @@ from .optimizer import (
     check_last_layer,
     clip_gradients,
     clipping_parts,
+    freeze_parameters,
     need_own_groups,
+    optimizer_class,
     optimizer_groups,
     parameter_rules,
 )
@@ -106,7 +108,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         self.publisher = publisher
         if args.push_to_hub:
             self._require_publisher()
-        model.freeze_unused()
+        freeze_parameters(model, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=ViewCollator(pipeline), **kwargs
         )
@@ -146,6 +148,11 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
                 f"{args.global_batch_size}. Use more images, or a smaller batch."
             )
         check_last_layer(model, args)
+        if self.is_deepspeed_enabled and args.optim == LARS_NAME:
+            raise ValueError(
+                "optim is 'lars', which DeepSpeed cannot: it steps on pieces of parameters, and LARS needs the "
+                "length of whole ones. Use FSDP2 or DDP, or another optimizer."
+            )
         held = args.freeze_last_layer_epochs > 0
         if self.is_deepspeed_enabled and held and args.freeze_last_layer_by == "gradient":
             raise ValueError(
@@ -236,7 +243,11 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         """
         if self.optimizer is None:
             module: Any = self.model if model is None else model
-            kind, given = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, module)
+            kind, given = (
+                self.optimizer_cls_and_kwargs
+                or optimizer_class(self.args)
+                or self.get_optimizer_cls_and_kwargs(self.args, module)
+            )
             if is_optimizer_factory(kind) or given.keys() & {"params", "model", "optimizer_dict"}:
                 if settings := need_own_groups(self.args):
                     raise ValueError(

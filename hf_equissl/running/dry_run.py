@@ -15,7 +15,7 @@ from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused
 from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
 from ..pretraining.model import EquiSSLForPreTraining
-from ..pretraining.optimizer import parameter_rules
+from ..pretraining.optimizer import freeze_parameters, parameter_rules
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
 from .run import Run
@@ -31,6 +31,7 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
     """Write everything that a person would want to know before starting ``run``."""
     cost, speed = run.cost(), (speed or Speed()).of(run.args)
     _, model = without_weights(run.config)
+    freeze_parameters(model, run.args)
     sections = {
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
         "Batch, learning rate, steps": _plan_lines(run),

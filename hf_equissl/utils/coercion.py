@@ -82,7 +82,7 @@ def describe(annotation: Any) -> str:
         return "null"
     origin = typing.get_origin(annotation)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(a) for a in typing.get_args(annotation)))
+        return " or ".join(dict.fromkeys(map(describe, _members(typing.get_args(annotation)))))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
@@ -140,11 +140,14 @@ def _coerce(value: Any, annotation: Any) -> Any:
     return value
 
 
+def _members(union: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Drop ``str`` beside an enum: transformers writes "SchedulerType | str" where only the enum's values do."""
+    enums = [member for member in union if inspect.isclass(member) and issubclass(member, enum.Enum)]
+    return tuple(member for member in union if member is not str) if enums else union
+
+
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
-    enums = [m for m in members if inspect.isclass(m) and issubclass(m, enum.Enum)]
-    if enums and isinstance(value, str):  # transformers writes "SchedulerType | str" where only the enum's values do
-        members = tuple(m for m in members if m is not str)
-    for member in sorted(members, key=lambda m: m is not type(value)):  # 1 stays an integer in "float | int"
+    for member in sorted(_members(members), key=lambda m: m is not type(value)):  # 1 stays an integer in "float | int"
         try:
             return _coerce(value, member)
         except TypeError:

@@ -56,6 +56,10 @@ def worker(rank: int, processes: int) -> dict[str, Any]:
     total = collectives.all_reduce_sum(y)
     weighted_sum(total.square()).backward()
     uneven = slice(0, 2) if rank == 0 else slice(2, 6)
+    z = (batch() - 1000)[uneven].clone().requires_grad_(True)
+    rows, there = collectives.gather_rows(z, most_rows=5)
+    global_term(rows[there]).backward()
+    one_dimensional = collectives.gather_rows(torch.arange(rank + 1), most_rows=2)
     uneven_rows = slice(0, 1) if rank == 0 else slice(1, 5)
     evaluated = SyncBatchNorm1d(4).eval()
     cumulative = SyncBatchNorm1d(4, momentum=None)
@@ -75,6 +79,9 @@ def worker(rank: int, processes: int) -> dict[str, Any]:
         "integers": collectives.gather(torch.tensor([rank, rank + 10])),
         "total": total.detach(),
         "sum_gradient": y.grad,
+        "rows": (rows.detach(), there),
+        "rows_gradient": z.grad,
+        "one_dimensional": one_dimensional,
         "means": collectives.reduce_mean(
             {"a": torch.tensor(1.0 + rank), "b": torch.tensor(4 * rank)}
             if rank == 0
@@ -119,6 +126,25 @@ def test_who_keeps_the_store_may_be_stopped(monkeypatch):
     begin = time.monotonic()
     assert agreement.speaks_for_all(patience=0.3)
     assert time.monotonic() - begin < 10
+
+
+def test_unequal_numbers_of_rows_are_gathered_with_the_gradient_of_one_process(ranks):
+    x = (batch() - 1000).requires_grad_(True)
+    alone, all_there = collectives.gather_rows(x, most_rows=9)
+    assert alone is x
+    assert all_there.all()
+    global_term(alone).backward()
+    for r in ranks:
+        rows, there = r["rows"]
+        assert there.tolist() == [True, True, False, False, False, True, True, True, True, False]
+        assert torch.equal(rows[there], x.detach())
+        assert not rows[~there].any()
+        numbers, real = r["one_dimensional"]
+        assert (numbers.tolist(), real.tolist()) == ([0, 0, 0, 1], [True, False, True, True])
+    # As for equal numbers: the sum over processes is twice the gradient of one.
+    torch.testing.assert_close(torch.cat([r["rows_gradient"] for r in ranks]) / 2, x.grad)
+    with pytest.raises(ValueError, match="at most 5 rows per process, got 6"):
+        collectives.gather_rows(x, most_rows=5)
 
 
 def test_gather_is_ordered_by_rank_and_its_gradient_is_that_of_one_process(ranks):
