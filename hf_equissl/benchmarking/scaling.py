@@ -1,8 +1,8 @@
 """Weak scaling: what a training step costs on more processes with as many images each, and where the time goes.
 
-A step is one of ``EquiSSLTrainer`` as ``launch`` builds it: views, forward (of the teacher, too), backward, clipping,
-optimizer, the teacher's update. Reading images is no part of it: the clock starts when every process has its batch.
-Nor is what happens in the background: the flag that says whether a process was asked to stop.
+A step is one of ``EquiSSLTrainer`` as ``running.run`` builds it: views, forward (of the teacher, too), backward,
+clipping, optimizer, the teacher's update. Reading images is no part of it: the clock starts when every process has its
+batch. Neither is the flag that says in the background whether a process was asked to stop.
 All processes start a step together and it is over when the last one is done, so a measured step's time is the largest
 of its processes. Times:
 

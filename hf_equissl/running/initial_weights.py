@@ -117,7 +117,7 @@ class InitialWeights:
 
 
 def load_initial_weights(recipe: Recipe) -> InitialWeights:
-    """Read what ``model.init_from`` names: an encoder (``hub.convert.convert_encoder``) or a whole pretraining state.
+    """Read what ``model.init_from`` names: an encoder (``encoders.convert_encoder``) or a whole pretraining state.
 
     Raises:
         RecipeError: It cannot be read, or is not an encoder that converts; with the reason.
