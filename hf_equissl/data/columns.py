@@ -15,7 +15,7 @@ from .errors import ImageSourceError
 # What Pillow reads and people keep photographs in; also decides which files of a folder are images.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm avif jp2 j2k jpx"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split(" "))
-_HOW = "--image_column, or data.column of a recipe"
+IMAGE_COLUMN_OPTION = "--image_column, or data.column of a recipe"
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P4", b"P5", b"P6")
 
 
@@ -54,12 +54,14 @@ def find_image_column(
     for test in tests:
         found = [name for name in features if test(name)]
         if len(found) > 1:
-            raise ImageSourceError(f"{source}: several columns hold images: {', '.join(found)}. Choose one: {_HOW}.")
+            raise ImageSourceError(
+                f"{source}: several columns hold images: {', '.join(found)}. Choose one: {IMAGE_COLUMN_OPTION}."
+            )
         if found:
             return found[0]
     raise ImageSourceError(
-        f"{source}: no column holds images in the first {len(rows)} rows. Columns: {list_columns(features)}. Expected "
-        f"a datasets.Image feature, encoded bytes, or paths of image files; name the image column: {_HOW}."
+        f"{source}: no column holds images in the first {len(rows)} rows. Columns: {list_columns(features)}. "
+        f"Expected a datasets.Image feature, encoded bytes, or paths of image files; name the image column: {IMAGE_COLUMN_OPTION}."
     )
 
 

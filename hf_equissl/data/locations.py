@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -15,10 +16,12 @@ import datasets
 import pyarrow.dataset
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
+from .tars import tar_builder
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
@@ -48,7 +51,14 @@ class Opened:
 
 
 def open_dataset(
-    source: str, *, split: str, streaming: bool, cache_dir: Any, num_proc: int | None, **hub: Any
+    source: str,
+    *,
+    split: str,
+    streaming: bool,
+    cache_dir: Any,
+    num_proc: int | None,
+    members: Mapping[str, Any],
+    **hub: Any,
 ) -> Opened:
     """Open whatever ``source`` names; see ``load_images``.
 
@@ -57,12 +67,14 @@ def open_dataset(
         split: Name of a split, unless streaming also a slice or a sum of them.
         streaming: Rows as an ``IterableDataset``.
         cache_dir, num_proc: For ``datasets``.
+        members: What to take of each sample of a tar file, see ``tars.wanted_members``.
         **hub: ``config_name`` and ``revision`` of a Hub data set.
 
     Raises:
         ImageSourceError: It does not exist, is of an unknown kind, is broken, or has no such split.
     """
     options = {"split": split, "streaming": streaming, "cache_dir": cache_dir, "num_proc": num_proc}
+    options["members"] = members
     path = Path(source).expanduser()
     if "://" in source:
         return _open_files(source, _numbered(source, source), options)
@@ -206,8 +218,13 @@ def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
 def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None = None, **arguments: Any) -> Opened:
     """Rows by one of the builders of ``datasets``."""
     split = options["split"]
+    if "data_files" in arguments:  # what exists under this very name is no pattern
+        files = arguments["data_files"]
+        arguments["data_files"] = [glob.escape(file) if os.path.exists(file) else file for file in files]
     try:
         builder = datasets.load_dataset_builder(path, cache_dir=options["cache_dir"], **arguments)
+        if isinstance(builder, WebDataset):
+            builder = tar_builder(builder, options["cache_dir"], **options["members"])
     except Exception as error:
         raise (
             _broken(source, error) if os.path.exists(path) or "data_files" in arguments else _not_found(source, error)

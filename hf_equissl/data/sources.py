@@ -19,6 +19,7 @@ from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image,
 from .errors import ImageDecodeError, ImageSourceError
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
+from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
@@ -98,10 +99,10 @@ class ImageSource:
         value = row[self.image_column]
         if isinstance(value, Mapping):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return value
         if not value:
             raise ImageDecodeError("The row holds no image.")
+        if isinstance(value, bytes):
+            return value
         try:
             if "://" in value:
                 with fsspec.open(value, "rb") as file:
@@ -235,6 +236,7 @@ def load_images(
             revision=revision,
             cache_dir=cache_dir,
             num_proc=num_proc,
+            members=wanted_members(column, label_column, more_columns or {}),
         )
     rows = opened.rows
     features, first = _features_and_first_rows(rows, name)
