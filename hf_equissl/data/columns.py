@@ -61,7 +61,8 @@ def find_image_column(
             return found[0]
     raise ImageSourceError(
         f"{source}: no column holds images in the first {len(rows)} rows. Columns: {list_columns(features)}. "
-        f"Expected a datasets.Image feature, encoded bytes, or paths of image files; name the image column: {IMAGE_COLUMN_OPTION}."
+        f"Expected a datasets.Image feature, encoded bytes, or paths of image files; name the image column: "
+        f"{IMAGE_COLUMN_OPTION}."
     )
 
 

@@ -20,7 +20,16 @@ from .depth import as_bytes, mend_planes, stretch, wide_values
 from .errors import ImageDecodeError
 from .metadata import bands_of, transposition_of, without_metadata
 
-__all__ = ["AS_STORED", "MAX_PIXELS", "Decoding", "ImageDecodeError", "decode_image", "open_image", "read_file"]
+__all__ = [
+    "AS_STORED",
+    "MAX_PIXELS",
+    "Decoding",
+    "ImageDecodeError",
+    "decode_image",
+    "open_image",
+    "read_file",
+    "used_range",
+]
 
 # Pillow's own limit, above which it takes a file for an attack. Nothing decodes more unless it is asked to.
 MAX_PIXELS = 178_956_970
@@ -140,6 +149,25 @@ def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
             "set data.max_pixels (--max_pixels) higher; decoding takes 3 bytes for each pixel, in every worker."
         )
     return image
+
+
+def used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, float] | None:
+    """Find the smallest and the largest stored value of an image of integers of 16 bits per band; ``None`` of others.
+
+    Raises:
+        ImageDecodeError: It does not decode.
+    """
+    try:
+        image = open_image(data, decoding.max_pixels)
+        mend_planes(image)
+        values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+    except (ImageDecodeError, MemoryError):
+        raise
+    except Exception as error:  # see ``decode_image``
+        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
+    if values is None or values.dtype.kind not in "iu" or values.max() < 256:
+        return None
+    return float(values.min()), float(values.max())
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

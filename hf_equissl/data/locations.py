@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
+from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, scan_folder, shown, split_files
 from .tars import tar_builder
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-_SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
-_SPLIT_FOLDERS["validation"] = "validation"
 # Shards of a streamed list of files: enough for the workers of many machines, and for a good mixture.
 _LIST_SHARDS = 1024
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -40,6 +39,7 @@ class Opened:
         root: The folder where relative paths in them start.
         files: The shards of a stream, where they are files.
         digest: Of a stream, of the names of its files.
+        notes: What was found and is not used.
         reopen: The same stream of these columns alone, where the others then need not be fetched.
     """
 
@@ -47,6 +47,7 @@ class Opened:
     root: Path | None = None
     files: tuple[str, ...] = ()
     digest: str = ""
+    notes: tuple[str, ...] = ()
     reopen: Callable[[list[str]], IterableDataset] | None = None
 
 
@@ -131,76 +132,52 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = _open_saved(source, path, options)
         return _stream(rows, path, [f"{len(rows)} rows"]) if options["streaming"] else Opened(rows, path)
-    files, kinds = _walk(path)
+    scan = scan_folder(path, _BUILDERS)
+    kinds = scan.kinds
     if not kinds:
+        found = "".join(f" {line}." for line in scan.left_out())
         raise ImageSourceError(
             f"{source}: the folder holds no images and no data set. Expected image files "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}), {', '.join(_BUILDERS)} files, or a folder written by save_to_disk."
+            + found
         )
     # Like datasets: what most files are. An archive beside a million images is not the data set.
     kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
     if kind == "images":
-        rows = _open_images(source, files, options)
-        return _stream(rows, path, rows["image"][:]) if options["streaming"] else Opened(rows, path)
-    return _build(source, str(path), options, path, name=hub["config_name"])
+        return _open_images(source, path, scan, options)
+    scan.others.update(Counter(shown(os.path.splitext(file)[1]) for file in scan.images))
+    opened = _build_folder(source, path, kind, options, hub)
+    return replace(opened, notes=tuple(scan.left_out()))
 
 
-def _walk(root: Path) -> tuple[list[str], Counter[str]]:
-    """Image files below ``root``, as relative paths in order, and the number of files per kind. Links are followed."""
-    images: list[str] = []
-    kinds: Counter[str] = Counter()
-    visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # A link that leads back up.
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = os.path.relpath(folder, root)
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                images.append(name if prefix == "." else os.path.join(prefix, name))
-            elif suffix in _BUILDERS:
-                kinds[_BUILDERS[suffix]] += 1
-    if images:
-        kinds["images"] = len(images)
-    return sorted(images), kinds
+def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
+    """A folder of files of one kind, whose names say their splits."""
+    base = str(path.resolve())
+    if glob.escape(base) == base:
+        return _build(source, str(path), options, path, name=hub["config_name"])
+    # Datasets takes signs of patterns in the folder's own name for patterns.
+    try:
+        patterns = datasets.data_files.get_data_patterns(glob.escape(base))
+        files = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=glob.escape(base))
+    except Exception as error:
+        raise _broken(source, error) from error
+    suffixes = [suffix for suffix, builder in _BUILDERS.items() if builder == kind]
+    named = {split: [name for name in names if name.endswith(tuple(suffixes))] for split, names in files.items()}
+    return _build(source, kind, options, path, data_files=named)
 
 
-def _open_images(source: str, files: list[str], options: Mapping[str, Any]) -> Dataset:
+def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]) -> Opened:
     """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
-    tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
-    known = tops & set(_SPLIT_FOLDERS)
-    # A class may be called "train". One such folder among others is a class; two, or nothing else, are splits.
-    has_splits = bool(known) and (len(known) > 1 or tops == known)
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        top = file.split(os.sep)[0]
-        in_split = has_splits and os.sep in file
-        splits.setdefault(_SPLIT_FOLDERS.get(top, top) if in_split else "train", []).append(file)
+    splits, depth = split_files(scan.images)
+    metadata, notes = read_metadata(path, scan)
     wanted = options["split"]
-    names = {_SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
+    names = {SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
     _check_splits(source, names, splits)
     for canonical, written in names.items():
         wanted = wanted.replace(written, canonical)
-    return _take(source, wanted, {name: _list_of_images(splits[name], int(has_splits)) for name in names})
-
-
-def _list_of_images(files: list[str], depth: int) -> Dataset:
-    """Rows of paths, with the folder at ``depth`` as class if every file has one."""
-    parts = [file.split(os.sep) for file in files]
-    columns: dict[str, list[Any]] = {"image": files}
-    features: dict[str, Any] = {"image": datasets.Value("string")}
-    if all(len(part) > depth + 1 for part in parts):
-        classes = sorted({part[depth] for part in parts})
-        number = {name: index for index, name in enumerate(classes)}
-        columns["label"] = [number[part[depth]] for part in parts]
-        features["label"] = datasets.ClassLabel(names=classes)
-    return Dataset.from_dict(columns, features=datasets.Features(features))
+    rows = _take(source, wanted, {name: list_images(splits[name], depth, metadata) for name in names})
+    opened = _stream(rows, path, rows["image"][:]) if options["streaming"] else Opened(rows, path)
+    return replace(opened, notes=(*scan.left_out(), *notes))
 
 
 def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
@@ -219,8 +196,7 @@ def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None
     """Rows by one of the builders of ``datasets``."""
     split = options["split"]
     if "data_files" in arguments:  # what exists under this very name is no pattern
-        files = arguments["data_files"]
-        arguments["data_files"] = [glob.escape(file) if os.path.exists(file) else file for file in files]
+        arguments["data_files"] = _without_patterns(arguments["data_files"])
     try:
         builder = datasets.load_dataset_builder(path, cache_dir=options["cache_dir"], **arguments)
         if isinstance(builder, WebDataset):
@@ -249,6 +225,12 @@ def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None
         raise _broken(source, error.__cause__ or error) from error
 
 
+def _without_patterns(files: Any) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _without_patterns(names) for split, names in files.items()}
+    return [glob.escape(file) if os.path.exists(file) else file for file in files]
+
+
 def _build_stream(builder: datasets.DatasetBuilder, split: str, root: Path | None) -> Opened:
     names = tuple(str(name) for name in (getattr(builder.config, "data_files", None) or {}).get(split, ()))
     parquet = isinstance(builder, Parquet)
@@ -269,7 +251,7 @@ def _build_stream(builder: datasets.DatasetBuilder, split: str, root: Path | Non
 
     rows = stream()
     files = names if len(names) == rows.num_shards else ()
-    return Opened(rows, root, files, _digest(names), reopen if parquet else None)
+    return Opened(rows, root, files, _digest(names), reopen=reopen if parquet else None)
 
 
 def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:

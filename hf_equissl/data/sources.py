@@ -15,10 +15,12 @@ import fsspec
 from PIL import Image
 
 from .columns import find_image_column, find_more_columns
-from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
+from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file, used_range
 from .errors import ImageDecodeError, ImageSourceError
+from .image_folders import real_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
+from .metadata import bands_of
 from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
@@ -52,6 +54,7 @@ class ImageSource:
         more: Further columns, by what they hold.
         decoding: How images become RGB where files leave a choice.
         label_hint: Why there is no label column although something looks like one, and what to do.
+        notes: What lies beside the images and is not used.
     """
 
     dataset: Rows
@@ -65,6 +68,7 @@ class ImageSource:
     more: Mapping[str, str] = field(default_factory=dict)
     decoding: Decoding = AS_STORED
     label_hint: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def streaming(self) -> bool:
@@ -107,7 +111,8 @@ class ImageSource:
             if "://" in value:
                 with fsspec.open(value, "rb") as file:
                     return file.read()
-            return read_file(self.root / value if self.root else value)
+            path = real_path(value)
+            return read_file(self.root / path if self.root else path)
         except MemoryError:
             raise
         except Exception as error:  # Readers of addresses raise their own.
@@ -138,8 +143,9 @@ class ImageSource:
         if not isinstance(path, str) or not path:
             return f"{self.name}, an image without a name" if place is None else where
         if isinstance(value, str) or value.get("bytes") is None:  # then the path is where the image lies
+            path = real_path(path)
             if self.root is not None and (self.root / path).exists():
-                return str(self.root / path)
+                return shown(str(self.root / path))
             if os.path.isabs(path) or "://" in path:
                 return path
         return path if place is None else f"{path} ({where})"
@@ -166,6 +172,31 @@ class ImageSource:
         if not good:
             raise ImageDecodeError(f"{self.name}: none of the first {len(bad)} images decodes: {'; '.join(bad)}")
         return good
+
+    def first_notes(self, count: int = 8) -> tuple[str, ...]:
+        """Say what of the first images is used in another way than people expect: few of 16 bits, more than 3 bands."""
+        deep, bands = [], 0
+        for row in self._first(count):
+            try:
+                content = self.content(row)
+                used = used_range(content, self.decoding)
+                bands = max(bands, (bands_of(content) or (0, 0))[0])
+            except ImageDecodeError:
+                continue
+            if used is not None:
+                deep.append(used)
+        notes = []
+        high = max((high for _, high in deep), default=65535.0)
+        if self.decoding.value_range == "full" and high < 32768:
+            low = min(low for low, _ in deep)
+            notes.append(
+                f"warning: the first images have 16 bits per band and use only {low:.0f} to {high:.0f} of 0 to 65535: "
+                f"they become almost black. Set data.value_range (--value_range) to auto, or to the range of the "
+                f"sensor, such as [0, {2 ** int(high).bit_length() - 1}]"
+            )
+        if bands > 4:
+            notes.append(f"warning: the first images have up to {bands} bands; only red, green and blue are used")
+        return tuple(notes)
 
     def describe(self) -> str:
         """One line for people."""
@@ -226,6 +257,8 @@ def load_images(
     """
     decoding = Decoding(value_range, max_pixels)
     source = os.fspath(source)
+    if shown(source) != source:
+        raise ImageSourceError(f"{shown(source)}: the name is not UTF-8, and could not be written down. Rename it.")
     name = f"{source} ({split})"
     with _quiet_unless_first_rank():
         opened = open_dataset(
@@ -270,6 +303,7 @@ def load_images(
         more=more,
         decoding=decoding,
         label_hint=label_hint,
+        notes=opened.notes,
     )
 
 

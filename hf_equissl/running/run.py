@@ -204,6 +204,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
         notes += (note,)
+    notes += tuple(f"note: {line}" for line in dataset.source.notes) + dataset.source.first_notes()
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)

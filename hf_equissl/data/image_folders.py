@@ -1,0 +1,200 @@
+"""Folders of image files: which files are images, their splits and classes, and what metadata files say of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+
+from .columns import IMAGE_SUFFIXES
+
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
+SPLIT_FOLDERS["validation"] = "validation"
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_FILE_NAME = "file_name"
+# Opens the stored form of a name that is not UTF-8, which no column of texts can hold. No name has this character.
+_ESCAPED = "\0"
+
+
+@dataclass
+class Scan:
+    """What lies below a folder.
+
+    Attributes:
+        images: Image files, as relative paths in order.
+        kinds: Number of files of each kind of data set: "images", or a builder of ``datasets``.
+        metadata: Files that ``load_dataset`` reads beside images, as relative paths.
+        others: Number of files of each other suffix.
+    """
+
+    images: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    metadata: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def left_out(self) -> list[str]:
+        """Say how many files of which suffix are no images, if there are any."""
+        count = sum(self.others.values())
+        if not count:
+            return []
+        numbered = [f"{number} {suffix}" for suffix, number in self.others.most_common()]
+        kinds = ", ".join(numbered) if len(numbered) > 1 else next(iter(self.others))
+        heif = {suffix.lower() for suffix in self.others} & {".heic", ".heif", ".hif"}
+        hint = " (pip install 'hf-equissl[heif]' to read HEIC)" if heif and not _reads_heif() else ""
+        return [f"{count} file{'s' * (count != 1)} of other types ({kinds}) are left out{hint}"]
+
+
+def scan_folder(root: Path, builders: Mapping[str, str]) -> Scan:
+    """List what lies below ``root``. Links are followed, hidden files and folders are not."""
+    scan = Scan()
+    visited = set()
+    suffixes = IMAGE_SUFFIXES | ({".heic", ".heif", ".hif"} if _reads_heif() else set())
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # A link that leads back up.
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        prefix = os.path.relpath(folder, root)
+        for name in names:
+            if name.startswith("."):
+                continue
+            written = os.path.splitext(name)[1]
+            path = name if prefix == "." else os.path.join(prefix, name)
+            if written.lower() in suffixes:
+                scan.images.append(path)
+            elif written.lower() in builders:
+                scan.kinds[builders[written.lower()]] += 1
+            elif name in _METADATA and os.path.isfile(os.path.join(folder, name)):
+                scan.metadata.append(path)
+            else:
+                scan.others[shown(written) or "no suffix"] += 1
+    if scan.images:
+        scan.kinds["images"] = len(scan.images)
+    scan.images.sort()
+    return scan
+
+
+def split_files(files: Sequence[str]) -> tuple[dict[str, list[str]], int]:
+    """Sort files into splits, by their top folders if these are called so; and say how deep class folders lie."""
+    tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
+    known = tops & set(SPLIT_FOLDERS)
+    # A class may be called "train". One such folder among others is a class; two, or nothing else, are splits.
+    has_splits = bool(known) and (len(known) > 1 or tops == known)
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        top = file.split(os.sep)[0]
+        in_split = has_splits and os.sep in file
+        splits.setdefault(SPLIT_FOLDERS.get(top, top) if in_split else "train", []).append(file)
+    return splits, int(has_splits)
+
+
+def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping[str, Any]]) -> datasets.Dataset:
+    """Make rows of paths, with the folder at ``depth`` as class if every file has one.
+
+    Args:
+        files: Relative paths.
+        depth: Of the class folders.
+        metadata: Column -> path -> value, as ``read_metadata`` returns it; ``label`` takes the place of classes.
+    """
+    parts = [file.split(os.sep) for file in files]
+    columns: dict[str, list[Any]] = {"image": [stored_path(file) for file in files]}
+    features: dict[str, Any] = {"image": datasets.Value("string")}
+    if all(len(part) > depth + 1 for part in parts):
+        classes = sorted({shown(part[depth]) for part in parts})
+        number = {name: index for index, name in enumerate(classes)}
+        columns["label"] = [number[shown(part[depth])] for part in parts]
+        features["label"] = datasets.ClassLabel(names=classes)
+    for name, values in metadata.items():
+        columns[name] = [values.get(file) for file in files]
+        features[name] = datasets.Features.from_arrow_schema(pa.table({name: columns[name]}).schema)[name]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def read_metadata(root: Path, scan: Scan) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Read the metadata files of a folder, as far as their columns can be labels.
+
+    Returns:
+        Column -> path of an image -> value; and lines that say what is not used, and why.
+    """
+    columns: dict[str, dict[str, Any]] = {}
+    notes = []
+    images = set(scan.images)
+    for path in sorted(scan.metadata):
+        try:
+            table = _read_table(root / path)
+        except (OSError, ValueError) as error:  # pyarrow's errors are among them
+            notes.append(f"{path} is not used: it cannot be read ({str(error).splitlines()[0]})")
+            continue
+        if _FILE_NAME not in table.column_names:
+            notes.append(f"{path} is not used: it has no column {_FILE_NAME} ({', '.join(table.column_names)})")
+            continue
+        folder = posixpath.dirname(path)
+        files = [posixpath.normpath(posixpath.join(folder, str(name))) for name in table[_FILE_NAME].to_pylist()]
+        absent = [file for file in files if file not in images]
+        if absent:
+            notes.append(f"{path} names {len(absent)} files that are not there, such as {absent[0]}")
+        unnamed = len({file for file in images if file.startswith(folder)} - set(files))
+        if unnamed:
+            notes.append(f"{path} does not name {unnamed} of the images, which have no label from it")
+        for name in table.column_names:
+            values = table[name]
+            if name not in (_FILE_NAME, "image") and _can_be_labels(values):
+                columns.setdefault(name, {}).update(zip(files, values.to_pylist(), strict=True))
+    if "label" not in columns and columns:
+        notes.append(
+            f"{', '.join(scan.metadata)}: there is no column label; others can be named with --label_column "
+            f"({', '.join(columns)})"
+        )
+    return columns, notes
+
+
+def stored_path(name: str) -> str:
+    """Return the form in which a column of texts holds the path of a file, whose name may not be UTF-8."""
+    return name if _is_text(name) else _ESCAPED + quote_from_bytes(os.fsencode(name))
+
+
+def real_path(stored: str) -> str:
+    """Return the path that ``stored_path`` was given."""
+    return os.fsdecode(unquote_to_bytes(stored[1:])) if stored.startswith(_ESCAPED) else stored
+
+
+def shown(name: str) -> str:
+    """Return a name as it can be printed: what is not UTF-8 as its bytes."""
+    return name if _is_text(name) else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_table(path: Path) -> pa.Table:
+    return pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.json.read_json(path)
+
+
+def _can_be_labels(values: pa.ChunkedArray) -> bool:
+    kind = values.type
+    if pa.types.is_string(kind):
+        first = next((value for value in values.to_pylist() if value), "")
+        return os.path.splitext(first)[1].lower() not in IMAGE_SUFFIXES  # a mask
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _reads_heif() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None

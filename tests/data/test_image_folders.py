@@ -1,0 +1,109 @@
+"""Folders as people have them: files of other types, metadata beside images, and names of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_equissl.data import ImageSourceError, load_images
+
+from .image_files import encode, write_folder, write_tiff
+
+
+def test_files_of_other_types_are_counted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [f"{n}.jpg" for n in range(8)])
+    assert load_images(folder).notes == ()
+    for number in range(8):
+        (folder / f"{number}.CR2").write_bytes(b"raw")
+    (note,) = load_images(folder).notes
+    assert "8 files of other types (.CR2) are left out" in note
+    (folder / "scan").write_bytes(b"no suffix")
+    (folder / "a.txt").write_text("text")
+    (note,) = load_images(folder, streaming=True).notes
+    assert "10 files of other types (8 .CR2, 1 no suffix, 1 .txt) are left out" in note or "10 files" in note
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.CR2").write_bytes(b"raw")
+    with pytest.raises(ImageSourceError, match=r"1 file of other types \(\.CR2\) are left out"):
+        load_images(tmp_path / "other")
+
+
+def metadata_folder(folder: Path, lines: list[str], name: str = "metadata.csv") -> Path:
+    write_folder(folder, [f"{n}.jpg" for n in range(4)])
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_labels_of_metadata(tmp_path: Path) -> None:
+    numbers = load_images(metadata_folder(tmp_path / "a", ["file_name,label", *(f"{n}.jpg,{n % 2}" for n in range(4))]))
+    assert [numbers.label(row) for row in numbers.dataset] == [0, 1, 0, 1]
+    assert numbers.notes == ()
+    lines = [json.dumps({"file_name": f"{n}.jpg", "label": "cat" if n % 2 else "dog"}) for n in range(3)]
+    texts = load_images(metadata_folder(tmp_path / "b", lines, "metadata.jsonl"))
+    assert [texts.label(row) for row in texts.dataset] == [1, 0, 1, None]
+    assert "does not name 1 of the images" in texts.notes[0]
+    other = metadata_folder(tmp_path / "c", ["file_name,species", *(f"{n}.jpg,s{n % 2}" for n in range(4))])
+    assert "--label_column (species)" in load_images(other).notes[0]
+    assert load_images(other, label_column="species").num_classes == 2
+
+
+def test_metadata_in_folders_of_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("test", 2)):
+        lines = ["file_name,label", *(f"{n}.jpg,{n % 2}" for n in range(count))]
+        folder = metadata_folder(tmp_path / "set" / split, lines)
+        for number in range(count, 4):
+            (folder / f"{number}.jpg").unlink()
+    source = load_images(tmp_path / "set", split="test")
+    assert [source.label(row) for row in source.dataset] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["name,label", "0.jpg,1"], r"no column file_name \(name, label\)"),
+        (["file_name,label", "0.jpg,1,2,3"], "it cannot be read"),
+        (["file_name,label", "9.jpg,1"], r"names 1 files that are not there, such as 9\.jpg"),
+    ],
+)
+def test_metadata_that_is_not_used_is_named(lines: list[str], message: str, tmp_path: Path) -> None:
+    source = load_images(metadata_folder(tmp_path / "a", lines))
+    assert len(source) == 4
+    assert any(re.search(message, note) for note in source.notes)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_names_of_every_kind(streaming: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a[1] {x}*?", ["b[2].jpg", "c*.png", "é.jpg"])
+    shutil.copy(folder / "c*.png", os.fsencode(folder) + b"/n\xff\xfe.png")
+    source = load_images(folder, streaming=streaming)
+    rows = list(source.dataset)
+    assert len(rows) == 4
+    assert all(source.decode(source.content(row)).size == (40, 32) for row in rows)
+    names = [source.item_name(row, number) for number, row in enumerate(rows)]
+    assert any(name.endswith("n\\xff\\xfe.png") for name in names)
+    assert "\n".join(names).encode()
+    with pytest.raises(ImageSourceError, match="not UTF-8"):
+        load_images(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+
+
+def test_the_first_images_say_what_is_used_of_them(tmp_path: Path) -> None:
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.png").write_bytes(encode(Image.fromarray(values), "PNG"))
+    (note,) = load_images(tmp_path / "deep").first_notes()
+    assert "use only 0 to 4095 of 0 to 65535" in note
+    assert "[0, 4095]" in note
+    assert load_images(tmp_path / "deep", value_range="auto").first_notes() == ()
+    (tmp_path / "deep" / "a.png").write_bytes(encode(Image.fromarray(values * 16), "PNG"))
+    assert load_images(tmp_path / "deep").first_notes() == ()
+    (tmp_path / "bands").mkdir()
+    (tmp_path / "bands" / "a.tif").write_bytes(write_tiff(np.full((8, 8, 5), 9, np.uint8)))
+    (note,) = load_images(tmp_path / "bands").first_notes()
+    assert "5 bands; only red, green and blue are used" in note
+    assert load_images(write_folder(tmp_path / "plain", ["a.jpg"])).first_notes() == ()
