@@ -56,14 +56,17 @@ class Launch:
 
     Attributes:
         ranks: In the order of their ranks.
+        stopped: Whether they were told to stop because one failed.
     """
 
     ranks: list[Child]
+    stopped: bool = False
 
     def poll(self) -> int | None:
         """None while one runs, then 0, or 1 if one failed; the others are then told to stop, as torchrun does it."""
         codes = [rank.poll() for rank in self.ranks]
-        if any(codes):
+        if any(codes) and not self.stopped:
+            self.stopped = True
             for rank in self.ranks:
                 rank.terminate()
         return None if None in codes else int(any(codes))
