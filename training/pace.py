@@ -13,7 +13,7 @@ TRIAL = 10.0  # seconds of training after which its speed is known
 # The probes of one encoder take about as long as so many steps of its training, in bf16 and in fp32.
 PROBE_STEPS = 250
 RESTART = 15.0  # seconds that stopping and starting anew costs
-FEWEST_STEPS, STEP_UNIT = 200, 50  # below the fewest the reconstruction has not begun to pay
+FEWEST_STEPS, STEP_UNIT = 300, 50  # after 200 steps the reconstruction has not yet shown in the features
 
 
 class TooSlowError(Exception):
