@@ -326,8 +326,8 @@ def test_a_step_that_cannot_work_is_refused_before_training(
     assert "names no transformation" in fails(capsys, *run, "--views.transformation", "null")
     assert "decoder_widths" in fails(capsys, *run, "--objectives.equivariance.0.decoder_widths", "[8]")
     held = ["--training.freeze_last_layer_epochs", "1"]
-    assert "this model has no prototypes to hold" in fails(capsys, *run, *held)
-    assert "this model has no prototypes to hold" in fails(capsys, "--recipe", recipe, "--dry_run", *held)
+    assert "this model has no prototypes" in fails(capsys, *run, *held)
+    assert "this model has no prototypes" in fails(capsys, "--recipe", recipe, "--dry_run", *held)
     stemless = ["--model.feature_size", "null", "--model.equivariant_size", "null"]
     assert "equivariant part" in fails(capsys, *run, *stemless)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
