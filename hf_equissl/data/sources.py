@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import fsspec
+import numpy as np
 from PIL import Image
 
 from .columns import find_image_column, find_more_columns
@@ -27,6 +29,8 @@ __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
 # By which columns are recognised.
 _FIRST_ROWS = 16
+# By which a data set is recognised.
+_COMPARED, _COMPARED_OF_STREAM = 64, 8
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -172,6 +176,31 @@ class ImageSource:
         if not good:
             raise ImageDecodeError(f"{self.name}: none of the first {len(bad)} images decodes: {'; '.join(bad)}")
         return good
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits by which these images are recognised, wherever they lie.
+
+        They follow from the number of rows, from all names where rows are paths (of a stream: those of its files), and
+        from 64 rows in full (of a stream: the first 8). Millions of files take a second.
+        """
+        total = hashlib.blake2b(digest_size=8)
+        if isinstance(self.dataset, datasets.IterableDataset):
+            total.update(self.digest.encode())
+            rows = self._first(_COMPARED_OF_STREAM)
+        else:
+            count = len(self.dataset)
+            total.update(str(count).encode())
+            column = self.dataset.features[self.image_column]
+            if isinstance(column, datasets.Value) and column.dtype == "string":
+                total.update("\n".join(map(str, self.dataset[self.image_column][:])).encode())
+            chosen = np.unique(np.linspace(0, count - 1, min(count, _COMPARED)).round().astype(int)).tolist()
+            rows = map(self.row, chosen)
+        for row in rows:
+            try:
+                total.update(hashlib.blake2b(self.content(row)).digest())
+            except ImageDecodeError:
+                total.update(b"none")
+        return total.hexdigest()
 
     def first_notes(self, count: int = 8) -> tuple[str, ...]:
         """Say what of the first images is used in another way than people expect: few of 16 bits, more than 3 bands."""

@@ -36,6 +36,7 @@ class RunRecord:
         command: The command line of the last start.
         data: What the user named, with the split.
         num_images: Images of the data set; ``None`` for a stream.
+        data_fingerprint: Of the data set, see ``ImageSource.fingerprint``; empty where it was not taken.
         image_size: Side of the global crops, pixels.
         image_mean, image_std: Normalisation of the views, three numbers each.
         seed: Of weights and views.
@@ -69,6 +70,7 @@ class RunRecord:
     seconds: float = 0.0
     finished: str | None = None
     preempted: str | None = None
+    data_fingerprint: str = ""
 
     @property
     def global_batch(self) -> int:
@@ -174,6 +176,7 @@ def new_record(
     image_size: int,
     image_mean: Sequence[float],
     image_std: Sequence[float],
+    data_fingerprint: str = "",
 ) -> RunRecord:
     """Make the record of a run that begins now; the arguments are called as the attributes of ``RunRecord``."""
     return RunRecord(
@@ -193,6 +196,7 @@ def new_record(
         hardware=hardware(args),
         versions=library_versions(("accelerate",)),
         started=_now(),
+        data_fingerprint=data_fingerprint,
     )
 
 

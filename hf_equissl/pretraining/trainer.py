@@ -127,6 +127,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             image_size=pipeline.image_size,
             image_mean=pipeline.image_mean,
             image_std=pipeline.image_std,
+            data_fingerprint=train_dataset.source.fingerprint(),
         )
         self.add_callback(RunRecordCallback(record))
         if publisher is not None and args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import ENCODER_FOLDER, IncompleteCheckpointError, Manifest, checkpoint_step, newest_checkpoint
+from ..data import ImageSource
 from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord
@@ -36,6 +37,10 @@ _IDENTITY_TRAINING = (
     "teacher_momentum",
     "teacher_momentum_end",
 )
+
+
+# Which images, and what becomes black and white in them; the files themselves are compared by a fingerprint.
+_IDENTITY_DATA = {"split": "train", "value_range": "full"}
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,31 @@ def describe_resume(checkpoint: str | None, launch: Launch) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def check_same_data(checkpoint: str, source: ImageSource) -> tuple[str, ...]:
+    """Compare the images with those that the run has seen so far; under which path they lie does not matter.
+
+    Returns:
+        A line that says that a stream is another one, if it is: it tells by itself where it goes on.
+
+    Raises:
+        RecipeError: A data set that is read by index is another one, so that its order is, too.
+    """
+    try:
+        before = RunRecord.load(Path(checkpoint).parent)
+    except (OSError, ValueError):
+        return ()
+    if before.data_fingerprint in ("", source.fingerprint()):
+        return ()
+    if source.streaming:
+        return (f"note: {source.name} is not the data that this run has read so far: files or their content changed",)
+    count = "" if before.num_images == source.num_rows else f" (then {before.num_images} images, now {source.num_rows})"
+    raise RecipeError(
+        f"{source.name} is not the data set that {checkpoint} was trained on{count}: images were added, removed, "
+        "renamed or replaced. Give the same images, wherever they lie, or start anew from its weights: "
+        f"--init_from {checkpoint} and a new --output_dir."
+    )
+
+
 def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
     """Refuse a folder with checkpoints or an encoder of another run; one without either belongs to nobody."""
     stored, checkpoint = folder / "recipe.yaml", newest_checkpoint(folder)
@@ -245,10 +275,11 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
     training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
     if training["data_seed"] is None:
         training["data_seed"] = training["seed"]
+    data = as_mapping(plain.get("data"), "data")
     return {
         **{key: plain.get(key) for key in _IDENTITY},
         "training": {key: training[key] for key in _IDENTITY_TRAINING},
-        "data": {"split": as_mapping(plain.get("data"), "data").get("split", "train")},
+        "data": {key: data.get(key, default) for key, default in _IDENTITY_DATA.items()},
     }
 
 

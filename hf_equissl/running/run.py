@@ -63,7 +63,7 @@ from .output_folder import (
 from .precision import assume_precision, describe_precision, keep_precision, leaves_precision_open
 from .preemption import PreemptionCallback
 from .publishing import Publisher
-from .resume import Launch, describe_resume, find_start
+from .resume import Launch, check_same_data, describe_resume, find_start
 from .stops import ExportError, explain_stops
 
 ASSUMED_CLASSES = 1000  # of a dry run without a data set
@@ -214,6 +214,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
             "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
+    if checkpoint is not None and Manifest.read(checkpoint).step != plan.steps:
+        notes += check_same_data(checkpoint, dataset.source)
     if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
         need = estimate_disk_use(args, plan, checkpoint_bytes(config), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)

@@ -273,3 +273,22 @@ def test_public_layouts(shared_data: Path) -> None:
     imagenet = load_images(shared_data / "imagenet-sample", streaming=True)
     assert all(min(info.width, info.height) == 256 for info in imagenet.check(3))
     assert len(load_images(shared_data / "camvid" / "images", split="val")) == 101
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_data_set_is_recognised_wherever_it_lies(streaming: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [f"{number}.jpg" for number in range(COUNT)])
+    before = load_images(folder, streaming=streaming).fingerprint()
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert load_images(moved, streaming=streaming).fingerprint() == before
+    changes = {
+        "added": lambda: write_folder(moved, ["7.jpg"]),
+        "removed": lambda: (moved / "7.jpg").unlink() or (moved / "3.jpg").unlink(),
+        "renamed": lambda: (moved / "2.jpg").rename(moved / "3.jpg"),
+        "replaced": lambda: [(moved / f"{n}.jpg").write_bytes(encode(picture(n + 50))) for n in (0, 1, 3, 4, 5)],
+    }
+    seen = {before}
+    for change in changes.values():
+        change()
+        seen.add(load_images(moved, streaming=streaming).fingerprint())
+    assert len(seen) == 1 + len(changes)
