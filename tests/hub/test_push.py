@@ -377,4 +377,4 @@ def test_describe(repository: Path) -> None:
     assert "native/model.safetensors" in text
     assert text.endswith(CARD)
     size = (repository / "figures" / "loss.png").stat().st_size
-    assert f"{size} B  figures/loss.png" in text
+    assert f"{size} bytes  figures/loss.png" in text
