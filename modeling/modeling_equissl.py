@@ -152,14 +152,18 @@ class EquiSSLEncoder(EquiSSLPreTrainedModel):
         hidden_states: Tensor,
         prefix_tokens: Tensor | None = None,
         num_queries: int | None = None,
+        last_layer: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """(B, T, D) -> (B, T, D); `prefix_tokens` (B, P, D) go in front after block `cls_insertion_layer`.
 
-        With `num_queries` = Q the last block gives the first Q tokens only, (B, Q, D).
+        With `num_queries` = Q the last block gives the first Q tokens only, (B, Q, D). `last_layer` is the number of
+        the last block; `None` is that of all.
         """
-        last = len(self.layer) - 1
+        last = (last_layer or len(self.layer)) - 1
         for index, layer in enumerate(self.layer):
+            if index > last:
+                break
             if prefix_tokens is not None and index == self.config.cls_insertion_layer:
                 hidden_states = torch.cat((prefix_tokens.to(hidden_states.dtype), hidden_states), dim=1)
             hidden_states = layer(hidden_states, num_queries if index == last else None, **kwargs)
@@ -208,6 +212,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         bool_masked_pos: Tensor | None = None,
         output_features: bool = True,
         output_patches: bool = True,
+        last_layer: int | None = None,
         **kwargs: Any,
     ) -> EquiSSLModelOutput:
         """Encode images.
@@ -219,6 +224,8 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
             output_features: Compute `invariant_features` and `equivariant_features` of all tokens. They are large (d up
                 to 8192); `model.stem(tokens, part=...)` gives a part for chosen tokens.
             output_patches: `False` gives CLS and registers alone (N = 0) and spares most of the last block.
+            last_layer: Stop after so many blocks: `last_hidden_state` is that block's output, without the final
+                LayerNorm; where CLS is inserted later it holds patches alone. There are no other features then.
             **kwargs: `output_hidden_states` (bool, or indices of those to keep), `output_attentions`, `return_dict`,
                 and arguments of the attention kernel.
 
@@ -230,7 +237,13 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         tokens, prefix = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)
         num_queries = None if output_patches else self.num_prefix_tokens
         # can_return_tuple has taken the caller's wish; what happens inside is an object.
-        encoded = self.encoder(tokens, prefix, num_queries, return_dict=True, **kwargs)
+        encoded = self.encoder(tokens, prefix, num_queries, last_layer, return_dict=True, **kwargs)
+        if last_layer is not None:
+            return EquiSSLModelOutput(
+                last_hidden_state=encoded.last_hidden_state,
+                hidden_states=encoded.hidden_states,
+                attentions=encoded.attentions,
+            )
         last_hidden_state = self.layernorm(encoded.last_hidden_state)
         invariant, equivariant = self._features(last_hidden_state) if output_features else (None, None)
         return EquiSSLModelOutput(

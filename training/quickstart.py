@@ -312,8 +312,7 @@ def draw_reconstructions(lane: EncoderLane, path: Path) -> None:
 
 def views_to_show(pipeline: Any, per_photograph: int = 2) -> Any:
     """Make views of the middle of each held-out photograph, with the first draws that turn it visibly."""
-    import torch
-
+    from hf_equissl.views.base import Item
     from hf_equissl.views.collator import collate_views
 
     rng = np.random.default_rng(0)
@@ -323,10 +322,10 @@ def views_to_show(pipeline: Any, per_photograph: int = 2) -> Any:
         square = ImageOps.fit(photograph, (min(photograph.size),) * 2)
         wanted = len(samples) + per_photograph
         while len(samples) < wanted:
-            draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-            angle = pipeline.transformation.sample(draws[None, : pipeline.transformation.num_draws])[0, 0]
+            sample = pipeline.crop(Item((square,)), rng)
+            angle = pipeline.transformation.sample(sample["draws"][None, : pipeline.transformation.num_draws])[0, 0]
             if abs(angle) >= SMALLEST_SHOWN_ANGLE:
-                samples.append({"draws": draws, **pipeline.crop(square, rng), "index": len(samples)})
+                samples.append({**sample, "index": len(samples)})
     batch = collate_views(samples)
     batch.pop("skipped", None)
     return pipeline(batch)

@@ -38,6 +38,7 @@ from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..utils.devices import resident_peak
 from ..utils.suggestions import RecipeError
+from ..views.base import Item, map_tensors
 from ..views.collator import ViewCollator
 from ..views.cropping import Box
 from ..views.pipelines import ViewPipeline
@@ -73,7 +74,7 @@ class Side:
     model: EquiSSLForPreTraining
     pipeline: ViewPipeline
     optimizer: torch.optim.Optimizer
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]
     device: torch.device
     args: EquiSSLTrainingArguments
     stopwatch: Stopwatch = field(init=False)
@@ -117,12 +118,12 @@ class Side:
         """Time the equivariance objectives on given tokens: their forward, and their backward up to those tokens."""
         views, watch = self.views(), self.stopwatch
         with torch.no_grad(), self.autocast(dtype):
-            given = self.model.encode(views)
-        hidden = {layer: tokens.detach().requires_grad_() for layer, tokens in given.hidden.items()}
-        given = replace(given, tokens=given.tokens.detach().requires_grad_(), hidden=hidden)
+            given, teacher = self.model.encode(views), self.model.encode_teacher(views)
+        given = given.map(lambda tokens: tokens.detach().requires_grad_())
         watch.start()
         with self.autocast(dtype):
-            loss = sum((objective(given, None, views).loss for objective in self.model.equivariance), torch.zeros(()))
+            losses = [objective(given, teacher, views).loss for objective in self.model.equivariance]
+            loss = sum(losses, torch.zeros(()))
         loss.backward()
         watch.mark(EQUIVARIANCE_BACKWARD)
         self.model.zero_grad()
@@ -130,7 +131,7 @@ class Side:
 
     def views(self) -> Any:
         """Make the batch's views on the device, as ``EquiSSLTrainer`` does."""
-        return self.pipeline({key: tensor.to(self.device) for key, tensor in self.batch.items()})
+        return self.pipeline(map_tensors(self.batch, lambda tensor: tensor.to(self.device)))
 
     def autocast(self, dtype: str) -> AbstractContextManager[Any]:
         """Enter mixed precision as the Trainer does with ``bf16``."""
@@ -215,15 +216,13 @@ def build_sides(
     return {name: build_side(recipes[name], batch_size, device, images) for name in SIDES}
 
 
-def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size: int) -> dict[str, Tensor]:
-    """Make a collated batch of ``batch_size`` crops of ``images``, the same ones each time."""
+def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size: int) -> dict[str, Any]:
+    """Collate ``batch_size`` crops of ``images``, the same ones each time."""
     samples = []
     for index in range(batch_size):
         rng = sample_generator(0, 0, index)
-        draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-        samples.append({"draws": draws, **pipeline.crop(images[index % len(images)], rng), "index": index})
-    batch = ViewCollator(pipeline)(samples)
-    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        samples.append({**pipeline.crop(Item((images[index % len(images)],)), rng), "index": index})
+    return ViewCollator(pipeline)(samples)
 
 
 def synthetic_images(count: int, size: int) -> list[Image.Image]:
@@ -350,8 +349,7 @@ def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, 
             if stored.size != image.size:
                 continue
         recorder, rng = _CropRecorder(image.size), sample_generator(dataset.seed, 0, index)
-        rng.random(dataset.pipeline.num_draws, dtype=np.float32)  # those of the colours, drawn before the crops'
-        dataset.pipeline.crop(recorder, rng)  # type: ignore[arg-type]
+        dataset.pipeline.crop(Item((recorder,)), rng)  # type: ignore[arg-type]
         keys.append((0, index))
         plain.append((content, recorder.crops))
     return keys, plain

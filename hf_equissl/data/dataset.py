@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+from ..views.base import Item
 from ..views.pipelines import ViewPipeline
 from .errors import ImageDecodeError
 from .randomness import order_generator, sample_generator
@@ -92,8 +91,8 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
         self._samplers: list[EpochSampler] = []
 
     @abstractmethod
-    def read(self, index: int) -> Any:
-        """Decode one sample.
+    def read(self, index: int, rng: np.random.Generator) -> Any:
+        """Decode one sample; what is drawn to choose it comes from ``rng``.
 
         Raises:
             ImageDecodeError: it does not decode.
@@ -101,7 +100,7 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
 
     @abstractmethod
     def make(self, sample: Any, rng: np.random.Generator) -> dict[str, Any]:
-        """Turn what ``read`` returned into what a collator takes; all that is random comes from ``rng``."""
+        """Turn what ``read`` returned into what a collator takes; ``rng`` goes on, and all that is random is its."""
 
     @abstractmethod
     def item_name(self, index: int) -> str:
@@ -142,8 +141,10 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
         epoch, slot = key
         index, skipped = slot, []
         for attempt in range(1, MAX_ATTEMPTS + 1):
+            # The slot's generator, not the substitute's: that image may come up in this epoch on its own.
+            rng = sample_generator(self.seed, epoch, slot)
             try:
-                sample = self.read(index)
+                sample = self.read(index, rng)
                 break
             except ImageDecodeError as error:
                 skipped.append(SkippedImage(self.item_name(index), str(error)))
@@ -151,19 +152,15 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
             index = int(substitute.integers(len(self)))
         else:
             raise hopeless(self.name, skipped)
-        # The slot's generator, not the substitute's: that image may come up in this epoch on its own.
-        made = self.make(sample, sample_generator(self.seed, epoch, slot))
-        return complete_sample(made, index, None, skipped, begin)
+        return complete_sample(self.make(sample, rng), index, skipped, begin)
 
 
 class ImageViewDataset(SampleDataset):
-    """Crops of the images of a source, by ``(epoch, index)``; a sample is what ``ViewCollator`` takes.
-
-    It holds what ``ViewPipeline.crop`` returns, ``draws`` (n,) and, where the source has labels, ``label``.
+    """Crops of the images of a source, by ``(epoch, index)``; a sample is what ``ViewPipeline.crop`` returns.
 
     Args:
         source: A source that is not streamed.
-        pipeline: Crops, and says how many draws a sample carries.
+        pipeline: Crops, and draws what belongs to a sample.
         seed: Of the run.
     """
 
@@ -173,16 +170,13 @@ class ImageViewDataset(SampleDataset):
         super().__init__(source.name, len(source), seed)
         self.source, self.pipeline = source, pipeline
 
-    def read(self, index: int) -> tuple[Image.Image, int | None]:
-        """Decode one image; with its label, if there are labels."""
-        row = self.source.row(index)
-        return self.source.decode(self.source.content(row)), self.source.label(row)
+    def read(self, index: int, rng: np.random.Generator) -> Item:
+        """Decode what is under one key."""
+        return self.source.item(self.source.row(index), rng)
 
-    def make(self, sample: tuple[Image.Image, int | None], rng: np.random.Generator) -> dict[str, Any]:
-        """Crop one image."""
-        image, label = sample
-        crops = crop_views(self.pipeline, image, rng)
-        return crops if label is None else {**crops, "label": label}
+    def make(self, sample: Item, rng: np.random.Generator) -> dict[str, Any]:
+        """Crop, and draw what belongs to this sample."""
+        return self.pipeline.crop(sample, rng)
 
     def item_name(self, index: int) -> str:
         """Return the path of an image, or the data set and row."""
@@ -194,19 +188,9 @@ def image_digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def crop_views(pipeline: ViewPipeline, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
-    """The crops of an image and the random draws of its views."""
-    draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-    return {**pipeline.crop(image, rng), "draws": draws}
-
-
-def complete_sample(
-    sample: dict[str, Any], index: int, label: int | None, skipped: list[SkippedImage], begin: float
-) -> dict[str, Any]:
-    """What a sample holds beside its views; ``begin`` is the ``time.perf_counter()`` when its making began."""
+def complete_sample(sample: dict[str, Any], index: int, skipped: list[SkippedImage], begin: float) -> dict[str, Any]:
+    """Add what a sample holds beside its views; ``begin`` is ``time.perf_counter()`` when its making began."""
     sample["index"], sample["skipped"], sample["seconds"] = index, skipped, time.perf_counter() - begin
-    if label is not None:
-        sample["label"] = label
     return sample
 
 

@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from ..views.base import Item
 from .columns import find_image_column, find_more_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file, used_range
 from .errors import ImageDecodeError, ImageSourceError
@@ -129,6 +130,18 @@ class ImageSource:
             ImageDecodeError: It does not decode.
         """
         return decode_image(content, self.decoding)
+
+    def item(self, row: Mapping[str, Any], rng: np.random.Generator) -> Item:
+        """Decode what views are made of. Sources whose items are pairs draw here which ones.
+
+        Args:
+            row: As ``row`` returns it.
+            rng: The sample's generator, before the views draw from it; one image needs none of it.
+
+        Raises:
+            ImageDecodeError: The image cannot be read or decoded.
+        """
+        return Item((self.decode(self.content(row)),), label=self.label(row))
 
     def label(self, row: Mapping[str, Any]) -> int | None:
         """Return a row's class, ``None`` where it has none."""

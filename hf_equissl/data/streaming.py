@@ -11,8 +11,9 @@ import fsspec.asyn
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..views.base import Item
 from ..views.pipelines import ViewPipeline
-from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, crop_views, hopeless, image_digest
+from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, hopeless, image_digest
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
@@ -165,8 +166,9 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
                         raise hopeless(self.source.name, skipped) from error
                     continue
                 digest = image_digest(content)
-                sample = crop_views(self.pipeline, image, sample_generator(self.seed, epoch, digest))
-                sample = complete_sample(sample, digest, self.source.label(row), skipped, begin)
+                item = Item((image,), label=self.source.label(row))
+                sample = self.pipeline.crop(item, sample_generator(self.seed, epoch, digest))
+                sample = complete_sample(sample, digest, skipped, begin)
                 yield sample | {"position": position}
                 good, skipped, begin = good + 1, [], time.perf_counter()
             if skipped and not good and not start:

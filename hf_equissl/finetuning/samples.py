@@ -23,7 +23,7 @@ class TaskDataset(SampleDataset):
         super().__init__(samples.name, len(samples), seed)
         self.task, self.samples = task, samples
 
-    def read(self, index: int) -> dict[str, Any]:
+    def read(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Decode one sample."""
         return self.samples.read(index)
 

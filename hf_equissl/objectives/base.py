@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from ..views.needs import Needs
@@ -18,42 +19,95 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Features:
-    """What one network made of the views. The stem runs only on the rows and for the part that an objective asks for.
+class TokenMap:
+    """Tokens of images somewhere in an encoder.
 
     D is the encoder's width, T = P + N tokens: P prefix tokens (CLS first, then registers) and N patches.
 
     Attributes:
-        tokens: (V, B, T, D), final-norm tokens of the global crops.
-        num_prefix_tokens: P.
-        grid: (rows, columns) of the patches of a global crop, rows * columns = N.
-        stem: ``stem(tokens (..., D), part="invariant" | "equivariant") -> (..., d_inv | d_equi)``; ``None`` for an
-            encoder without one, whose tokens are all invariant.
-        local_tokens: (L, B, P, D), prefix tokens of the local crops: their patches have no use, and cost.
-        projections: What the invariance objective returned as its ``LossOutput.projections``, for the equivariance
-            objectives, which come after it.
-        hidden: block -> (V, B, T or N, D), token maps after that block, before any further norm.
-        extra: name -> features of ``Views.extra[name]``, encoded in a pass of its own, as one crop (V = 1).
+        tokens: (..., T, D).
+        num_prefix_tokens: P; 0 before the block where CLS is inserted (``cls_insertion_layer``).
+        grid: (rows, columns) of the patches of an image, rows * columns = N; where patches were not kept, N is 0.
     """
 
     tokens: Tensor
     num_prefix_tokens: int
     grid: tuple[int, int]
-    stem: Callable[..., Tensor] | None
-    local_tokens: Tensor | None = None
-    projections: Tensor | None = None
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    extra: dict[str, Features] = field(default_factory=dict)
 
     @property
     def cls(self) -> Tensor:
-        """CLS representations h of the global crops, (V, B, D)."""
-        return self.tokens[:, :, 0]
+        """CLS representations h, (..., D).
+
+        Raises:
+            ValueError: There is no CLS in this layer yet.
+        """
+        if not self.num_prefix_tokens:
+            raise ValueError(
+                "This layer holds patches alone: the encoder inserts CLS after it. Read a later layer (`layer`), or "
+                "insert CLS earlier (model.cls_insertion_layer)."
+            )
+        return self.tokens[..., 0, :]
 
     @property
     def patches(self) -> Tensor:
-        """Patch representations of the global crops, (V, B, N, D)."""
-        return self.tokens[:, :, self.num_prefix_tokens :]
+        """Patch representations, (..., N, D)."""
+        return self.tokens[..., self.num_prefix_tokens :, :]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Copy these tokens, with ``function`` of each tensor in its place."""
+        return type(self)(**{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, TokenMap):
+        return value.map(function)
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    return function(value) if isinstance(value, Tensor) else value
+
+
+@dataclass
+class Features(TokenMap):
+    """What one network made of the views. The stem runs only on the rows and for the part that an objective asks for.
+
+    V global and L local crops of B images. ``cls`` and ``local_cls`` also hold the n images of further views that join
+    the usual ones (``ExtraViews.joins``), behind these: their length is the batch, that of ``tokens`` is not.
+
+    Attributes:
+        tokens: (V, B, T, D), final-norm tokens of the global crops. Of further views (M, T, D).
+        stem: ``stem(tokens (..., D), part="invariant" | "equivariant") -> (..., d_inv | d_equi)``; ``None`` for an
+            encoder without one, whose tokens are all invariant.
+        local_tokens: (L, B, P, D), prefix tokens of the local crops: their patches have no use, and cost.
+        projections: What the invariance objective returned as its ``LossOutput.projections``, for the equivariance
+            objectives, which come after it.
+        hidden: block -> tokens after that block, before any further norm, of the same images.
+        extra: name -> view -> features of ``Views.extra[name][view]``, of the views that this network encodes. Where it
+            stopped before its last block, ``tokens`` are that block's, without the final norm.
+        joined: (V, n, D), CLS rows of the images that join the global crops.
+        joined_local: (L, n, D), of those that join the local crops.
+    """
+
+    stem: Callable[..., Tensor] | None
+    local_tokens: Tensor | None = None
+    projections: Tensor | None = None
+    hidden: dict[int, TokenMap] = field(default_factory=dict)
+    extra: dict[str, dict[int, Features]] = field(default_factory=dict)
+    joined: Tensor | None = None
+    joined_local: Tensor | None = None
+
+    @property
+    def cls(self) -> Tensor:
+        """CLS representations h of the global crops, (V, B + n, D); of further views (M, D)."""
+        own = super().cls
+        return own if self.joined is None else torch.cat([own, self.joined], dim=1)
+
+    @property
+    def local_cls(self) -> Tensor | None:
+        """CLS representations of the local crops, (L, B + n, D); ``None`` where there are none."""
+        if self.local_tokens is None:
+            return None
+        own = self.local_tokens[:, :, 0]
+        return own if self.joined_local is None else torch.cat([own, self.joined_local], dim=1)
 
     def invariant(self, tokens: Tensor) -> Tensor:
         """The invariant part of the stem's output, (..., D) -> (..., d_inv); ``tokens`` themselves without a stem."""

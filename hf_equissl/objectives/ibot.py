@@ -79,4 +79,4 @@ class IBOTObjective(SelfDistillationObjective):
             return super()._teacher_rows(teacher, masked)
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), teacher.patches.flatten(0, 2))
         rows = patches.index_select(0, masked.patches)
-        return TeacherRows(cls.unflatten(0, teacher.tokens.shape[:2]), rows, [cls.mean(dim=0), patches.mean(dim=0)])
+        return TeacherRows(cls.unflatten(0, teacher.cls.shape[:2]), rows, [cls.mean(dim=0), patches.mean(dim=0)])

@@ -296,7 +296,7 @@ class SelfDistillationObjective(Objective):
 
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
         """What the teacher's head makes of CLS and masked patches; centers average what the loss uses."""
-        crops = teacher.tokens.shape[:2]
+        crops = teacher.cls.shape[:2]
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), _tokens_at(teacher, masked))
         means: list[Tensor | None] = [cls.mean(dim=0)]
         if patches is not None:
@@ -398,8 +398,8 @@ def _tokens_at(features: Features, masked: MaskedPatches | None) -> Tensor | Non
 
 def _cls_of_all_crops(features: Features) -> Tensor:
     """((V + L) * B, D)."""
-    rows = features.cls.flatten(0, 1)
-    return rows if features.local_tokens is None else torch.cat([rows, features.local_tokens[:, :, 0].flatten(0, 1)])
+    rows, local = features.cls.flatten(0, 1), features.local_cls
+    return rows if local is None else torch.cat([rows, local.flatten(0, 1)])
 
 
 def _check_arguments(

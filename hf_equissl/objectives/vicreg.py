@@ -110,7 +110,7 @@ class VICRegObjective(Objective):
         return LossOutput(torch.stack(list(parts.values())).sum(), logs, projections=torch.stack([z1, z2]))
 
     def _check(self, student: Features) -> None:
-        crops, batch_size = student.tokens.shape[:2]
+        crops, batch_size = student.cls.shape[:2]
         if crops != 2:
             raise ValueError(f"VICReg compares exactly 2 global crops, got {crops}. Use a pipeline with two of them.")
         self.check_batch(batch_size, world_size())

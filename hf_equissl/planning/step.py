@@ -7,10 +7,8 @@ code that trains, and a large model at a large batch takes seconds on any machin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +24,6 @@ from .flop_counts import flop_counter, flops_by_module
 from .processes import Exchanged, as_one_of
 from .storages import KeptStorages, Moment, StepMemory
 
-# Where the batch dimension stands in each part of Views; parts that are absent here have it first.
-_BATCH_DIMENSION = {"global_crops": 1, "local_crops": 1, "masks": 1, "crop_boxes": 1, "photometric": 1}
 KINDS = ("student", "teacher", "heads", "decoders")
 ADAM_STATES = 2  # first and second moment
 FP32_BYTES = 4
@@ -160,11 +156,12 @@ def measure(
 
     Args:
         config: What is trained.
-        views: Views of a few real images; only their shapes and types are used.
-        args: Batch per device, precision and activation checkpointing.
-        batch: Images on the device, in place of that of ``args``.
+        views: Those of one batch; only their shapes and types are used.
+        args: Precision and activation checkpointing.
+        batch: Images that ``views`` were made of; ``None``: as many as they have.
         processes: Number of processes whose batches the objectives see.
     """
+    batch = batch or views.batch_size
     mode, model = without_weights(config)
     freeze_parameters(model, args)
     if args.activation_checkpointing:
@@ -173,7 +170,6 @@ def measure(
         every = kwargs.pop("every_n_layers", 1)
         kwargs.pop("offload", None)  # changes where activations lie, not how many
         model.activation_checkpointing_enable(kwargs or None, every_n_layers=every)
-    size = batch or args.per_device_train_batch_size
     blocks = EquiSSLForPreTraining._no_split_modules
     layers = [module for module in model.modules() if type(module).__name__ in blocks]
     trained = [layer for layer in layers if next(layer.parameters()).requires_grad]
@@ -188,7 +184,7 @@ def measure(
         model.teacher.register_forward_hook(lambda *_: live.begin("forward"))
     forward, backward, exchanged = flop_counter(), flop_counter(by_module=False), Exchanged()
     with as_one_of(processes), mode:
-        fake = batch_of(views, size)
+        fake = views.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         kept = KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
         with forward, live, exchanged, kept, _autocast(args):
             output = model(views=fake)
@@ -200,8 +196,8 @@ def measure(
         live.begin("")
     flops = flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts(), _followers(model))
     return Cost(
-        batch=size,
-        parts=_parts(model, {name: value / size for name, value in flops.items()}),
+        batch=batch,
+        parts=_parts(model, {name: value / batch for name, value in flops.items()}),
         trained_layers=_sizes(trained),
         frozen_layers=_sizes(frozen),
         trained_calls=tuple(calls[layer] for layer in trained),
@@ -211,20 +207,9 @@ def measure(
         activation_bytes=kept.total,
         moments=tuple(live.moments),
         exchanged_bytes=exchanged.total,
-        view_bytes=_storage_bytes(_tensors(views)) * size // views.batch_size,
+        view_bytes=_storage_bytes(_tensors(views)),
         logs=tuple(output.logs),
     )
-
-
-def batch_of(views: Views, size: int) -> Views:
-    """Make empty views like ``views`` but of ``size`` images, on the current default device or mode."""
-    factor = Fraction(size, views.batch_size)
-
-    def empty(tensor: Tensor, dim: int) -> Tensor:
-        shape = [int(length * factor) if index == dim else length for index, length in enumerate(tensor.shape)]
-        return torch.empty(shape, dtype=tensor.dtype)
-
-    return _map_tensors(views, empty)
 
 
 def _sizes(layers: list[nn.Module]) -> tuple[int, ...]:
@@ -267,21 +252,12 @@ def _autocast(args: EquiSSLTrainingArguments) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16)
 
 
-def _map_tensors(views: Views, function: Callable[[Tensor, int], Tensor]) -> Views:
-    def convert(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: convert(name, item) for key, item in value.items()}
-        return function(value, _BATCH_DIMENSION.get(name, 0)) if isinstance(value, Tensor) else value
-
-    return Views(**{item.name: convert(item.name, getattr(views, item.name)) for item in fields(views)})
-
-
 def _storage_bytes(tensors: list[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _tensors(views: Views) -> list[Tensor]:
     found: list[Tensor] = []
-    _map_tensors(views, lambda tensor, _: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    views.map(found.append)
     return found

@@ -23,6 +23,7 @@ from ..utils.registry import Registry
 from ..views.base import Views
 from ..views.facts import ViewFacts
 from ..views.needs import Needs
+from .encoding import encode_crops, encode_extra
 
 
 @strict
@@ -172,19 +173,27 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     def _check_needs(self) -> None:
         """Refuse objectives that ask for what ``encode`` does not give them."""
-        if self.needs.extra:
-            raise ValueError(f"An objective needs {self.needs.extra}, which EquiSSLForPreTraining does not provide.")
         encoder = self.config.encoder_config
         if self.needs.masks and not encoder.use_mask_token:
             raise ValueError(
                 f"{self.asking('masks')} masks patches, and this encoder has no token to put in their place. "
                 "Set model.use_mask_token: true."
             )
-        for layer in self.needs.hidden_layers:
+        asked = [(layer, self.asking("hidden_layers")) for layer in self.needs.hidden_layers]
+        for extra in self.needs.extra:
+            last = () if extra.last_layer is None else (extra.last_layer,)
+            asked += [(layer, self.asking("extra")) for layer in (*extra.hidden_layers, *last)]
+            if not extra.patches and last and 0 < encoder.cls_insertion_layer >= extra.last_layer:
+                raise ValueError(
+                    f"The further views {extra.name!r} keep CLS alone and stop after block {extra.last_layer}, and CLS "
+                    f"is inserted after block {encoder.cls_insertion_layer}. Read a later block, or lower "
+                    "model.cls_insertion_layer."
+                )
+        for layer, name in asked:
             if not 1 <= layer <= encoder.num_hidden_layers:
                 raise ValueError(
-                    f"{self.asking('hidden_layers')} reads the tokens after block {layer}, and this encoder has "
-                    f"blocks 1 to {encoder.num_hidden_layers}. Choose one of them."
+                    f"{name} reads the tokens after block {layer}, and this encoder has blocks 1 to "
+                    f"{encoder.num_hidden_layers}. Choose one of them."
                 )
 
     def check_batch(self, images: int, processes: int) -> None:
@@ -289,10 +298,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
                     "pipeline with this model's `needs`."
                 )
         masks = None if views.masks is None else views.masks.flatten(0, 1)
-        features = self._encode(self.student, views.global_crops, masks, self.needs.hidden_layers)
+        features = encode_crops(self.student, views.global_crops, masks, self.needs.hidden_layers)
         features.stem = self.invariance.split(features.stem)
         if views.local_crops is not None and self.needs.local_crops:
-            features.local_tokens = self._encode(self.student, views.local_crops, output_patches=False).tokens
+            features.local_tokens = encode_crops(self.student, views.local_crops, patches=False).tokens
+        encode_extra(self.student, views, features, [(extra, extra.of_student) for extra in self.needs.extra])
         return features
 
     @torch.no_grad()
@@ -300,32 +310,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Teacher features of the global crops, not masked and without gradient; ``None`` without a teacher."""
         if self.teacher is None:
             return None
-        return self._encode(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
-
-    def _encode(
-        self,
-        encoder: EquiSSLModel,
-        crops: Tensor,
-        masks: Tensor | None = None,
-        layers: tuple[int, ...] = (),
-        output_patches: bool = True,
-    ) -> Features:
-        """Crops of one size, (V, B, C, H, W), in one pass."""
-        output = encoder(
-            crops.flatten(0, 1),
-            bool_masked_pos=masks,
-            output_features=False,
-            output_patches=output_patches,
-            output_hidden_states=list(layers) or False,
-        )
-        shape, patch = crops.shape[:2], encoder.config.patch_side
-        return Features(
-            tokens=output.last_hidden_state.unflatten(0, shape),
-            num_prefix_tokens=encoder.num_prefix_tokens,
-            grid=(crops.shape[-2] // patch, crops.shape[-1] // patch),
-            stem=encoder.stem,
-            hidden={layer: output.hidden_states[layer].unflatten(0, shape) for layer in layers},
-        )
+        features = encode_crops(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
+        joining = len(features.tokens)
+        wanted = [(extra, (*extra.teacher, *extra.joins[:joining])) for extra in self.needs.extra]
+        encode_extra(self.teacher, views, features, wanted)
+        return features
 
     def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
         """Loss of one batch of ``views``; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""

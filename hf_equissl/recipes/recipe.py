@@ -47,7 +47,7 @@ from ..utils.files import write_text
 from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError, check_keys, check_known
 from ..utils.versions import __version__
-from ..views import TRANSFORMATIONS, build_transformation
+from ..views import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformation
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
 from .monitor_settings import MonitorSettings
@@ -345,7 +345,7 @@ def _check_views(raw: dict[str, Any]) -> ViewsSection:
         PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
     family = raw.get("transformation")
     if family is not None:
-        family = _check_entry(family, TRANSFORMATIONS, "views.transformation")
+        family = _check_entry(family, TRANSFORMATIONS | SPECIAL_TRANSFORMATIONS, "views.transformation")
     hints = get_type_hints(ViewsSection)
     numbers = {k: coerce(raw[k], hints[k], f"views.{k}") for k in ("image_mean", "image_std") if k in raw}
     return ViewsSection(pipeline, family, **numbers)

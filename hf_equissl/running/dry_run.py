@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..planning import Cost, batch_of, without_weights
+from ..planning import Cost, without_weights
 from ..planning.arithmetic import milestones
 from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
 from ..planning.optimizer_table import optimizer_rows
@@ -36,7 +38,7 @@ def dry_run_report(run: Run, speed: Speed | None = None) -> str:
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),
         "Batch, learning rate, steps": _plan_lines(run),
         "Schedules": _schedule_lines(run, model),
-        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run.typical, run.plan.per_device)],
+        "Views": [*run.pipeline.describe().splitlines(), *_shape_lines(run)],
         "Encoder": [*_encoder_lines(run), *run.notes],
         "Optimizer": table(optimizer_rows(parameter_rules(model, run.args)), left=4),
         "Parameters and compute": _cost_lines(cost),
@@ -131,17 +133,22 @@ def _learning_rate(run: Run) -> str:
     return f"{args.base_learning_rate:g} x {rule} = {plan.learning_rate:.4g}"
 
 
-def _shape_lines(views: Views, batch: int) -> list[str]:
+def _shape_lines(run: Run) -> list[str]:
+    views = run.pipeline.blank(run.plan.per_device, device="meta")
     lines = ["shapes for the batch of one device:"]
-    with torch.device("meta"):
-        views = batch_of(views, batch)
     for item in fields(Views):
-        value = getattr(views, item.name)
-        for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
-            if tensor is not None:
-                name = f"{item.name}.{key}" if key else item.name
-                lines.append(f"  {name:<24} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        for name, tensor in _named_tensors(item.name, getattr(views, item.name)):
+            lines.append(f"  {name:<24} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     return lines
+
+
+def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Find the tensors of one part of the views, with dotted names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, tuple, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _named_tensors(f"{name}.{key}", item)
 
 
 def _encoder_lines(run: Run) -> list[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
-import numpy as np
-import torch
 from datasets.exceptions import DatasetsError
-from PIL import Image
 from torch.utils.data import IterableDataset
 
 from ..data import ImageSource, ImageViewDataset, StreamingViewDataset
@@ -68,24 +66,24 @@ def first_views(
         raise RecipeError(f"data: the first images cannot be read. {error}") from error
     if not samples:
         raise RecipeError("data: the data set is empty.")
-    batch = ViewCollator(pipeline)(samples)
-    skipped = batch.pop("skipped")
-    return _make_views(pipeline, batch), tuple(record.name for record in skipped)
+    with _blaming_views():
+        batch = ViewCollator(pipeline)(samples)
+        return pipeline(batch), tuple(record.name for record in batch["skipped"])
 
 
-def blank_views(pipeline: ViewPipeline, count: int = 2) -> Views:
-    """Make views of grey images, which have the shapes of a data set's."""
-    rng = np.random.default_rng(0)
-    image = Image.new("RGB", (2 * pipeline.image_size, 2 * pipeline.image_size), (128, 128, 128))
-    samples = [
-        {"draws": torch.rand(pipeline.num_draws), **pipeline.crop(image, rng), "index": index, "label": 0}
-        for index in range(count)
-    ]
-    return _make_views(pipeline, ViewCollator(pipeline)(samples))
+def blank_views(pipeline: ViewPipeline, images: int = 2) -> Views:
+    """Make views of grey images: what a data set would give, as far as shapes go.
+
+    Raises:
+        RecipeError: the objectives ask for what the pipeline cannot make.
+    """
+    with _blaming_views():
+        return pipeline.blank(images)
 
 
-def _make_views(pipeline: ViewPipeline, batch: dict[str, Any]) -> Views:
+@contextmanager
+def _blaming_views() -> Iterator[None]:
     try:
-        return pipeline(batch)
+        yield
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"views: {error}") from error

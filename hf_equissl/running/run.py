@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors import SafetensorError
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
@@ -36,7 +35,6 @@ from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
-from ..views.masks import draw_masks
 from ..views.pipelines import ViewPipeline
 from .checks import (
     check_agreement,
@@ -67,7 +65,6 @@ from .resume import Launch, check_same_data, describe_resume, find_start
 from .stops import ExportError, explain_stops
 
 ASSUMED_CLASSES = 1000  # of a dry run without a data set
-TYPICAL_IMAGES = 256  # of which masks are drawn to count them
 
 
 @dataclass
@@ -107,16 +104,6 @@ class Run:
         """Whether the checkpoint is that of the last step: nothing is left to train."""
         return self.checkpoint is not None and Manifest.read(self.checkpoint).step == self.plan.steps
 
-    @property
-    def typical(self) -> Views:
-        """``first`` with the number of masked patches that batches have on average."""
-        masks = self.pipeline.masks
-        if masks is None:
-            return self.first
-        drawn = draw_masks(masks, range(TYPICAL_IMAGES), len(self.pipeline.spec.views), self.pipeline.grid_side)
-        count = round(drawn.sum() / TYPICAL_IMAGES * self.first.batch_size)
-        return replace(self.first, mask_indices=torch.zeros(count, dtype=torch.int64))
-
     def cost(self, batch: int | None = None) -> Cost:
         """Run one step on fake tensors, of ``batch`` images per device in place of those of ``args``.
 
@@ -124,7 +111,9 @@ class Run:
             RecipeError: Shapes do not fit, in the model's words.
         """
         try:
-            return measure(self.config, self.typical, self.args, batch, self.plan.processes)
+            images = batch or self.plan.per_device
+            views = self.pipeline.blank(images, device="meta")
+            return measure(self.config, views, self.args, images, self.plan.processes)
         except ValueError as error:
             raise RecipeError(f"The first step would fail: {error}") from error
 

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a data set has under one key, decoded: what views are made of.
+
+    Attributes:
+        images: RGB. One, of which all views are made; or one for each global view, in its order.
+        parameters: Those of the transformation between the images, in the units of a ``GivenFamily``; ``None`` where
+            the data has none.
+        label: The class, if there is one.
+    """
+
+    images: tuple[Image.Image, ...]
+    parameters: tuple[float, ...] | None = None
+    label: int | None = None
 
 
 @dataclass
 class Views:
     """Everything that one batch offers to encoders and objectives. Absent parts are ``None`` or empty.
 
-    Pixel values are normalised floats; B images, V global and L local crops, K' reconstruction targets.
+    Pixel values are normalised floats; B images, V global and L local crops, K' reconstruction targets. B does not
+    count images that further views have for themselves (``ViewMaker.takes_from_batch``).
 
     Attributes:
         global_crops: (V, B, C, H, W). View 1 is ``global_crops[0]``; g acts on the last one, ``global_crops[-1]``.
@@ -27,8 +48,11 @@ class Views:
             count them: on a GPU, ``nonzero`` would make the host wait.
         crop_boxes: (V, B, 4), top, left, height, width of each global crop as fractions of the stored image.
         photometric: name -> (V, B, ...), what the augmentation pipeline drew (flip, brightness, ..., blur sigma).
-        labels: (B,), only where the data set has them and an objective asks.
-        extra: name -> (M, C, h, w), further images that an objective asked for, each encoded in a pass of its own.
+        labels: (B,), int64, only where the data set has them and an objective asks; ``UNLABELLED`` where one image has
+            none. Those of images that join the usual ones (``ExtraViews.joins``) follow, as they do in
+            ``Features.cls``.
+        extra: name -> one tensor (M, C, h, w) per view of that ``ExtraViews``.
+        facts: name -> what the maker of those views says of them: plain values and tensors.
     """
 
     global_crops: Tensor
@@ -41,22 +65,36 @@ class Views:
     crop_boxes: Tensor | None = None
     photometric: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
         """Images in this batch, B."""
         return self.global_crops.shape[1]
 
+    def map(self, function: Callable[[Tensor], Any]) -> Views:
+        """Copy these views, with ``function`` of each tensor in its place."""
+        return Views(**{f.name: map_tensors(getattr(self, f.name), function) for f in fields(self)})
+
     def to(self, device: torch.device | str) -> Views:
-        """A copy on ``device``."""
+        """Copy these views to ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
 
-        def move(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: move(item) for key, item in value.items()}
-            return value.to(device) if isinstance(value, Tensor) else value
 
-        return Views(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+# The label of an image without one: cross-entropy ignores it.
+UNLABELLED = -100
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Copy nested dictionaries, lists and tuples, with ``function`` of each tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
 
 
 class TransformationFamily(ABC):
@@ -69,16 +107,23 @@ class TransformationFamily(ABC):
         parameter_names: One name per column of the parameters, with its unit in the class docstring.
         num_draws: Uniform numbers that ``sample`` consumes per image.
         continuous: Whether a path from the identity to g exists, i.e. whether ``0 < fraction < 1`` means anything.
+        from_data: Whether parameters come with the data, which holds transformed images already: nothing is drawn.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]]
-    num_draws: ClassVar[int]
-    continuous: ClassVar[bool] = True
+    parameter_names: tuple[str, ...]
+    num_draws: int
+    continuous: bool = True
+    from_data: ClassVar[bool] = False
 
     @property
     def num_parameters(self) -> int:
         """Width p of the parameters."""
         return len(self.parameter_names)
+
+    @property
+    def identity_parameters(self) -> tuple[float, ...]:
+        """Parameters of the g that changes nothing, p numbers; zeros unless a family says otherwise."""
+        return (0.0,) * self.num_parameters
 
     @abstractmethod
     def sample(self, draws: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from .photometric import color_jitter_path
@@ -26,8 +24,8 @@ class ColorJitterFamily(UniformFamily):
     Parameters (B, 4): ``brightness``, ``contrast``, ``saturation`` as offsets of a factor, ``hue`` in turns.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
-    num_draws: ClassVar[int] = 4
+    parameter_names = ("brightness", "contrast", "saturation", "hue")
+    num_draws = 4
 
     def __init__(
         self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ class CropFamily(TransformationFamily):
     Parameters (B, 4): ``top``, ``left``, ``height``, ``width`` of the box as fractions of the image.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")
-    num_draws: ClassVar[int] = 2 * NUM_TRIES + 2
+    parameter_names = ("top", "left", "height", "width")
+    num_draws = 2 * NUM_TRIES + 2
 
     def __init__(
         self,
@@ -56,6 +55,11 @@ class CropFamily(TransformationFamily):
         )
         # The possible values of top, left, height and width.
         self.ranges = ((0.0, 1 - sides[0][0]), (0.0, 1 - sides[1][0]), *sides)
+
+    @property
+    def identity_parameters(self) -> tuple[float, ...]:
+        """The whole image."""
+        return (0.0, 0.0, 1.0, 1.0)
 
     def sample(self, draws: Tensor) -> Tensor:
         """Uniform draws (B, 22): ten areas, ten ratios, two positions -> boxes (B, 4)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,7 @@ _RESAMPLING = {name.lower(): Image.Resampling[name] for name in Image.Resampling
 def random_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A random resized crop's box: area uniform, aspect ratio log-uniform, at whole pixels.
+    """Draw a random resized crop's box: area uniform, aspect ratio log-uniform, at whole pixels.
 
     The same distribution as torchvision's ``RandomResizedCrop``: ten tries, then the largest centred box whose ratio is
     allowed.
@@ -45,7 +46,7 @@ def random_box(
 
 
 def center_box(width: int, height: int, size: int) -> Box:
-    """The box that resizing the shorter side to 256/224 of ``size`` and cutting the centre would keep.
+    """Find the box that resizing the shorter side to 256/224 of ``size`` and cutting the centre would keep.
 
     Taken from the stored image in one resampling, so it may lie between pixels. An image that has the size already is
     left as it is.
@@ -58,12 +59,12 @@ def center_box(width: int, height: int, size: int) -> Box:
 
 
 def crop_views(
-    image: Image.Image, specs: tuple[ViewSpec, ...], size: int, rng: np.random.Generator
+    images: Sequence[Image.Image], specs: tuple[ViewSpec, ...], size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop one image once per spec.
+    """Crop each image by its spec.
 
     Args:
-        image: RGB.
+        images: RGB, one per crop; the same one may come several times.
         specs: One per crop; boxes are drawn in this order.
         size: Side of the crops.
         rng: The sample's generator; centre crops draw nothing.
@@ -71,10 +72,10 @@ def crop_views(
     Returns:
         uint8 (V, S, S, 3), and float32 (V, 4) boxes as top, left, height, width, fractions of the image.
     """
-    width, height = image.size
     pixels = np.empty((len(specs), size, size, 3), dtype=np.uint8)
     boxes = np.empty((len(specs), 4), dtype=np.float32)
-    for number, spec in enumerate(specs):
+    for number, (image, spec) in enumerate(zip(images, specs, strict=True)):
+        width, height = image.size
         if spec.crop_scale is None:
             box = center_box(width, height, size)
         else:

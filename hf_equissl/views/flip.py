@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,9 @@ class FlipFamily(TransformationFamily):
     Parameters (B, 1): ``flip``, 1 for a flip and 0 for none.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("flip",)
-    num_draws: ClassVar[int] = 1
-    continuous: ClassVar[bool] = False
+    parameter_names = ("flip",)
+    num_draws = 1
+    continuous = False
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = check_number("p", p, high=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from .photometric import gaussian_blur_path
@@ -25,8 +23,8 @@ class GaussianBlurFamily(UniformFamily):
     Parameters (B, 1): ``sigma`` in pixels.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("sigma",)
-    num_draws: ClassVar[int] = 1
+    parameter_names = ("sigma",)
+    num_draws = 1
 
     def __init__(self, min_sigma: float = 0.1, max_sigma: float = 2.0, kernel_size: int = 13) -> None:
         self.min_sigma, self.max_sigma = check_range("(min_sigma, max_sigma)", (min_sigma, max_sigma), low=0)

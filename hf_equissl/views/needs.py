@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .makers import ViewMaker
+
+
+@dataclass(frozen=True)
+class ExtraViews:
+    """A set of further images, which an objective asks for by name, and how they are encoded.
+
+    A set has one or more views, as its maker says, which are counted from 0.
+
+    Attributes:
+        name: Where ``Views.extra``, ``Views.facts`` and ``Features.extra`` have them.
+        maker: Makes them. The class, as it is built with the settings of the pipeline.
+        options: Keyword arguments of ``maker``.
+        student: Views that the student encodes; ``None``: all.
+        teacher: Views that the teacher encodes, where there is one (``Needs.teacher`` says that there must be).
+        hidden_layers: Blocks whose token maps are kept, as ``Needs.hidden_layers``.
+        joins: Views whose CLS rows are appended to those of the usual crops: the first to global crop 1, and so on
+            through all global, then all local crops. An objective that reads ``Features.cls`` then sees these images,
+            too. A teacher encodes those that join global crops without being asked.
+        patches: ``False``: only CLS and registers leave the last block, which is cheaper.
+        last_layer: Stop after so many blocks, before the final norm; ``None``: after the last.
+    """
+
+    name: str
+    maker: type[ViewMaker]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    student: tuple[int, ...] | None = None
+    teacher: tuple[int, ...] = ()
+    hidden_layers: tuple[int, ...] = ()
+    joins: tuple[int, ...] = ()
+    patches: bool = True
+    last_layer: int | None = None
+
+    @property
+    def of_student(self) -> tuple[int, ...] | None:
+        """Views that the student has to encode, those that join included; ``None``: all."""
+        return None if self.student is None else (*self.student, *self.joins)
 
 
 @dataclass(frozen=True)
@@ -19,8 +59,8 @@ class Needs:
         crop_boxes: Boxes of the global crops.
         photometric: Parameters that the augmentation pipeline drew.
         labels: Class labels.
-        hidden_layers: Blocks whose token maps are kept (1 = after the first block).
-        extra: Names of further image sets (``Views.extra``), each encoded by the student in a pass of its own.
+        hidden_layers: Blocks whose token maps of the global crops are kept (1 = after the first block).
+        extra: Sets of further images.
     """
 
     teacher: bool = False
@@ -32,10 +72,14 @@ class Needs:
     photometric: bool = False
     labels: bool = False
     hidden_layers: tuple[int, ...] = ()
-    extra: tuple[str, ...] = ()
+    extra: tuple[ExtraViews, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        """The union of two declarations. Reconstruction targets are made once, so fractions may not differ."""
+        """Join two declarations. Reconstruction targets are made once, so fractions may not differ.
+
+        Raises:
+            ValueError: Different fractions, or two different sets of further images of one name.
+        """
         if self.fractions and other.fractions and self.fractions != other.fractions:
             raise ValueError(
                 f"Two objectives ask for different fractions of g, {self.fractions} and {other.fractions}. "
@@ -44,5 +88,14 @@ class Needs:
         merged: dict[str, Any] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            merged[item.name] = tuple(dict.fromkeys(mine + theirs)) if isinstance(mine, tuple) else mine or theirs
+            if isinstance(mine, tuple):
+                merged[item.name] = mine + tuple(value for value in theirs if value not in mine)
+            else:
+                merged[item.name] = mine or theirs
+        names = [extra.name for extra in merged["extra"]]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"Two objectives ask for different further images called {twice[0]!r}. Train them in runs of their "
+                "own, or let them ask for the same."
+            )
         return Needs(**merged)

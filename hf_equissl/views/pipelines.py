@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
@@ -12,33 +13,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..utils.suggestions import check_keys
-from . import photometric
-from .base import TransformationFamily, Views
+from .augmentation import VIEW_DRAWS, augment
+from .base import Item, TransformationFamily, Views, map_tensors
+from .collator import ViewCollator
 from .cropping import crop_views
-from .masks import MaskSpec
+from .makers import ViewMaker, ViewSettings, derived_generator
+from .masks import MaskSpec, draw_masks
 from .needs import Needs
 from .view_specs import PIPELINES, LocalSpec, PipelineSpec, ViewSpec
 
 __all__ = ["PIPELINES", "LocalSpec", "MaskSpec", "PipelineSpec", "ViewPipeline", "ViewSpec", "build_pipeline"]
 
-# Uniform draws of one view, in this order. Every view has all of them, used or not, so that switching one operation
-# off changes no other.
-VIEW_DRAWS = (
-    "flip",
-    "jitter_applied",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "grayscale",
-    "blur_applied",
-    "blur_sigma",
-    "solarize",
-)
-# At least so many draws come first for g: runs with another g, or with none, then see the same crops and colours.
+# So many draws come first for g, whatever it is: runs with another g, or with none, then see the same crops and
+# colours. A family that needs more gets the others from a generator of its own.
 TRANSFORMATION_DRAWS = 24
-# Devices on which counting the selected images does not make the host wait.
-SELECTING_IS_FREE = frozenset(["cpu"])
+# Images of which ``blank`` makes crops, and draws masks to count them.
+BLANK_CROPS, BLANK_MASKS = 16, 256
 
 
 class ViewPipeline:
@@ -53,7 +43,8 @@ class ViewPipeline:
     and v_2 and all u_k come from one call of ``TransformationFamily.path``. Pixels stay fp32 in [0, 1] between
     operations (PIL pipelines round to 8 bits after each). All randomness is in the uniform ``draws`` that travel with
     the sample: first g's, then those of each view. Masks are made between the two, by ``ViewCollator`` in the worker,
-    from a seed that ``crop`` draws. Only what ``needs`` asks for is computed.
+    from a seed that ``crop`` draws; so is what a batch shares of further views (``ExtraViews``). Only what ``needs``
+    asks for is computed.
 
     Args:
         spec: What happens to each view.
@@ -67,6 +58,7 @@ class ViewPipeline:
     Attributes:
         num_draws: Uniform numbers per sample.
         local, masks: What the spec says of them, ``None`` where nothing asks for them.
+        makers: name -> the maker of those further views.
         grid_side: Patches along each side of a global crop; 0 without ``patch_size``.
 
     Raises:
@@ -106,7 +98,11 @@ class ViewPipeline:
         # The full g is the last fraction of the path; objectives may ask for it as a target, too ("2+final").
         full = bool(needs.fractions) and needs.fractions[-1] == 1.0
         self.fractions = needs.fractions if full else (*needs.fractions, 1.0)
-        self._transformation_draws = max(TRANSFORMATION_DRAWS, transformation.num_draws if transformation else 0)
+        settings = ViewSettings(image_size, patch_size, spec)
+        self.makers: dict[str, ViewMaker] = {e.name: e.maker(settings, **e.options) for e in needs.extra}
+        _check_extra(self, name)
+        self._more_draws = max(0, (transformation.num_draws if transformation else 0) - TRANSFORMATION_DRAWS)
+        self._transformation_draws = TRANSFORMATION_DRAWS + self._more_draws
         crops = len(spec.views) + (self.local.count if self.local else 0)
         self.num_draws = self._transformation_draws + len(VIEW_DRAWS) * crops
         self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
@@ -115,34 +111,82 @@ class ViewPipeline:
         """Everything but the tensors kept per device: pipelines travel to worker processes."""
         return {**self.__dict__, "_constants": {}}
 
-    def crop(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The worker's part: cut and resize.
+    @property
+    def replacing(self) -> str | None:
+        """The name of the further views that take the place of the global crops, if there are any."""
+        return next((name for name, maker in self.makers.items() if maker.replaces_global_crops), None)
+
+    # ---- in a worker ----
+
+    def crop(self, item: Item, rng: np.random.Generator) -> dict[str, Any]:
+        """Draw everything that belongs to one image, cut and resize: the worker's part.
 
         Args:
-            image: RGB.
-            rng: The sample's generator, after its ``num_draws`` uniform numbers were taken.
+            item: The decoded image, or one for each global view.
+            rng: The sample's generator, from (seed, epoch, image).
 
         Returns:
-            ``global_crops`` uint8 (V, 3, S, S); ``crop_boxes`` float32 (V, 4), top, left, height, width as fractions of
-            the image (before any flip); with local crops ``local_crops`` uint8 (L, 3, s, s); with masks ``mask_seed``
-            int64 (), drawn last, so that masks change no crop. Pixels lie channels-last in memory, as PIL makes them.
+            ``draws`` float32 (num_draws,); ``global_crops`` uint8 (V, 3, S, S); ``crop_boxes`` float32 (V, 4), top,
+            left, height, width as fractions of the image (before any flip); as the case may be ``local_crops`` uint8
+            (L, 3, s, s), ``mask_seed``, ``parameters`` (p,), ``label``; with further views ``extra``, what
+            their makers returned by name, and ``seed``. Pixels lie channels-last in memory, as PIL makes them.
+
+        Raises:
+            ValueError: Neither one image nor one per global view; or no parameters, where g is in the data.
         """
-        pixels, boxes = crop_views(image, self.spec.views, self.image_size, rng)
-        crops = {"global_crops": torch.from_numpy(pixels).permute(0, 3, 1, 2), "crop_boxes": torch.from_numpy(boxes)}
+        draws = rng.random(self.num_draws - self._more_draws, dtype=np.float32)
+        sample: dict[str, Any] = {}
+        if self.replacing is None:
+            pixels, boxes = crop_views(self._image_of_each_view(item), self.spec.views, self.image_size, rng)
+            sample["global_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            sample["crop_boxes"] = torch.from_numpy(boxes)
         if self.local is not None:
-            pixels, _ = crop_views(image, (self.local.view,) * self.local.count, self.local.size, rng)
-            crops["local_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            count = self.local.count
+            pixels, _ = crop_views(item.images[:1] * count, (self.local.view,) * count, self.local.size, rng)
+            sample["local_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        # What follows is drawn last, so that masks and further views change no crop.
         if self.masks is not None:
-            crops["mask_seed"] = torch.tensor(int(rng.integers(1 << 63)))
-        return crops
+            sample["mask_seed"] = int(rng.integers(1 << 63))
+        if self.makers or self._more_draws:
+            seed = sample["seed"] = int(rng.integers(1 << 63))
+            sample["extra"] = {
+                name: maker.crop(item, derived_generator(seed, name)) for name, maker in self.makers.items()
+            }
+            more = derived_generator(seed, "transformation").random(self._more_draws, dtype=np.float32)
+            draws = np.concatenate((draws[:TRANSFORMATION_DRAWS], more, draws[TRANSFORMATION_DRAWS:]))
+        sample["draws"] = torch.from_numpy(draws)
+        if self.transformation is not None and self.transformation.from_data:
+            sample["parameters"] = self._given_parameters(item)
+        if item.label is not None:
+            sample["label"] = item.label
+        return sample
+
+    def _image_of_each_view(self, item: Item) -> tuple[Image.Image, ...]:
+        views = len(self.spec.views)
+        if len(item.images) not in (1, views):
+            raise ValueError(
+                f"The data set gives {len(item.images)} images at a time, and the view pipeline {self.name!r} makes "
+                f"{views} views: of one image, or of {views}."
+            )
+        return item.images * (views // len(item.images))
+
+    def _given_parameters(self, item: Item) -> Tensor:
+        width = self.transformation.num_parameters if self.transformation else 0
+        if item.parameters is None or len(item.parameters) != width:
+            raise ValueError(
+                f"views.transformation takes {width} parameters from the data, and the data set gives "
+                f"{0 if item.parameters is None else len(item.parameters)}."
+            )
+        return torch.tensor(item.parameters, dtype=torch.float32)
+
+    # ---- on the device ----
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor]) -> Views:
-        """The device's part: a collated batch to views.
+    def __call__(self, batch: Mapping[str, Any]) -> Views:
+        """Make views of a collated batch: the device's part.
 
         Args:
-            batch: ``global_crops`` uint8 (B, V, 3, S, S), ``draws`` (B, num_draws); as asked ``crop_boxes`` (B, V, 4),
-                ``local_crops`` uint8 (B, L, 3, s, s), ``masks`` (B, V, N) with ``mask_indices`` (M,), ``labels`` (B,).
+            batch: What ``ViewCollator`` returns, its tensors on the device.
 
         Returns:
             Normalised fp32 views on the batch's device. ``photometric`` holds, each (V, B): ``flip``,
@@ -150,30 +194,36 @@ class ViewPipeline:
             ``saturation`` (1 where jitter was skipped), ``hue`` in turns (0 where skipped); ``blur_sigma`` in pixels
             (0 where skipped). ``crop_boxes`` are those of the stored image: where ``flip`` is set, a box's x runs from
             right to left in the view.
+
+        Raises:
+            ValueError: The batch was cropped for another pipeline.
         """
-        crops, draws = batch["global_crops"], batch["draws"]
-        if draws.shape[1] != self.num_draws:
-            raise ValueError(
-                f"The batch brings {draws.shape[1]} draws per image, this pipeline uses {self.num_draws}. "
-                "Crop and augment with the same pipeline."
-            )
-        if self.masks is not None and "masks" not in batch:
-            raise ValueError("The batch brings no masks. Collate it with ViewCollator(pipeline), not collate_views.")
-        # Autocast would run the blur's convolution, and g, in half precision.
-        with torch.autocast(device_type=crops.device.type, enabled=False):
+        draws = batch["draws"]
+        self._check_batch(batch)
+        # Autocast would run the blur's convolution, and g, in half precision; "meta" computes nothing and has none.
+        kind = draws.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            made = {name: maker(batch["extra"][name]) for name, maker in self.makers.items()}
             for_g = draws[:, : self._transformation_draws]
             per_crop = draws[:, self._transformation_draws :].unflatten(1, (-1, len(VIEW_DRAWS))).transpose(0, 1)
             views, drawn = [], []
-            for number, spec in enumerate(self.spec.views):
-                images, parameters = _augment(crops[:, number], per_crop[number], spec)
-                views.append(images)
-                drawn.append(parameters)
-            output = self._transform(views, for_g)
+            if self.replacing is not None:
+                views = list(made.pop(self.replacing)[0])
+            else:
+                for number, spec in enumerate(self.spec.views):
+                    images, parameters = augment(batch["global_crops"][:, number], per_crop[number], spec)
+                    views.append(images)
+                    drawn.append(parameters)
+            output = self._transform(views, for_g, batch.get("parameters"))
             if self.local is not None:
                 # All local crops have one spec: one call for (L * B) of them.
-                pixels, own = batch["local_crops"].transpose(0, 1), per_crop[len(views) :]
-                images, _ = _augment(pixels.flatten(0, 1), own.flatten(0, 1), self.local.view)
+                pixels, own = batch["local_crops"].transpose(0, 1), per_crop[len(self.spec.views) :]
+                images, _ = augment(pixels.flatten(0, 1), own.flatten(0, 1), self.local.view)
                 output.local_crops = self.normalize(images).unflatten(0, pixels.shape[:2])
+            for name, (images, facts) in made.items():
+                output.extra[name] = tuple(self.normalize(view) for view in images)
+                if facts is not None:
+                    output.facts[name] = facts
         if self.masks is not None:
             output.masks, output.mask_indices = batch["masks"].transpose(0, 1).contiguous(), batch["mask_indices"]
         if self.needs.crop_boxes:
@@ -184,54 +234,86 @@ class ViewPipeline:
             output.labels = batch.get("labels")
         return output
 
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        if batch["draws"].shape[1] != self.num_draws:
+            raise ValueError(
+                f"The batch brings {batch['draws'].shape[1]} draws per image, this pipeline uses {self.num_draws}. "
+                "Crop and augment with the same pipeline."
+            )
+        if self.masks is not None and "masks" not in batch:
+            raise ValueError("The batch brings no masks. Collate it with ViewCollator(pipeline), not collate_views.")
+
+    def blank(self, images: int, device: torch.device | str = "cpu") -> Views:
+        """Make views of a batch of grey images: their shapes and types are those of training.
+
+        ``mask_indices`` count as many masked patches as batches have on average, whatever ``masks`` hold.
+
+        Args:
+            images: B, as a DataLoader gives it: further views may take some of them for themselves.
+            device: Where the device's part runs; on "meta" it computes nothing.
+        """
+        side = 2 * self.image_size
+        width = self.transformation.num_parameters if self.transformation and self.transformation.from_data else 0
+        grey = Image.new("RGB", (side, side), (128, 128, 128))
+        item = Item((grey,), parameters=(0.0,) * width if width else None, label=0)
+        crops = [self.crop(item, np.random.default_rng(number)) for number in range(min(images, BLANK_CROPS))]
+        for crop in crops:  # so that large batches of them take no memory on "meta"
+            crop |= {key: crop[key].to(device) for key in ("global_crops", "local_crops") if key in crop}
+        samples = [{**crops[number % len(crops)], "index": number} for number in range(images)]
+        views = self(map_tensors(ViewCollator(self)(samples), lambda tensor: tensor.to(device)))
+        if views.masks is not None and self.masks is not None:
+            drawn = draw_masks(self.masks, range(BLANK_MASKS), len(views.masks), self.grid_side)
+            count = round(drawn.sum() / BLANK_MASKS * views.batch_size)
+            views.mask_indices = torch.zeros(count, dtype=torch.int64, device=device)
+        return views
+
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalise images (..., 3, H, W) in [0, 1], in place."""
+        """Normalise images (..., 3, H, W) in [0, 1], in place, and return them."""
         mean, std, _ = self._on(images.device)
         return images.sub_(mean).div_(std)
 
     def describe(self) -> str:
-        """What this pipeline does, for people."""
+        """Say what this pipeline does, for people."""
         lines = [f"pipeline {self.name}: {len(self.spec.views)} views of {self.image_size} px"]
         lines += [f"  view {number}: {spec.describe()}" for number, spec in enumerate(self.spec.views, start=1)]
         if self.local is not None:
             lines.append(f"  {self.local.count} local crops of {self.local.size} px: {self.local.view.describe()}")
         if self.masks is not None:
             lines.append(f"  {self.masks.describe(self.grid_side)}")
+        lines += [f"  further views {name}: {type(maker).__name__}" for name, maker in self.makers.items()]
         if self.transformation is None:
             lines.append("  g: none")
         else:
-            family = type(self.transformation)
-            family_options = {key: self._option(key) for key in signature(family).parameters}
-            settings = ", ".join(f"{key}={value}" for key, value in family_options.items() if value is not None)
-            lines.append(f"  g on view {len(self.spec.views)}: {family.__name__}({settings})")
+            lines.append(f"  g on view {len(self.spec.views)}: {_describe_family(self.transformation)}")
         if self.needs.fractions:
             lines.append("  intermediate images at " + ", ".join(f"{value:.3g}" for value in self.needs.fractions))
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.image_mean, self.image_std))
         lines.append(f"  normalised with mean ({mean}), std ({std})")
         return "\n".join(lines)
 
-    def _option(self, key: str) -> Any:
-        """An argument that g was built with. SE(2)'s ``path`` is kept as ``path_type``, beside the method."""
-        return getattr(self.transformation, f"{key}_type", getattr(self.transformation, key, None))
-
-    def _transform(self, views: list[Tensor], draws: Tensor) -> Views:
-        """g on the last view, and normalisation of everything."""
-        if self.transformation is None:
+    def _transform(self, views: list[Tensor], draws: Tensor, given: Tensor | None) -> Views:
+        """Apply g to the last view, and normalise everything."""
+        family = self.transformation
+        if family is None:
             return Views(global_crops=self.normalize(torch.stack(views)))
-        parameters = self.transformation.sample(draws[:, : self.transformation.num_draws])
-        fractions = self._on(draws.device)[2]
-        path = self.normalize(self.transformation.path(views[-1], parameters, fractions))  # (B, F, C, H, W)
-        stacked = [self.normalize(view) for view in views[:-1]]
-        output = Views(global_crops=torch.stack([*stacked, path[:, -1]]))
-        if self.needs.fractions:
+        if family.from_data:
+            parameters, path = given, None
+            output = Views(global_crops=self.normalize(torch.stack(views)))
+        else:
+            parameters = family.sample(draws[:, : family.num_draws])
+            fractions = self._on(draws.device)[2]
+            path = self.normalize(family.path(views[-1], parameters, fractions))  # (B, F, C, H, W)
+            stacked = [self.normalize(view) for view in views[:-1]]
+            output = Views(global_crops=torch.stack([*stacked, path[:, -1]]))
+        if self.needs.fractions and path is not None:
             output.intermediate_images = path[:, : len(self.needs.fractions)]
-        if self.needs.parameters:
+        if self.needs.parameters and parameters is not None:
             output.parameters = parameters
-            output.normalized_parameters = self.transformation.targets(parameters)
+            output.normalized_parameters = family.targets(parameters)
         return output
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (3, 1, 1), std (3, 1, 1) and the path's fractions (F,) on ``device``, copied there once."""
+        """Return mean (3, 1, 1), std (3, 1, 1) and the path's fractions (F,) on ``device``, copied there once."""
         if device not in self._constants:
             mean, std = (torch.tensor(value).view(3, 1, 1).to(device) for value in (self.image_mean, self.image_std))
             self._constants[device] = (mean, std, torch.tensor(self.fractions, device=device))
@@ -249,7 +331,7 @@ def build_pipeline(
     patch_size: int | None = None,
     **overrides: Any,
 ) -> ViewPipeline:
-    """The pipeline called ``name`` in ``PIPELINES`` with some values replaced.
+    """Build the pipeline called ``name`` in ``PIPELINES`` with some values replaced.
 
     Args:
         name: Key of ``PIPELINES``.
@@ -272,64 +354,6 @@ def build_pipeline(
         patch_size=patch_size,
         name=name,
     )
-
-
-def _augment(pixels: Tensor, draws: Tensor, spec: ViewSpec) -> tuple[Tensor, dict[str, Tensor]]:
-    """One view of a batch: uint8 (B, 3, S, S) and draws (B, 10) to fp32 in [0, 1] and what was drawn, each (B,)."""
-    images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    draw = dict(zip(VIEW_DRAWS, draws.unbind(1), strict=True))
-    chosen = {
-        "flip": draw["flip"] < spec.flip_probability,
-        "jitter_applied": draw["jitter_applied"] < spec.jitter_probability,
-        "grayscale": draw["grayscale"] < spec.grayscale_probability,
-        "solarize": draw["solarize"] < spec.solarize_probability,
-    }
-    blurred = draw["blur_applied"] < spec.blur_probability
-    factors = {
-        key: _between(draw[key], max(0.0, 1.0 - strength), 1.0 + strength)
-        for key, strength in (
-            ("brightness", spec.brightness),
-            ("contrast", spec.contrast),
-            ("saturation", spec.saturation),
-        )
-    }
-    factors["hue"] = _between(draw["hue"], -spec.hue, spec.hue)
-    sigma = _between(draw["blur_sigma"], *spec.blur_sigma)
-    kernel_size = spec.kernel_size(images.shape[-1])
-
-    if spec.flip_probability:
-        images = _apply_where(chosen["flip"], lambda x: x.flip(-1), images)
-    if spec.jitter_probability and (spec.brightness or spec.contrast or spec.saturation or spec.hue):
-        images = _apply_where(chosen["jitter_applied"], photometric.color_jitter, images, *factors.values())
-    if spec.grayscale_probability:
-        images = _apply_where(chosen["grayscale"], photometric.to_grayscale, images)
-    if spec.blur_probability:
-        images = _apply_where(blurred, lambda x, s: photometric.gaussian_blur(x, s, kernel_size), images, sigma)
-    if spec.solarize_probability:
-        images = _apply_where(chosen["solarize"], lambda x: photometric.solarize(x, spec.solarize_threshold), images)
-    jittered = chosen["jitter_applied"]
-    neutral = {key: torch.where(jittered, value, 0.0 if key == "hue" else 1.0) for key, value in factors.items()}
-    return images, {**chosen, **neutral, "blur_sigma": torch.where(blurred, sigma, 0.0)}
-
-
-def _apply_where(mask: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    """``operation`` on the images (B, ...) that ``mask`` (B,) selects, with their rows of ``parameters`` (B,).
-
-    On CPU only the selected images are computed, in place. Elsewhere selecting would wait for the device, so all are
-    computed and the result is chosen per image.
-    """
-    if images.device.type not in SELECTING_IS_FREE:
-        return torch.where(mask.view(-1, 1, 1, 1), operation(images, *parameters), images)
-    index = mask.nonzero().squeeze(1)
-    if len(index) == len(images):
-        return operation(images, *parameters)
-    if len(index) == 0:
-        return images
-    return images.index_copy_(0, index, operation(images[index], *(value[index] for value in parameters)))
-
-
-def _between(uniform: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * uniform
 
 
 def _check_needs(needs: Needs, transformation: TransformationFamily | None, spec: PipelineSpec, name: str) -> None:
@@ -359,5 +383,36 @@ def _check_needs(needs: Needs, transformation: TransformationFamily | None, spec
             f"does (views.pipeline.name: {', '.join(having)}), or add, for example, views.pipeline."
             f"{' and views.pipeline.'.join(absent.values())}."
         )
-    for missing in needs.extra:
-        raise ValueError(f"An objective asks for {missing!r}, which the view pipeline {name!r} does not make.")
+
+
+def _check_extra(pipeline: ViewPipeline, name: str) -> None:
+    """Refuse further views that do not go together with each other or with the usual ones."""
+    needs, local = pipeline.needs, pipeline.local
+    crops = len(pipeline.spec.views) + (local.count if local else 0)
+    for extra in needs.extra:
+        if extra.joins and len(extra.joins) != crops:
+            raise ValueError(
+                f"{len(extra.joins)} of the further views {extra.name!r} join the usual crops, and the view pipeline "
+                f"{name!r} makes {crops} for this invariance objective: each needs one. Choose another pipeline, or "
+                "drop the local crops (local_crops: false)."
+            )
+    replacing = [key for key, maker in pipeline.makers.items() if maker.replaces_global_crops]
+    if len(replacing) > 1 or (replacing and (needs.crop_boxes or needs.photometric)):
+        raise ValueError(
+            f"{replacing[0]!r} replaces the global crops, and another objective asks for "
+            f"{repr(replacing[1]) if len(replacing) > 1 else 'how they were cropped and coloured'}. Train them in runs "
+            "of their own."
+        )
+
+
+def _describe_family(family: TransformationFamily) -> str:
+    """Say a family's class and the values that it was built with."""
+    settings = []
+    for key in signature(type(family)).parameters:
+        # SE(2)'s argument ``path`` is kept as ``path_type``, beside the method.
+        value = getattr(family, f"{key}_type", getattr(family, key, None))
+        if key == "families":
+            value = ", ".join(_describe_family(member) for member in value)
+        if value is not None:
+            settings.append(f"{key}={value}")
+    return f"{type(family).__name__}({', '.join(settings)})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -25,8 +23,8 @@ class RotationFamily(UniformFamily):
     Parameters (B, 1): ``angle`` in degrees.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("angle",)
-    num_draws: ClassVar[int] = 1
+    parameter_names = ("angle",)
+    num_draws = 1
 
     def __init__(self, max_degrees: float = 45.0, fill: str = "zeros", interpolation: str = "bilinear") -> None:
         self.max_degrees = check_number("max_degrees", max_degrees, high=180)

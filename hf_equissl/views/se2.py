@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -56,8 +54,8 @@ class SE2Family(UniformFamily):
     Parameters (B, 3): ``angle`` in degrees, ``tx``, ``ty`` in ``unit``.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("angle", "tx", "ty")
-    num_draws: ClassVar[int] = 3
+    parameter_names = ("angle", "tx", "ty")
+    num_draws = 3
 
     def __init__(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -31,8 +29,8 @@ class TranslationFamily(UniformFamily):
     Parameters (B, 2): ``tx``, ``ty`` in ``unit``.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ("tx", "ty")
-    num_draws: ClassVar[int] = 2
+    parameter_names = ("tx", "ty")
+    num_draws = 2
 
     def __init__(
         self,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Features, Objective, build_objective
-from hf_equissl.pretraining.model import EquiSSLForPreTraining
-from hf_equissl.views.base import Views
+from hf_equissl.pretraining.encoding import encode_crops, encode_extra
+from hf_equissl.views import SE2Family
+from hf_equissl.views.base import Item, Views, map_tensors
+from hf_equissl.views.collator import ViewCollator
 from hf_equissl.views.needs import Needs
+from hf_equissl.views.pipelines import LocalSpec, MaskSpec, PipelineSpec, ViewPipeline, ViewSpec
 from tests.processes import limit, start
 
 BATCH = 6
@@ -61,70 +65,106 @@ def tiny_objective(
 
 
 def make_views(
-    needs: Needs, batch: int = BATCH, crops: int = 2, size: int = 32, patch: int = 8, seed: int = 2
+    needs: Needs,
+    batch: int = BATCH,
+    crops: int = 2,
+    size: int = 32,
+    patch: int = 8,
+    seed: int = 2,
+    images: Sequence[int] | None = None,
 ) -> Views:
-    """Random views that carry what ``needs`` asks for."""
-    g = torch.Generator().manual_seed(seed)
+    """Views of pictures of noise, with whatever ``needs`` asks for: cropped, collated and made by a real pipeline.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
+    Args:
+        needs: Of one or more objectives.
+        batch: Images, B.
+        crops: Global views, V.
+        size, patch: Sides of the global views and of the encoder's patches, in pixels.
+        seed: Another one gives other pictures and other draws.
+        images: Which of the ``batch`` pictures; by default all. The second half repeats the draws of the first, so that
+            halves have as many masked patches: means over two processes can then be compared with those over one.
+    """
+    pipeline = make_pipeline(needs, crops, size, patch)
+    samples = []
+    for number in range(batch) if images is None else images:
+        picture = np.random.default_rng([seed, number]).integers(0, 256, (size + 8, size + 4, 3), dtype=np.uint8)
+        item = Item((Image.fromarray(picture),), label=number % 4)
+        rng = np.random.default_rng([seed, number % max(1, batch // 2), 1])
+        samples.append({**pipeline.crop(item, rng), "index": number})
+    return pipeline(ViewCollator(pipeline)(samples))
 
-    patches = (size // patch) ** 2
-    masks = make_masks(crops, batch, patches, g) if needs.masks else None
-    return Views(
-        global_crops=normal(crops, batch, 3, size, size),
-        local_crops=normal(2, batch, 3, size // 2, size // 2) if needs.local_crops else None,
-        intermediate_images=normal(batch, len(needs.fractions), 3, size, size) if needs.fractions else None,
-        parameters=normal(batch, 3) if needs.parameters else None,
-        normalized_parameters=torch.rand(batch, 3, generator=g) * 2 - 1 if needs.parameters else None,
-        masks=masks,
-        mask_indices=None if masks is None else indices_of(masks),
-        crop_boxes=torch.rand(crops, batch, 4, generator=g) if needs.crop_boxes else None,
-        photometric={"flip": torch.rand(crops, batch, generator=g).round()} if needs.photometric else {},
-        labels=torch.randint(0, 4, (batch,), generator=g) if needs.labels else None,
-        extra={name: normal(batch, 3, size // 2, size // 2) for name in needs.extra},
+
+def make_pipeline(needs: Needs, crops: int = 2, size: int = 32, patch: int = 8) -> ViewPipeline:
+    """A pipeline that can make whatever an objective may ask for."""
+    view = ViewSpec(crop_scale=(0.3, 1.0))
+    return ViewPipeline(
+        PipelineSpec((view,) * crops, LocalSpec(2, size // 2, view), MaskSpec(probability=0.8)),
+        image_size=size,
+        transformation=SE2Family(),
+        needs=needs,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+        patch_size=patch,
     )
-
-
-def make_masks(crops: int, batch: int, patches: int, generator: torch.Generator) -> Tensor:
-    """0 to 6 masked patches per crop, and as many in each half of the batch: means of two processes are comparable."""
-    image, crop = torch.arange(batch) % max(1, batch // 2), torch.arange(crops)[:, None]
-    counts = (3 * image + 2 * crop) % 7  # (V, B)
-    order = torch.rand(crops, batch, patches, generator=generator).argsort(dim=-1)
-    return order < counts[..., None]
 
 
 def indices_of(masks: Tensor) -> Tensor:
     return masks.flatten().nonzero().squeeze(1)
 
 
-BATCH_FIRST = {"intermediate_images", "parameters", "normalized_parameters", "labels", "extra"}
+# Dimension of the images in each part of the views; further views and facts have it first, as these do.
+IMAGES_SECOND = {"global_crops", "local_crops", "masks", "crop_boxes", "photometric"}
 
 
-def take(views: Views, index: Tensor) -> Views:
-    """The images ``index`` of every part of the views."""
+def reorder(views: Views, order: Tensor) -> Views:
+    """The same images in another order; those that further views have for themselves stay as they are."""
 
     def pick(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: pick(name, item) for key, item in value.items()}
+        if isinstance(value, (dict, tuple)):
+            return map_tensors(value, lambda tensor: pick(name, tensor))
         if value is None:
             return None
-        return value[index] if name in BATCH_FIRST else value[:, index]
+        if name in IMAGES_SECOND:
+            return value[:, order]
+        joined = value[len(order) :]
+        return value if len(value) < len(order) else torch.cat([value[: len(order)][order], joined])
 
-    parts = {f.name: pick(f.name, getattr(views, f.name)) for f in fields(views) if f.name != "mask_indices"}
+    parts = {f.name: pick(f.name, getattr(views, f.name)) for f in fields(views) if f.name not in ("facts", "extra")}
     indices = None if views.masks is None else indices_of(parts["masks"])
-    return replace(views, **parts, mask_indices=indices)
+    extra = {
+        name: tuple(view[order] if len(view) == len(order) else view for view in images)
+        for name, images in views.extra.items()
+    }
+    return replace(views, **{**parts, "mask_indices": indices}, extra=extra)
+
+
+def merge(shares: Sequence[Views]) -> Views:
+    """What one process sees, from what several see: images side by side, those that join the usual ones behind them."""
+    first, base = shares[0], shares[0].batch_size
+
+    def together(name: str, values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: together(name, [value[key] for value in values]) for key in values[0]}
+        if isinstance(values[0], tuple):
+            return tuple(together(name, views) for views in zip(*values, strict=True))
+        if name == "labels" and values[0] is not None:
+            return torch.cat([*(value[:base] for value in values), *(value[base:] for value in values)])
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        return torch.cat(list(values), dim=1 if name in IMAGES_SECOND else 0)
+
+    parts = {f.name: together(f.name, [getattr(share, f.name) for share in shares]) for f in fields(first)}
+    return Views(**{**parts, "mask_indices": None if first.masks is None else indices_of(parts["masks"])})
 
 
 def encode(encoder: EquiSSLModel, views: Views, needs: Needs | None = None, masked: bool = True) -> Features:
-    """What the pretraining model does, by its own method: global crops in one pass, local ones in another."""
+    """What the pretraining model does for the student, by the same functions."""
     needs = needs or Needs()
-    encode_crops = partial(EquiSSLForPreTraining._encode, None, encoder)
     masks = views.masks.flatten(0, 1) if masked and views.masks is not None else None
-    features = encode_crops(views.global_crops, masks, needs.hidden_layers)
+    features = encode_crops(encoder, views.global_crops, masks, needs.hidden_layers)
     if views.local_crops is not None:
-        features.local_tokens = encode_crops(views.local_crops).tokens
-    features.extra = {name: encode_crops(images[None]) for name, images in views.extra.items()}
+        features.local_tokens = encode_crops(encoder, views.local_crops, patches=False).tokens
+    encode_extra(encoder, views, features, [(extra, extra.of_student) for extra in needs.extra])
     return features
 
 

@@ -17,8 +17,9 @@ from .helpers import (
     ORDER_DEPENDENT,
     encode,
     make_views,
+    merge,
+    reorder,
     run_processes,
-    take,
     teacher_features,
     tiny_encoder,
     tiny_objective,
@@ -89,7 +90,8 @@ def test_reordering_the_batch_changes_nothing(kind, name):
     # Two equal objectives: the first batch may move the buffers of one.
     objective, twin, encoder = tiny_objective(kind, name), tiny_objective(kind, name), tiny_encoder()
     views = make_views(objective.needs)
-    shuffled = take(views, torch.tensor([3, 0, 5, 1, 4, 2]))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = reorder(views, order[order < views.batch_size])
     torch.testing.assert_close(run(objective, encoder, shuffled).loss, run(twin, encoder, views).loss)
 
 
@@ -152,9 +154,8 @@ def test_two_steps_beside_every_entry_of_the_other_registry(first, second):
 def loss_and_gradients(kind: str, name: str, rank: int, processes: int) -> dict:
     """Loss, logs and gradients for one process's share of the batch, not yet averaged; buffers after it."""
     objective, encoder = tiny_objective(kind, name), tiny_encoder()
-    views = make_views(objective.needs)
-    share = BATCH // processes
-    output = run(objective, encoder, take(views, torch.arange(rank * share, (rank + 1) * share)))
+    halves = [make_views(objective.needs, images=range(start, start + BATCH // 2)) for start in (0, BATCH // 2)]
+    output = run(objective, encoder, halves[rank] if processes == 2 else merge(halves))
     output.loss.backward()
     buffers = {key: value.clone().float() for key, value in objective.named_buffers()}
     return {"loss": output.loss.detach(), "gradients": gradients(objective, encoder), "buffers": buffers}

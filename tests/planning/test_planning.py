@@ -94,7 +94,7 @@ def test_activations_are_what_a_real_step_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(run.first)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert measure(run.config, run.first, args).activation_bytes == pytest.approx(real, rel=0.001)
+    assert measure(run.config, run.first, args, size).activation_bytes == pytest.approx(real, rel=0.001)
 
 
 def test_precision_and_checkpointing_save_activations() -> None:
@@ -255,7 +255,8 @@ def test_storages_count_while_they_live() -> None:
 
 def test_objectives_exchange_what_the_processes_see() -> None:
     run = plan()
-    alone, one_of_four = (measure(run.config, run.typical, run.args, processes=n) for n in (1, 4))
+    views = run.pipeline.blank(BATCH, device="meta")
+    alone, one_of_four = (measure(run.config, views, run.args, BATCH, processes=n) for n in (1, 4))
     assert alone.exchanged_bytes == 0
     # Projections of two views are gathered, their gradients reduced to all (on CPUs), on a ring of four.
     gathered = 4 * (4 * BATCH * 2 * 40)
@@ -268,8 +269,9 @@ def test_objectives_exchange_what_the_processes_see() -> None:
 
 def test_masked_patches_are_those_of_many_batches() -> None:
     run = prepare(teacher_student(), None, dry=True)
-    assert run.typical.mask_indices is not None
-    per_crop = len(run.typical.mask_indices) / (2 * run.first.batch_size)
+    views = run.pipeline.blank(BATCH)
+    assert views.mask_indices is not None
+    per_crop = len(views.mask_indices) / (2 * BATCH)
     assert 0.1 * 16 / 2 < per_crop < 0.5 * 16 / 2  # half of the crops, 10 to 50 % of 16 patches
 
 

@@ -8,20 +8,25 @@ import torch
 from scipy import stats
 
 from hf_equissl.views import TRANSFORMATIONS, TransformationFamily, build_transformation
+from hf_equissl.views.uniform import UniformFamily
 
-# Families whose targets are not uniform over [-1, 1] by design: boxes that have to fit, and a coin.
-NOT_UNIFORM = {"crop", "flip"}
 SIZES = [(32, 32), (24, 40)]
 
 
-@pytest.fixture(params=sorted(TRANSFORMATIONS))
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+MEMBERS = [{"name": "rotation"}, {"name": "crop"}, {"name": "color_jitter"}]
+ENTRIES = [{"name": name} for name in sorted(TRANSFORMATIONS)]
+ENTRIES += [{"name": name, "families": MEMBERS} for name in ("joint", "one_of")]
 
 
-@pytest.fixture
-def family(name: str) -> TransformationFamily:
-    return build_transformation(name)
+@pytest.fixture(params=ENTRIES, ids=lambda entry: entry["name"])
+def family(request: pytest.FixtureRequest) -> TransformationFamily:
+    return build_transformation(**request.param)
+
+
+def test_the_identity_has_its_parameters_and_changes_nothing(family):
+    images, parameters = make(family)
+    identity = torch.tensor([family.identity_parameters]).expand_as(parameters)
+    torch.testing.assert_close(family.apply(images, identity), images, atol=1e-5, rtol=0)
 
 
 def make(family: TransformationFamily, batch: int = 6, size: tuple[int, int] = (32, 32), seed: int = 0):
@@ -103,8 +108,8 @@ def test_targets_are_normalised(family):
     assert (targets.amin(0) < -0.8).all()
 
 
-def test_parameters_are_uniform_and_independent(name, family):
-    if name in NOT_UNIFORM:
+def test_parameters_are_uniform_and_independent(family):
+    if not isinstance(family, UniformFamily):
         pytest.skip("not uniform by design; see its own test")
     draws = torch.rand(5000, family.num_draws, generator=torch.Generator().manual_seed(2))
     targets = family.targets(family.sample(draws)).double().numpy()

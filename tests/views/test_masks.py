@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from hf_equissl.data import ImageViewDataset, load_images
-from hf_equissl.views.base import Views
+from hf_equissl.views.base import Item, Views
 from hf_equissl.views.collator import ViewCollator, collate_views
 from hf_equissl.views.masks import MaskSpec, draw_masks
 from hf_equissl.views.needs import Needs
@@ -235,8 +235,7 @@ def test_stratified_masks_belong_to_the_batch(folder: Path) -> None:
 def sample_of(pipeline: ViewPipeline, number: int) -> dict[str, Any]:
     rng = np.random.default_rng(number)
     pixels = np.random.default_rng(1000 + number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-    draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-    return {**pipeline.crop(Image.fromarray(pixels), rng), "draws": draws, "index": number}
+    return {**pipeline.crop(Item((Image.fromarray(pixels),)), rng), "index": number}
 
 
 def views_of(pipeline: ViewPipeline, size: int = 8) -> Views:
@@ -277,9 +276,9 @@ def test_a_batch_without_masks_is_refused() -> None:
 
 
 def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_equissl.views import pipelines
+    from hf_equissl.views import augmentation
 
-    monkeypatch.setattr(pipelines, "SELECTING_IS_FREE", frozenset())
+    monkeypatch.setattr(augmentation, "SELECTING_IS_FREE", frozenset())
     pipeline = make()
     batch = ViewCollator(pipeline)([sample_of(pipeline, number) for number in range(4)])
     with FakeTensorMode() as mode:

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_equissl.views import TRANSFORMATIONS, build_transformation, photometric
+from hf_equissl.views.augmentation import VIEW_DRAWS
+from hf_equissl.views.base import Item
 from hf_equissl.views.collator import collate_views
 from hf_equissl.views.cropping import center_box, random_box
 from hf_equissl.views.needs import Needs
-from hf_equissl.views.pipelines import PIPELINES, VIEW_DRAWS, PipelineSpec, ViewPipeline, ViewSpec, build_pipeline
+from hf_equissl.views.pipelines import PIPELINES, PipelineSpec, ViewPipeline, ViewSpec, build_pipeline
 
 SIZE = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,13 +38,15 @@ def picture(number: int = 0, width: int = 40, height: int = 32) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def item(number: int = 0, label: int | None = None) -> Item:
+    return Item((picture(number),), label=label)
+
+
 def make_batch(pipeline: ViewPipeline, size: int = 8) -> dict[str, Any]:
     samples = []
     for number in range(size):
         rng = np.random.default_rng(100 + number)
-        draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-        sample = {**pipeline.crop(picture(number), rng), "draws": draws, "index": number, "label": number % 3}
-        samples.append(sample)
+        samples.append({**pipeline.crop(item(number, label=number % 3), rng), "index": number})
     return collate_views(samples)
 
 
@@ -100,9 +104,9 @@ def test_full_g_as_a_target() -> None:
 def test_center_pipeline_leaves_images_alone() -> None:
     pipeline = make("center", needs=Needs(parameters=True), g="rotation")
     image = picture(width=SIZE, height=SIZE)
-    crops = pipeline.crop(image, np.random.default_rng(0))
+    crops = pipeline.crop(Item((image,)), np.random.default_rng(0))
     assert torch.equal(crops["global_crops"][0].permute(1, 2, 0), torch.from_numpy(np.array(image)))
-    batch = collate_views([{**crops, "draws": torch.rand(pipeline.num_draws), "index": 0}])
+    batch = collate_views([{**crops, "index": 0}])
     view = denormalize(pipeline(batch).global_crops[0, 0])
     torch.testing.assert_close(view * 255, crops["global_crops"][0].float(), atol=1e-3, rtol=0)
 
@@ -196,21 +200,21 @@ def test_autocast_does_not_reach_the_pixels() -> None:
 
 def test_branch_for_devices_that_must_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images cannot be selected without waiting for the device, all are computed; the result is the same."""
-    from hf_equissl.views import pipelines
+    from hf_equissl.views import augmentation
 
     pipeline = make(needs=EVERYTHING, g="rotation")
     batch = make_batch(pipeline)
     expected = pipeline(batch)
-    monkeypatch.setattr(pipelines, "SELECTING_IS_FREE", frozenset())
+    monkeypatch.setattr(augmentation, "SELECTING_IS_FREE", frozenset())
     torch.testing.assert_close(pipeline(batch).global_crops, expected.global_crops, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("g", sorted(TRANSFORMATIONS))
 def test_nothing_is_read_back_from_the_device(g: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values refuse to be looked at: the whole device part runs on them."""
-    from hf_equissl.views import pipelines
+    from hf_equissl.views import augmentation
 
-    monkeypatch.setattr(pipelines, "SELECTING_IS_FREE", frozenset())
+    monkeypatch.setattr(augmentation, "SELECTING_IS_FREE", frozenset())
     needs = dataclasses.replace(EVERYTHING, fractions=(0.5,) if TRANSFORMATIONS[g].continuous else ())
     pipeline = make(needs=needs, g=g)
     batch = make_batch(make(needs=needs, g=g))
@@ -303,12 +307,12 @@ def test_center_box() -> None:
 
 def test_crop_is_pillow_s() -> None:
     pipeline = make()
-    crops = pipeline.crop(picture(), np.random.default_rng(5))
+    crops = pipeline.crop(item(), np.random.default_rng(5))
     for view, (top, left, height, width) in enumerate(crops["crop_boxes"].double().tolist()):
         box = (round(left * 40), round(top * 32), round((left + width) * 40), round((top + height) * 32))
         expected = picture().resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
         assert torch.equal(crops["global_crops"][view].permute(1, 2, 0), torch.from_numpy(np.array(expected)))
-    again = pipeline.crop(picture(), np.random.default_rng(5))
+    again = pipeline.crop(item(), np.random.default_rng(5))
     assert torch.equal(crops["global_crops"], again["global_crops"])
     assert not torch.equal(crops["crop_boxes"][0], crops["crop_boxes"][1])
 
@@ -391,7 +395,6 @@ def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
         ({"needs": Needs(fractions=(1.5,)), "g": "rotation"}, "fractions"),
         ({"needs": Needs(local_crops=True)}, "local"),
         ({"needs": Needs(masks=True)}, "masks"),
-        ({"needs": Needs(extra=("center",))}, "'center'"),
     ],
 )
 def test_needs_that_cannot_be_met(arguments: dict[str, Any], message: str) -> None:

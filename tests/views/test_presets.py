@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_equissl.views.augmentation import VIEW_DRAWS
+from hf_equissl.views.base import Item
 from hf_equissl.views.collator import ViewCollator
 from hf_equissl.views.needs import Needs
-from hf_equissl.views.pipelines import PIPELINES, VIEW_DRAWS, ViewPipeline, build_pipeline
+from hf_equissl.views.pipelines import PIPELINES, ViewPipeline, build_pipeline
 
 COUNT = 10_000
 SIDE = 5  # of crops in the tests of colours: half of DINOv2's blur kernel can still be reflected
@@ -119,7 +121,7 @@ def test_areas_of_the_crops(name: str) -> None:
     # The filter has no part in where boxes lie, and "nearest" keeps the pixels that say so.
     overrides = {"interpolation": "nearest", "local": {"interpolation": "nearest", "size": side}}
     pipeline = make(name, Needs(local_crops=True, crop_boxes=True), image_size=side, **overrides)
-    samples = [pipeline.crop(image, np.random.default_rng(seed)) for seed in range(COUNT // 2)]
+    samples = [pipeline.crop(Item((image,)), np.random.default_rng(seed)) for seed in range(COUNT // 2)]
     boxes = torch.stack([sample["crop_boxes"] for sample in samples])
     areas = {"global": (boxes[..., 2] * boxes[..., 3]).flatten().numpy()}
     local = torch.stack([sample["local_crops"] for sample in samples[: COUNT // LOCAL[name]]]).flatten(0, 1).double()
@@ -143,8 +145,7 @@ def test_counts_and_sizes(name: str) -> None:
     image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     samples = []
     for index in range(2):
-        draws = torch.from_numpy(rng.random(pipeline.num_draws, dtype=np.float32))
-        samples.append({"draws": draws, **pipeline.crop(image, rng), "index": index})
+        samples.append({**pipeline.crop(Item((image,)), rng), "index": index})
     views = pipeline(ViewCollator(pipeline)(samples))
     assert views.global_crops.shape == (2, 2, 3, 224, 224)
     assert views.local_crops.shape == (LOCAL[name], 2, 3, 96, 96)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from ...data.dataset import crop_views
 from ...encoders.base_image import base_image, resized_side
 from ...evaluation.metric_modules import TopKAccuracyMetric
 from ...evaluation.metrics import TOP1, TOP5
+from ...views.base import Item
 from ...views.collator import ViewCollator
 from ...views.needs import Needs
 from ...views.pipelines import ViewPipeline
@@ -86,7 +86,7 @@ class ClassificationTask(Task):
         """Crop a training image; resize a test image, uint8 (3, S, S)."""
         if rng is None:
             return {"pixels": base_image(sample["image"], self.inputs.image_size), "labels": sample["label"]}
-        return {**crop_views(self.pipeline, sample["image"], rng), "label": sample["label"]}
+        return self.pipeline.crop(Item((sample["image"],), label=sample["label"]), rng)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Stack images and labels."""
