@@ -146,7 +146,7 @@ def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageDecodeError(
             f"{width} x {height} = {width * height:,} pixels are more than max_pixels = {max_pixels:,}. To read it, "
-            "set data.max_pixels (--max_pixels) higher; decoding takes 3 bytes for each pixel, in every worker."
+            "set data.max_pixels higher; decoding takes 3 bytes for each pixel, in every worker."
         )
     return image
 

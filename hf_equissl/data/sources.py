@@ -233,7 +233,7 @@ class ImageSource:
             low = min(low for low, _ in deep)
             notes.append(
                 f"warning: the first images have 16 bits per band and use only {low:.0f} to {high:.0f} of 0 to 65535: "
-                f"they become almost black. Set data.value_range (--value_range) to auto, or to the range of the "
+                f"they become almost black. Set data.value_range to auto, or to the range of the "
                 f"sensor, such as [0, {2 ** int(high).bit_length() - 1}]"
             )
         if bands > 4:
