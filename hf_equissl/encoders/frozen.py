@@ -317,14 +317,61 @@ class FrozenEncoder:
             reason = "fp16 holds no number above 65504. Give the precision (--precision) bf16 or fp32."
         raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: {reason}")
 
-    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
-        options: dict[str, Any] = {}
+    def maps(self, pixel_values: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Feature maps of normalised images, from one pass.
+
+        Of a transformer these are the patch tokens in their grid: of the last layer after the final norm, as in
+        ``patch_tokens``, of earlier ones as the block leaves them. Other encoders give maps of several sizes.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised with this encoder's mean and std.
+            layers: Numbers of layers: 0 is the input of the first block, 1 its output, -1 the output of the last.
+
+        Returns:
+            One (B, D, rows, columns) float32 per layer, on the encoder's device.
+
+        Raises:
+            ValueError: the encoder gives one vector per image, or has no such layer.
+            NonFiniteFeaturesError: when features are not finite.
+        """
+        last_alone = set(layers) == {-1}
+        dtype = _AUTOCAST[self.precision]
+        with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            output = self._forward(pixel_values, **({} if last_alone else {"output_hidden_states": True}))
+            last = _last_state(output)
+            states = getattr(output, "feature_maps", None) or (last,)  # of a backbone its chosen stages
+            if not last_alone and len(states) == 1:
+                states = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None) or ()
+                if not states or any(not -len(states) <= layer < len(states) for layer in layers):
+                    raise ValueError(
+                        f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
+                    )
+                states = (*states[:-1], last)
+            found = [self._as_map(states[layer], pixel_values).float() for layer in layers]
+        self.check_finite(extremes({str(position): value for position, value in enumerate(found)}))
+        return found
+
+    def check_maps(self) -> None:
+        """Raise ``ValueError`` where the encoder has no maps; found out by one pass over one black image."""
+        self.maps(torch.zeros(1, len(self.image_mean), self.image_size, self.image_size))
+
+    def _as_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
+        """Tokens (B, T, D) in the grid of their patches, (B, D, rows, columns); a map as it is."""
+        if tokens.ndim == 4:
+            return tokens
+        patch = self._patch_size()
+        if tokens.ndim == 2 or patch is None:
+            raise ValueError(f"{self.name} gives {tuple(tokens.shape[1:])} per image: it has no map of features.")
+        rows, columns = (side // patch for side in pixel_values.shape[-2:])
+        patches = tokens[:, tokens.shape[1] - rows * columns :]
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        """What the module returns: unmasked, positions interpolated where the size asks for it, without the stem."""
         rows, columns = pixel_values.shape[-2:]
         if "interpolate_pos_encoding" in self._inputs and _square(self._setting("image_size")) not in (rows, columns):
             options["interpolate_pos_encoding"] = True
-        patch_size = self._patch_size()
-        num_patches = (rows // patch_size) * (columns // patch_size) if patch_size else None
+        num_patches = self._num_patches(pixel_values)
         if "noise" in self._inputs and num_patches is not None:  # ViT-MAE sorts patches by it
             options["noise"] = (
                 torch.arange(num_patches, device=pixel_values.device).float().expand(len(pixel_values), -1)
@@ -332,13 +379,23 @@ class FrozenEncoder:
         if "output_features" in self._inputs:
             options["output_features"] = False  # the stem of every token is not needed
         weight = next(self.module.parameters(), pixel_values)
-        output = self.module(pixel_values.to(weight.device, weight.dtype), **options)
-        tokens = output if isinstance(output, Tensor) else output.last_hidden_state
+        return self.module(pixel_values.to(weight.device, weight.dtype), **options)
+
+    def _num_patches(self, pixel_values: Tensor) -> int | None:
+        """Patches of such an image; ``None`` for an encoder without a patch size."""
+        patch = self._patch_size()
+        rows, columns = pixel_values.shape[-2:]
+        return (rows // patch) * (columns // patch) if patch else None
+
+    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
+        tokens = _last_state(self._forward(pixel_values))
         if tokens.ndim == 2:
             return tokens, tokens, None
         if tokens.ndim == 4:
             mean = tokens.mean((2, 3))
             return mean, mean, tokens.flatten(2).transpose(1, 2)
+        num_patches = self._num_patches(pixel_values)
         prefix = getattr(self.module, "num_prefix_tokens", None)
         if prefix is None:
             prefix = tokens.shape[1] - num_patches if num_patches else 1
@@ -372,6 +429,14 @@ class FrozenEncoder:
         pixels, mean, std = (value.to(device, non_blocking=device.type == "cuda") for value in (images, *constants))
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def _last_state(output: Any) -> Tensor:
+    """What stands for the image in a module's output: the last hidden state, of a backbone its last map."""
+    if isinstance(output, Tensor):
+        return output
+    last = getattr(output, "last_hidden_state", None)
+    return output.feature_maps[-1] if last is None else last
 
 
 def extremes(features: dict[str, Tensor]) -> Tensor:

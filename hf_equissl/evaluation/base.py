@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +12,29 @@ from torch import nn
 
 from ..encoders.base_image import resized_side
 from ..encoders.frozen import FrozenEncoder, as_frozen
-from .images import EvaluationData
+from ..utils.options import Option
+from ..utils.versions import library_versions
+from .data import EvaluationData
+from .images import ImageSet
+from .metrics import Metric
 from .results import ResultRecord
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of an evaluator's records.
+
+    Attributes:
+        file: Its name.
+        title: What it is.
+        draw: ``draw(records, path)`` saves it; ``ImportError`` without matplotlib.
+        caption: ``caption(records)`` says in a sentence or two what there is to see.
+    """
+
+    file: str
+    title: str
+    draw: Callable[[Sequence[ResultRecord], Path], object]
+    caption: Callable[[Sequence[ResultRecord]], str]
 
 
 class Evaluator(ABC):
@@ -22,21 +44,48 @@ class Evaluator(ABC):
     an interrupted run repeats. The encoder's weights, mode and device stay as they are. The same encoder, data,
     settings and seed give the same number.
 
+    What a class declares is all that the command, tables, records and cards know of it; with
+    ``EVALUATORS.register`` it becomes one of theirs.
+
     Attributes:
         name: Registry key.
-        primary_metric: Name of the metric to quote.
-        tasks: What it measures, one record per task, metric and kind of features.
+        metrics: What it may record; the first one is the number to quote.
+        unmeasured: What a card says is unknown of an encoder on which it was not run, e.g. "robustness to noise".
+        reading: A sentence that says how its numbers are read, for cards; units and directions are said anyway.
+        hub_task: Task type under which the Hub lists its numbers.
+        has_related_tasks: Whether its tasks are of one kind, so that a mean over them says something.
+        data_type: What it is given. Another class than ``EvaluationData`` has a ``load`` of its own.
+        needs_labels: Whether every image must have a class.
+        needs_tokens: Whether it reads the patch tokens (``FrozenEncoder.maps``), which some encoders do not have.
+        options: Options that it adds to the command. Evaluators may share one.
+        protocols: Protocol -> the settings that differ from the constructor's defaults.
+        plots: Pictures of its records.
+        tasks: What an instance measures, one record per task, metric, kind of features and test set.
         features: Kinds of features that it reads; the first one is the primary kind.
         seeds: Seeds of the heads.
         command: The command line that records carry.
     """
 
     name: ClassVar[str]
-    primary_metric: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    unmeasured: ClassVar[str] = ""
+    reading: ClassVar[str] = ""
+    hub_task: ClassVar[str] = "image-feature-extraction"
+    has_related_tasks: ClassVar[bool] = False
+    data_type: ClassVar[type[EvaluationData]] = EvaluationData
+    needs_labels: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False
+    options: ClassVar[tuple[Option, ...]] = ()
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    plots: ClassVar[tuple[Plot, ...]] = ()
     tasks: tuple[str, ...]
 
     def __init__(self, data: EvaluationData, *, features: Sequence[str], seeds: int | Sequence[int] = 3) -> None:
-        """Keep the data and the settings that all evaluators share; ``seeds`` = 3 means 0, 1, 2."""
+        """Keep the data and the settings that all evaluators share; ``seeds`` = 3 means 0, 1, 2.
+
+        Raises:
+            ValueError: there are no seeds, no features, or no labels where they are needed.
+        """
         self.data = data
         self.features = tuple(features)
         self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
@@ -45,11 +94,24 @@ class Evaluator(ABC):
             raise ValueError(f"{type(self).__name__} needs at least one seed, got seeds={seeds!r}.")
         if not self.features:
             raise ValueError(f"{type(self).__name__} needs at least one kind of features.")
+        if self.needs_labels:
+            for part in (data.train, *data.tests):
+                part.require_labels(type(self).__name__)
+
+    @classmethod
+    def applies_to(cls, data: EvaluationData) -> bool:
+        """Whether it is run on ``data`` without being asked for."""
+        return isinstance(data, cls.data_type) and (data.is_labelled or not cls.needs_labels)
+
+    @classmethod
+    def variant(cls, record: ResultRecord) -> str:
+        """What tells a record apart in a table from others of its task, such as " [reflect]"; often nothing."""
+        return ""
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of all metrics that ``evaluate`` records."""
-        return (self.primary_metric,)
+    def recorded(self) -> tuple[Metric, ...]:
+        """Those of ``metrics`` that are recorded on these data."""
+        return self.metrics
 
     def __call__(self, encoder: FrozenEncoder | nn.Module | str | Path) -> list[ResultRecord]:
         """Measure every task for every seed."""
@@ -58,14 +120,20 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
-        """Measure one task for the given seeds."""
+        """Measure one task for the given seeds, on each of the test sets."""
 
     @abstractmethod
     def settings(self, task: str) -> dict[str, Any]:
-        """Every setting of this evaluator that can change the number, except seeds, as plain types."""
+        """Return every setting of this evaluator that can change the number, except seeds, as plain types."""
 
-    def protocol(self, encoder: FrozenEncoder, task: str) -> dict[str, Any]:
-        """``settings`` together with those of the data and of the encoder's input."""
+    def check(self, encoder: FrozenEncoder) -> None:
+        """Raise ``ValueError`` where ``encoder`` lacks what is read."""
+        encoder.check_features(self.features)
+        if self.needs_tokens:
+            encoder.check_maps()
+
+    def protocol(self, encoder: FrozenEncoder, task: str, test: ImageSet | None = None) -> dict[str, Any]:
+        """Return ``settings`` together with those of the data and of the encoder's input."""
         side = resized_side(encoder.image_size)
         return {
             **self.settings(task),
@@ -74,7 +142,7 @@ class Evaluator(ABC):
             "encoder_precision": encoder.precision,
             "train_split": self.data.train.split,
             "train_images": len(self.data.train),
-            "test_images": len(self.data.test),
+            "test_images": len(test or self.data.test),
         }
 
     def records(
@@ -82,37 +150,56 @@ class Evaluator(ABC):
         encoder: FrozenEncoder,
         task: str,
         features: str,
-        metrics: Mapping[str, Sequence[float]],
+        values: Mapping[str, Sequence[float]],
         seeds: Sequence[int],
         details: dict[str, list[Any]] | None = None,
+        test: ImageSet | None = None,
     ) -> list[ResultRecord]:
-        """One record per metric; ``details`` go to the record of the primary metric."""
+        """Make one record per metric.
+
+        Args:
+            encoder: What was measured.
+            task: Which of ``tasks``.
+            features: Which of ``features``.
+            values: Name of a metric -> its value for each seed.
+            seeds: The seeds.
+            details: For the record of the primary metric.
+            test: What was judged; default: the first test set, whose primary metric is the number to quote.
+        """
+        test = test or self.data.test
+        known = {metric.name: metric for metric in self.metrics}
+        primary = self.metrics[0].name
         return [
             ResultRecord(
                 evaluator=self.name,
                 task=task,
                 metric=metric,
                 features=features,
-                values=tuple(float(value) for value in values),
+                values=tuple(float(value) for value in numbers),
                 seeds=tuple(seeds),
-                primary=metric == self.primary_metric and features == self.features[0],
-                dataset=self.data.test.dataset,
-                split=self.data.test.split,
-                protocol=self.protocol(encoder, task),
+                primary=metric == primary and features == self.features[0] and test is self.data.test,
+                dataset=test.dataset,
+                split=test.split,
+                protocol=self.protocol(encoder, task, test),
                 encoder=encoder.name,
                 encoder_digest=encoder.digest(),
-                details=details or {} if metric == self.primary_metric else {},
+                details=details or {} if metric == primary else {},
+                about=known[metric],
+                hub_task=self.hub_task,
                 command=self.command,
+                versions=library_versions((known[metric].library,)),
             )
-            for metric, values in metrics.items()
+            for metric, numbers in values.items()
         ]
 
     def keys(self, encoder: FrozenEncoder, task: str) -> list[str]:
         """``ResultRecord.key`` of every record that ``evaluate`` makes of this encoder and task."""
+        nothing = {metric.name: [0.0] for metric in self.recorded}
         return [
-            self.records(encoder, task, features, {metric: [0.0]}, [0])[0].key
+            record.key
+            for test in self.data.tests
             for features in self.features
-            for metric in self.metrics
+            for record in self.records(encoder, task, features, nothing, [0], test=test)
         ]
 
     def missing_seeds(self, encoder: FrozenEncoder, task: str, known: Sequence[ResultRecord]) -> tuple[int, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data import ImageSource, UnknownSplitError, load_images
-from .images import EvaluationData, ImageSet
+from .images import ImageSet
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,46 @@ TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
 HELD_OUT = 0.1
 # Fewer than these left to fit probes on, after test_images were held out, is a slip and no measurement.
 FEWEST_TRAIN_IMAGES = 10
+
+
+@dataclass(eq=False)
+class EvaluationData:
+    """What evaluators are given: images to fit probes on, and images to judge them by.
+
+    An evaluator that needs more than images and classes names a subclass as its ``data_type``: one with further fields
+    and a ``load`` that fills them.
+
+    Attributes:
+        train: What probes are fitted on.
+        test: What they are judged by.
+        further_tests: By what else: the same probes on other images, e.g. fitted on ImageNet, judged on ImageNet-R.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    further_tests: tuple[ImageSet, ...] = ()
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Self:
+        """Read the data that the command line names; ``options`` are those of ``load_evaluation_data``."""
+        data = load_evaluation_data(source, **options)
+        return cls(data.train, data.test, data.further_tests)
+
+    @property
+    def tests(self) -> tuple[ImageSet, ...]:
+        """All test sets, the one to quote first."""
+        return (self.test, *self.further_tests)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether every image of every part has a class."""
+        return all(part.is_labelled for part in (self.train, *self.tests))
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, from the largest label of any part."""
+        labels = torch.cat([part.require_labels("Counting classes") for part in (self.train, *self.tests)])
+        return int(labels.max()) + 1
 
 
 class _SourceRows(Sequence[Any]):
@@ -62,6 +104,7 @@ def load_evaluation_data(
     test_split: str | None = None,
     train_images: int | None = None,
     test_images: int | None = None,
+    further_tests: Sequence[Sequence[str]] = (),
     subset_seed: int = 0,
     num_workers: int = 0,
     cache_bytes: int = 4 << 30,
@@ -69,7 +112,7 @@ def load_evaluation_data(
     progress: bool = True,
     **source_options: Any,
 ) -> EvaluationData:
-    """Training and test images of a source.
+    """Read training and test images of a source.
 
     Args:
         source: Whatever ``hf_equissl.data.load_images`` reads: Hub id, parquet, image folder, stream, ...
@@ -77,8 +120,10 @@ def load_evaluation_data(
         test_split: Split on which they are judged; ``None``: the first of test, validation, val that exists, otherwise
             a tenth of the training split is held out.
         train_images: Use a fixed random subset of this size (of a stream: its first images); ``None``: all.
-        test_images: Likewise.
-        subset_seed: Seed of both subsets and of what is held out.
+        test_images: Likewise, of every test set.
+        further_tests: More test sets, each a source, or a source and a split. Where both have class names, labels are
+            those of the training images' classes.
+        subset_seed: Seed of the subsets and of what is held out.
         num_workers: Processes that decode; 0: this one.
         cache_bytes: Base images are kept in memory up to this size per split.
         max_bad_share: Share of either split's images that may fail to decode; they are left out.
@@ -91,6 +136,9 @@ def load_evaluation_data(
     for name, count in (("train_images", train_images), ("test_images", test_images)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
+    for named in further_tests:
+        if len(named) not in (1, 2):
+            raise ValueError(f"--further_test {' '.join(named)}: expected a source, or a source and a split.")
     train = load_images(source, split=train_split, **source_options)
     test = load_test_split(source, train_split, test_split, source_options)
     options = {
@@ -99,36 +147,90 @@ def load_evaluation_data(
         "max_bad_share": max_bad_share,
         "progress": progress,
     }
+    shared = {name: value for name, value in source_options.items() if name != "config_name"}
+    others = tuple(
+        _further_test(train, *named, limit=test_images, subset_seed=subset_seed, load=shared, **options)
+        for named in further_tests
+    )
     if test is not None:
         return EvaluationData(
             image_set(train, source, train_split, train_images, subset_seed, **options),
             image_set(test[0], source, test[1], test_images, subset_seed, **options),
+            others,
         )
+    kept, held_out = _hold_out(train, source, train_split, test_images, subset_seed)
+    return EvaluationData(
+        _of_rows(train, np.sort(kept[:train_images]), source, f"{train_split} (without held-out)", **options),
+        _of_rows(train, held_out, source, f"{train_split} (held-out)", **options),
+        others,
+    )
+
+
+def _hold_out(
+    train: ImageSource, source: str, split: str, test_images: int | None, subset_seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose rows to fit on (in random order) and rows to judge by, of a source without a test split.
+
+    Raises:
+        ValueError: it is a stream, or too few images would be left.
+    """
     if train.streaming:
         raise ValueError(f"{source!r} is streamed and has no test split: name one with test_split (--test_split).")
     if test_images is not None and len(train) - test_images < FEWEST_TRAIN_IMAGES:
         raise ValueError(
-            f"test_images (--test_images) is {test_images}, but {source!r} has {len(train)} images in {train_split!r} "
+            f"test_images (--test_images) is {test_images}, but {source!r} has {len(train)} images in {split!r} "
             f"and no test split: {max(0, len(train) - test_images)} would be left to fit probes on, at least "
             f"{FEWEST_TRAIN_IMAGES} are needed. Hold fewer out, or name a test split (--test_split)."
         )
     order = np.random.default_rng(subset_seed).permutation(len(train))
     count = min(test_images or max(1, round(HELD_OUT * len(train))), len(train) - 1)
     if count < 1:
+        raise ValueError(f"{source!r} has {len(train)} image(s) in {split!r}: too few to hold some out for testing.")
+    return order[count:], np.sort(order[:count])
+
+
+def _further_test(
+    train: ImageSource,
+    source: str,
+    split: str | None = None,
+    *,
+    limit: int | None,
+    subset_seed: int,
+    load: dict[str, Any],
+    **options: Any,
+) -> ImageSet:
+    """Open one more test set, with the labels of the training images' classes where both sides name their classes.
+
+    Raises:
+        ValueError: it cannot be read, or has a class that the training images do not have.
+    """
+    named = load_test_split(source, "", split, load)
+    images, split = named or (load_images(source, **load), "train")
+    found = image_set(images, source, split, limit, subset_seed, **options)
+    ours, theirs = class_names(images), class_names(train)
+    if found.labels is None or not ours or not theirs or ours == theirs:
+        return found
+    unknown = [name for name in ours if name not in theirs]
+    if unknown:
         raise ValueError(
-            f"{source!r} has {len(train)} image(s) in {train_split!r}: too few to hold some out for testing."
+            f"{source!r} has {len(unknown)} classes that {train.name} does not have, e.g. {unknown[0]!r}: what was "
+            "fitted there cannot name them. Give a test set of the same classes (--further_test)."
         )
-    kept = np.sort(order[count:][:train_images])
-    return EvaluationData(
-        _of_rows(train, kept, source, f"{train_split} (without held-out)", **options),
-        _of_rows(train, np.sort(order[:count]), source, f"{train_split} (held-out)", **options),
-    )
+    ids = torch.tensor([theirs.index(name) for name in ours])
+    found.labels = torch.where(found.labels < 0, found.labels, ids[found.labels])
+    return found
+
+
+def class_names(images: ImageSource) -> list[str]:
+    """Names of the classes in the order of their labels; empty where the source does not name them."""
+    feature = (images.dataset.features or {}).get(images.label_column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
 
 
 def load_test_split(
     source: str, train_split: str, test_split: str | None, options: dict[str, Any]
 ) -> tuple[ImageSource, str] | None:
-    """The test split and its name, or ``None`` where there is none.
+    """Load the test split; return it with its name, or ``None`` where there is none.
 
     Args:
         source: As in ``load_evaluation_data``.

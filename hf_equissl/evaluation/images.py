@@ -119,6 +119,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether every image has a class."""
+        return self.labels is not None and bool((self.labels >= 0).all())
+
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
         """A fixed random part of ``limit`` images; itself if it has no more. What is known of the whole is reused."""
         if limit is None or limit >= len(self):
@@ -272,17 +277,3 @@ class ImageSet:
             name: torch.cat([parts[part] for part in _PARTS[name]], 1) if name in _PARTS else parts[name]
             for name in names
         }
-
-
-@dataclass(eq=False)
-class EvaluationData:
-    """What evaluators are given: images to fit probes on and images to judge them by."""
-
-    train: ImageSet
-    test: ImageSet
-
-    @property
-    def num_classes(self) -> int:
-        """Classes, from the largest label of either part."""
-        labels = torch.cat([part.require_labels("Counting classes") for part in (self.train, self.test)])
-        return int(labels.max()) + 1

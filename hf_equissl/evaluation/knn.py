@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..encoders.frozen import FrozenEncoder
-from .base import Evaluator
-from .images import EvaluationData
-from .metrics import mean_per_class_accuracy, topk_accuracy
+from .classification import ClassificationEvaluator
+from .data import EvaluationData
+from .metrics import mean_per_class_accuracy
 from .results import ResultRecord
 
 
@@ -27,7 +27,7 @@ def knn_votes(
     chunk_size: int = 1024,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Class scores from the k most similar training images, each voting with exp(cosine / temperature).
+    """Score classes by the k most similar training images, each voting with exp(cosine / temperature).
 
     As in DINO (https://github.com/facebookresearch/dino, eval_knn.py). Memory: ``chunk_size`` x training images.
 
@@ -54,7 +54,7 @@ def knn_votes(
     return torch.cat(scores)
 
 
-class KNNEvaluator(Evaluator):
+class KNNEvaluator(ClassificationEvaluator):
     """Top-1 accuracy (and top-5 with more than ten classes) of weighted k-nearest-neighbour votes.
 
     Cosine similarity, k = 20, temperature 0.07: the setting of DINO (https://github.com/facebookresearch/dino,
@@ -62,50 +62,40 @@ class KNNEvaluator(Evaluator):
     """
 
     name: ClassVar[str] = "knn"
-    primary_metric: ClassVar[str] = "top1"
+    unmeasured: ClassVar[str] = "how well neighbours in feature space share a class"
 
     def __init__(
         self, data: EvaluationData, *, features: Sequence[str] = ("cls",), k: int = 20, temperature: float = 0.07
     ) -> None:
-        """Check the labels; ``features`` names the kinds of features, the first being the primary one."""
+        """Check the settings; ``features`` names the kinds of features, the first being the primary one."""
         super().__init__(data, features=features, seeds=1)
         if k < 1 or temperature <= 0:
             raise ValueError(f"k must be at least 1 and temperature above 0, got {k} and {temperature}.")
-        data.train.require_labels("KNNEvaluator")
-        data.test.require_labels("KNNEvaluator")
-        self.tasks, self.k, self.temperature = ("classification",), k, temperature
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Top-1, and top-5 where that says something."""
-        return ("top1", "top5") if self.data.num_classes > 10 else ("top1",)
+        self.k, self.temperature = k, temperature
 
     def settings(self, task: str) -> dict[str, Any]:
-        """Neighbours and temperature."""
+        """Return neighbours and temperature."""
         return {"k": self.k, "temperature": self.temperature, "similarity": "cosine"}
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
-        """Vote once per kind of features."""
+        """Vote once per kind of features and test set."""
         encoder.check_features(self.features)
-        train_rows, train = self.data.train.features(encoder, self.features)
-        test_rows, test = self.data.test.features(encoder, self.features)
-        train_labels = self.data.train.require_labels("KNNEvaluator")[train_rows]
-        test_labels = self.data.test.require_labels("KNNEvaluator")[test_rows]
+        train, train_labels = self.labelled_features(encoder, self.data.train)
         classes = self.data.num_classes
         records = []
-        for name in self.features:
-            scores = knn_votes(
-                train[name],
-                train_labels,
-                test[name],
-                classes,
-                k=min(self.k, len(train_labels)),
-                temperature=self.temperature,
-                device=encoder.device,
-            )
-            top = {
-                metric: [topk_accuracy(scores, test_labels, int(metric.removeprefix("top")))] for metric in self.metrics
-            }
-            details = {"mean_per_class": [mean_per_class_accuracy(scores.argmax(1), test_labels)]}
-            records += self.records(encoder, task, name, top, seeds, details)
+        for part in self.data.tests:
+            test, labels = self.labelled_features(encoder, part)
+            for name in self.features:
+                scores = knn_votes(
+                    train[name],
+                    train_labels,
+                    test[name],
+                    classes,
+                    k=min(self.k, len(train_labels)),
+                    temperature=self.temperature,
+                    device=encoder.device,
+                )
+                accuracies = {metric: [value] for metric, value in self.accuracies(scores, labels).items()}
+                details = {"mean_per_class": [mean_per_class_accuracy(scores.argmax(1), labels)]}
+                records += self.records(encoder, task, name, accuracies, seeds, details, part)
         return records

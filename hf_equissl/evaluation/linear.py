@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..encoders.frozen import FrozenEncoder
-from .base import Evaluator
-from .images import EvaluationData
+from .classification import ClassificationEvaluator
+from .data import EvaluationData
 from .metrics import mean_per_class_accuracy, topk_accuracy
 from .probes import feature_statistics, fit_linear_adamw, fit_linear_lbfgs, seeded_permutation
 from .results import ResultRecord
@@ -21,7 +21,7 @@ LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
-class LinearEvaluator(Evaluator):
+class LinearEvaluator(ClassificationEvaluator):
     """Top-1 accuracy (and top-5 with more than ten classes) of a linear classifier on frozen features.
 
     Feature strategies of iBOT (https://github.com/bytedance/ibot) and of https://arxiv.org/abs/2503.18753: ``cls``,
@@ -38,7 +38,8 @@ class LinearEvaluator(Evaluator):
     """
 
     name: ClassVar[str] = "linear"
-    primary_metric: ClassVar[str] = "top1"
+    unmeasured: ClassVar[str] = "how well a linear classifier tells classes apart"
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {"solver": "lbfgs", "standardize": True}}
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class LinearEvaluator(Evaluator):
         held_out: float = 0.1,
         standardize: bool = False,
     ) -> None:
-        """Check the labels.
+        """Check the settings.
 
         Args:
             data: Labelled train and test images.
@@ -71,20 +72,12 @@ class LinearEvaluator(Evaluator):
             raise ValueError(f"solver must be 'adamw' or 'lbfgs', got {solver!r}.")
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be a share between 0 and 1, got {held_out}.")
-        data.train.require_labels("LinearEvaluator")
-        data.test.require_labels("LinearEvaluator")
-        self.tasks = ("classification",)
         self.solver, self.epochs, self.batch_size = solver, epochs, batch_size
         self.candidates = tuple(candidates or (LEARNING_RATES if solver == "adamw" else PENALTIES))
         self.held_out, self.standardize = held_out, standardize
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Top-1, and top-5 where that says something."""
-        return ("top1", "top5") if self.data.num_classes > 10 else ("top1",)
-
     def settings(self, task: str) -> dict[str, Any]:
-        """Settings of the solver."""
+        """Return the settings of the solver."""
         adamw = {"epochs": self.epochs, "batch_size": self.batch_size, "schedule": "cosine", "weight_decay": 0.0}
         return {
             "solver": self.solver,
@@ -96,35 +89,33 @@ class LinearEvaluator(Evaluator):
         }
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
-        """Choose, fit and judge one classifier per kind of features and seed."""
+        """Choose and fit one classifier per kind of features and seed; judge it on every test set."""
         encoder.check_features(self.features)
-        train_rows, train = self.data.train.features(encoder, self.features)
-        test_rows, test = self.data.test.features(encoder, self.features)
-        train_labels = self.data.train.require_labels("LinearEvaluator")[train_rows]
-        test_labels = self.data.test.require_labels("LinearEvaluator")[test_rows]
+        train, train_labels = self.labelled_features(encoder, self.data.train)
+        tests = [(part, *self.labelled_features(encoder, part)) for part in self.data.tests]
         classes = self.data.num_classes
         records = []
         for name in self.features:
-            fitted, judged = train[name], test[name]
-            if self.standardize:
-                mean, std = feature_statistics(fitted)
-                fitted, judged = (fitted - mean) / std, (judged - mean) / std
-            metrics: dict[str, list[float]] = {metric: [] for metric in self.metrics}
-            details: dict[str, list[Any]] = {"chosen": [], "mean_per_class": []}
-            for seed in seeds:
-                chosen, weight, bias = self._choose_and_fit(fitted, train_labels, classes, seed, encoder.device)
-                logits = F.linear(judged, weight, bias)
-                for metric, values in metrics.items():
-                    values.append(topk_accuracy(logits, test_labels, int(metric.removeprefix("top"))))
-                details["chosen"].append(chosen)
-                details["mean_per_class"].append(mean_per_class_accuracy(logits.argmax(1), test_labels))
-            records += self.records(encoder, task, name, metrics, seeds, details)
+            mean, std = feature_statistics(train[name])
+            fitted = (train[name] - mean) / std if self.standardize else train[name]
+            fits = [self._choose_and_fit(fitted, train_labels, classes, seed, encoder.device) for seed in seeds]
+            for part, test, labels in tests:
+                judged = (test[name] - mean) / std if self.standardize else test[name]
+                metrics: dict[str, list[float]] = {metric.name: [] for metric in self.recorded}
+                details: dict[str, list[Any]] = {"chosen": [], "mean_per_class": []}
+                for chosen, weight, bias in fits:
+                    logits = F.linear(judged, weight, bias)
+                    for metric, value in self.accuracies(logits, labels).items():
+                        metrics[metric].append(value)
+                    details["chosen"].append(chosen)
+                    details["mean_per_class"].append(mean_per_class_accuracy(logits.argmax(1), labels))
+                records += self.records(encoder, task, name, metrics, seeds, details, part)
         return records
 
     def _choose_and_fit(
         self, features: Tensor, labels: Tensor, classes: int, seed: int, device: torch.device
     ) -> tuple[float, Tensor, Tensor]:
-        """The candidate that is best on the held-out part (of equals the first), and a fit to all with it."""
+        """Return the candidate that is best on the held-out part (of equals the first), and a fit to all with it."""
         count = round(self.held_out * len(features))
         start, chosen = None, self.candidates[len(self.candidates) // 2]
         if len(self.candidates) > 1 and 0 < count < len(features):

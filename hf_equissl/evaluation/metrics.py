@@ -25,7 +25,7 @@ class Metric:
         digits: Decimals that are shown.
         higher_is_better: Direction, for choosing the best of several.
         hub_type: Name of the metric in the ``model-index`` of a card; ``None`` keeps the number out of it.
-        library: Package that computes it; records keep its version.
+        library: Distribution that computes it; records keep its version.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Metric:
     digits: int = 4
     higher_is_better: bool = True
     hub_type: str | None = None
-    library: str = "hf_equissl"
+    library: str = "hf-equissl"
 
     @property
     def scale(self) -> float:
@@ -57,6 +57,10 @@ class Metric:
 
 TOP1 = Metric("top1", "%", digits=2, hub_type="accuracy")
 TOP5 = Metric("top5", "%", digits=2, hub_type="top5")
+R2 = Metric("r2", hub_type="r_squared")
+R2_SCALAR = Metric("r2_scalar")
+EFFECTIVE_RANK = Metric("effective_rank", digits=2, hub_type="effective_rank")
+FEATURE_STD = Metric("feature_std", hub_type="feature_std")
 
 
 def _float64(name: str, values: ArrayLike) -> Tensor:

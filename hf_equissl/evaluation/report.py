@@ -1,61 +1,65 @@
-"""Records as tables and as a bar chart, one or several encoders side by side."""
+"""Records as tables and as numbers for a logger, one or several encoders side by side."""
 
 from __future__ import annotations
 
-import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .registry import EVALUATORS, evaluator_of
 from .results import ResultRecord, merge_records
-
-_TRANSFORMATIONS = "transformation_regression"
-
-
-def _cell(record: ResultRecord) -> str:
-    percent = record.metric.startswith("top")
-    scale, digits = (100, 2) if percent else (1, 2) if record.metric == "effective_rank" else (1, 4)
-    text = f"{record.value * scale:.{digits}f}"
-    return text if record.std is None else f"{text} +- {record.std * scale:.{digits}f}"
-
-
-def _settings(record: ResultRecord) -> str:
-    """What tells two measurements of one encoder apart in a row label, if anything has to."""
-    fill = record.protocol.get("family", {}).get("fill") if record.evaluator == _TRANSFORMATIONS else None
-    return f" [{fill}]" if fill else ""
 
 
 def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per encoder and kind of features, one column per task and metric.
+    """Lay records out as header and rows: one row per encoder and kind of features, one column per task and metric.
 
-    R2 is shown as it is, accuracies in percent; with several seeds as mean +- standard deviation. SIE's form of R2 is
-    left out for families with one parameter, where it is R2. Records of one encoder that differ only in protocol get
-    columns of their own, numbered from the second one on.
+    Values as their metric shows them; with several seeds as mean +- standard deviation. A metric that cards do not list
+    is left out where it repeats one that they do. Test sets are named where there are several. Records of one encoder
+    that differ only in protocol get columns of their own, numbered from the second one on.
     """
-    merged = merge_records(records)
-    single = {record.task for record in merged if record.metric == "r2" and len(record.details) == 1}
-    merged = [record for record in merged if record.metric != "r2_scalar" or record.task not in single]
-    order = {_TRANSFORMATIONS: 0, "linear": 1, "knn": 2}
-    merged.sort(key=lambda record: (order.get(record.evaluator, 3), record.metric == "r2_scalar"))
+    merged = [record for record in merge_records(records) if not _repeats(record, records)]
+    order = {name: position for position, name in enumerate(EVALUATORS)}
+    merged.sort(key=lambda record: (order.get(record.evaluator, len(order)), record.about.hub_type is None))
+    places = {(record.dataset, record.split) for record in merged}
     columns: list[str] = []
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for record in merged:
         row = cells.setdefault((record.encoder, record.features), {})
-        column = record.name + _settings(record)
-        number = 2
+        title = record.name + evaluator_of(record).variant(record)
+        if len(places) > 1:
+            title += f" ({Path(record.dataset).name}, {record.split})"
+        column, number = title, 2
         while column in row:
-            column, number = f"{record.name}{_settings(record)} ({number})", number + 1
+            column, number = f"{title} ({number})", number + 1
         if column not in columns:
             columns.append(column)
-        row[column] = _cell(record)
+        row[column] = record.text
     rows = [
         [encoder, features, *(row.get(column, "") for column in columns)] for (encoder, features), row in cells.items()
     ]
     return ["encoder", "features", *columns], sorted(rows, key=lambda row: row[0])
 
 
+def _repeats(record: ResultRecord, records: Sequence[ResultRecord]) -> bool:
+    """Whether a metric that cards do not list has, for its task, the values of one that they list, for every encoder.
+
+    R2 in SIE's form does so for families with one parameter.
+    """
+    if record.about.hub_type is not None:
+        return False
+    mine = _values(records, record.task, record.metric)
+    listed = {other.metric for other in records if other.task == record.task and other.about.hub_type is not None}
+    return any(mine.items() <= _values(records, record.task, metric).items() for metric in listed)
+
+
+def _values(records: Sequence[ResultRecord], task: str, metric: str) -> dict[tuple[str, ...], tuple[float, ...]]:
+    chosen = [record for record in records if (record.task, record.metric) == (task, metric)]
+    return {(record.encoder, record.features, record.dataset, str(record.protocol)): record.values for record in chosen}
+
+
 def plain_table(records: Sequence[ResultRecord]) -> str:
-    """A table for the terminal: measurements downwards, encoders across, so that it stays narrow."""
+    """Write a table for the terminal: measurements downwards, encoders across, so that it stays narrow."""
     header, rows = table_rows(records)
     turned = [[name, *(row[position] for row in rows)] for position, name in enumerate(header)]
     widths = [max(len(line[column]) for line in turned) for column in range(len(turned[0]))]
@@ -64,11 +68,16 @@ def plain_table(records: Sequence[ResultRecord]) -> str:
 
 
 def markdown_table(records: Sequence[ResultRecord]) -> str:
-    """The same numbers as a Markdown table, followed by data set, seeds and protocol of each measurement."""
+    """Write the same numbers as a Markdown table, followed by ``protocol_notes``."""
     header, rows = table_rows(records)
     lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
-    notes = dict.fromkeys(_note(record) for record in merge_records(records) if record.metric != "r2_scalar")
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", protocol_notes(records), ""])
+
+
+def protocol_notes(records: Sequence[ResultRecord]) -> str:
+    """List data set, seeds and protocol of each measurement that cards list, one Markdown item each."""
+    listed = [record for record in merge_records(records) if record.about.hub_type is not None]
+    return "\n".join(dict.fromkeys(_note(record) for record in listed))
 
 
 def _note(record: ResultRecord) -> str:
@@ -77,68 +86,26 @@ def _note(record: ResultRecord) -> str:
 
 
 def _words(value: Any) -> str:
-    """A setting for readers: a family as the call that makes it."""
+    """Write a setting for readers: a family as the call that makes it."""
     if isinstance(value, dict) and "class" in value:
         arguments = [f"{name}={item}" for name, item in value.items() if name not in ("class", "ranges")]
         return f"{value['class']}({', '.join(arguments)})"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None = None) -> Any:
-    """Bar chart of R2 per family, one group per family and one bar per encoder and kind of features.
+def as_logs(records: Sequence[ResultRecord], prefix: str = "eval_") -> dict[str, float]:
+    """Turn records of one encoder and test set into flat numbers for a logger.
 
-    Args:
-        records: Those with another metric than "r2" are passed over.
-        path: Where to save the figure (format by its suffix); ``None``: do not.
-
-    Returns:
-        The ``matplotlib.figure.Figure``.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: without any R2.
+    Names are ``{prefix}{metric}_{task}_{features}`` for evaluators of several related tasks and
+    ``{prefix}{evaluator}_{metric}_{features}`` for others, e.g. ``eval_r2_rotation_backbone``, ``eval_knn_top1_cls``.
+    ``{prefix}{metric}`` is the mean of a primary metric over related tasks, e.g. ``eval_r2``.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf-equissl[plots]'.") from error
-    chosen = [record for record in merge_records(records) if record.metric == "r2"]
-    if not chosen:
-        raise ValueError("There is no R2 among these records: run the transformation_regression evaluator.")
-    names = [(record.encoder, record.features) for record in chosen]
-    labels = _short_labels(list(dict.fromkeys(names)))
-    groups = list(dict.fromkeys(record.task + _settings(record) for record in chosen))
-    figure = Figure(figsize=(max(5.0, 1.2 + 0.35 * len(groups) * (1 + len(labels))), 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    width, lowest = 0.8 / len(labels), [0.0]
-    for position, (name, label) in enumerate(labels.items()):
-        mine = [record for record in chosen if (record.encoder, record.features) == name]
-        left = [groups.index(record.task + _settings(record)) + (position + 0.5) * width - 0.4 for record in mine]
-        # Far below zero says no more than below zero, and would flatten the rest.
-        heights = [max(record.value, -0.1) for record in mine]
-        lowest += heights
-        errors = [record.std or 0.0 for record in mine]
-        axes.bar(left, heights, width, yerr=errors if any(errors) else None, capsize=2, label=label)
-    axes.set_xticks(range(len(groups)), [group.replace("_", " ").replace(" [", "\n[") for group in groups])
-    axes.set_ylim(min(lowest), 1.0)
-    axes.set_ylabel("R2")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize="small")
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _short_labels(names: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """The shortest tails of the encoders' paths that tell them apart, with the features where they differ."""
-    encoders = list(dict.fromkeys(encoder for encoder, _ in names))
-    # A run's export is always called "encoder": the folder above says more.
-    depth = 2 if any(Path(encoder).name == "encoder" for encoder in encoders) else 1
-    while depth < 8 and len({Path(encoder).parts[-depth:] for encoder in encoders}) < len(encoders):
-        depth += 1
-    several = len({features for _, features in names}) > 1
-    return {
-        (encoder, features): "/".join(Path(encoder).parts[-depth:]) + (f" ({features})" if several else "")
-        for encoder, features in names
-    }
+    logs: dict[str, float] = {}
+    related: dict[str, list[float]] = {}
+    for record in records:
+        has_related_tasks = evaluator_of(record).has_related_tasks
+        stem = f"{record.metric}_{record.task}" if has_related_tasks else f"{record.evaluator}_{record.metric}"
+        logs[f"{prefix}{stem}_{record.features}"] = record.value
+        if has_related_tasks and record.primary:
+            related.setdefault(record.metric, []).append(record.value)
+    return logs | {f"{prefix}{metric}": statistics.fmean(values) for metric, values in related.items()}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,18 @@ from typing import Any
 
 from ..utils.files import write_text
 from ..utils.versions import library_versions
+from . import metrics
+from .metrics import Metric
 
 FORMAT_VERSION = 1
+# Metrics of records that were written before records said what theirs is.
+_BEFORE = {
+    metric.name: metric
+    for metric in (
+        *(metrics.TOP1, metrics.TOP5, metrics.R2, metrics.R2_SCALAR),
+        *(metrics.EFFECTIVE_RANK, metrics.FEATURE_STD),
+    )
+}
 # What records of hf_equissl.finetuning name as their evaluator.
 FINE_TUNING = "finetune"
 
@@ -26,7 +36,7 @@ class ResultRecord:
 
     Attributes:
         evaluator: Registry key of the evaluator.
-        task: What was asked: a transformation family, or "classification".
+        task: What was asked: a transformation family, "classification", "representation", ...
         metric: Name of the number: "r2", "r2_scalar", "top1", ...
         features: Which features of the encoder: "backbone", "cls", "equivariant", ...
         values: The number for each seed.
@@ -38,6 +48,8 @@ class ResultRecord:
         encoder: Path or Hub id, or the class of a module that was handed over.
         encoder_digest: Digest of the encoder's weights and input settings.
         details: Further numbers, one list entry per seed, e.g. R2 of each parameter.
+        about: What the metric is: unit, digits, direction. Default: what is known of a metric of that name.
+        hub_task: Task type of the Hub, e.g. "image-classification". Default: by the task.
         command: The command line, where there was one.
         versions: Library versions.
         date: UTC, ISO 8601.
@@ -56,6 +68,8 @@ class ResultRecord:
     encoder: str
     encoder_digest: str
     details: dict[str, list[Any]] = field(default_factory=dict)
+    about: Metric = None  # type: ignore[assignment]  # filled in below
+    hub_task: str = ""
     command: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -68,15 +82,24 @@ class ResultRecord:
         for name, entries in self.details.items():
             if len(entries) != len(self.seeds):
                 raise ValueError(f"details[{name!r}] has {len(entries)} entries for {len(self.seeds)} seeds.")
+        if self.about is None or self.about.name != self.metric:
+            object.__setattr__(self, "about", _BEFORE.get(self.metric, Metric(self.metric)))
+        if not self.hub_task:
+            kind = "image-classification" if self.task == "classification" else "image-feature-extraction"
+            object.__setattr__(self, "hub_task", kind)
 
     @property
     def name(self) -> str:
         """What was measured: "rotation r2", "linear top1", "finetune lora top1", "effective_rank"."""
         if self.task == "representation":
             return self.metric
-        if self.task != "classification":
-            return f"{self.task} {self.metric}"
-        return " ".join(filter(None, (self.evaluator, self.protocol.get("method"), self.metric)))
+        what = self.evaluator if self.task == "classification" else self.task
+        return " ".join(filter(None, (what, self.protocol.get("method"), self.metric)))
+
+    @property
+    def text(self) -> str:
+        """The mean over seeds for readers, with the standard deviation where there are several."""
+        return self.about.text(self.value, self.std)
 
     @property
     def value(self) -> float:
@@ -123,8 +146,9 @@ class ResultRecord:
         unknown = set(entry) - names - {"value", "std"}
         if unknown:
             raise ValueError(f"Unknown fields in a result record: {sorted(unknown)}.")
-        values = {name: entry[name] for name in names if name in entry}
-        return cls(**{**values, "values": tuple(entry["values"]), "seeds": tuple(entry["seeds"])})
+        given = {name: entry[name] for name in names if name in entry}
+        given |= {"values": tuple(entry["values"]), "seeds": tuple(entry["seeds"])}
+        return cls(**given | ({"about": Metric(**entry["about"])} if entry.get("about") else {}))
 
 
 def _plain(value: Any) -> Any:
@@ -140,24 +164,6 @@ def merge_records(records: Iterable[ResultRecord]) -> list[ResultRecord]:
     for record in records:
         merged[record.key] = merged[record.key].merge(record) if record.key in merged else record
     return list(merged.values())
-
-
-def as_logs(records: Sequence[ResultRecord], prefix: str = "eval_") -> dict[str, float]:
-    """Records as flat numbers for a logger.
-
-    Names are ``{prefix}{metric}_{task}_{features}`` for transformations and ``{prefix}{evaluator}_{metric}_{features}``
-    for classification, e.g. ``eval_r2_rotation_backbone``, ``eval_knn_top1_cls``. ``{prefix}r2`` is the mean over
-    families of the primary R2.
-    """
-    logs: dict[str, float] = {}
-    for record in records:
-        regression = record.evaluator == "transformation_regression"
-        stem = f"{record.metric}_{record.task}" if regression else f"{record.evaluator}_{record.metric}"
-        logs[f"{prefix}{stem}_{record.features}"] = record.value
-    r2 = [record.value for record in records if record.primary and record.metric == "r2"]
-    if r2:
-        logs[f"{prefix}r2"] = statistics.fmean(r2)
-    return logs
 
 
 def save_records(records: Iterable[ResultRecord], path: str | os.PathLike[str]) -> None:

@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 from ..encoders.frozen import FrozenEncoder
 from ..utils.files import write_text
 from .base import Evaluator
-from .report import markdown_table, plot_r2
+from .registry import EVALUATORS
+from .report import markdown_table
 from .results import ResultRecord, load_records, merge_records, save_records
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 TABLE = "results.md"
-PLOT = "r2.png"
 
 
 def check_output_dir(output_dir: str | os.PathLike[str]) -> Path:
@@ -70,7 +70,7 @@ def run_evaluators(
     path = check_output_dir(output_dir) / RESULTS
     records = load_records(path) if path.exists() else []
     for evaluator in evaluators:
-        encoder.check_features(evaluator.features)
+        evaluator.check(encoder)
     work = [(evaluator, task) for evaluator in evaluators for task in evaluator.tasks]
     wanted: list[str] = []
     for evaluator, task in tqdm(work, desc=encoder.name, unit="task", disable=not progress):
@@ -91,14 +91,16 @@ def run_evaluators(
 
 
 def write_report(records: Iterable[ResultRecord], output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Write ``results.md`` and, where there is an R2 and matplotlib is installed, ``r2.png``; returns their paths."""
+    """Write ``results.md`` and, where matplotlib is installed, the evaluators' pictures; return their paths."""
     folder, records = Path(output_dir), list(records)
     write_text(folder / TABLE, markdown_table(records))
     written = [folder / TABLE]
-    if any(record.metric == "r2" for record in records):
-        try:
-            plot_r2(records, folder / PLOT)
-            written.append(folder / PLOT)
-        except ImportError as error:
-            logger.warning("No plot: %s", error)
+    for name, evaluator in EVALUATORS.items():
+        own = [record for record in records if record.evaluator == name]
+        for plot in evaluator.plots if own else ():
+            try:
+                plot.draw(own, folder / plot.file)
+                written.append(folder / plot.file)
+            except ImportError as error:
+                logger.warning("No picture: %s", error)
     return written

@@ -31,7 +31,7 @@ def make_records(
     """Make one record per metric of the task; that of the primary one says what the result cost."""
     settings, task = run.settings, run.task
     primary = f"eval_{task.primary.name}"
-    declared = [metric.name for metric in task.metrics]
+    declared = {metric.name: metric for metric in task.metrics}
     values = [float(entry[primary]) for entry in history if primary in entry] or [float(metrics[primary])]
     # What the Trainer adds, such as eval_runtime, is no property of the model.
     added = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -60,9 +60,11 @@ def make_records(
             encoder=settings.encoder,
             encoder_digest=run.encoder_digest,
             details={key: [value] for key, value in details.items()} if name == task.primary.name else {},
+            about=metric,
+            hub_task=task.pipeline_tag or "",
             command=command,
         )
-        for name in declared
+        for name, metric in declared.items()
         if f"eval_{name}" in metrics
     ]
 

@@ -161,6 +161,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         citation: BibTeX of the paper.
+        purpose: What it asks of the features, as a sentence for cards.
         reads_num_classes: Whether the constructor needs ``facts.num_classes``: the data set is then opened before the
             model is built.
         exports: Whose weights are the result where this is the invariance objective and there is a teacher.
@@ -172,6 +173,7 @@ class Objective(nn.Module, ABC):
     reads_num_classes: ClassVar[bool] = False
     exports: ClassVar[Literal["teacher", "student"]] = "teacher"
     decoder_config: EquiSSLConfig | None = None
+    purpose: ClassVar[str] = ""
 
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__()

@@ -51,6 +51,10 @@ class CrossAttentionReconstructionObjective(Objective):
         ValueError: Without an equivariant part; in ``forward``, with fewer than two global crops.
     """
 
+    purpose: ClassVar[str] = (
+        "The reconstruction by cross-attention asks the features to keep how an image is transformed, beside what it "
+        "shows; the parameters of the transformation are never shown to the network."
+    )
     citation: ClassVar[str] = """@article{wang2024equivariant,
   title   = {Equivariant Representation Learning for Augmentation-based Self-Supervised Learning via Image
              Reconstruction},

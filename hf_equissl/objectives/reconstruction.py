@@ -54,6 +54,10 @@ class ReconstructionObjective(Objective):
         ValueError: Without an equivariant part or K < 1; in ``forward``, if targets are absent or do not fit.
     """
 
+    purpose: ClassVar[str] = (
+        "The reconstruction asks the features to keep how an image is transformed, beside what it shows; the "
+        "parameters of the transformation are never shown to the network."
+    )
     citation: ClassVar[str] = """@inproceedings{wang2026equissl,
   title     = {Self-Supervised Learning Based on Transformed Image Reconstruction for Equivariance-Coherent Feature
                Representation},

@@ -111,10 +111,17 @@ def test_overwrite_and_changed_weights_compute_again(
         (["--label_column", "klass"], "klass"),
         (["--test_split", "tset"], "tset"),
         (["--train_images", "0"], "train_images must be at least 1"),
-        (["--max_bad_share", "2"], "--max_bad_share: expected a share from 0 to 1, got 2.0"),
+        (["--max_bad_share", "2"], "(--max_bad_share) must be a share from 0 to 1, got 2.0"),
         (["--device", "gpu"], "--device gpu: not a device"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--image_size", "18"], "Give 16 or 20"),
+        (["--set", "knn.k"], "--set knn.k: expected EVALUATOR.KEY=VALUE"),
+        (["--set", "kn.k=3"], "Did you mean 'knn'"),
+        (["--set", "knn.kk=3"], "Did you mean 'k'"),
+        (["--set", "knn.k=0"], "k must be at least 1"),
+        (["--set", "knn.k=many"], "expected an integer, got 'many'"),
+        (["--further_test", "a", "b", "c"], "expected a source, or a source and a split"),
+        (["--further_test", "/no/such/data"], "/no/such/data"),
     ],
 )
 def test_mistakes_end_in_one_line_before_compute(

@@ -108,7 +108,9 @@ def test_tables_and_logs() -> None:
     assert "k 20" in markdown
     assert "family RotationFamily(fill=zeros)" in markdown
     two = {"details": {"r2_tx": [0.1, 0.2], "r2_ty": [0.3, 0.4]}, "task": "translation"}
-    assert "r2_scalar" in plain_table([record(**two), record(**{**two, "details": {}}, metric="r2_scalar")])
+    assert "r2_scalar" in plain_table(
+        [record(**two), record(**{**two, "details": {}, "values": (0.1, 0.2)}, metric="r2_scalar")]
+    )
     logs = as_logs(records[:3] + records[4:5])
     assert logs["eval_r2_rotation_backbone"] == pytest.approx(0.6)
     assert logs["eval_knn_top1_cls"] == pytest.approx(0.456)

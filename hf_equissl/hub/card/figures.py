@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.report import plot_r2
-from ...evaluation.results import ResultRecord, merge_records
+from ...evaluation import EVALUATORS
+from ...evaluation.results import ResultRecord
 from ...utils.figures import plot_losses
 from ..privacy import public_source
 from ..run_folder import RunFolder
@@ -54,8 +53,11 @@ def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | 
         found.append(_losses(run, losses, folder))
     if any("effective_rank" in entry for entry in run.history):
         found.append(_features(run, folder))
-    if any(record.metric == "r2" for record in records):
-        found.append(_r2(records, folder))
+    for name, evaluator in EVALUATORS.items():
+        own = [record for record in records if record.evaluator == name]
+        for plot in evaluator.plots if own else ():
+            plot.draw(own, folder / plot.file)
+            found.append(Figure(plot.file, plot.title, plot.caption(own)))
     if (run.path / MONITOR_FILE).is_file():
         shutil.copyfile(run.path / MONITOR_FILE, folder / MONITOR_FILE)
         found.append(_monitor(run))
@@ -102,22 +104,3 @@ def _monitor(run: RunFolder) -> Figure:
     images = f"images of `{public_source(source)}`" if source else "training images"
     caption = f"The encoder on a fixed set of {images}, measured during training without changing it.{knn}"
     return Figure(MONITOR_FILE, "What the monitor saw", caption)
-
-
-def _r2(records: Sequence[ResultRecord], folder: Path) -> Figure:
-    plot_r2(records, folder / "r2.png")
-    primary = [record for record in merge_records(records) if record.metric == "r2" and record.primary]
-    shown = primary or [record for record in merge_records(records) if record.metric == "r2"]
-    best, worst = (choose(shown, key=lambda record: record.value) for choose in (max, min))
-    caption = (
-        "How much of a transformation can be read off the frozen features of an image and its transformed copy: 1 is "
-        f"all of it, 0 nothing. Best: {_words(best)}, least: {_words(worst)}, "
-        f"mean {statistics.fmean(record.value for record in shown):.3f}."
-    )
-    if any(record.protocol.get("family", {}).get("fill") for record in shown):
-        caption += " In brackets: what fills the image where nothing was."
-    return Figure("r2.png", "R2 of transformation parameters", caption)
-
-
-def _words(record: ResultRecord) -> str:
-    return f"{record.task.replace('_', ' ')} {record.value:.3f}"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...evaluation import EVALUATORS
 from ...evaluation.results import FINE_TUNING, ResultRecord
 from ...modeling import EquiSSLConfig
 from ..run_folder import RunFolder
 
+# Task types of the Hub whose answer is one for the whole image.
+_OF_WHOLE_IMAGES = {"image-classification", "image-feature-extraction"}
 SHORT_TRAINING = 100  # passes over the images: what the shortest published runs of these methods take
 
 
 def limits(
     run: RunFolder, encoder: EquiSSLConfig, steps: int, dataset: str | None, records: Sequence[ResultRecord]
 ) -> list[str]:
-    """Sentences for the card's section on use and limits.
+    """Write the sentences of the card's section on use and limits.
 
     Args:
         run: What was trained.
@@ -63,16 +66,28 @@ def _data(run: RunFolder, dataset: str | None) -> str:
 
 
 def _transformation(run: RunFolder) -> str:
-    if run.transformation is None or not run.objectives()["equivariance"]:
+    names = _listed([entry["name"] for entry in run.objectives()["equivariance"]])
+    if run.transformation is None or not names:
         return ""
-    return f"The reconstruction was trained with one family of transformations, `{run.transformation}`."
+    return f"Trained with {names} on one family of transformations, `{run.transformation}`."
 
 
 def _measured(records: Sequence[ResultRecord]) -> str:
+    """Say by what the encoder was measured, and what of the known measurements nobody made."""
     if not records:
         return "Nothing was measured: judge it on your own task before you rely on it."
-    names = ", ".join(f"`{name}`" for name in dict.fromkeys(record.evaluator for record in records))
-    sets = ", ".join(f"`{name}`" for name in dict.fromkeys(record.dataset for record in records))
-    measured = {record.evaluator for record in records}
-    others = "dense tasks and robustness" if FINE_TUNING in measured else "dense tasks, fine-tuning and robustness"
-    return f"Measured by {names} on {sets} only; {others} were not measured."
+    measured = list(dict.fromkeys(record.evaluator for record in records))
+    sets = list(dict.fromkeys(record.dataset for record in records))
+    unknown = [evaluator.unmeasured for name, evaluator in EVALUATORS.items() if name not in measured]
+    if FINE_TUNING not in measured:
+        unknown.append("fine-tuning")
+    if {record.hub_task for record in records} <= _OF_WHOLE_IMAGES:
+        unknown.append("dense tasks such as segmentation and detection")
+    if len(sets) == 1:
+        unknown.append("robustness to images unlike these")
+    rest = ", ".join(filter(None, unknown))
+    return f"Measured by {_listed(measured)} on {_listed(sets)} only." + (f" Not measured: {rest}." if rest else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -11,9 +11,7 @@ from ...evaluation.results import ResultRecord, merge_records
 from ..privacy import is_hub_id
 
 PIPELINE_TAG = "image-feature-extraction"
-TAGS = ("equissl", "self-supervised-learning", "equivariance", "vision-transformer")
-# Names of metrics as the Hub lists them.
-_METRICS = {"top1": "accuracy", "r2": "r_squared"}
+TAGS = ("equissl", "self-supervised-learning", "vision-transformer")
 
 
 def card_data(
@@ -25,56 +23,56 @@ def card_data(
     base_model: str | None,
     records: Sequence[ResultRecord],
 ) -> ModelCardData:
-    """The head of a card.
+    """Make the head of a card.
 
     Args:
         repo_id: Name on the Hub.
         license: Identifier of the licence.
-        objectives: Registry keys, as tags.
+        objectives: Registry keys, as tags: the invariance objective and, if there are any, equivariance objectives.
         data: Name of the training data; listed where it is a Hub id.
         base_model: Where training started; listed where it is a Hub id.
-        records: Each becomes one entry of ``model-index``; R2 in SIE's form, a second view of R2, does not.
+        records: Each becomes one entry of ``model-index``, unless its metric has no name on the Hub.
     """
+    names = [*TAGS, *(["equivariance"] if len(objectives) > 1 else []), *objectives]
     return ModelCardData(
         license=license,
         # Not "hf-equissl": its auto classes and pipelines load what is published, and the Hub knows how.
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
-        tags=[*TAGS, *(name.replace("_", "-") for name in objectives)],
+        tags=[name.replace("_", "-") for name in names],
         datasets=[data] if data is not None and is_hub_id(data) else None,
         base_model=base_model if is_hub_id(base_model) else None,
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[eval_result(record) for record in merge_records(records) if record.metric != "r2_scalar"] or None,
+        eval_results=eval_results(records),
     )
 
 
+def eval_results(records: Sequence[ResultRecord]) -> list[EvalResult] | None:
+    """Turn records into the entries of ``model-index``; ``None`` where there is none."""
+    return [eval_result(record) for record in merge_records(records) if record.about.hub_type is not None] or None
+
+
 def eval_result(record: ResultRecord) -> EvalResult:
-    """One record as an entry of ``model-index``: the mean over seeds, rounded, and how it was measured."""
-    classification = record.task == "classification"
+    """Make one entry of ``model-index``: the mean over seeds, rounded, and how it was measured."""
     arguments: dict[str, Any] = {"evaluator": record.evaluator, "features": record.features}
     arguments["seeds"] = list(record.seeds)
     if record.std is not None:
-        arguments["std"] = rounded(record, record.std)
+        arguments["std"] = record.about.rounded(record.std)
     if record.command:
         arguments["command"] = record.command
     return EvalResult(
-        task_type="image-classification" if classification else PIPELINE_TAG,
-        task_name="Image classification" if classification else "Image features",
+        task_type=record.hub_task,
+        task_name=record.hub_task.replace("-", " ").capitalize(),
         dataset_type=record.dataset,
         dataset_name=record.dataset.rpartition("/")[2],
         dataset_split=record.split,
-        metric_type=_METRICS.get(record.metric, record.metric),
+        metric_type=record.about.hub_type or record.metric,
         metric_name=metric_name(record),
-        metric_value=rounded(record, record.value),
+        metric_value=record.about.rounded(record.value),
         metric_args=arguments,
     )
 
 
 def metric_name(record: ResultRecord) -> str:
-    """Such as "linear top1 (cls)", "rotation r2 (backbone)" or "effective rank (cls)"."""
+    """Name a number for readers, such as "linear top1 (cls)", "rotation r2 (backbone)" or "effective rank (cls)"."""
     return f"{record.name.replace('_', ' ')} ({record.features})"
-
-
-def rounded(record: ResultRecord, value: float) -> float:
-    """Four decimals of a share or an R2, two of an effective rank."""
-    return round(value, 2 if record.metric == "effective_rank" else 4)

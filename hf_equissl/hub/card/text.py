@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 
-from ...evaluation.report import markdown_table, table_rows
+from ...evaluation.registry import evaluator_of
+from ...evaluation.report import protocol_notes, table_rows
 from ...evaluation.results import FINE_TUNING, ResultRecord, merge_records
 from ...modeling import EquiSSLConfig
 from ...objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
@@ -140,7 +141,7 @@ def _size(config: EquiSSLConfig) -> str:
 
 def _summary(facts: CardFacts) -> str:
     family = facts.run.transformation
-    of_family = f" of transformed images (`{family}`; its parameters are never shown)" if family else ""
+    of_family = f" of transformed images (`{family}`)" if family else ""
     added = "".join(
         f" and `{entry['name']}`{of_family}, weight {entry['weight']:g}" for entry in facts.objectives["equivariance"]
     )
@@ -154,12 +155,12 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _purpose(facts: CardFacts) -> str:
-    if not facts.objectives["equivariance"]:
+    """Say what the equivariance objectives ask of the features, each in its own words."""
+    names = facts.objective_names[1:]
+    if not names:
         return "No equivariance objective was trained: it is the base method alone, for comparison."
-    return (
-        "The reconstruction asks the features to keep how an image is transformed, beside what it shows. "
-        "Made with `hf_equissl`, an implementation of EquiSSL for the Hugging Face libraries."
-    )
+    made = "Made with `hf_equissl`, an implementation of EquiSSL for the Hugging Face libraries."
+    return " ".join(filter(None, [*(EQUIVARIANCE_OBJECTIVES[name].purpose for name in names), made]))
 
 
 def _named(name: str) -> str:
@@ -194,47 +195,64 @@ def _contents(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def _results(facts: CardFacts) -> dict[str, Any]:
-    records = merge_records(facts.records)
-    regression = [record for record in records if record.metric == "r2"]
+    records = [record for record in merge_records(facts.records) if record.about.hub_type is not None]
+    groups: dict[str, list[ResultRecord]] = {}
+    for record in records:
+        if record.evaluator != FINE_TUNING:
+            own = record.evaluator if evaluator_of(record).has_related_tasks else ""
+            groups.setdefault(own, []).append(record)
+    tables = [_table(groups[name]) for name in sorted(groups, key=lambda name: not name)]
     finetuned = [record for record in records if record.evaluator == FINE_TUNING]
-    others = [r for r in records if not r.metric.startswith("r2") and r.evaluator != FINE_TUNING]
-    notes = markdown_table(records).partition("\n\n")[2].strip() if records else ""
-    seeds = max((len(record.seeds) for record in records), default=1)
-    spread = "mean and standard deviation over probe seeds" if seeds > 1 else "one probe seed"
-    tables = [_table(group) for group in (regression, others) if group]
     return {
         "tables": [*tables, *([_finetuned_table(finetuned)] if finetuned else [])],
-        "results_note": f"Of the frozen encoder, {spread}. R2: 1 is perfect, 0 knows nothing. Accuracies in percent."
-        + (" The last table is of the encoder fine-tuned, for each row anew." if finetuned else ""),
-        "protocols": notes,
+        "results_note": _reading(records, bool(finetuned)),
+        "protocols": protocol_notes(records),
         "commands": list(dict.fromkeys(record.command for record in records if record.command)),
-        "paper": _paper(facts, regression),
+        "paper": _paper(facts, records),
     }
 
 
+def _reading(records: Sequence[ResultRecord], finetuned: bool) -> str:
+    """Say how the numbers of the tables are read."""
+    seeds = max((len(record.seeds) for record in records), default=1)
+    spread = "mean and standard deviation over probe seeds" if seeds > 1 else "one probe seed"
+    lower = dict.fromkeys(record.metric.replace("_", " ") for record in records if not record.about.higher_is_better)
+    sentences = [f"Of the frozen encoder, {spread}."]
+    sentences += dict.fromkeys(evaluator_of(record).reading for record in records)
+    sentences += ["Shares such as accuracies in percent."] if any(r.about.unit == "%" for r in records) else []
+    sentences += [f"Lower is better: {', '.join(lower)}."] if lower else []
+    sentences += ["The last table is of the encoder fine-tuned, for each row anew."] if finetuned else []
+    return " ".join(filter(None, sentences))
+
+
 def _table(records: Sequence[ResultRecord]) -> str:
-    """Rows: kinds of features. Columns: what was measured, and for R2 the mean over families."""
+    """Rows: kinds of features. Columns: what was measured, and the mean of the primary metric over related tasks."""
     header, rows = table_rows(records)
     header, rows = header[1:], [row[1:] for row in rows]
-    if records[0].metric == "r2" and len(header) > 2:
-        header = [*header, "mean r2"]
+    evaluator = evaluator_of(records[0])
+    if evaluator.has_related_tasks and len(header) > 2:
+        place = (records[0].dataset, records[0].split)
+        metric = evaluator.metrics[0]
+        quoted = [r for r in records if r.metric == metric.name and (r.dataset, r.split) == place]
+        header = [*header, f"mean {metric.name}"]
         for row in rows:
-            values = [record.value for record in records if record.features == row[0]]
-            row.append(f"{statistics.fmean(values):.4f}")
+            row.append(metric.text(statistics.fmean(r.value for r in quoted if r.features == row[0])))
     return _markdown([[name.replace("_", " ") for name in header], *rows])
 
 
 def _finetuned_table(records: Sequence[ResultRecord]) -> str:
     """Rows: ways of fine-tuning. Columns: what was measured."""
-    metrics = list(dict.fromkeys(record.metric for record in records))
+    several = len({record.task for record in records}) > 1
+    columns: list[str] = []
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for record in records:
         protocol = record.protocol
         settings = (protocol["method"], record.features, f"{protocol['epochs']:g}", f"{protocol['learning_rate']:.4g}")
-        std = "" if record.std is None else f" +- {100 * record.std:.2f}"
-        cells.setdefault(settings, {})[record.metric] = f"{100 * record.value:.2f}{std}"
-    rows = [[*settings, *(row.get(metric, "") for metric in metrics)] for settings, row in cells.items()]
-    return _markdown([["fine-tuned", "head reads", "epochs", "learning rate", *metrics], *rows])
+        column = f"{record.task} {record.metric}" if several else record.metric
+        columns += [column] if column not in columns else []
+        cells.setdefault(settings, {})[column] = record.text
+    rows = [[*settings, *(row.get(column, "") for column in columns)] for settings, row in cells.items()]
+    return _markdown([["fine-tuned", "head reads", "epochs", "learning rate", *columns], *rows])
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -244,22 +262,23 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _paper(facts: CardFacts, records: Sequence[ResultRecord]) -> dict[str, str] | None:
     """The paper's figures for the same objectives, views and transformation; ``None`` where it has none."""
-    entries = facts.objectives["equivariance"]
-    if not records or [entry["name"] for entry in entries] != ["reconstruction"]:
-        return None
     mine = {
         "invariance": facts.objectives["invariance"]["name"],
+        "equivariance": "+".join(facts.objective_names[1:]),
         "pipeline": (facts.run.section("views").get("pipeline") or {}).get("name"),
         "transformation": facts.run.transformation,
     }
     listed = yaml.safe_load((resources.files(__package__) / _PAPER).read_text(encoding="utf-8"))
     found = next((entry for entry in listed if mine.items() <= entry.items()), None)
-    ours = {record.task: record for record in records if record.primary}
-    if found is None or not (common := [task for task in found["r2"] if task in ours]):
+    if found is None:
+        return None
+    ours = {record.task: record for record in records if record.primary and record.metric == found["metric"]}
+    common = [task for task in found["figures"] if task in ours]
+    if not common:
         return None
     rows = [
-        ["R2", *(task.replace("_", " ") for task in common)],
-        ["the paper", *(f"{found['r2'][task]:.4g}" for task in common)],
+        [found["metric"].upper(), *(task.replace("_", " ") for task in common)],
+        ["the paper", *(f"{found['figures'][task]:.4g}" for task in common)],
         ["this encoder", *(f"{ours[task].value:.3f}" for task in common)],
     ]
     difference = (

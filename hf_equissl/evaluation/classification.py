@@ -1,0 +1,49 @@
+"""What evaluators of class accuracy share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..encoders.frozen import FrozenEncoder
+from ..utils.options import Option
+from .base import Evaluator
+from .images import ImageSet
+from .metrics import TOP1, TOP5, Metric, topk_accuracy
+
+CLASS_FEATURES = Option(
+    "--class_features",
+    "features for linear probe, kNN and effective rank; default: cls patches backbone",
+    "KIND",
+    setting="features",
+    nargs="+",
+    default=("cls", "patches", "backbone"),
+)
+# Up to this many classes, a top-5 accuracy says little.
+_FEW_CLASSES = 10
+
+
+class ClassificationEvaluator(Evaluator):
+    """An evaluator that predicts classes from features: one task, top-1 and top-5 accuracy, labels needed."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (TOP1, TOP5)
+    hub_task: ClassVar[str] = "image-classification"
+    needs_labels: ClassVar[bool] = True
+    options: ClassVar[tuple[Option, ...]] = (CLASS_FEATURES,)
+    tasks = ("classification",)
+
+    @property
+    def recorded(self) -> tuple[Metric, ...]:
+        """Top-1, and top-5 where that says something."""
+        return self.metrics if self.data.num_classes > _FEW_CLASSES else self.metrics[:1]
+
+    def labelled_features(self, encoder: FrozenEncoder, images: ImageSet) -> tuple[dict[str, Tensor], Tensor]:
+        """Features of the images that decode, name -> (m, D), and their labels (m,)."""
+        rows, features = images.features(encoder, self.features)
+        return features, images.require_labels(type(self).__name__)[rows]
+
+    def accuracies(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
+        """Accuracy by each recorded metric: scores (m, classes), labels (m,) -> name -> [0, 1]."""
+        top = {TOP1.name: 1, TOP5.name: 5}
+        return {metric.name: topk_accuracy(scores, labels, top[metric.name]) for metric in self.recorded}
