@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,15 +339,14 @@ class FrozenEncoder:
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             output = self._forward(pixel_values, **({} if last_alone else {"output_hidden_states": True}))
-            last = _last_state(output)
-            states = getattr(output, "feature_maps", None) or (last,)  # of a backbone its chosen stages
-            if not last_alone and len(states) == 1:
-                states = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None) or ()
-                if not states or any(not -len(states) <= layer < len(states) for layer in layers):
-                    raise ValueError(
-                        f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
-                    )
-                states = (*states[:-1], last)
+            states = getattr(output, "feature_maps", None)  # of a backbone its chosen stages
+            if states is None:
+                earlier = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
+                states = (*(earlier or (None,))[:-1], _last_state(output))
+            if any(not -len(states) <= layer < len(states) for layer in layers):
+                raise ValueError(
+                    f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
+                )
             found = [self._as_map(states[layer], pixel_values).float() for layer in layers]
         self.check_finite(extremes({str(position): value for position, value in enumerate(found)}))
         return found
@@ -363,13 +363,15 @@ class FrozenEncoder:
         if tokens.ndim == 2 or patch is None:
             raise ValueError(f"{self.name} gives {tuple(tokens.shape[1:])} per image: it has no map of features.")
         rows, columns = (side // patch for side in pixel_values.shape[-2:])
-        patches = tokens[:, tokens.shape[1] - rows * columns :]
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+        if tokens.shape[1] < rows * columns:  # patches were merged on the way, as in Swin
+            merged = isqrt(rows * columns // tokens.shape[1])
+            rows, columns = rows // merged, columns // merged
+        return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
     def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """What the module returns: unmasked, positions interpolated where the size asks for it, without the stem."""
         rows, columns = pixel_values.shape[-2:]
-        if "interpolate_pos_encoding" in self._inputs and _square(self._setting("image_size")) not in (rows, columns):
+        if "interpolate_pos_encoding" in self._inputs and {_square(self._setting("image_size"))} != {rows, columns}:
             options["interpolate_pos_encoding"] = True
         num_patches = self._num_patches(pixel_values)
         if "noise" in self._inputs and num_patches is not None:  # ViT-MAE sorts patches by it

@@ -217,3 +217,14 @@ def test_cifar10(shared_data: Path) -> None:
     _, pixels = next(iter(data.train.batches(32)))
     assert pixels.shape == (20, 3, 32, 32)
     assert json.dumps(data.test.dataset).endswith('cifar10"')
+
+
+def test_further_test_sets_have_the_classes_of_the_training_images(folder: Path, tmp_path: Path) -> None:
+    for name, kept in (("fewer", "bc"), ("others", "bz")):
+        for new, old in zip(kept, "bc", strict=True):
+            shutil.copytree(folder / "images" / "test" / old, tmp_path / name / "test" / new)
+    data = load_evaluation_data(str(folder / "images"), further_tests=[[str(tmp_path / "fewer")]], progress=False)
+    assert set(data.tests[1].labels.tolist()) == {1, 2}  # not 0 and 1, which are its own numbers
+    assert (data.tests[1].split, data.num_classes) == ("test", 3)
+    with pytest.raises(ValueError, match=r"1 classes that .* does not have, e.g. 'z'"):
+        load_evaluation_data(str(folder / "images"), further_tests=[[str(tmp_path / "others")]], progress=False)
