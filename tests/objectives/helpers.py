@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,16 @@ from hf_equissl.pretraining.encoding import encode_crops, encode_extra
 from hf_equissl.views import SE2Family
 from hf_equissl.views.base import Item, Views, map_tensors
 from hf_equissl.views.collator import ViewCollator
+from hf_equissl.views.facts import ViewFacts
 from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import LocalSpec, MaskSpec, PipelineSpec, ViewPipeline, ViewSpec
 from tests.processes import limit, start
 
 BATCH = 6
-SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
-# Small heads for those whose defaults are large; an entry that is absent here is built with its defaults.
-SMALL: dict[str, dict[str, Any]] = {
-    "dino": SMALL_HEAD,
-    # Neighbours from the whole batch, so that two processes can equal one.
-    "dinov2": {**SMALL_HEAD, "gather_koleo": True},
-    "ibot": SMALL_HEAD,
-    "vicreg": {"expander_sizes": (16, 16, 16)},
-    "cross_attention_reconstruction": {"decoder_num_layers": 1, "decoder_hidden_size": 16, "decoder_num_heads": 2},
-}
-# Objectives whose published loss depends on the order of the images in the batch.
-ORDER_DEPENDENT: set[str] = set()
+# Of the views that are made here, for objectives whose heads follow from them.
+FACTS = ViewFacts(
+    SE2Family.parameter_names, ({"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},) * 2, 4
+)
 REGISTRIES = {"invariance": INVARIANCE_OBJECTIVES, "equivariance": EQUIVARIANCE_OBJECTIVES}
 CASES = [(kind, name) for kind, registry in REGISTRIES.items() for name in sorted(registry)]
 
@@ -60,8 +55,19 @@ def tiny_encoder(config: EquiSSLConfig | None = None, seed: int = 0) -> EquiSSLM
 def tiny_objective(
     kind: str, name: str, config: EquiSSLConfig | None = None, seed: int = 1, **kwargs: Any
 ) -> Objective:
+    arguments = {**own(name, "SMALL", {}), **kwargs}
     torch.manual_seed(seed)
-    return build_objective(REGISTRIES[kind], name, config or tiny_config(), **{**SMALL.get(name, {}), **kwargs})
+    return build_objective(REGISTRIES[kind], name, config or tiny_config(), facts=FACTS, **arguments)
+
+
+def own(name: str, constant: str, default: Any) -> Any:
+    """What the objective's own test file says for this battery.
+
+    ``SMALL``: arguments of small heads; without them it is built with its defaults. ``ORDER_DEPENDENT``: whether its
+    published loss depends on the order of the images in the batch.
+    """
+    file = f"tests.objectives.test_{name}"
+    return getattr(import_module(file), constant, default) if find_spec(file) else default
 
 
 def make_views(

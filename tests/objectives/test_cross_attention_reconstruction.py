@@ -8,13 +8,16 @@ import torch
 from hf_equissl.objectives.cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from hf_equissl.views.needs import Needs
 
-from .helpers import SMALL, make_views, random_features, tiny_config
+from .helpers import make_views, random_features, tiny_config
+
+# What the battery builds it with.
+SMALL = {"decoder_num_layers": 1, "decoder_hidden_size": 16, "decoder_num_heads": 2}
 
 
 def setup(**kwargs):
     torch.manual_seed(0)
     config = tiny_config()
-    objective = CrossAttentionReconstructionObjective(config, **SMALL["cross_attention_reconstruction"], **kwargs)
+    objective = CrossAttentionReconstructionObjective(config, **SMALL, **kwargs)
     views = make_views(objective.needs)
     return objective, random_features(config, views), views
 

@@ -8,6 +8,9 @@ from hf_equissl.objectives.dino import DINOObjective
 from . import distillation_reference as reference
 from .helpers import make_views, tiny_config, tiny_objective
 
+# What the battery builds it with.
+SMALL = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
+
 
 @pytest.mark.parametrize(("locals_", "pairs"), [(10, 22), (8, 18), (0, 2)])
 def test_loss_equals_the_reference(locals_, pairs):

@@ -9,6 +9,9 @@ from hf_equissl.objectives.dinov2 import DINOv2Objective
 from . import distillation_reference as reference
 from .helpers import make_views, tiny_config, tiny_objective
 
+# What the battery builds it with: neighbours from the whole batch, so that two processes can equal one.
+SMALL = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8, "gather_koleo": True}
+
 
 def setup(**kwargs):
     """An objective, features of student and teacher with 8 local crops, views."""

@@ -9,6 +9,9 @@ from hf_equissl.objectives.ibot import IBOTObjective
 from . import distillation_reference as reference
 from .helpers import make_views, tiny_config, tiny_objective
 
+# What the battery builds it with.
+SMALL = {"num_prototypes": 24, "head_hidden_size": 16, "bottleneck_size": 8}
+
 
 def setup(**kwargs):
     """An objective with centers other than 0, features of student and teacher with 10 local crops, views."""

@@ -11,6 +11,9 @@ from hf_equissl.views.needs import Needs
 
 from .helpers import encode, make_views, random_features, tiny_config, tiny_encoder
 
+# What the battery builds it with.
+SMALL = {"expander_sizes": (16, 16, 16)}
+
 
 def reference(x: np.ndarray, y: np.ndarray, weights: tuple[float, float, float]) -> tuple[float, float, float]:
     """The three weighted terms with loops, in float64, from the equations."""
