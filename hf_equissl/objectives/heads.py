@@ -59,7 +59,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the batch of all processes, with gradient.
+    """Compute mean and biased variance per channel over the batch of all processes, with gradient.
 
     Args:
         x: (B, C) or (B, C, L), fp32.
@@ -108,7 +108,7 @@ class Projector(nn.Sequential):
 
 
 def linear_of_invariant(linear: nn.Linear, features: Features, tokens: Tensor) -> Tensor:
-    """``linear(features.invariant(tokens))``, in the cheaper of two ways.
+    """Compute ``linear(features.invariant(tokens))`` in the cheaper of two ways.
 
     Stem and head meet as two linear layers with nothing between them, so their weights can be multiplied first. With
     many rows and a wide stem (iBOT: 6144 invariant of 8192 dimensions behind 384) that saves most of the head's cost.

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class TrainingProgress:
         return self.step / self.steps_in(1)
 
     def steps_in(self, epochs: float) -> float:
-        """Steps in so many epochs.
+        """Count the steps in so many epochs.
 
         Raises:
             ValueError: The length of an epoch is not known.
@@ -48,14 +44,14 @@ class TrainingProgress:
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """Half a cosine from ``start`` at step 0 to ``end`` at ``steps``, constant after it (DINO's schedules)."""
+    """Follow half a cosine from ``start`` at step 0 to ``end`` at ``steps``, constant after it (DINO's schedules)."""
     if steps <= 0 or step >= steps:
         return end
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def linear_ramp(start: float, end: float, step: int, steps: int) -> float:
-    """A line from ``start`` at step 0 to ``end`` at step ``steps - 1``, constant after it (``numpy.linspace``)."""
+    """Follow a line from ``start`` at step 0 to ``end`` at step ``steps - 1``, constant after (``numpy.linspace``)."""
     if steps <= 1 or step >= steps - 1:
         return end
     return start + (end - start) * step / (steps - 1)

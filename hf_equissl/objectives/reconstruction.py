@@ -131,7 +131,7 @@ class ReconstructionObjective(Objective):
 
 
 def decoder_config(config: EquiSSLConfig, **fields: Any) -> EquiSSLConfig:
-    """A copy of an encoder's configuration with a decoder's ``fields``.
+    """Copy an encoder's configuration, with a decoder's ``fields``.
 
     Raises:
         ValueError: If the encoder has no equivariant part.
@@ -146,7 +146,7 @@ def decoder_config(config: EquiSSLConfig, **fields: Any) -> EquiSSLConfig:
 
 
 def outer_patches(student: Features) -> tuple[Tensor, Tensor]:
-    """The patch rows of the first and the last global crop, (B, N, D) each: those of v1 and v2 = g(u).
+    """Take the patch rows of the first and the last global crop, (B, N, D) each: those of v1 and v2 = g(u).
 
     Raises:
         ValueError: With fewer than two global crops.
@@ -158,7 +158,7 @@ def outer_patches(student: Features) -> tuple[Tensor, Tensor]:
 
 
 def image_errors(predictions: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of each of K images over batch, channels and pixels, in fp32.
+    """Compute the mean squared error of each of K images over batch, channels and pixels, in fp32.
 
     Args:
         predictions: (B, K, C, H, W), any floating dtype.

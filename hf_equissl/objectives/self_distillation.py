@@ -339,7 +339,7 @@ class SelfDistillationObjective(Objective):
 
 
 def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    r"""Mean cross-entropy over all pairs of a teacher's global crop q and another crop v of the student.
+    r"""Average the cross-entropy over all pairs of a teacher's global crop q and another crop v of the student.
 
     .. math::
         L = \frac{1}{V (V + L - 1)} \sum_{q} \sum_{v \ne q} \frac{1}{B} \sum_b H(t_{qb}, s_{vb})
@@ -370,7 +370,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 
 
 def masked_patches(views: Views, features: Features) -> MaskedPatches:
-    """Where the masked patches are, without waiting for the device if the views carry ``mask_indices``.
+    """Find the masked patches, without waiting for the device if the views carry ``mask_indices``.
 
     Raises:
         ValueError: If the views have no masks or masks of another shape.

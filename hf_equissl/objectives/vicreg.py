@@ -126,17 +126,17 @@ class VICRegObjective(Objective):
 
 
 def invariance_term(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference s of two projections (B, d): eq. 5 of VICReg, with the mean over dimensions, too."""
+    """Return the mean squared difference s of two projections (B, d): eq. 5, with the mean over dimensions, too."""
     return F.mse_loss(x, y)
 
 
 def variance_term(x: Tensor, eps: float = 1e-4) -> Tensor:
-    """Hinge v of projections (M, d): mean over dimensions of relu(1 - sqrt(Var + eps)), Var unbiased. Eq. 1 and 2."""
+    """Return the hinge v of projections (M, d): mean of relu(1 - sqrt(Var + eps)), Var unbiased. Eq. 1 and 2."""
     return F.relu(1 - torch.sqrt(x.var(dim=0) + eps)).mean()
 
 
 def covariance_term(x: Tensor) -> Tensor:
-    """Redundancy c of projections (M, d): sum of squared off-diagonal covariances, divided by d. Eq. 3 and 4."""
+    """Return the redundancy c of projections (M, d): squared off-diagonal covariances, divided by d. Eq. 3 and 4."""
     images, width = x.shape
     centred = x - x.mean(dim=0)
     if images < width:

@@ -13,19 +13,19 @@ __all__ = ["TrainingProgress", "cosine", "last_layer_is_held", "linear_ramp", "t
 
 
 def teacher_momentum(args: EquiSSLTrainingArguments, progress: TrainingProgress) -> float:
-    """Momentum of the teacher's update that ends step ``progress.step``: half a cosine over the run (iBOT, DINOv2)."""
+    """Return the momentum of the update that ends step ``progress.step``: half a cosine (iBOT, DINOv2)."""
     return cosine(args.teacher_momentum, args.teacher_momentum_end, progress.step, progress.max_steps)
 
 
 def weight_decay(args: EquiSSLTrainingArguments, progress: TrainingProgress) -> float:
-    """Weight decay of step ``progress.step``: half a cosine over the run, constant without ``weight_decay_end``."""
+    """Return the weight decay of step ``progress.step``: half a cosine, constant without ``weight_decay_end``."""
     if args.weight_decay_end is None:
         return args.weight_decay
     return cosine(args.weight_decay, args.weight_decay_end, progress.step, progress.max_steps)
 
 
 def last_layer_is_held(args: EquiSSLTrainingArguments, progress: TrainingProgress) -> bool:
-    """Whether step ``progress.step`` leaves the prototypes as they are.
+    """Return whether step ``progress.step`` leaves the last layer, e.g. prototypes, as it is.
 
     Raises:
         ValueError: The length of an epoch is not known.
