@@ -220,8 +220,8 @@ class ViewPipeline:
                 pixels, own = batch["local_crops"].transpose(0, 1), per_crop[len(self.spec.views) :]
                 images, _ = augment(pixels.flatten(0, 1), own.flatten(0, 1), self.local.view)
                 output.local_crops = self.normalize(images).unflatten(0, pixels.shape[:2])
-            for name, (images, facts) in made.items():
-                output.extra[name] = tuple(self.normalize(view) for view in images)
+            for name, (further, facts) in made.items():
+                output.extra[name] = tuple(self.normalize(view) for view in further)
                 if facts is not None:
                     output.facts[name] = facts
         if self.masks is not None:
@@ -410,7 +410,7 @@ def _describe_family(family: TransformationFamily) -> str:
     settings = []
     for key in signature(type(family)).parameters:
         # SE(2)'s argument ``path`` is kept as ``path_type``, beside the method.
-        value = getattr(family, f"{key}_type", getattr(family, key, None))
+        value: Any = getattr(family, f"{key}_type", getattr(family, key, None))
         if key == "families":
             value = ", ".join(_describe_family(member) for member in value)
         if value is not None:
