@@ -136,6 +136,7 @@ def open_image(data: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
     if len(data) == 0:
         raise ImageDecodeError("The file is empty.")
+    image: Image.Image
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -18,17 +19,16 @@ def mend_planes(image: Image.Image) -> None:
     """Let Pillow read a TIFF file of separate uncompressed 16-bit planes, which it takes for planes of 8 bits."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
-    tags = image.tag_v2
+    tags: Any = image.tag_v2
     separate = tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and set(tags.get(_BITS_PER_SAMPLE, ())) == {16}
     if not separate or any(tile.codec_name != "raw" for tile in image.tile):
         return
+    tiles: Any = image.tile
     little = tags.prefix == b"II"
     if image.mode.startswith("I;16"):  # one plane
-        image.tile = [tile._replace(args=(image.mode, *tile.args[1:])) for tile in image.tile]
+        image.tile = [tile._replace(args=(image.mode, *tile.args[1:])) for tile in tiles]
         return
-    image.tile = [
-        tile._replace(args=(tile.args[0] + (";16L" if little else ";16B"), *tile.args[1:])) for tile in image.tile
-    ]
+    image.tile = [tile._replace(args=(tile.args[0] + (";16L" if little else ";16B"), *tile.args[1:])) for tile in tiles]
 
 
 def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
@@ -46,9 +46,11 @@ def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.nda
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image)
         return values.astype(values.dtype.newbyteorder("="), copy=False)
-    if image.mode not in ("RGB", "RGBA", "RGBX") or not any(";16" in _layout(tile) for tile in image.tile):
+    if image.mode not in ("RGB", "RGBA", "RGBX") or not any(
+        ";16" in _layout(tile) for tile in getattr(image, "tile", ())
+    ):
         return None
-    again = reopen()
+    again: Any = reopen()
     mend_planes(again)
     again.tile = [_with_other_byte(tile) for tile in again.tile]
     high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))

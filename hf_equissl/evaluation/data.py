@@ -141,7 +141,7 @@ def load_evaluation_data(
             raise ValueError(f"--further_test {' '.join(named)}: expected a source, or a source and a split.")
     train = load_images(source, split=train_split, **source_options)
     test = load_test_split(source, train_split, test_split, source_options)
-    options = {
+    options: dict[str, Any] = {
         "num_workers": num_workers,
         "cache_bytes": cache_bytes,
         "max_bad_share": max_bad_share,

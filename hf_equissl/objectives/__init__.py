@@ -82,7 +82,7 @@ def build_objective(
             value of a wrong type.
         ValueError: The objective needs ``facts``, and there are none.
     """
-    cls = registry[name]
+    cls: Any = registry[name]
     arguments = check_arguments(kwargs, cls, f"objective {name!r}", skip=FILLED_IN)
     if not takes_facts(cls):
         return cls(config, **arguments)

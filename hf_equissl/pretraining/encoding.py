@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -67,11 +68,11 @@ def encode_extra(
     """
     passes: dict[tuple, list[tuple[str, int]]] = {}
     for extra, chosen in wanted:
-        images = views.extra.get(extra.name, ())  # none where they took the place of the global crops
+        made = views.extra.get(extra.name, ())  # none where they took the place of the global crops
         features.extra[extra.name] = {}
-        for view in dict.fromkeys(range(len(images)) if chosen is None else chosen):
+        for view in dict.fromkeys(range(len(made)) if chosen is None else chosen):
             options = (extra.hidden_layers, extra.patches, extra.last_layer)
-            passes.setdefault((images[view].shape[-2:], *options), []).append((extra.name, view))
+            passes.setdefault((made[view].shape[-2:], *options), []).append((extra.name, view))
     for (_, layers, patches, last_layer), members in passes.items():
         images = [views.extra[name][view] for name, view in members]
         together = encode_crops(encoder, torch.cat(images), None, layers, patches, last_layer)
@@ -79,7 +80,7 @@ def encode_extra(
         start = 0
         for (name, view), own in zip(members, images, strict=True):
             part = slice(start, start := start + len(own))
-            features.extra[name][view] = together.map(lambda tokens, part=part: tokens[part])
+            features.extra[name][view] = together.map(itemgetter(part))
     crops = len(features.tokens)
     joining = [extra for extra, _ in wanted if extra.joins]
     if joining:

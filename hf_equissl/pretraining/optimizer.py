@@ -203,10 +203,10 @@ def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: flo
         return torch.zeros(())
     gradients = [gradient for part in parts.values() for gradient in part]
     squares = _squared_norms(gradients)
-    sums = torch.stack([part.sum() for part in squares.split([len(part) for part in parts.values()])])
+    sums = torch.stack([own.sum() for own in squares.split([len(members) for members in parts.values()])])
     coefficients = clipping_coefficients(sums, max_norm)
-    for part, coefficient in zip(parts.values(), coefficients.unbind(), strict=True):
-        torch._foreach_mul_([local_shard(gradient) for gradient in part], coefficient)
+    for members, coefficient in zip(parts.values(), coefficients.unbind(), strict=True):
+        torch._foreach_mul_([local_shard(gradient) for gradient in members], coefficient)
     return sums.sum().sqrt()
 
 

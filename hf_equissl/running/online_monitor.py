@@ -262,8 +262,8 @@ class OnlineMonitor(TrainerCallback):
             self._is_query = self._is_query[~self._is_query]
         self._images, self._encoded = ResidentImages(encoded, size), None
         if is_main_process():
-            size = readable_size(self._images.num_bytes)
-            logger.info("Online monitor: %d + %d images of %s, %s per process.", bank, queries, encoded.dataset, size)
+            memory = readable_size(self._images.num_bytes)
+            logger.info("Online monitor: %d + %d images of %s, %s per process.", bank, queries, encoded.dataset, memory)
 
     @torch.no_grad()
     def measure(self, encoder: FrozenEncoder) -> dict[str, float]:

@@ -227,7 +227,7 @@ def _hub_problem(chain: list[BaseException], place: _Place) -> str | None:
             f"{hub} has no such repository, or it is private and {rights}. Check the spelling ('name/model'); for a "
             f"private one {log_in}.{folder}"
         )
-    if refused := sorted(statuses & {401, 403}):
+    if refused := [status for status in (401, 403) if status in statuses]:
         token = "the token was refused" if 401 in refused else "the token does not allow it"
         return f"{hub} answers {refused[0]}: {token}. For another token {log_in}."
     if raised(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):

@@ -49,7 +49,8 @@ class ViewFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what ``to_dict`` wrote, also after it went through JSON."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**stored)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by name."""
