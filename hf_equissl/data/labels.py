@@ -63,7 +63,7 @@ def number_labels(rows: datasets.Dataset, column: str) -> datasets.Dataset:
         if broken is not None:
             raise ImageSourceError(f"column {column!r} holds {broken}: classes are integers or names.")
         numbers = [None if value is None else int(value) for value in values]
-    return rows.remove_columns(column).add_column(column, numbers, feature=feature)  # type: ignore[call-arg]
+    return rows.remove_columns(column).add_column(column, numbers, feature=feature)
 
 
 def _why_not(column: str, feature: Any, streaming: bool) -> str:

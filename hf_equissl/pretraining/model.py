@@ -183,9 +183,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         for extra in self.needs.extra:
             last = () if extra.last_layer is None else (extra.last_layer,)
             asked += [(layer, self.asking("extra")) for layer in (*extra.hidden_layers, *last)]
-            if not extra.patches and 0 < encoder.cls_insertion_layer >= min(
-                last, default=encoder.num_hidden_layers + 1
-            ):
+            if last and not extra.patches and 0 < encoder.cls_insertion_layer >= min(last):
                 raise ValueError(
                     f"The further views {extra.name!r} keep CLS alone and stop after block {extra.last_layer}, and CLS "
                     f"is inserted after block {encoder.cls_insertion_layer}. Read a later block, or lower "

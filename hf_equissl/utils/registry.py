@@ -43,8 +43,9 @@ class Registry(dict[str, type[T]], Generic[T]):
             base: Any = self.base
             if not issubclass(cls, base):
                 raise ValueError(f"{cls.__qualname__} is no {self.kind}: it has to derive from {base.__qualname__}.")
-            if self.setdefault(name, cls) is not cls:
-                raise ValueError(f"The {self.kind} {name!r} exists: {self[name].__qualname__}. Choose another name.")
+            known: type[Any] = self.setdefault(name, cls)
+            if known is not cls:
+                raise ValueError(f"The {self.kind} {name!r} exists: {known.__qualname__}. Choose another name.")
             return cls
 
         return add
