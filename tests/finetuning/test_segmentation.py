@@ -1,0 +1,206 @@
+"""Semantic segmentation: masks move with their images, mIoU is that of pixels, and the task trains as any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from transformers import AutoModelForSemanticSegmentation
+
+from hf_equissl.data import ImageDecodeError, TooManyBadImages
+from hf_equissl.finetuning import FineTuningSettings, load_finetuned, merge_adapter, prepare, train
+from hf_equissl.finetuning.run import build_trainer
+from hf_equissl.finetuning.tasks.base import EncoderInput
+from hf_equissl.finetuning.tasks.masks import IGNORED, Labels
+from hf_equissl.finetuning.tasks.segmentation import SegmentationTask
+
+TASK = "semantic_segmentation"
+QUICK = {"batch_size": 4, "epochs": 2, "learning_rate": 3e-3, "save_steps": 2}
+OPTIONS = {"hidden_size": 8}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images with a red disc (class 1) and a green box (2) on noise (0); a border of two pixels is ignored (9)."""
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:40, 0:48]
+    for split, count in (("train", 8), ("val", 5)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            picture, mask = rng.integers(0, 90, (40, 48, 3)).astype(np.uint8), np.zeros((40, 48), np.uint8)
+            cy, cx = rng.integers(10, 30), rng.integers(10, 38)
+            disc = (y - cy) ** 2 + (x - cx) ** 2 < 64
+            box = (abs(y - 38 + cy) < 7) & (abs(x - 46 + cx) < 7) & ~disc
+            for number, region in ((1, disc), (2, box)):
+                picture[region, number - 1], mask[region] = 230, number
+            mask[:2] = 9
+            Image.fromarray(picture).save(root / "images" / split / f"{index}.png")
+            Image.fromarray(mask).save(root / "masks" / split / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"classes": ["ground", "disc", "box"], "ignore_index": 9}))
+    return root
+
+
+@pytest.fixture
+def make(encoders: dict[str, str], shapes: Path, tmp_path: Path) -> Any:
+    """Settings of a short run on the shapes; keywords change them."""
+
+    def settings(encoder: str = "equissl", **changes: Any) -> FineTuningSettings:
+        given = {"output_dir": str(tmp_path / "run"), "data": str(shapes), "task": TASK, "method": "full", **QUICK}
+        return FineTuningSettings(encoder=encoders[encoder], **{**given, "task_options": OPTIONS, **changes})
+
+    return settings
+
+
+def bound(size: int = 32, **changes: Any) -> SegmentationTask:
+    """The task, ready to transform."""
+    task = SegmentationTask()
+    settings = FineTuningSettings(encoder="e", data="d", output_dir="o", **changes)
+    task.bind(settings, EncoderInput(size, (0.5,) * 3, (0.25,) * 3))
+    return task
+
+
+def test_miou_is_that_of_pixels() -> None:
+    rng = np.random.default_rng(0)
+    truth = [rng.integers(0, 3, shape) for shape in ((8, 12), (9, 9), (8, 8))]  # class 3 is predicted, never labelled
+    for mask in truth:
+        mask[0, :4] = IGNORED
+    logits = torch.from_numpy(rng.normal(size=(3, 5, 8, 8))).float()
+    logits[:, 4] = -99  # neither
+    judged = bound().judge(logits, {"mask": [torch.from_numpy(mask).int() for mask in truth]})
+    found = bound().measure(*(part.numpy() for part in judged))
+
+    # Every pixel of the split, one by one.
+    pairs = []
+    for scores, mask in zip(logits, truth, strict=True):
+        resized = interpolate(scores[None], mask.shape, mode="bilinear", align_corners=False)[0]
+        guess = resized.argmax(0).numpy()
+        pairs += [(g, t) for g, t in zip(guess.ravel(), mask.ravel(), strict=True) if t != IGNORED]
+    ious = []
+    for number in range(4):
+        both = sum(g == t == number for g, t in pairs)
+        ious.append(both / sum(number in (g, t) for g, t in pairs))
+    assert found["miou"] == pytest.approx(np.mean(ious))
+    assert found["pixel_accuracy"] == pytest.approx(np.mean([g == t for g, t in pairs]))
+
+
+def test_what_numbers_in_masks_mean(tmp_path: Path) -> None:
+    numbers = np.array([[0, 1], [2, 255]], np.uint8)
+    palette = Image.fromarray(numbers, mode="P")
+    palette.putpalette([200, 0, 0] * 256)
+    palette.save(tmp_path / "palette.png")
+    assert Labels(("a", "b", "c"), 255).read(tmp_path / "palette.png").tolist() == [[0, 1], [2, IGNORED]]
+    ade = Labels(("a", "b"), 255, reduce_labels=True).read(numbers)
+    assert ade.tolist() == [[IGNORED, 0], [1, IGNORED]]
+    with pytest.raises(ImageDecodeError, match="holds the class 2, but there are 2"):
+        Labels(("a", "b"), 255).read(numbers)
+    with pytest.raises(ImageDecodeError, match="The mask is RGB"):
+        Labels(("a", "b"), 255).read(np.zeros((2, 2, 3), np.uint8))
+
+
+def test_a_frozen_encoder_stays_as_it_is(make: Any) -> None:
+    run = prepare(make("dinov2", method="frozen"))
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    build_trainer(run).train()
+    changed = {name for name, value in run.network.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed
+    assert all(name.startswith("decode_head.") for name in changed)
+    assert not run.network.backbone.training
+
+
+def test_an_adapter_and_its_head_travel_and_merge(make: Any, tmp_path: Path) -> None:
+    settings = make(method="lora", epochs=1)
+    run = prepare(settings)
+    train(run)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = run.model.eval()(pixel_values=pixels).logits
+        torch.testing.assert_close(load_finetuned(run.folder)(pixel_values=pixels).logits, expected)
+        merged = merge_adapter(run.folder, tmp_path / "merged")
+        plain = AutoModelForSemanticSegmentation.from_pretrained(merged).eval()
+        torch.testing.assert_close(plain(pixels).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_masks_that_do_not_decode(make: Any, shapes: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(shapes, tmp_path / "data")
+    (data / "masks" / "val" / "1.png").write_bytes(b"no image")
+    Image.new("L", (5, 5)).save(data / "masks" / "train" / "2.png")  # not as large as its image
+    with pytest.raises(TooManyBadImages, match="1 of 5 test images did not decode"):
+        build_trainer(prepare(make(data=str(data)))).evaluate()
+    trainer = build_trainer(prepare(make(data=str(data), max_bad_share=0.3, method="frozen")))
+    metrics = trainer.evaluate()
+    (data / "masks" / "val" / "1.png").unlink()
+    (data / "images" / "val" / "1.png").unlink()
+    again = build_trainer(prepare(make(data=str(data), max_bad_share=0.3, method="frozen"))).evaluate()
+    assert again["eval_miou"] == pytest.approx(metrics["eval_miou"])
+    trainer.train()
+    assert "The image has 48 x 40 pixels and its mask 5 x 5" in str(trainer.skipped_images.bad)
+
+
+def test_a_data_set_with_a_column_of_masks(shapes: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        rows = {
+            "image": [str(path) for path in sorted((shapes / "images" / split).iterdir())],
+            "annotation": [str(path) for path in sorted((shapes / "masks" / split).iterdir())],
+        }
+        features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.map(lambda row: row).to_parquet(tmp_path / f"{split}.parquet")
+    settings = FineTuningSettings(encoder="e", data=str(tmp_path), output_dir="o", task=TASK)
+    found = SegmentationTask(classes=3, ignore_index=9).load(settings)
+    folder = SegmentationTask().load(FineTuningSettings(encoder="e", data=str(shapes), output_dir="o"))
+    assert found.classes == ("0", "1", "2")
+    assert (len(found.train), len(found.test), found.test_split) == (8, 5, "validation")
+    for one, other in ((found.train, folder.train), (found.test, folder.test)):
+        assert np.array_equal(one.read(3)["mask"], other.read(3)["mask"])
+        assert np.array_equal(np.asarray(one.read(3)["image"]), np.asarray(other.read(3)["image"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "semantic"}, "--task: there is no 'semantic'. Did you mean 'semantic_segmentation'"),
+        ({"method": "linear"}, "--method linear: for semantic segmentation there is no such method"),
+        ({"pooling": "cls"}, "--pooling cls: semantic segmentation does not read it"),
+        ({"batch_size": 1}, "--batch_size 1: UPerNet normalises over the batch"),
+        ({"task_options": {"hiden_size": 8}}, "unknown key 'hiden_size'. Did you mean 'hidden_size'"),
+        ({"task_options": {"hidden_size": "big"}}, "hidden_size: expected an integer, got 'big'"),
+        ({"task_options": {"layers": (1, 3)}}, r"layers .* is \(1, 3\): .* has the blocks 1 to 2"),
+        ({"task_options": {"classes": ("a", "b")}}, "holds the class 2, but there are 2"),
+        ({"test_split": "tset"}, "there is no split 'tset'. Did you mean 'test'|Splits: train, validation"),
+        ({"encoder": "vit"}, "vit model, for which transformers has no backbone"),
+    ],
+)
+def test_mistakes_are_named_before_training(make: Any, changes: dict[str, Any], message: str) -> None:
+    given = dict(changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(make(given.pop("encoder", "equissl"), **given))
+
+
+def test_camvid(shared_data: Path, encoders: dict[str, str], tmp_path: Path) -> None:
+    settings = FineTuningSettings(
+        encoder=encoders["equissl"],
+        data=str(shared_data / "camvid"),
+        output_dir=str(tmp_path / "run"),
+        task=TASK,
+        method="frozen",
+        task_options=OPTIONS,
+        train_images=8,
+        test_images=3,
+        batch_size=4,
+        epochs=1,
+    )
+    run = prepare(settings)
+    assert run.splits.classes[:2] == ("sky", "building")
+    miou, _ = train(run)
+    assert 0 <= miou.value < 1
+    assert (miou.split, miou.protocol["test_images"]) == ("validation", 3)
