@@ -96,9 +96,14 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         return guard_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Build a loader of test samples in order."""
+        """Build a loader of test samples in order.
+
+        A loader draws a seed for its workers. Were that from the global generator, dropout after an evaluation would
+        draw other numbers than in a run that goes on from a checkpoint saved before it.
+        """
         loader = DataLoader(
             self.eval_dataset if eval_dataset is None else eval_dataset,  # type: ignore[arg-type]
+            generator=torch.Generator(),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -150,7 +155,8 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute the task's metrics over the samples that decode."""
-        targets, missing = prediction.label_ids
+        labels: Any = prediction.label_ids  # what prediction_step gave third
+        targets, missing = labels
         bad, allowed = int(missing.sum()), self.skipped_images.max_share
         if bad > allowed * len(missing):
             raise TooManyBadImages(
