@@ -180,7 +180,7 @@ def add_adapters(model: nn.Module, encoder_name: str, settings: FineTuningSettin
     )
     try:
         with _without_deprecation():
-            adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"--target_modules {config.target_modules}: {error}") from error
     return adapted

@@ -69,7 +69,7 @@ class DenseTask(Task):
             ValueError: no encoder there, none that transformers has a backbone for, or no such layers.
         """
         config = read_config(source, what="encoder", **options)
-        kind = MODEL_FOR_BACKBONE_MAPPING.get(type(config), None)
+        kind: Any = MODEL_FOR_BACKBONE_MAPPING.get(type(config), None)
         if kind is None:
             raise ValueError(
                 f"{source} is a {config.model_type} model, for which transformers has no backbone, and {self.noun} "
@@ -131,8 +131,8 @@ class DenseTask(Task):
 
     def reads(self, model: nn.Module) -> str:
         """Say which layers the head reads."""
-        layers: Any = self.encoder(model).config.out_indices
-        return f"layers {', '.join(map(str, layers))}"
+        encoder: Any = self.encoder(model)
+        return f"layers {', '.join(map(str, encoder.config.out_indices))}"
 
     # ---- data ----
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from ...evaluation.metrics import Metric
-from ...views.cropping import random_box
+from ...views.cropping import Box, random_box
 from ..settings import FineTuningSettings
 from .base import Splits, Step
 from .dense import DenseTask
@@ -124,10 +124,11 @@ class SegmentationTask(DenseTask):
             ``pixels`` uint8 (3, S, S) and ``mask`` int32, (S, S) in training.
         """
         image, mask, size = sample["image"], sample["mask"], (self.inputs.image_size,) * 2
-        box = (0, 0, *image.size)
+        width, height = image.size
+        box: Box = (0, 0, width, height)
         mirrored = False
         if rng is not None:
-            box = random_box(*image.size, self.settings.crop_scale or CROP_SCALE, CROP_RATIO, rng)
+            box = random_box(width, height, self.settings.crop_scale or CROP_SCALE, CROP_RATIO, rng)
             mirrored = bool(rng.random() < 0.5) and self.settings.flip
             cut = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box=box)
             mask = np.asarray(cut)
