@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.nn.functional import interpolate
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from hf_equissl.data import ImageDecodeError, TooManyBadImages
+from hf_equissl.evaluation.results import load_records
 from hf_equissl.finetuning import FineTuningSettings, load_finetuned, merge_adapter, prepare, train
 from hf_equissl.finetuning.run import build_trainer
 from hf_equissl.finetuning.tasks.base import EncoderInput
 from hf_equissl.finetuning.tasks.masks import IGNORED, Labels
 from hf_equissl.finetuning.tasks.segmentation import SegmentationTask
+from hf_equissl.views.cropping import random_box
+
+from .conftest import equissl, save
 
 TASK = "semantic_segmentation"
 QUICK = {"batch_size": 4, "epochs": 2, "learning_rate": 3e-3, "save_steps": 2}
@@ -69,6 +75,53 @@ def bound(size: int = 32, **changes: Any) -> SegmentationTask:
     return task
 
 
+# Of four colours no three are in line and no mixture of some is another: a pixel of one of them has that class.
+COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+
+
+def test_a_mask_moves_with_its_image() -> None:
+    """The image is the mask in colours, and is so after any crop, scale and mirror, wherever colours are not mixed."""
+    mask = np.kron(np.random.default_rng(0).integers(0, 4, (6, 7)), np.ones((16, 16))).astype(np.int32)
+    height, width, side, scale = *mask.shape, 48, (0.1, 0.6)
+    sample = {"image": Image.fromarray(COLOURS[mask]), "mask": mask}
+    task = bound(side, crop_scale=scale)
+    mirrors = 0
+    for seed in range(20):
+        made = task.transform(sample, np.random.default_rng(seed))
+        distance = (made["pixels"].permute(1, 2, 0)[..., None, :].int() - torch.from_numpy(COLOURS).int()).abs().amax(3)
+        clear = distance.amin(2) < 8
+        assert clear.float().mean() > 0.3, seed
+        assert torch.equal(distance.argmin(2)[clear], made["mask"].long()[clear]), seed
+
+        # The same draws, by hand: a box, then the mirror; the middle of each pixel says which one of the mask it is.
+        rng = np.random.default_rng(seed)
+        left, top, right, lower = random_box(width, height, scale, (3 / 4, 4 / 3), rng)
+        middles = (np.arange(side) + 0.5) / side
+        rows, columns = (top + (lower - top) * middles).astype(int), (left + (right - left) * middles).astype(int)
+        if rng.random() < 0.5:
+            columns, mirrors = columns[::-1], mirrors + 1
+        assert np.array_equal(made["mask"], mask[np.ix_(rows, columns)]), seed
+    assert 0 < mirrors < 20
+
+
+def test_masks_are_mirrored_pixel_by_pixel_and_kept_for_tests() -> None:
+    """An image of the encoder's size, as a whole, is not resampled: there every pixel can be compared."""
+    mask = np.random.default_rng(0).integers(0, 4, (32, 32)).astype(np.int32)
+    sample = {"image": Image.fromarray(COLOURS[mask]), "mask": mask}
+    seen = set()
+    for seed in range(8):
+        made = bound(crop_scale=(1.0, 1.0)).transform(sample, np.random.default_rng(seed))
+        assert np.array_equal(made["pixels"].permute(1, 2, 0), COLOURS[made["mask"]])
+        seen.add(made["mask"].numpy().tobytes())
+        still = bound(crop_scale=(1.0, 1.0), flip=False).transform(sample, np.random.default_rng(seed))
+        assert np.array_equal(still["mask"], mask)
+    assert seen == {mask.tobytes(), mask[:, ::-1].tobytes()}
+    tall = np.repeat(mask, 2, axis=0)
+    judged = bound().transform({"image": Image.fromarray(COLOURS[tall]), "mask": tall}, None)
+    assert np.array_equal(judged["mask"], tall)
+    assert judged["pixels"].shape == (3, 32, 32)
+
+
 def test_miou_is_that_of_pixels() -> None:
     rng = np.random.default_rng(0)
     truth = [rng.integers(0, 3, shape) for shape in ((8, 12), (9, 9), (8, 8))]  # class 3 is predicted, never labelled
@@ -107,6 +160,39 @@ def test_what_numbers_in_masks_mean(tmp_path: Path) -> None:
         Labels(("a", "b"), 255).read(np.zeros((2, 2, 3), np.uint8))
 
 
+def test_it_learns_and_leaves_a_model_of_transformers(make: Any, shapes: Path, tmp_path: Path) -> None:
+    # Patches of four pixels: of feature maps 4 x 4 no head could tell where discs and boxes end.
+    encoder = save(equissl(patch_size=4), tmp_path / "encoder")
+    length = {"epochs": 20, "save_steps": 20, "eval_steps": 20, "keep": "best", "learning_rate": 1e-2}
+    settings = replace(make(**length, task_options={"hidden_size": 32}), encoder=encoder)
+    miou, accuracy = train(prepare(settings))
+    assert (miou.metric, miou.task, miou.split, miou.primary) == ("miou", TASK, "validation", True)
+    assert miou.value > 0.7  # all ground: below 0.3; it comes to 0.86
+    assert miou.value == miou.details["best_of_all_evaluations"][0]
+    assert accuracy.value > miou.value
+    assert load_records(Path(settings.output_dir) / "results.json") == [miou, accuracy]
+    assert "mIoU %" in (Path(settings.output_dir) / "results.md").read_text()
+
+    # Who loads it with transformers alone measures what was recorded.
+    folder = Path(settings.output_dir) / "model"
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    assert model.config.id2label == {0: "ground", 1: "disc", 2: "box"}
+    segment = pipeline("image-segmentation", model=str(folder))
+    counts = np.zeros((2, 3))
+    for file in sorted((shapes / "images" / "val").glob("*.png")):
+        truth = np.asarray(Image.open(shapes / "masks" / "val" / file.name))
+        guess = np.zeros_like(truth)
+        for entry in segment(Image.open(file)):
+            guess[np.asarray(entry["mask"]) > 0] = model.config.label2id[entry["label"]]
+        for number in range(3):
+            hit, said = (truth == number), (guess == number) & (truth != 9)
+            counts[:, number] += (hit & said).sum(), (hit | said).sum()
+    assert np.mean(counts[0] / counts[1]) == pytest.approx(miou.value, abs=0.01)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert 'segment = pipeline("image-segmentation"' in card.content
+
+
 def test_a_frozen_encoder_stays_as_it_is(make: Any) -> None:
     run = prepare(make("dinov2", method="frozen"))
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
@@ -115,6 +201,37 @@ def test_a_frozen_encoder_stays_as_it_is(make: Any) -> None:
     assert changed
     assert all(name.startswith("decode_head.") for name in changed)
     assert not run.network.backbone.training
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_resumed_run_ends_with_the_same_weights(make: Any, method: str) -> None:
+    settings = make(method=method, lora_dropout=0.2, drop_path=0.2)
+    unbroken = prepare(settings)
+    build_trainer(unbroken).train()
+    expected = {name: value.clone() for name, value in unbroken.model.state_dict().items()}
+    shutil.rmtree(settings.output_dir)
+
+    trainer = build_trainer(prepare(settings))
+    real = trainer.compute_loss
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if args[0].training and trainer.state.global_step == 3:
+            raise _StopError
+        return real(*args, **kwargs)
+
+    trainer.compute_loss = stop
+    with pytest.raises(_StopError):
+        trainer.train()
+    run = prepare(settings)
+    assert Path(run.checkpoint).name == "checkpoint-2"
+    build_trainer(run).train(resume_from_checkpoint=run.checkpoint)
+    found = run.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any("running_mean" in name for name in expected)
 
 
 def test_an_adapter_and_its_head_travel_and_merge(make: Any, tmp_path: Path) -> None:
