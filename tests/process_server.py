@@ -62,6 +62,7 @@ def settle_in(words: list[str], cwd: str, env: dict[str, str], stdout: str, stde
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they put in the background ignore it
     sys.modules["numpy"].random.seed()  # Python seeds its own generator anew in a fork; torch begins with a fixed seed
     return words
 

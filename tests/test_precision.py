@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_equissl.encoders.frozen import FrozenEncoder
 from hf_equissl.evaluation import cli as probe_cli
-from hf_equissl.evaluation.images import EvaluationData, ImageSet
+from hf_equissl.evaluation.data import EvaluationData
+from hf_equissl.evaluation.images import ImageSet
 from hf_equissl.evaluation.protocols import PROTOCOLS
 from hf_equissl.extraction.settings import ExtractionSettings
 from hf_equissl.finetuning import cli as finetune_cli

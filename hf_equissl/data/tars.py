@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,8 +95,8 @@ class TarImages(WebDataset):
             arguments = {"tar_paths": paths, "tar_iterators": archives}
             splits.append(datasets.SplitGenerator(name=name, gen_kwargs=arguments))
         first = splits[0].gen_kwargs
-        samples = chain.from_iterable(self._samples(*each) for each in zip(*first.values(), strict=True))
-        self._layout = self._find_layout(list(islice(samples, _FIRST_SAMPLES)), str(first["tar_paths"][0]))
+        samples = self._first_samples(zip(*first.values(), strict=True))
+        self._layout = self._find_layout(samples, str(first["tar_paths"][0]))
         columns: dict[str, Any] = {self._layout.image: datasets.Image(decode=False)}
         if self._layout.label is not None:
             columns[self._layout.label] = datasets.Value("int64" if self._layout.labels_are_numbers else "string")
@@ -110,6 +111,21 @@ class TarImages(WebDataset):
             rows = filter(None, map(self._row, self._samples(path, archive)))
             for index, row in enumerate(rows):
                 yield Key(number, index), row
+
+    def _first_samples(self, shards: Iterable[tuple[str, Any]]) -> list[_Sample]:
+        """Read the first samples. A broken shard is left to whoever reads it, unless all are broken."""
+        found: list[_Sample] = []
+        broken: Exception | None = None
+        for path, archive in shards:
+            try:
+                found += islice(self._samples(path, archive), _FIRST_SAMPLES - len(found))
+            except (tarfile.TarError, OSError) as error:
+                broken = broken or error
+            if len(found) == _FIRST_SAMPLES:
+                break
+        if broken is not None and not found:
+            raise broken
+        return found
 
     def _samples(self, path: str, archive: Iterable[tuple[str, Any]]) -> Iterator[_Sample]:
         """Group members by their keys; only those that are wanted are read.

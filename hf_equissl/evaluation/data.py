@@ -258,7 +258,6 @@ def image_set(
 ) -> ImageSet:
     """An ``ImageSet`` of a source, or of a fixed random subset of ``limit`` images (of a stream: the first ones)."""
     if images.streaming:
-        options |= {"decode": images.decode, "label_hint": images.label_hint}
         rows = list(islice(iter(images.dataset), limit))
         labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
         return ImageSet(

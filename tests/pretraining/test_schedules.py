@@ -39,6 +39,9 @@ class SizeOfImageNet:
     def __len__(self) -> int:
         return IMAGENET_IMAGES
 
+    def fingerprint(self) -> str:
+        return ""
+
 
 class Run:
     """A Trainer as it stands right before the first step, and the means to put it before any other."""

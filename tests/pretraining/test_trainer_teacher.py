@@ -176,7 +176,7 @@ def test_a_stream_with_schedules_in_epochs(photo_folder: Path, tmp_path: Path, b
 
 
 def test_settings_that_could_not_act(photo_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no prototypes to hold"):
+    with pytest.raises(ValueError, match=r"no prototypes .* to hold"):
         make_trainer(photo_folder, tmp_path, freeze_last_layer_epochs=1)
     held = {"freeze_last_layer_epochs": 1, "freeze_last_layer_by": "gradient", "epoch_steps": 1}
     trainer = make_trainer(photo_folder, tmp_path, base="ibot", **held)

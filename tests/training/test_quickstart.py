@@ -207,9 +207,9 @@ def test_a_shorter_run_is_found_again(tmp_path: Path) -> None:
     shorter = quickstart.shorten(tmp_path, settings, 400)
     assert not (tmp_path / "runs").exists()
     assert quickstart.claim(tmp_path, None, 12) == shorter
-    assert "400 steps are trained in place of 800" in quickstart.cost_of(shorter)
+    assert "400 steps are trained in place of 600" in quickstart.cost_of(shorter)
     with pytest.raises(quickstart.QuickstartError, match="Name another --output_dir"):
-        quickstart.claim(tmp_path, 800, 12)
+        quickstart.claim(tmp_path, 600, 12)
 
 
 def test_denormalize_inverts_the_normalisation() -> None:
