@@ -24,6 +24,7 @@ from hf_equissl.recipes.sweep import is_sweep
 from hf_equissl.running.resume import is_finished
 from hf_equissl.running.run import prepare, pretrain
 from hf_equissl.utils import devices
+from hf_equissl.utils.options import read_options
 from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -63,9 +64,9 @@ def test_no_protocol_asks_for_it(name: str, without_bf16: None) -> None:
 
 
 def test_no_default_asks_for_it(without_bf16: None, tmp_path: Path) -> None:
-    assert (
-        probe_cli.build_parser().parse_args(["--encoder", "x", "--data", "x", "--output_dir", "x"]).precision == "auto"
-    )
+    words = ["--encoder", "x", "--data", "x", "--output_dir", "x"]
+    read = read_options(probe_cli.build_parser().parse_args(words), probe_cli.ENCODER_OPTIONS)
+    assert read["precision"] == "auto"
     assert finetune_cli.build_parser().parse_args([]).bf16 == "auto"
     assert ExtractionSettings("x", "x", "x").precision == "fp32"
     assert EquiSSLTrainingArguments(str(tmp_path), use_cpu=True).precision == "fp32"

@@ -62,7 +62,7 @@ _DATA_OPTIONS = (
     MAX_BAD_SHARE,
     Option("--num_workers", "processes that decode; default: 0", "N", type=int),
 )
-_ENCODER_OPTIONS = (
+ENCODER_OPTIONS = (
     Option(
         "--image_size", "default: of the image processor beside the encoder, else of its config", "PIXELS", type=int
     ),
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluators = parser.add_argument_group("evaluators")
     add_options(evaluators, [option for evaluator in EVALUATORS.values() for option in evaluator.options])
     add_options(parser.add_argument_group("data"), _DATA_OPTIONS)
-    add_options(parser.add_argument_group("encoder"), _ENCODER_OPTIONS)
+    add_options(parser.add_argument_group("encoder"), ENCODER_OPTIONS)
     return parser
 
 
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     for name in arguments.evaluators or ():
         check_known(name, EVALUATORS, "--evaluators")
     settings = read_settings(arguments.set)
-    options = read_options(arguments, _ENCODER_OPTIONS)
+    options = read_options(arguments, ENCODER_OPTIONS)
     if "device" in options:
         options["device"] = str(choose_device(options["device"]))
     encoders = [FrozenEncoder(source, **options) for source in distinct_encoders(arguments.encoder)]
