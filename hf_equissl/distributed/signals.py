@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -100,19 +100,33 @@ class Signals:
 def ignore_stop_signals(start: Callable[[int], None] | None, worker: int) -> None:
     """Let a worker of a data loader ignore signals, which a scheduler sends to workers, too; then call ``start``.
 
-    A worker that died of one would end the run; so it lives until its loader ends it, or ``kill_workers`` does.
+    A worker that died of one would end the run; so it lives until its loader ends it, or ``kill_workers`` does. It is
+    born with the signals held back (``hold_stop_signals``): one that came meanwhile is ignored, too.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if start is not None:
         start(worker)
+
+
+@contextlib.contextmanager
+def hold_stop_signals() -> Iterator[None]:
+    """Hold back signals inside: they arrive afterwards; processes that are started inside inherit the state."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def guard_workers(loader: Any) -> Any:
     """Let the workers of a ``DataLoader``, plain or accelerate's, outlive a signal, and end with this process."""
     base = getattr(loader, "base_dataloader", loader)
-    base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
     if base.num_workers:
+        base.worker_init_fn = partial(ignore_stop_signals, base.worker_init_fn)
+        # Between its start and its first line a worker would still die of a signal.
+        base._get_iterator = hold_stop_signals()(base._get_iterator)
         atexit.register(kill_workers)
     return loader
 

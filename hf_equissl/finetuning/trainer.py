@@ -109,7 +109,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(guard_workers(loader))
+        return guard_workers(self.accelerator.prepare(loader))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Build a loader as for evaluation."""

@@ -24,9 +24,9 @@ from hf_equissl.distributed.signals import (
     STOP_SIGNALS,
     Preempted,
     Signals,
-    ignore_stop_signals,
 )
 from hf_equissl.training import pretrain
+from tests import processes
 from tests.distributed.launching import children
 from tests.processes import environment, limit
 
@@ -168,6 +168,7 @@ def test_the_slurm_script_puts_a_stopped_run_back_into_the_queue(photo_folder: P
         folder = tmp_path / str(job)
         folder.mkdir(exist_ok=True)
         slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "here", "SLURM_SUBMIT_DIR": str(ROOT)}
+        slurm["SLURM_JOB_NUM_NODES"] = "1"
         variables = environment(PATH=path, FAKE_SLURM=str(folder), **slurm)
         with (folder / "log").open("ab") as log:
             words = [*script, "--output_dir", str(output)]
@@ -262,16 +263,25 @@ end_command(75)
 
 
 def test_workers_ignore_what_their_run_obeys() -> None:
+    """Also a signal that comes before the worker's first line, while its run listens."""
     code = """
 import os, signal
-from functools import partial
-from hf_equissl.distributed.signals import ignore_stop_signals
-ignore_stop_signals(partial(print, "started"), 3)
-os.kill(os.getpid(), signal.SIGTERM)
-os.kill(os.getpid(), signal.SIGUSR1)
-print("alive")
+from torch.utils.data import DataLoader
+from hf_equissl.distributed.signals import STOP_SIGNALS, Signals, guard_workers
+
+def signal_all():
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+
+def work(samples):
+    signal_all()
+    return samples
+
+os.register_at_fork(after_in_child=signal_all)
+with Signals() as caught:
+    print(list(guard_workers(DataLoader(range(4), 2, num_workers=1, collate_fn=work))))
+    print(caught.received, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
-    assert callable(ignore_stop_signals)
     words = [sys.executable, "-c", code]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=limit(PATIENCE), check=False)
-    assert (ended.returncode, ended.stdout) == (0, "started 3\nalive\n"), ended.stderr
+    ended = processes.run(words, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (0, "[0, 1, 2, 3]\nNone set()\n"), ended.stderr
