@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equissl.training.recipe_options import load_recipe, parse_words
-from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
+from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 
 DESCRIPTION = """\
@@ -158,8 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     usage = "benchmark.py --recipe NAME|PATH [options] [--section.key VALUE ...]"
     parser = command_parser("benchmark.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
-    add("--base", metavar="NAME|PATH", help="a recipe to compare with; default: the same with lambda = 0")
+    add("--recipe", type=path_word, metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
+    add(
+        "--base",
+        type=path_word,
+        metavar="NAME|PATH",
+        help="a recipe to compare with; default: the same with lambda = 0",
+    )
     add("--batch_size", type=int, default=32, metavar="N", help="images per step; default: 32")
     add(
         "--dtype",
@@ -168,11 +173,16 @@ def _parser() -> argparse.ArgumentParser:
         help="bf16: autocast; default: both where the device has units for bf16, else fp32",
     )
     add("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind, in turns; default: 5")
-    add("--data", metavar="SOURCE", help="images for the steps and for the loader; without: synthetic, no loader")
+    add(
+        "--data",
+        type=path_word,
+        metavar="SOURCE",
+        help="images for the steps and for the loader; without: synthetic, no loader",
+    )
     add("--loader_images", type=int, default=128, metavar="N", help="images per pass of the loader; default: 128")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda ...")
     add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
-    add("--output_dir", metavar="DIR", help="benchmark.json goes here")
+    add("--output_dir", type=path_word, metavar="DIR", help="benchmark.json goes here")
     return parser
 
 

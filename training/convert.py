@@ -10,7 +10,7 @@ from importlib.util import find_spec
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.utils.commands import command_parser, log_plainly, say, stop
+from hf_equissl.utils.commands import command_parser, log_plainly, path_word, say, stop
 
 DESCRIPTION = """\
 Convert an encoder that exists: weights stay the same, and so do outputs. Reads stock transformers encoders (dinov2,
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("convert.py", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, Hub id, or .pth file")
-    add("--output_dir", required=True, metavar="DIR", help="a new folder")
+    add("source", type=path_word, metavar="SOURCE", help="folder, Hub id, or .pth file")
+    add("--output_dir", required=True, type=path_word, metavar="DIR", help="a new folder")
     add("--native", action="store_true", help="write a stock dinov2 or dinov2_with_registers model")
     add(
         "--weights_of",

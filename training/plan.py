@@ -14,7 +14,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.training.recipe_options import load_recipe, parse_words
-from hf_equissl.utils.commands import command_parser, say, stop
+from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
 if TYPE_CHECKING:
@@ -125,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     usage = "plan.py --recipe NAME|PATH [--gpus N] [--memory GIB] [--engine NAME] [options] [--section.key VALUE]"
     parser = command_parser("plan.py", usage=usage, description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
-    add("--recipe", metavar="NAME|PATH", help="a recipe that ships (pretrain.py --list_recipes), or a YAML file")
+    add(
+        "--recipe",
+        type=path_word,
+        metavar="NAME|PATH",
+        help="a recipe that ships (pretrain.py --list_recipes), or a YAML file",
+    )
     add("--gpus", type=int, metavar="N", help="devices in all, one process each (8)")
     add("--gpus_per_node", type=int, metavar="N", help="devices of one machine (8)")
     add("--memory", type=float, metavar="GIB", help="memory of one device (80)")

@@ -22,7 +22,7 @@ from hf_equissl.distributed.signals import (
 )
 from hf_equissl.recipes.overrides import resolve_recipe
 from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
-from hf_equissl.utils.commands import command_parser, is_first_process, say, stop
+from hf_equissl.utils.commands import command_parser, is_first_process, path_word, say, stop
 from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -182,21 +182,26 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
     )
     add = parser.add_argument
-    add("--recipe", metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")
+    add("--recipe", type=path_word, metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")
     add(
         "--data",
+        type=path_word,
         metavar="SOURCE",
         help="image folder, parquet or tar files, save_to_disk folder, Hub id (data.source)",
     )
     add(
         "--init_from",
+        type=path_word,
         metavar="ENCODER",
         help="start from this encoder, a Hub id, a folder or a .pth file, instead of random weights (model.init_from)",
     )
-    add("--output_dir", metavar="DIR", help="checkpoints, recipe.yaml and the finished encoder/ go here")
+    add(
+        "--output_dir", type=path_word, metavar="DIR", help="checkpoints, recipe.yaml and the finished encoder/ go here"
+    )
     add(
         "--resume",
         default="auto",
+        type=path_word,
         metavar="auto|never|PATH",
         help="auto (default): go on from the newest complete checkpoint in DIR, if there is one",
     )

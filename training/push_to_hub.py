@@ -12,7 +12,7 @@ from pathlib import Path
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.utils.commands import command_parser, say, stop
+from hf_equissl.utils.commands import command_parser, path_word, say, stop
 
 # As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
 PARTS = ("encoder", "native", "pretraining", "figures", "card")
@@ -104,7 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all options with their help."""
     parser = command_parser("push_to_hub.py", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
-    add("run_dir", metavar="RUN_DIR", help="a run's folder (--output_dir of pretrain.py), or a repository built before")
+    add(
+        "run_dir",
+        type=path_word,
+        metavar="RUN_DIR",
+        help="a run's folder (--output_dir of pretrain.py), or a repository built before",
+    )
     add("--repo_id", required=True, metavar="NAME/MODEL", help="repository on the Hub; created if it does not exist")
     add("--private", action="store_true", help="create it as private; an existing public one is refused")
     add("--revision", metavar="BRANCH", help="branch, created if it does not exist; default: main")
@@ -115,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--results",
         nargs="+",
+        type=path_word,
         metavar="PATH",
         help="results.json of training/probe.py, or folders with one: measured on this encoder, shown in the card",
     )
@@ -124,7 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--description", metavar="TEXT", help="your own words for the head of the card")
     build.add_argument("--dataset", metavar="ID", help="Hub id of the training data, if the run read it from a folder")
     build.add_argument(
-        "--output_dir", metavar="DIR", help="build the repository there, in a new folder, and send nothing"
+        "--output_dir",
+        type=path_word,
+        metavar="DIR",
+        help="build the repository there, in a new folder, and send nothing",
     )
     return parser
 

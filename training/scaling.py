@@ -15,7 +15,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.training.recipe_options import load_recipe, parse_words
-from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
+from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     usage = "scaling.py --recipe NAME|PATH [options] [--section.key VALUE ...]"
     parser = command_parser("scaling.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("--recipe", metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
+    add("--recipe", type=path_word, metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
     add("--engines", nargs="+", default=["ddp"], choices=ENGINES, help="default: ddp")
     add(
         "--processes",
@@ -223,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=3, metavar="N", help="steps before them that do not count; default: 3")
     add("--profiled", type=int, default=2, metavar="N", help="steps after them under the profiler; default: 2; 0: none")
     add("--repeats", type=int, default=3, metavar="N", help="rounds; default: 3")
-    add("--data", metavar="SOURCE", help="images as pretrain.py takes them; without: synthetic ones")
-    add("--output_dir", metavar="DIR", help="scaling.json goes here")
+    add("--data", type=path_word, metavar="SOURCE", help="images as pretrain.py takes them; without: synthetic ones")
+    add("--output_dir", type=path_word, metavar="DIR", help="scaling.json goes here")
     return parser
 
 

@@ -16,7 +16,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
-from hf_equissl.utils.commands import command_parser, say, stop
+from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
 PRETRAIN = Path(__file__).resolve().parent / "pretrain.py"
@@ -196,9 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     description = "Run the members of a sweep one after another, each in a folder of its own."
     parser = command_parser("sweep.py", usage=usage, description=description, epilog=EPILOG)
     add = parser.add_argument
-    add("--recipe", metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
-    add("--data", metavar="SOURCE", help="as pretrain.py's, for all runs")
-    add("--output_dir", metavar="DIR", help="each run gets the folder DIR/NAME")
+    add("--recipe", type=path_word, metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
+    add("--data", type=path_word, metavar="SOURCE", help="as pretrain.py's, for all runs")
+    add("--output_dir", type=path_word, metavar="DIR", help="each run gets the folder DIR/NAME")
     add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
     add("--only", nargs="+", metavar="NAME", help="these runs alone")
     add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")

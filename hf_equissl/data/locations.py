@@ -76,7 +76,7 @@ def open_dataset(
     """
     options = {"split": split, "streaming": streaming, "cache_dir": cache_dir, "num_proc": num_proc}
     options["members"] = members
-    path = Path(source).expanduser()
+    path = Path(source)
     if "://" in source:
         return _open_files(source, _numbered(source, source), options)
     if not path.exists() and any(sign in source for sign in "*?[{"):

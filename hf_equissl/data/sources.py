@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
+from ..utils.files import expand_home
 from ..views.base import Item
 from .columns import find_image_column, find_more_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file, used_range
@@ -298,7 +299,10 @@ def load_images(
         ValueError: ``value_range`` or ``max_pixels`` mean nothing.
     """
     decoding = Decoding(value_range, max_pixels)
-    source = os.fspath(source)
+    try:
+        source = expand_home(source)
+    except ValueError as error:
+        raise ImageSourceError(str(error)) from error
     if shown(source) != source:
         raise ImageSourceError(f"{shown(source)}: the name is not UTF-8, and could not be written down. Rename it.")
     name = f"{source} ({split})"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders.frozen import FrozenEncoder
-from ..utils.commands import command_parser, log_plainly, say, typed_command
+from ..utils.commands import command_parser, log_plainly, path_word, say, typed_command
 from ..utils.devices import choose_device, precision_lines
+from ..utils.files import expand_home
 from ..utils.options import (
     MAX_BAD_SHARE,
     SOURCE_OPTIONS,
@@ -54,6 +55,7 @@ _DATA_OPTIONS = (
         "judge the same probes on another source, too (its test split by default); may be repeated",
         ("SOURCE", "SPLIT"),
         setting="further_tests",
+        type=expand_home,
         nargs="+",
         repeated=True,
     ),
@@ -87,11 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder",
         action="append",
         required=True,
+        type=path_word,
         metavar="PATH_OR_ID",
         help="folder or Hub id that AutoModel loads; repeat for several encoders",
     )
-    add("--data", required=True, metavar="SOURCE", help="Hub id, parquet, image folder (flat or with classes), stream")
-    add("--output_dir", required=True, metavar="DIR", help="where results are written and looked up")
+    add(
+        "--data",
+        required=True,
+        type=path_word,
+        metavar="SOURCE",
+        help="Hub id, parquet, image folder (flat or with classes), stream",
+    )
+    add("--output_dir", required=True, type=path_word, metavar="DIR", help="where results are written and looked up")
     add(
         "--evaluators",
         nargs="+",

@@ -13,7 +13,7 @@ from ..encoders.frozen import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
 from ..evaluation.runner import check_output_dir
 from ..hub.privacy import is_hub_id
 from ..hub.push import account
-from ..utils.commands import command_parser, log_plainly, say, stop, typed_command
+from ..utils.commands import command_parser, log_plainly, path_word, say, stop, typed_command
 from ..utils.devices import precision_lines
 from ..utils.files import readable_size
 from .card import write_card
@@ -63,9 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--encoder", required=True, metavar="PATH_OR_ID", help="folder or Hub id that AutoModel loads")
-    add("--data", required=True, metavar="SOURCE", help="Hub id, folder of images, parquet, tar, save_to_disk folder")
-    add("--output_dir", required=True, metavar="DIR", help="data/, extraction.json and README.md go here")
+    add("--encoder", required=True, type=path_word, metavar="PATH_OR_ID", help="folder or Hub id that AutoModel loads")
+    add(
+        "--data",
+        required=True,
+        type=path_word,
+        metavar="SOURCE",
+        help="Hub id, folder of images, parquet, tar, save_to_disk folder",
+    )
+    add(
+        "--output_dir",
+        required=True,
+        type=path_word,
+        metavar="DIR",
+        help="data/, extraction.json and README.md go here",
+    )
     add("--split", metavar="NAME", help="default: train; several splits, one command each, may share a folder")
     add(
         "--features",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..utils.devices import usable_cores
+from ..utils.files import expand_home
 from ..utils.suggestions import did_you_mean
 
 
@@ -70,6 +71,8 @@ class ExtractionSettings:
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
+        for name in ("encoder", "data", "output_dir"):
+            object.__setattr__(self, name, expand_home(getattr(self, name)))
         object.__setattr__(self, "features", tuple(dict.fromkeys(self.features)))
         for flag, value, known in (
             ("--format", self.file_format, FORMATS),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
-from ..utils.commands import command_parser, is_first_process, log_plainly, say, stop, typed_command
+from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, say, stop, typed_command
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
 _DESCRIPTION = """\
@@ -67,14 +67,35 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--encoder", metavar="PATH_OR_ID", help="folder or Hub id of the encoder")
-    add("--data", metavar="SOURCE", help="Hub id, folder, parquet, ...; with labels (one sub-folder per class)")
+    add("--encoder", type=path_word, metavar="PATH_OR_ID", help="folder or Hub id of the encoder")
+    add(
+        "--data",
+        type=path_word,
+        metavar="SOURCE",
+        help="Hub id, folder, parquet, ...; with labels (one sub-folder per class)",
+    )
     add("--task", metavar="NAME", help="what to fine-tune for (below); default: classification")
     add("--set", dest="task_options", nargs="+", metavar="NAME=VALUE", help="options of the task, as YAML")
     add("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (below); default: lora")
-    add("--output_dir", metavar="DIR", help="checkpoints, results and the finished model/ or adapter/ go here")
-    add("--resume", metavar="auto|never|PATH", help="auto (default): go on from the newest checkpoint in DIR, if any")
-    add("--compare", nargs="+", metavar="DIR", help="train nothing: one table over the results in these folders")
+    add(
+        "--output_dir",
+        type=path_word,
+        metavar="DIR",
+        help="checkpoints, results and the finished model/ or adapter/ go here",
+    )
+    add(
+        "--resume",
+        type=path_word,
+        metavar="auto|never|PATH",
+        help="auto (default): go on from the newest checkpoint in DIR, if any",
+    )
+    add(
+        "--compare",
+        nargs="+",
+        type=path_word,
+        metavar="DIR",
+        help="train nothing: one table over the results in these folders",
+    )
     _add_encoder_options(parser.add_argument_group("encoder").add_argument)
     _add_data_options(parser.add_argument_group("data").add_argument)
     _add_training_options(parser.add_argument_group("training").add_argument)

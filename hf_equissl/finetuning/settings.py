@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from ..utils.files import expand_home
 from ..utils.suggestions import did_you_mean
 
 # As in modeling.configuration_equissl, without the seconds that its import takes before --help.
@@ -23,6 +25,8 @@ _NOT_IDENTITY = (
     "trust_remote_code",
     "base_id",
 )
+# Settings that are or may be paths.
+_PATHS = ("encoder", "data", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,8 @@ class FineTuningSettings:
 
     def __post_init__(self) -> None:
         """Fill in what follows from the method, and refuse values that nothing can mean."""
+        for name in _PATHS:
+            object.__setattr__(self, name, expand_home(getattr(self, name)))
         for name, choices in (("method", METHODS), ("keep", KEEPS)):
             _check_choice(name, getattr(self, name), tuple(choices))
         if self.pooling is not None:
@@ -221,6 +227,7 @@ class FineTuningSettings:
         mine = self.to_dict()
         # A run of an earlier version knows nothing of settings that came later: it has their defaults.
         theirs = {item.name: other.get(item.name, _default(item)) for item in fields(self)}
+        theirs |= {name: os.path.expanduser(theirs[name]) for name in _PATHS}  # nor was ``~`` expanded then
         names = [name for name in mine if name not in _NOT_IDENTITY and mine[name] != theirs[name]]
         return [(name, theirs[name], mine[name]) for name in names]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.coercion import coerce
+from ..utils.files import expand_home
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, nearest
 
@@ -15,6 +16,13 @@ SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
 # Keys of the section `model` that name an encoder to start from.
 INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
+# Keys that are or may be paths.
+PATH_KEYS = {
+    "model": ("init_from",),
+    "data": ("source", "cache_dir"),
+    "training": ("accelerator_config", "deepspeed", "fsdp_config"),
+    "monitor": ("source",),
+}
 
 
 def resolve_recipe(path: Path, overrides: Mapping[str, Any], search: Sequence[Path] = ()) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...]
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    parent = coerce(parent, str, f"{path.name}: extends")
+    parent = expand_path(coerce(parent, str, f"{path.name}: extends"), f"{path.name}: extends")
     candidates = [folder / parent for folder in (path.parent, *search)]
     found = next((c for c in candidates if c.is_file()), None)
     if found is None:
@@ -112,6 +120,35 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     for key in sorted(overrides, key=lambda k: not k.endswith(".name")):
         _set(changed, key, overrides[key])
     return changed
+
+
+def expand_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``raw`` whose paths do not begin with ``~``.
+
+    Raises:
+        RecipeError: As ``expand_home``.
+    """
+    expanded = dict(raw)
+    for section, keys in PATH_KEYS.items():
+        if isinstance(mapping := raw.get(section), dict):
+            found = {key: mapping[key] for key in keys if isinstance(mapping.get(key), str)}
+            expanded[section] = {
+                **mapping,
+                **{key: expand_path(text, f"{section}.{key}") for key, text in found.items()},
+            }
+    return expanded
+
+
+def expand_path(path: str, where: str) -> str:
+    """Put the home folder in place of a ``~`` at the beginning of ``path``.
+
+    Raises:
+        RecipeError: There is no such home; ``where`` says which key that concerns.
+    """
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -51,7 +51,7 @@ from ..views import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformati
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
 from .monitor_settings import MonitorSettings
-from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, resolve_recipe
+from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, expand_paths, resolve_recipe
 
 if TYPE_CHECKING:
     from ..data import ImageSource
@@ -140,6 +140,7 @@ class Recipe:
             given: Dotted keys that were set over the file.
         """
         check_keys(raw, TOP_KEYS, origin)
+        raw = expand_paths(raw)
         for section in ("model", "objectives", "views"):
             if section not in raw:
                 raise RecipeError(f"{origin}: the section {section!r} is missing.")

@@ -31,7 +31,7 @@ from typing import Any
 from ..utils.coercion import coerce
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, did_you_mean
-from .overrides import SECTIONS, apply_overrides, as_mapping, read_recipe
+from .overrides import SECTIONS, apply_overrides, as_mapping, expand_path, read_recipe
 
 _GRIDS = ("cross", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -119,6 +119,7 @@ def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) 
     if len(kinds) != 1:
         raise RecipeError(f"{where}: expected `cross` (every combination) or `zip` (side by side), got {len(kinds)}.")
     pattern, parent = (coerce(grid[key], str, f"{where}.{key}") for key in ("name", "extends"))
+    parent = expand_path(parent, f"{where}.extends")
     candidates = [Path(folder) / parent for folder in folders]
     recipe = next((candidate for candidate in candidates if candidate.is_file()), None)
     if recipe is None:

@@ -12,7 +12,7 @@ from ..data import ImageSource
 from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord
-from ..recipes.overrides import as_mapping
+from ..recipes.overrides import as_mapping, expand_paths
 from ..recipes.recipe import Recipe
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
@@ -284,7 +284,7 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    return as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+    return expand_paths(as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
+from ..utils.files import expand_home
 from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
@@ -135,6 +136,10 @@ def prepare(
     Raises:
         RecipeError: It says what is wrong and what to do.
     """
+    try:
+        output_dir, resume = None if output_dir is None else expand_home(output_dir), expand_home(resume)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     with leave_if_refused(output_dir):
         return _prepare(recipe, output_dir, resume, processes, dry)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .files import expand_home
 from .redaction import without_secrets
 from .suggestions import RecipeError
 
@@ -18,6 +19,17 @@ def command_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     """Make a parser that keeps the line breaks of its texts and takes no abbreviated option."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=prog, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def path_word(word: str) -> str:
+    """Read a word that is or may be a path, whose ``~`` is expanded here and nowhere later: the type of such options.
+
+    Shells leave the ``~`` of ``--output_dir=~/runs`` as it is, and so does whoever starts a command from Python.
+    """
+    try:
+        return expand_home(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:

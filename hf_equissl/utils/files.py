@@ -7,6 +7,20 @@ import shutil
 from pathlib import Path
 
 
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """Put the home folder in place of a ``~`` at the beginning, as shells do; any other text stays as it is.
+
+    Raises:
+        ValueError: It is the home of a user that does not exist: taken literally, a folder called so would appear.
+    """
+    path = os.fspath(path)
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition(os.sep)[0]
+        raise ValueError(f"{path}: there is no home folder {user} here. If the name begins so, write ./{path}.")
+    return expanded
+
+
 def move_into_place(source: Path, target: Path) -> None:
     """Rename a complete folder to its final name. A folder of that name is moved aside first and deleted last."""
     aside = target.with_name(f".old-{target.name}")

@@ -125,7 +125,7 @@ def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) ->
     Raises:
         ValueError: there is no such folder or column, a split does not exist, or an image has no mask.
     """
-    root = Path(settings.data).expanduser()
+    root = Path(settings.data)
     pairs = _pairs(root) if root.is_dir() else {}
     if not pairs:
         return load_sources(settings, {"mask": columns})
@@ -148,7 +148,7 @@ def read_classes(data: str) -> tuple[tuple[str, ...] | None, int | None]:
     Raises:
         ValueError: the file is there and is something else.
     """
-    path = Path(data).expanduser() / CLASSES_FILE
+    path = Path(data) / CLASSES_FILE
     if not path.is_file():
         return None, None
     try:
