@@ -23,6 +23,7 @@ MODEL_FILES = (
     "transformers.models.auto.modeling_auto",
     "transformers.modeling_layers",
     f"{__package__}.modeling.modeling_equissl",
+    f"{__package__}.modeling.base_equissl",
     f"{__package__}.modeling.decoders_equissl",
     f"{__package__}.modeling.layers_equissl",
 )

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .base_equissl import EquiSSLPreTrainedModel
     from .configuration_equissl import EquiSSLConfig
     from .decoders_equissl import (
         EquiSSLConvDecoder,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         EquiSSLForImageClassification,
         EquiSSLModel,
         EquiSSLModelOutput,
-        EquiSSLPreTrainedModel,
     )
 
 _FILES = {
@@ -32,7 +32,7 @@ _FILES = {
     "EquiSSLLayer": "layers_equissl",
     "EquiSSLModel": "modeling_equissl",
     "EquiSSLModelOutput": "modeling_equissl",
-    "EquiSSLPreTrainedModel": "modeling_equissl",
+    "EquiSSLPreTrainedModel": "base_equissl",
     "EquiSSLStem": "layers_equissl",
     "EquiSSLUpsampleConv2d": "decoders_equissl",
     "build_decoder": "decoders_equissl",

@@ -12,7 +12,7 @@ _EXPORTS = {
     "FEATURES": "frozen",
     "FrozenEncoder": "frozen",
     "convert_encoder": "convert",
-    "load_encoder": "frozen",
+    "load_encoder": "loading",
     "save_encoder": "export",
     "save_native": "native",
     "to_native": "native",
@@ -31,7 +31,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .convert import convert_encoder
     from .export import save_encoder
-    from .frozen import FEATURES, FrozenEncoder, load_encoder
+    from .frozen import FEATURES, FrozenEncoder
+    from .loading import load_encoder
     from .native import save_native, to_native
 
 

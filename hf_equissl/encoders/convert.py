@@ -28,7 +28,7 @@ from ..modeling import EquiSSLConfig, EquiSSLModel
 from ..utils.files import move_into_place
 from ..utils.load_errors import explain_load_errors, read_config
 from .export import image_processor, save_encoder
-from .frozen import read_image_settings
+from .loading import read_image_settings
 from .native import save_native
 from .upstream import convert_upstream, is_upstream_file
 from .weights import SAME_NAME, build_encoder, grouped, listed, without_load_report

@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.devices import Precision, choose_precision
-from ..utils.load_errors import LoadError, explain_load_errors, read_config
+from .loading import load_encoder, read_image_settings
 
 logger = logging.getLogger(__name__)
 
@@ -31,94 +29,11 @@ FEATURES = (
 )
 # All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
 PATCH_TOKENS = "patch_tokens"
-# Weights that no feature depends on: their absence from a checkpoint does no harm.
-_UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteFeaturesError(ValueError):
     """An encoder gives features that are infinite or not a number."""
-
-
-def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_options: Any) -> nn.Module:
-    """Load an encoder from a folder or a Hub id with ``AutoModel``, in float32.
-
-    Args:
-        source: Folder with ``config.json`` and weights, or Hub id.
-        trust_remote_code: Whether code stored beside the weights may run.
-        **hub_options: ``revision``, ``subfolder``, ``cache_dir``, ``token`` as in ``AutoModel.from_pretrained``.
-
-    Raises:
-        LoadError: if there is no encoder there, if it cannot be read, if it does not read images, or if weights are
-            missing: features of half-initialised networks would be reported as if they meant something.
-    """
-    options = {"trust_remote_code": trust_remote_code, **hub_options}
-    config = read_config(source, what="encoder", **options)
-    keywords = {}
-    if type(config) in AutoModel._model_mapping:
-        model_class: Any = AutoModel._model_mapping[type(config)]
-        _check_reads_images(model_class, source)
-        if "add_pooling_layer" in inspect.signature(model_class).parameters:
-            keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
-    with explain_load_errors(source, **options):
-        model, report = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
-        )
-    _check_reads_images(type(model), source)
-    missing = sorted(key for key in report["missing_keys"] if not any(name in key for name in _UNUSED_WEIGHTS))
-    if missing:
-        raise LoadError(
-            f"{len(missing)} weights of {type(model).__name__} are missing from {str(source)!r}, e.g. {missing[:3]}: "
-            "this is not a checkpoint of that encoder. Give the folder that holds the exported encoder."
-        )
-    return model
-
-
-def _check_reads_images(model_class: type[nn.Module], source: str | Path) -> None:
-    name = getattr(model_class, "main_input_name", "pixel_values")
-    if name != "pixel_values":
-        raise LoadError(
-            f"{model_class.__name__} at {str(source)!r} reads {name!r}, not images. "
-            "Give a vision encoder (of a two-tower model, its vision tower)."
-        )
-
-
-def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any]:
-    """Image size, mean and std from the image processor beside an encoder; empty where there is none.
-
-    Returns:
-        ``image_size`` (pixels, may be absent), ``image_mean``, ``image_std`` (three floats each).
-
-    Raises:
-        ValueError: if the processor makes images that are not square, or is there and cannot be read: with another
-            mean and std every number would be wrong.
-    """
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source), **hub_options)
-    except OSError as error:
-        if not isinstance(error.__context__, ValueError):  # JSON or UTF-8 that is damaged
-            return {}
-        raise LoadError(
-            f"The image processor of {str(source)!r} cannot be read: preprocessor_config.json is cut short or damaged. "
-            "Copy or download it again, or export the encoder again."
-        ) from error
-    normalise = settings.get("do_normalize", True)
-    found: dict[str, Any] = {
-        "image_mean": list(settings.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalise else [0.0] * 3,
-        "image_std": list(settings.get("image_std") or IMAGENET_DEFAULT_STD) if normalise else [1.0] * 3,
-    }
-    crop = settings.get("crop_size") if settings.get("do_center_crop", "crop_size" in settings) else None
-    size = crop or settings.get("size")
-    if isinstance(size, dict):
-        sides = {size[name] for name in ("height", "width", "shortest_edge") if size.get(name)}
-        if len(sides) > 1:
-            raise ValueError(
-                f"The image processor of {str(source)!r} makes {size} images; give one side as image_size."
-            )
-        size = sides.pop() if sides else None
-    if size:
-        found["image_size"] = int(size)
-    return found
 
 
 class FrozenEncoder:

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from ..encoders.base_image import base_image, resized_side
-from ..encoders.frozen import FrozenEncoder, read_image_settings
+from ..encoders.frozen import FrozenEncoder
+from ..encoders.loading import read_image_settings
 
 # Settings of an image processor that change no pixel.
 _WITHOUT_EFFECT = ("image_processor_type", "processor_class", "feature_extractor_type", "_processor_class")

@@ -11,7 +11,7 @@ from typing import Any, Self
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, newest_checkpoint
-from ..encoders.frozen import read_image_settings
+from ..encoders.loading import read_image_settings
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord

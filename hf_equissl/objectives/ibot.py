@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Features
-from .self_distillation import MaskedPatches, SelfDistillationObjective, TeacherRows
+from .masked_patches import MaskedPatches
+from .self_distillation import SelfDistillationObjective, TeacherRows
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig

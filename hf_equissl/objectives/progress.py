@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,43 @@ def linear_ramp(start: float, end: float, step: int, steps: int) -> float:
     if steps <= 1 or step >= steps - 1:
         return end
     return start + (end - start) * step / (steps - 1)
+
+
+@dataclass(frozen=True)
+class TeacherTemperature:
+    """A line from ``warmup`` to ``final`` over the first epochs, constant after them.
+
+    Attributes:
+        final: Temperature after the warm-up.
+        warmup: Temperature at the start.
+        warmup_epochs: Length of the line, rounded up to whole epochs by the clock "epoch"; 0 has none.
+        clock: "epoch" changes it between epochs only (DINO, iBOT), "step" at every optimizer step (DINOv2).
+    """
+
+    final: float
+    warmup: float
+    warmup_epochs: float
+    clock: Literal["epoch", "step"]
+
+    def __post_init__(self) -> None:
+        if min(self.final, self.warmup) <= 0 or self.warmup_epochs < 0:
+            raise ValueError(
+                f"Teacher temperatures must be above 0 and their warm-up 0 epochs or more, got {self.warmup} to "
+                f"{self.final} over {self.warmup_epochs} epochs."
+            )
+
+    @property
+    def start(self) -> float:
+        """The first value."""
+        return self.warmup if self.warmup_epochs > 0 else self.final
+
+    def at(self, progress: TrainingProgress) -> float:
+        """The value for the step that comes next."""
+        if self.warmup_epochs <= 0:
+            return self.final
+        if self.clock == "epoch":
+            position, length = int(progress.epoch), math.ceil(self.warmup_epochs)
+        else:
+            position, length = progress.step, round(progress.steps_in(self.warmup_epochs))
+        # A line of one point is its start, as numpy.linspace has it.
+        return self.warmup if position == 0 else linear_ramp(self.warmup, self.final, position, length)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -15,7 +13,8 @@ from ..distributed.collectives import all_reduce_sum
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
 from .centering import centered_softmax, sinkhorn_knopp
-from .progress import linear_ramp
+from .masked_patches import MaskedPatches, masked_patches, tokens_at
+from .progress import TeacherTemperature
 from .prototypes import PatchHead, PrototypeHead, prototype_cross_entropy
 
 if TYPE_CHECKING:
@@ -23,70 +22,9 @@ if TYPE_CHECKING:
     from ..views.base import Views
     from .progress import TrainingProgress
 
-__all__ = [
-    "Centering",
-    "MaskedPatches",
-    "SelfDistillationObjective",
-    "TeacherTemperature",
-    "cls_loss",
-    "masked_patches",
-]
+__all__ = ["Centering", "SelfDistillationObjective", "TeacherRows", "cls_loss"]
 
 Centering = Literal["centering", "sinkhorn"]
-
-
-@dataclass(frozen=True)
-class TeacherTemperature:
-    """A line from ``warmup`` to ``final`` over the first epochs, constant after them.
-
-    Attributes:
-        final: Temperature after the warm-up.
-        warmup: Temperature at the start.
-        warmup_epochs: Length of the line, rounded up to whole epochs by the clock "epoch"; 0 has none.
-        clock: "epoch" changes it between epochs only (DINO, iBOT), "step" at every optimizer step (DINOv2).
-    """
-
-    final: float
-    warmup: float
-    warmup_epochs: float
-    clock: Literal["epoch", "step"]
-
-    def __post_init__(self) -> None:
-        if min(self.final, self.warmup) <= 0 or self.warmup_epochs < 0:
-            raise ValueError(
-                f"Teacher temperatures must be above 0 and their warm-up 0 epochs or more, got {self.warmup} to "
-                f"{self.final} over {self.warmup_epochs} epochs."
-            )
-
-    @property
-    def start(self) -> float:
-        """The first value."""
-        return self.warmup if self.warmup_epochs > 0 else self.final
-
-    def at(self, progress: TrainingProgress) -> float:
-        """The value for the step that comes next."""
-        if self.warmup_epochs <= 0:
-            return self.final
-        if self.clock == "epoch":
-            position, length = int(progress.epoch), math.ceil(self.warmup_epochs)
-        else:
-            position, length = progress.step, round(progress.steps_in(self.warmup_epochs))
-        # A line of one point is its start, as numpy.linspace has it.
-        return self.warmup if position == 0 else linear_ramp(self.warmup, self.final, position, length)
-
-
-class MaskedPatches(NamedTuple):
-    """The M masked patches of all global crops, in ascending order.
-
-    Attributes:
-        patches: (M,), positions in (V, B, N).
-        tokens: (M,), positions in (V, B, T).
-        weights: (M,), 1 / (V B m) for a patch of a crop with m masked ones: their sum is the share of masked crops.
-    """
-
-    patches: Tensor
-    tokens: Tensor
-    weights: Tensor
 
 
 class TeacherRows(NamedTuple):
@@ -266,7 +204,7 @@ class SelfDistillationObjective(Objective):
         with torch.no_grad():
             taught = self._teacher_rows(teacher, masked)
             teacher_weights = [weight[: self.num_logits] for weight in self.teacher_head.weights()]
-        cls_rows, patch_rows = self.head(student, _cls_of_all_crops(student), _tokens_at(student, masked))
+        cls_rows, patch_rows = self.head(student, _cls_of_all_crops(student), tokens_at(student, masked))
         weights = [weight[: self.num_logits] for weight in self.head.weights()]
         with torch.autocast(cls_rows.device.type, enabled=False):  # temperatures of 0.04 need fp32
             targets = self._cls_targets(taught.cls, teacher_weights[0])  # (V, B, K)
@@ -297,7 +235,7 @@ class SelfDistillationObjective(Objective):
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
         """What the teacher's head makes of CLS and masked patches; centers average what the loss uses."""
         crops = teacher.cls.shape[:2]
-        cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), _tokens_at(teacher, masked))
+        cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), tokens_at(teacher, masked))
         means: list[Tensor | None] = [cls.mean(dim=0)]
         if patches is not None:
             # Without masked patches there is no mean, and this process has no say in the center.
@@ -367,33 +305,6 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         rows.new_full((len(rows),), 1 / (pairs * images)),
         temperature,
     )
-
-
-def masked_patches(views: Views, features: Features) -> MaskedPatches:
-    """Find the masked patches, without waiting for the device if the views carry ``mask_indices``.
-
-    Raises:
-        ValueError: If the views have no masks or masks of another shape.
-    """
-    crops, images, tokens = features.tokens.shape[:3]
-    patches = tokens - features.num_prefix_tokens
-    if views.masks is None or views.masks.shape != (crops, images, patches):
-        raise ValueError(
-            f"The patch loss needs masks of shape {(crops, images, patches)} (V, B, N), the views carry "
-            f"{None if views.masks is None else tuple(views.masks.shape)}. Build the view pipeline with this "
-            "objective's `needs`, masks (`views.pipeline.masks`) and the encoder's patch size."
-        )
-    indices = views.mask_indices
-    if indices is None:
-        indices = views.masks.flatten().nonzero().squeeze(1)
-    counts = views.masks.flatten(0, 1).sum(dim=1).clamp(min=1)  # (V * B,)
-    crop = indices // patches
-    weights = 1 / (counts[crop] * (crops * images)).float()
-    return MaskedPatches(indices, indices + (crop + 1) * features.num_prefix_tokens, weights)
-
-
-def _tokens_at(features: Features, masked: MaskedPatches | None) -> Tensor | None:
-    return None if masked is None else features.tokens.flatten(0, 2).index_select(0, masked.tokens)
 
 
 def _cls_of_all_crops(features: Features) -> Tensor:

@@ -20,6 +20,7 @@ from .cropping import crop_views
 from .makers import ViewMaker, ViewSettings, derived_generator
 from .masks import MaskSpec, draw_masks
 from .needs import Needs
+from .pipeline_checks import check_extra, check_needs
 from .view_specs import PIPELINES, LocalSpec, PipelineSpec, ViewSpec
 
 __all__ = ["PIPELINES", "LocalSpec", "MaskSpec", "PipelineSpec", "ViewPipeline", "ViewSpec", "build_pipeline"]
@@ -83,7 +84,7 @@ class ViewPipeline:
             raise ValueError(
                 f"image_mean is {image_mean!r} and image_std {image_std!r}, expected three numbers each, std above 0."
             )
-        _check_needs(needs, transformation, spec, name)
+        check_needs(needs, transformation, spec, name)
         self.name, self.spec, self.needs = name, spec, needs
         self.image_size = image_size
         self.transformation = transformation
@@ -100,7 +101,7 @@ class ViewPipeline:
         self.fractions = needs.fractions if full else (*needs.fractions, 1.0)
         settings = ViewSettings(image_size, patch_size, spec)
         self.makers: dict[str, ViewMaker] = {e.name: e.maker(settings, **e.options) for e in needs.extra}
-        _check_extra(self, name)
+        check_extra(self, name)
         self._more_draws = max(0, (transformation.num_draws if transformation else 0) - TRANSFORMATION_DRAWS)
         self._transformation_draws = TRANSFORMATION_DRAWS + self._more_draws
         crops = len(spec.views) + (self.local.count if self.local else 0)
@@ -354,55 +355,6 @@ def build_pipeline(
         patch_size=patch_size,
         name=name,
     )
-
-
-def _check_needs(needs: Needs, transformation: TransformationFamily | None, spec: PipelineSpec, name: str) -> None:
-    """Refuse, before training, what the objectives ask for and this pipeline cannot give."""
-    if transformation is None and (needs.fractions or needs.parameters):
-        asked = "intermediate images" if needs.fractions else "parameters of g"
-        raise ValueError(
-            f"An objective asks for {asked}, but the recipe names no transformation. "
-            "Set views.transformation, for example {name: rotation}, or drop the equivariance objective."
-        )
-    if any(not 0.0 <= value <= 1.0 for value in needs.fractions):
-        raise ValueError(f"fractions are {needs.fractions}, expected numbers in [0, 1].")
-    if transformation is not None and not transformation.continuous and any(0.0 < f < 1.0 for f in needs.fractions):
-        raise ValueError(
-            f"An objective asks for {type(transformation).__name__} at the fractions {needs.fractions}, but this "
-            "family has no path from the identity to g. Choose a continuous one, for example rotation."
-        )
-    lacking = {
-        "local crops": ("local: {count: 8, size: 96}", needs.local_crops and spec.local is None),
-        "masks": ("masks: {kind: per_view, probability: 0.5, ratio: [0.1, 0.5]}", needs.masks and spec.masks is None),
-    }
-    absent = {what: example for what, (example, is_lacking) in lacking.items() if is_lacking}
-    if absent:
-        having = [key for key, preset in PIPELINES.items() if preset.local and (preset.masks or not needs.masks)]
-        raise ValueError(
-            f"An objective asks for {' and '.join(absent)}, but the view pipeline {name!r} makes none. Choose one that "
-            f"does (views.pipeline.name: {', '.join(having)}), or add, for example, views.pipeline."
-            f"{' and views.pipeline.'.join(absent.values())}."
-        )
-
-
-def _check_extra(pipeline: ViewPipeline, name: str) -> None:
-    """Refuse further views that do not go together with each other or with the usual ones."""
-    needs, local = pipeline.needs, pipeline.local
-    crops = len(pipeline.spec.views) + (local.count if local else 0)
-    for extra in needs.extra:
-        if extra.joins and len(extra.joins) != crops:
-            raise ValueError(
-                f"{len(extra.joins)} of the further views {extra.name!r} join the usual crops, and the view pipeline "
-                f"{name!r} makes {crops} for this invariance objective: each needs one. Choose another pipeline, or "
-                "drop the local crops (local_crops: false)."
-            )
-    replacing = [key for key, maker in pipeline.makers.items() if maker.replaces_global_crops]
-    if len(replacing) > 1 or (replacing and (needs.crop_boxes or needs.photometric)):
-        raise ValueError(
-            f"{replacing[0]!r} replaces the global crops, and another objective asks for "
-            f"{repr(replacing[1]) if len(replacing) > 1 else 'how they were cropped and coloured'}. Train them in runs "
-            "of their own."
-        )
 
 
 def _describe_family(family: TransformationFamily) -> str:

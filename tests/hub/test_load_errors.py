@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants
 from transformers import BertConfig, IJepaConfig, IJepaModel
 
 from hf_equissl.encoders.convert import convert_encoder
-from hf_equissl.encoders.frozen import load_encoder
+from hf_equissl.encoders.loading import load_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.utils.load_errors import LoadError, read_config
 from tests.processes import wait_until

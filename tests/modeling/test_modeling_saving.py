@@ -143,7 +143,7 @@ def test_loads_as_remote_code_without_the_package(tmp_path: Path, tiny_config, r
     folder = tmp_path / "encoder"
     model.save_pretrained(folder)
     files = {path.name for path in folder.glob("*.py")}
-    assert files == {f"{name}_equissl.py" for name in ("configuration", "decoders", "layers", "modeling")}
+    assert files == {f"{name}_equissl.py" for name in ("base", "configuration", "decoders", "layers", "modeling")}
     inputs = {"images": torch.randn(2, 3, 48, 64), "mask": torch.rand(2, 12) < 0.4}
     torch.save(inputs, folder / "inputs.pt")
     words = [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, str(folder)]

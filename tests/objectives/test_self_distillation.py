@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES
-from hf_equissl.objectives.progress import TrainingProgress
-from hf_equissl.objectives.self_distillation import TeacherTemperature, cls_loss, masked_patches
+from hf_equissl.objectives.masked_patches import masked_patches
+from hf_equissl.objectives.progress import TeacherTemperature, TrainingProgress
+from hf_equissl.objectives.self_distillation import cls_loss
 from hf_equissl.views.needs import Needs
 
 from . import distillation_reference as reference

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModel, BitImageProcessorPil, Dinov2Config, Dinov2Model, TrainerCallback
 
-from hf_equissl.encoders.frozen import read_image_settings
+from hf_equissl.encoders.loading import read_image_settings
 from hf_equissl.pretraining.trainer import EquiSSLTrainer
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running import run as launch

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, BertConfig, Dinov2Config
 
-from hf_equissl.encoders.frozen import load_encoder
+from hf_equissl.encoders.loading import load_encoder
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.utils.load_errors import LoadError, explain_load_errors, read_config
 
