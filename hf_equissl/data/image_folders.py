@@ -6,7 +6,7 @@ import importlib.util
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class Scan:
         kinds: Number of files of each kind of data set: "images", or a builder of ``datasets``.
         metadata: Files that ``load_dataset`` reads beside images, as relative paths.
         others: Number of files of each other suffix.
+        chained: Files of data sets with "::" in their path, which the readers of ``datasets`` take for two addresses.
     """
 
     images: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     metadata: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
+    chained: list[str] = field(default_factory=list)
 
     def left_out(self) -> list[str]:
         """Say how many files of which suffix are no images, if there are any."""
@@ -77,6 +79,7 @@ def scan_folder(root: Path, builders: Mapping[str, str]) -> Scan:
                 scan.images.append(path)
             elif written.lower() in builders:
                 scan.kinds[builders[written.lower()]] += 1
+                scan.chained += [path] if "::" in path else []
             elif name in _METADATA and os.path.isfile(os.path.join(folder, name)):
                 scan.metadata.append(path)
             else:
@@ -130,17 +133,10 @@ def read_metadata(root: Path, scan: Scan) -> tuple[dict[str, dict[str, Any]], li
         Column -> path of an image -> value; and lines that say what is not used, and why.
     """
     columns: dict[str, dict[str, Any]] = {}
-    notes = []
+    notes: list[str] = []
     images = set(scan.images)
-    for path in sorted(scan.metadata):
-        try:
-            table = _read_table(root / path)
-        except (OSError, ValueError) as error:  # pyarrow's errors are among them
-            notes.append(f"{path} is not used: it cannot be read ({str(error).splitlines()[0]})")
-            continue
-        if _FILE_NAME not in table.column_names:
-            notes.append(f"{path} is not used: it has no column {_FILE_NAME} ({', '.join(table.column_names)})")
-            continue
+    tables = _read_tables(root, scan.metadata, notes)
+    for path, table in tables.items():
         folder = posixpath.dirname(path)
         files = [posixpath.normpath(posixpath.join(folder, str(name))) for name in table[_FILE_NAME].to_pylist()]
         absent = [file for file in files if file not in images]
@@ -184,8 +180,42 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _read_table(path: Path) -> pa.Table:
-    return pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.json.read_json(path)
+def _read_tables(root: Path, paths: Sequence[str], notes: list[str]) -> dict[str, pa.Table]:
+    """Read metadata files; a column that holds texts in one of them is read as texts in all. Others are noted."""
+    tables: dict[str, pa.Table] = {}
+    for path in sorted(paths):
+        try:
+            table = _read_table(root / path)
+        except (OSError, ValueError) as error:  # pyarrow's errors are among them
+            notes.append(f"{path} is not used: it cannot be read ({str(error).splitlines()[0]})")
+            continue
+        if _FILE_NAME in table.column_names:
+            tables[path] = table
+        else:
+            notes.append(f"{path} is not used: it has no column {_FILE_NAME} ({', '.join(table.column_names)})")
+    texts = {field.name for table in tables.values() for field in table.schema if pa.types.is_string(field.type)}
+    return {path: _with_texts(root / path, table, texts) for path, table in tables.items()}
+
+
+def _read_table(path: Path, texts: Collection[str] = ()) -> pa.Table:
+    if path.suffix != ".csv":
+        return pyarrow.json.read_json(path)
+    types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), strings_can_be_null=True)
+    return pyarrow.csv.read_csv(path, convert_options=types)
+
+
+def _with_texts(path: Path, table: pa.Table, texts: Collection[str]) -> pa.Table:
+    """Read numbers as texts in some columns."""
+    wrong = [field.name for field in table.schema if field.name in texts and _is_number(field.type)]
+    if wrong and path.suffix == ".csv":
+        return _read_table(path, wrong)  # as they are written, such as 007
+    for name in wrong:
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
+    return table
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _can_be_labels(values: pa.ChunkedArray) -> bool:
@@ -193,7 +223,7 @@ def _can_be_labels(values: pa.ChunkedArray) -> bool:
     if pa.types.is_string(kind):
         first = next((value for value in values.to_pylist() if value), "")
         return os.path.splitext(first)[1].lower() not in IMAGE_SUFFIXES  # a mask
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return _is_number(kind)
 
 
 def _reads_heif() -> bool:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import datasets
 
 from .columns import check_exists, list_columns, type_name
 from .errors import ImageSourceError
 
+if TYPE_CHECKING:
+    from .sources import ImageSource
+
 # What columns of classes are called: the first group, in which one name is, is looked at.
 _NAMES = (("label", "labels", "cls"), ("class", "class_name", "category", "target"))
 HOW = "--label_column, or data.label_column of a recipe"
+# Classes that an error message lists.
+_LISTED = 5
 
 
 def find_label_column(
@@ -64,6 +72,66 @@ def number_labels(rows: datasets.Dataset, column: str) -> datasets.Dataset:
             raise ImageSourceError(f"column {column!r} holds {broken}: classes are integers or names.")
         numbers = [None if value is None else int(value) for value in values]
     return rows.remove_columns(column).add_column(column, numbers, feature=feature)
+
+
+def match_classes(source: ImageSource, classes: Sequence[str], whose: str) -> ImageSource:
+    """Number the classes of a source as others are numbered, by their names; without names on either side, as it is.
+
+    Every split numbers its own classes, so that one in which a class is missing counts differently.
+
+    Args:
+        source: Such as a test split.
+        classes: Names in the order of their numbers, such as ``train.classes``.
+        whose: Who has these classes, for messages.
+
+    Raises:
+        ImageSourceError: There are images of other classes; they are named. Of a stream, that shows when it is read.
+    """
+    own, column = source.classes, source.label_column
+    if not own or not classes or own == tuple(classes) or column is None:
+        return source
+    places = {name: place for place, name in enumerate(classes)}
+    numbers = {number: places[name] for number, name in enumerate(own) if name in places}
+    feature = datasets.ClassLabel(names=list(classes))
+    rows = source.dataset
+    if isinstance(rows, datasets.IterableDataset):
+        features = datasets.Features({**(rows.features or {}), column: feature})
+        renumbered: Any = rows.map(
+            _renumber_row,
+            features=features,
+            fn_kwargs={"column": column, "own": own, "numbers": numbers, "where": source.name, "whose": whose},
+        )
+    else:
+        values = rows.select_columns([column])[:][column]
+        _refuse_others(values, own, numbers, source.name, whose)
+        values = [value if value is None or value < 0 else numbers[value] for value in values]
+        renumbered = rows.remove_columns(column).add_column(column, values, feature=feature)
+    return replace(source, dataset=renumbered, num_classes=len(classes))
+
+
+def _renumber_row(
+    row: dict[str, Any], column: str, own: Sequence[str], numbers: Mapping[int, int], where: str, whose: str
+) -> dict[str, Any]:
+    value = row[column]
+    if value is None or value < 0:
+        return row
+    _refuse_others([value], own, numbers, where, whose)
+    return {**row, column: numbers[value]}
+
+
+def _refuse_others(
+    values: Sequence[int | None], own: Sequence[str], numbers: Mapping[int, int], where: str, whose: str
+) -> None:
+    """Raise an ``ImageSourceError`` if there are labels that have no number."""
+    others = Counter(value for value in values if value is not None and value >= 0 and value not in numbers)
+    if not others:
+        return
+    listed = [f"{own[value]!r} ({count} image{'s' * (count != 1)})" for value, count in others.most_common(_LISTED)]
+    more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+    raise ImageSourceError(
+        f"{where} has {len(others)} class{'es' * (len(others) != 1)} that {whose} does not have: {', '.join(listed)}"
+        f"{more}. What is fitted there cannot name them. Give both the same classes, or take these images out."
+    )
 
 
 def _why_not(column: str, feature: Any, streaming: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pyarrow.dataset
 from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
+from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -80,16 +81,27 @@ def open_dataset(
     if "://" in source:
         return _open_files(source, _numbered(source, source), options)
     if not path.exists() and any(sign in source for sign in "*?[{"):
-        files = _numbered(source, str(path))
-        for file in files:
-            _check_pattern(Path(file), source if file == str(path) else file)
-        return _open_files(source, files, options)
+        folder, pattern = _split_pattern(path)
+        patterns = _numbered(source, pattern)
+        for each in patterns:
+            if next(folder.glob(each), None) is None:
+                missing = source if each == pattern else str(folder / each)
+                raise ImageSourceError(f"{missing}: no file matches this pattern, seen from {Path.cwd()}.")
+        files = [os.path.join(glob.escape(str(folder)), each) for each in patterns]
+        return _open_files(source, files, options, (folder / patterns[0]).parent)
     if path.is_file():
-        return _open_files(source, [str(path)], options)
+        _check_chained(source, str(path))
+        return _open_files(source, [str(path)], options, path.parent)
     if path.is_dir():
         return _open_folder(source, path, options, hub)
     _check_hub_name(source)
     return _build(source, source, options, name=hub["config_name"], revision=hub["revision"])
+
+
+def _split_pattern(path: Path) -> tuple[Path, str]:
+    """The folder that exists, whatever signs its own name holds, and the pattern below it."""
+    folder = next(folder for folder in path.parents if folder.exists())
+    return folder, str(path.relative_to(folder))
 
 
 def _numbered(source: str, pattern: str) -> list[str]:
@@ -105,15 +117,13 @@ def _numbered(source: str, pattern: str) -> list[str]:
     return [pattern[: found.start()] + number + tail for number in numbers for tail in tails]
 
 
-def _open_files(source: str, files: list[str], options: Mapping[str, Any]) -> Opened:
-    remote = "://" in files[0]
+def _open_files(source: str, files: list[str], options: Mapping[str, Any], root: Path | None = None) -> Opened:
     suffix = Path(_without_query(files[0])).suffix.lower()
     if suffix not in _BUILDERS:
         raise ImageSourceError(
             f"{source}: files of type {suffix or 'unknown'!r} hold no data set. Expected "
             f"{', '.join(_BUILDERS)}, or a folder."
         )
-    root = None if remote else Path(files[0]).parent
     return _build(source, _BUILDERS[suffix], options, root, data_files=files)
 
 
@@ -146,6 +156,8 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     if kind == "images":
         return _open_images(source, path, scan, options)
     scan.others.update(Counter(shown(os.path.splitext(file)[1]) for file in scan.images))
+    for unreadable in scan.chained:
+        _check_chained(source, str(path / unreadable))
     opened = _build_folder(source, path, kind, options, hub)
     return replace(opened, notes=tuple(scan.left_out()))
 
@@ -182,6 +194,7 @@ def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]
 
 def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
     """A folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
+    _check_chained(source, str(path.resolve()))
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -195,10 +208,13 @@ def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
 def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None = None, **arguments: Any) -> Opened:
     """Rows by one of the builders of ``datasets``."""
     split = options["split"]
+    if root is not None:
+        _check_chained(source, str(root.resolve()))
     if "data_files" in arguments:  # what exists under this very name is no pattern
         arguments["data_files"] = _without_patterns(arguments["data_files"])
     try:
         builder = datasets.load_dataset_builder(path, cache_dir=options["cache_dir"], **arguments)
+        builder = _of_these_splits(builder, split, options["cache_dir"])
         if isinstance(builder, WebDataset):
             builder = tar_builder(builder, options["cache_dir"], **options["members"])
     except Exception as error:
@@ -223,6 +239,18 @@ def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None
         raise
     except Exception as error:
         raise _broken(source, error.__cause__ or error) from error
+
+
+def _of_these_splits(builder: datasets.DatasetBuilder, split: str, cache_dir: Any) -> datasets.DatasetBuilder:
+    """The same builder without the files of other splits: it takes the first file's columns and classes for all."""
+    files = getattr(builder.config, "data_files", None) or {}
+    kind = next((name for cls, name in ((Parquet, "parquet"), (Arrow, "arrow")) if isinstance(builder, cls)), None)
+    names = [name for name in _split_names(split) if name in files]
+    is_local = not any("://" in str(file) for name in files for file in files[name])
+    if kind is None or not names or len(names) == len(files) or not is_local or builder.info.features is not None:
+        return builder
+    chosen = _without_patterns({name: list(files[name]) for name in names})
+    return datasets.load_dataset_builder(kind, cache_dir=cache_dir, data_files=chosen)
 
 
 def _without_patterns(files: Any) -> Any:
@@ -280,11 +308,10 @@ def _check_splits(source: str, names: Iterable[str], known: Iterable[str]) -> No
             raise UnknownSplitError(f"{source}: there is no split {name!r}.{hint} Splits: {', '.join(known)}.")
 
 
-def _check_pattern(path: Path, source: str) -> None:
-    anchor = Path(path.anchor) if path.is_absolute() else Path()
-    pattern = str(path.relative_to(anchor)) if path.is_absolute() else str(path)
-    if next(anchor.glob(pattern), None) is None:
-        raise ImageSourceError(f"{source}: no file matches this pattern, seen from {Path.cwd()}.")
+def _check_chained(source: str, path: str) -> None:
+    """Refuse names that the readers of ``datasets`` take for two addresses, one within the other."""
+    if "::" in path:
+        raise ImageSourceError(f"{source}: {path} has '::' in it, which data sets cannot be read from. Rename it.")
 
 
 def _check_hub_name(source: str) -> None:

@@ -61,6 +61,7 @@ class ImageSource:
         decoding: How images become RGB where files leave a choice.
         label_hint: Why there is no label column although something looks like one, and what to do.
         notes: What lies beside the images and is not used.
+        numbers: Of some rows of a larger source, their numbers there, by which messages name them.
     """
 
     dataset: Rows
@@ -75,11 +76,18 @@ class ImageSource:
     decoding: Decoding = AS_STORED
     label_hint: str = ""
     notes: tuple[str, ...] = ()
+    numbers: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def streaming(self) -> bool:
         """Whether rows can only be read one after the other."""
         return isinstance(self.dataset, datasets.IterableDataset)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty where they have none."""
+        feature = (self.dataset.features or {}).get(self.label_column or "")
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
     @property
     def num_rows(self) -> int | None:
@@ -155,6 +163,8 @@ class ImageSource:
             row: Of this source.
             place: Its number, or its shard and number in words.
         """
+        if self.numbers is not None and isinstance(place, int):
+            place = int(self.numbers[place])
         where = place if isinstance(place, str) else f"{self.name}, row {place}"
         value = row[self.image_column]
         path = value.get("path") if isinstance(value, Mapping) else value

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import ImageSource, UnknownSplitError, load_images
+from ..data import ImageSource, load_images
+from ..data.labels import match_classes
+from ..data.splits import choose_rows, hold_out, load_test_split
 from .images import ImageSet
-
-logger = logging.getLogger(__name__)
-
-TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
-HELD_OUT = 0.1
-# Fewer than these left to fit probes on, after test_images were held out, is a slip and no measurement.
-FEWEST_TRAIN_IMAGES = 10
 
 
 @dataclass(eq=False)
@@ -153,40 +146,18 @@ def load_evaluation_data(
         for named in further_tests
     )
     if test is not None:
+        judged = match_classes(test[0], train.classes, train.name)
         return EvaluationData(
             image_set(train, source, train_split, train_images, subset_seed, **options),
-            image_set(test[0], source, test[1], test_images, subset_seed, **options),
+            image_set(judged, source, test[1], test_images, subset_seed, **options),
             others,
         )
-    kept, held_out = _hold_out(train, source, train_split, test_images, subset_seed)
+    kept, held_out = hold_out(train, train_images, test_images, subset_seed)
     return EvaluationData(
-        _of_rows(train, np.sort(kept[:train_images]), source, f"{train_split} (without held-out)", **options),
+        _of_rows(train, kept, source, f"{train_split} (without held-out)", **options),
         _of_rows(train, held_out, source, f"{train_split} (held-out)", **options),
         others,
     )
-
-
-def _hold_out(
-    train: ImageSource, source: str, split: str, test_images: int | None, subset_seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Choose rows to fit on (in random order) and rows to judge by, of a source without a test split.
-
-    Raises:
-        ValueError: it is a stream, or too few images would be left.
-    """
-    if train.streaming:
-        raise ValueError(f"{source!r} is streamed and has no test split: name one with test_split (--test_split).")
-    if test_images is not None and len(train) - test_images < FEWEST_TRAIN_IMAGES:
-        raise ValueError(
-            f"test_images (--test_images) is {test_images}, but {source!r} has {len(train)} images in {split!r} "
-            f"and no test split: {max(0, len(train) - test_images)} would be left to fit probes on, at least "
-            f"{FEWEST_TRAIN_IMAGES} are needed. Hold fewer out, or name a test split (--test_split)."
-        )
-    order = np.random.default_rng(subset_seed).permutation(len(train))
-    count = min(test_images or max(1, round(HELD_OUT * len(train))), len(train) - 1)
-    if count < 1:
-        raise ValueError(f"{source!r} has {len(train)} image(s) in {split!r}: too few to hold some out for testing.")
-    return order[count:], np.sort(order[:count])
 
 
 def _further_test(
@@ -206,51 +177,8 @@ def _further_test(
     """
     named = load_test_split(source, "", split, load)
     images, split = named or (load_images(source, **load), "train")
-    found = image_set(images, source, split, limit, subset_seed, **options)
-    ours, theirs = class_names(images), class_names(train)
-    if found.labels is None or not ours or not theirs or ours == theirs:
-        return found
-    unknown = [name for name in ours if name not in theirs]
-    if unknown:
-        raise ValueError(
-            f"{source!r} has {len(unknown)} classes that {train.name} does not have, e.g. {unknown[0]!r}: what was "
-            "fitted there cannot name them. Give a test set of the same classes (--further_test)."
-        )
-    ids = torch.tensor([theirs.index(name) for name in ours])
-    found.labels = torch.where(found.labels < 0, found.labels, ids[found.labels])
-    return found
-
-
-def class_names(images: ImageSource) -> list[str]:
-    """Names of the classes in the order of their labels; empty where the source does not name them."""
-    feature = (images.dataset.features or {}).get(images.label_column)
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
-
-
-def load_test_split(
-    source: str, train_split: str, test_split: str | None, options: dict[str, Any]
-) -> tuple[ImageSource, str] | None:
-    """Load the test split; return it with its name, or ``None`` where there is none.
-
-    Args:
-        source: As in ``load_evaluation_data``.
-        train_split: Not this one.
-        test_split: A name, or ``None`` for the first of ``TEST_SPLITS`` that exists.
-        options: Further arguments of ``load_images``.
-
-    Raises:
-        ValueError: ``test_split`` does not exist, or the source cannot be read.
-    """
-    if test_split is not None:
-        return load_images(source, split=test_split, **options), test_split
-    for split in TEST_SPLITS:
-        if split != train_split:
-            try:
-                return load_images(source, split=split, **options), split
-            except UnknownSplitError as error:
-                logger.debug("No %s split: %s", split, error)
-    logger.info("%s has no test split: a part of %s is held out.", source, train_split)
-    return None
+    judged = match_classes(images, train.classes, train.name)
+    return image_set(judged, source, split, limit, subset_seed, **options)
 
 
 def image_set(
@@ -258,10 +186,10 @@ def image_set(
 ) -> ImageSet:
     """An ``ImageSet`` of a source, or of a fixed random subset of ``limit`` images (of a stream: the first ones)."""
     if images.streaming:
-        rows = list(islice(iter(images.dataset), limit))
-        labels = None if images.label_column is None else _as_labels([images.label(row) for row in rows])
+        first = list(islice(iter(images.dataset), limit))
+        labels = None if images.label_column is None else _as_labels([images.label(row) for row in first])
         return ImageSet(
-            _StreamedRows(images, rows),
+            _StreamedRows(images, first),
             labels,
             dataset,
             split,
@@ -269,10 +197,8 @@ def image_set(
             label_hint=images.label_hint,
             **options,
         )
-    order = np.arange(len(images))
-    if limit is not None and limit < len(images):
-        order = np.sort(np.random.default_rng(subset_seed).permutation(len(images))[:limit])
-    return _of_rows(images, order, dataset, split, **options)
+    rows = choose_rows(len(images), limit, subset_seed)
+    return _of_rows(images, rows, dataset, split, **options)
 
 
 def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import decode_image
+from ..data.splits import choose_rows
 from ..distributed.signals import guard_workers
 from ..encoders.base_image import base_image
 from ..encoders.frozen import FrozenEncoder
@@ -128,7 +129,7 @@ class ImageSet:
         """A fixed random part of ``limit`` images; itself if it has no more. What is known of the whole is reused."""
         if limit is None or limit >= len(self):
             return self
-        return self.part(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:limit].sort().values)
+        return self.part(torch.from_numpy(choose_rows(len(self), limit, seed)))
 
     def part(self, rows: Tensor) -> ImageSet:
         """The images of some ``rows`` (m,), ascending. What is known of the whole is reused."""

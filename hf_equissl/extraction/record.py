@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.files import write_text
 from ..utils.versions import library_versions
 from .settings import FORMATS, ExtractionError, ExtractionSettings
 from .shards import INDEX, LABEL, read_record
-from .work import Extraction
+
+if TYPE_CHECKING:
+    from .work import Extraction
 
 RECORD, FORMAT_VERSION = "extraction.json", 1
 # Bad images that an error message lists.
@@ -42,6 +44,18 @@ def read_extraction(folder: Path) -> dict[str, Any]:
             f"{path} is not a record of this command ({error!r}). Name a new --output_dir."
         ) from error
     return {**record, "splits": begun} if begun else {}
+
+
+def classes_before(settings: ExtractionSettings) -> tuple[list[str], str]:
+    """Names of the classes that other splits in the output folder have, and which split that is; empty without any.
+
+    Raises:
+        ExtractionError: as ``read_extraction``.
+    """
+    splits = read_extraction(Path(settings.output_dir)).get("splits", {})
+    named = {name: split["classes"] for name, split in splits.items() if split.get("classes")}
+    named.pop(settings.split_name, None)
+    return next(((classes, f"split {name} in {settings.output_dir}") for name, classes in named.items()), ([], ""))
 
 
 def keep_precision(settings: ExtractionSettings) -> ExtractionSettings:

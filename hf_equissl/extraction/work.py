@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDecodeError, ImageSource, load_images
+from ..data.labels import match_classes
 from ..encoders.frozen import FrozenEncoder
 from ..utils.files import readable_size
 from .pipeline import begin
 from .preprocessing import Preprocessing
 from .reading import Shard, stored_name, stream_rows
+from .record import classes_before
 from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionError, ExtractionSettings
 from .shards import read_record, shard_features
 
@@ -214,9 +216,10 @@ def prepare(settings: ExtractionSettings, device: str | None = None) -> Extracti
     encoder.check_features(settings.features, tokens=True)
     preprocessing = Preprocessing(settings.encoder, encoder, settings.image_size, **settings.load_options)
     source = load_images(settings.data, split=settings.split, **settings.source_options)
+    source = match_classes(source, *classes_before(settings))
     shapes = _shapes(settings, encoder, preprocessing, source)
     shards, images, shard_size = _divide(settings, source, _row_bytes(shapes, settings.dtype))
-    classes = _classes(source)
+    classes = list(source.classes) or None
     return Extraction(
         settings=settings,
         encoder=encoder,
@@ -276,12 +279,6 @@ def _divide(
     size = settings.shard_size or max(1, min(SHARD_IMAGES, SHARD_BYTES // row_bytes))
     starts = range(0, images, size)
     return [Shard(n, start, min(start + size, images)) for n, start in enumerate(starts)], images, size
-
-
-def _classes(source: ImageSource) -> list[str] | None:
-    columns: Mapping[str, Any] = source.dataset.features or {}
-    feature = columns.get(source.label_column or "")
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _digest(source: ImageSource, images: int | None, classes: list[str] | None) -> str:

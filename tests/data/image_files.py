@@ -36,15 +36,24 @@ def write_folder(folder: Path, names: list[str]) -> Path:
     return folder
 
 
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar file of these members, in this order."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
 def write_tar(path: Path, numbers: range) -> Path:
     """A WebDataset shard: ``000.jpg`` with its class in ``000.cls``."""
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            for suffix, content in (("jpg", encode(picture(number))), ("cls", str(number % 3).encode())):
-                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+    members = []
+    for number in numbers:
+        members.append((f"{number:03d}.jpg", encode(picture(number))))
+        members.append((f"{number:03d}.cls", str(number % 3).encode()))
+    return write_members(path, members)
 
 
 def write_tiff(

@@ -292,3 +292,33 @@ def test_a_data_set_is_recognised_wherever_it_lies(streaming: bool, tmp_path: Pa
         change()
         seen.add(load_images(moved, streaming=streaming).fingerprint())
     assert len(seen) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[!x]", "{0..1}", "a*b ?", "train[2]"])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_folders_may_hold_signs_of_patterns(kind: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for shard in range(2):
+        if kind == "tar":
+            write_tar(folder / f"train-{shard}.tar", range(3 * shard, 3 * shard + 3))
+        else:
+            images = [encode(picture(number)) for number in range(3)]
+            Dataset.from_dict({"image": images}).to_parquet(folder / f"train-{shard}.parquet")
+    for streaming in (False, True):
+        for below in ("", f"train-0.{kind}", f"train-*.{kind}", f"train-{{0..1}}.{kind}"):
+            source = load_images(folder / below, streaming=streaming)
+            assert len(source.check(6)) == (3 if below.startswith("train-0") else 6)
+    with pytest.raises(ImageSourceError, match="no file matches this pattern"):
+        load_images(folder / f"test-*.{kind}")
+
+
+def test_names_that_readers_take_for_two_addresses_are_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a::b", tmp_path / "set" / "a::b"):
+        folder.mkdir(parents=True)
+        write_tar(folder / "train.tar", range(2))
+    for source in (tmp_path / "a::b", tmp_path / "a::b" / "train.tar", tmp_path / "set"):
+        with pytest.raises(ImageSourceError, match=r"has .::. in it.*Rename it"):
+            load_images(source)
+    write_folder(tmp_path / "c::d", ["a.jpg"])
+    assert len(load_images(tmp_path / "c::d").check()) == 1

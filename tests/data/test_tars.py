@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -12,7 +10,7 @@ import pytest
 
 from hf_equissl.data import ImageSource, ImageSourceError, decode_image, load_images
 
-from .image_files import encode, picture
+from .image_files import encode, picture, write_members
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +21,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tar(path: Path, members: dict[str, bytes | int]) -> Path:
     """A tar file; a number stands for the picture of that number, in the format of the name."""
     kinds = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, content in members.items():
-            if isinstance(content, int):
-                content = encode(picture(content), kinds[name.rpartition(".")[2].lower()])
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            file.addfile(member, io.BytesIO(content))
-    return path
+    made = {
+        name: encode(picture(content), kinds[name.rpartition(".")[2].lower()]) if isinstance(content, int) else content
+        for name, content in members.items()
+    }
+    return write_members(path, list(made.items()))
 
 
 def good_images(source: ImageSource) -> int:
@@ -113,12 +107,7 @@ def test_the_cause_is_named(streaming: bool, tmp_path: Path) -> None:
     fails({"a.json": b"{}", "b.raw": b"x"}, "no image among the first 2 samples.*json, raw")
     with pytest.raises(ImageSourceError, match="expected png"):
         load_images(tar(tmp_path / "x.tar", {"a.jpg": 0}), streaming=streaming, column="png")
-    twice = tmp_path / "twice.tar"
-    with tarfile.open(twice, "w") as file:
-        for _ in range(2):
-            member = tarfile.TarInfo("a.jpg")
-            member.size = 3
-            file.addfile(member, io.BytesIO(b"abc"))
+    twice = write_members(tmp_path / "twice.tar", [("a.jpg", b"abc")] * 2)
     with pytest.raises(ImageSourceError, match=r"holds 'a\.jpg' twice"):
         load_images(twice, streaming=streaming)
 

@@ -226,5 +226,17 @@ def test_further_test_sets_have_the_classes_of_the_training_images(folder: Path,
     data = load_evaluation_data(str(folder / "images"), further_tests=[[str(tmp_path / "fewer")]], progress=False)
     assert set(data.tests[1].labels.tolist()) == {1, 2}  # not 0 and 1, which are its own numbers
     assert (data.tests[1].split, data.num_classes) == ("test", 3)
-    with pytest.raises(ValueError, match=r"1 classes that .* does not have, e.g. 'z'"):
-        load_evaluation_data(str(folder / "images"), further_tests=[[str(tmp_path / "others")]], progress=False)
+    for wrong in ({"further_tests": [[str(tmp_path / "others")]]}, {"test_split": "other"}):
+        shutil.copytree(folder / "images", tmp_path / "images", dirs_exist_ok=True)
+        shutil.copytree(tmp_path / "others" / "test", tmp_path / "images" / "other", dirs_exist_ok=True)
+        with pytest.raises(ValueError, match=r"1 class that .* does not have: 'z'"):
+            load_evaluation_data(str(tmp_path / "images"), progress=False, **wrong)
+
+
+def test_a_test_split_without_a_class_is_numbered_as_the_training_split(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder / "images", tmp_path / "images")
+    shutil.rmtree(data / "test" / "a")
+    loaded = load_evaluation_data(str(data), progress=False)
+    assert (set(loaded.test.labels.tolist()), loaded.num_classes) == ({1, 2}, 3)
+    streams = load_evaluation_data(str(data), streaming=True, progress=False)
+    assert streams.test.labels.tolist() == loaded.test.labels.tolist()

@@ -172,3 +172,16 @@ def test_a_stream_goes_on_when_a_broken_shard_is_mended(
     (data / "part-3.tar").write_bytes(whole)
     extract(folder, "--streaming", data=data)
     assert content(folder) == content(extract(tmp_path / "alone", "--streaming", data=tars))
+
+
+def test_a_further_split_has_the_numbers_of_the_classes_before_it(
+    copy: Path, pictures: Path, tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("bear", "cat"):
+        shutil.copytree(pictures / name, tmp_path / "set" / "test" / name, ignore=shutil.ignore_patterns("broken*"))
+    extract(copy, "--split", "test", data=tmp_path / "set")
+    shards = (copy / "data").glob("test-*.parquet")
+    assert {label for shard in shards for label in pq.read_table(shard)["label"].to_pylist()} == {1, 2}
+    (tmp_path / "set" / "test" / "bear").rename(tmp_path / "set" / "test" / "bee")
+    extract(copy, "--split", "test", data=tmp_path / "set", code=2)
+    assert re.search("1 class that split train in .* does not have: 'bee'", capsys.readouterr().err)

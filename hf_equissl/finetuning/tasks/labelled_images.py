@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import datasets
 import numpy as np
 
 from ...data import ImageSource, load_images
-from ...evaluation.data import HELD_OUT, load_test_split
+from ...data.labels import match_classes
+from ...data.splits import choose_rows, hold_out, load_test_split, take_rows
 from ..settings import FineTuningSettings
 from .base import Samples, Splits
-
-SUBSET_SEED = 0  # as for the probes: the same images are held out and chosen
 
 
 class SourceSamples(Samples):
@@ -58,7 +56,10 @@ class Sources:
         Raises:
             ImageDecodeError: none of them decodes.
         """
-        train, test = _subset(self.train, settings.train_images), _subset(self.test, settings.test_images)
+        train, test = (
+            take_rows(source, choose_rows(len(source), limit))
+            for source, limit in ((self.train, settings.train_images), (self.test, settings.test_images))
+        )
         for source in (train, test):
             source.check()
         return replace(self, train=train, test=test)
@@ -90,44 +91,22 @@ def both_splits(train: ImageSource, test: tuple[ImageSource, str] | None, settin
     name = settings.train_split
     if test is not None:
         return Sources(train, test[0], name, test[1])
-    return Sources(*_hold_out(train, settings), f"{name} (without held-out)", f"{name} (held-out)")
+    kept, held_out = (take_rows(train, rows) for rows in hold_out(train, settings.train_images, settings.test_images))
+    return Sources(kept, held_out, f"{name} (without held-out)", f"{name} (held-out)")
 
 
 def load_labelled_images(settings: FineTuningSettings) -> Splits:
-    """Open both splits for classification; labels are 0 to the number of classes - 1.
+    """Open both splits for classification; labels are 0 to the number of classes - 1, numbered over the training split.
 
     Raises:
-        ValueError: as ``load_sources``; a split has no labels, unlabelled images or other classes than the other; fewer
-            than two classes; none of the first images decodes.
+        ValueError: as ``load_sources``; a split has no labels or unlabelled images; the test split has a class that the
+            training split does not have; fewer than two classes; none of the first images decodes.
     """
     sources = load_sources(settings)
+    sources = replace(sources, test=match_classes(sources.test, sources.train.classes, sources.train.name))
     classes = _classes(sources.train, sources.test)
     found = sources.limited(settings)
     return Splits(SourceSamples(found.train), SourceSamples(found.test), found.train_split, found.test_split, classes)
-
-
-def _hold_out(source: ImageSource, settings: FineTuningSettings) -> tuple[ImageSource, ImageSource]:
-    total = len(source)
-    count = settings.test_images or max(1, round(HELD_OUT * total))
-    if count >= total:
-        raise ValueError(
-            f"--test_images {count}: {source.name} has {total} images and no test split, so nothing would be left to "
-            "train on. Hold fewer out, or name a test split (--test_split)."
-        )
-    order = np.random.default_rng(SUBSET_SEED).permutation(total)
-    return _rows(source, np.sort(order[count:])), _rows(source, np.sort(order[:count]))
-
-
-def _subset(source: ImageSource, limit: int | None) -> ImageSource:
-    if limit is None or limit >= len(source):
-        return source
-    return _rows(source, np.sort(np.random.default_rng(SUBSET_SEED).permutation(len(source))[:limit]))
-
-
-def _rows(source: ImageSource, rows: np.ndarray) -> ImageSource:
-    if not isinstance(source.dataset, datasets.Dataset):
-        raise TypeError(f"{source.name} is streamed.")
-    return replace(source, dataset=source.dataset.select(rows))
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
@@ -155,18 +134,9 @@ def labels_of(source: ImageSource) -> np.ndarray:
 
 
 def _classes(train: ImageSource, test: ImageSource) -> tuple[str, ...]:
-    """Names of the classes that both splits have."""
+    """Names of the classes, by their numbers in both splits."""
     labels, judged = labels_of(train), labels_of(test)
-    names, others = _names(train), _names(test)
-    if names is not None and others is not None and names != others:
-        sides = ((set(names) - set(others), train.name), (set(others) - set(names), test.name))
-        only = [f"{', '.join(sorted(extra)[:5])} only in {where}" for extra, where in sides if extra]
-        raise ValueError(
-            f"{train.name} and {test.name} have different classes ({len(names)} and {len(others)}): "
-            f"{'; '.join(only) or 'the same names in another order'}. A label must mean the same in both."
-        )
-    if names is None:
-        names = others or [str(number) for number in range(int(labels.max()) + 1)]
+    names = train.classes or test.classes or tuple(str(number) for number in range(int(labels.max()) + 1))
     if (largest := int(max(labels.max(), judged.max()))) >= len(names):
         raise ValueError(
             f"{train.name} has the classes 0 to {len(names) - 1}, but there is a label {largest}. "
@@ -174,9 +144,4 @@ def _classes(train: ImageSource, test: ImageSource) -> tuple[str, ...]:
         )
     if len(names) < 2:
         raise ValueError(f"{train.name} has {len(names)} class; a classifier needs two or more.")
-    return tuple(names)
-
-
-def _names(source: ImageSource) -> list[str] | None:
-    feature = (source.dataset.features or {}).get(source.label_column)
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return names

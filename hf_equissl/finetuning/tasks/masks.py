@@ -16,7 +16,7 @@ import numpy as np
 from ...data import ImageDecodeError, ImageSource
 from ...data.columns import IMAGE_SUFFIXES
 from ...data.decoding import open_image
-from ...evaluation.data import TEST_SPLITS
+from ...data.splits import TEST_SPLITS
 from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
 from .labelled_images import Sources, SourceSamples, both_splits, load_sources

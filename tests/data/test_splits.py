@@ -1,0 +1,135 @@
+"""Splits of one data set: classes mean the same in all, and the same images are chosen wherever some are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_equissl.data import ImageSource, ImageSourceError, load_images
+from hf_equissl.data.labels import match_classes
+from hf_equissl.data.splits import choose_rows, hold_out, take_rows
+
+from .image_files import encode, picture, write_folder, write_members
+
+# The test split lacks the first class, and names the others in another order.
+SPLITS = {"train": ["ant", "bee", "cat", "bee"], "test": ["cat", "bee"]}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def text_columns(folder: Path, split: str, names: list[str]) -> None:
+    images = [encode(picture(number)) for number in range(len(names))]
+    Dataset.from_dict({"image": images, "label": names}).to_parquet(folder / f"{split}.parquet")
+
+
+def class_columns(folder: Path, split: str, names: list[str]) -> None:
+    order = list(dict.fromkeys(names)) if split == "test" else sorted(set(names))
+    features = Features({"image": Value("binary"), "label": ClassLabel(names=order)})
+    rows = {"image": [encode(picture(number)) for number in range(len(names))], "label": names}
+    Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def class_folders(folder: Path, split: str, names: list[str]) -> None:
+    write_folder(folder, [f"{split}/{name}/{number}.jpg" for number, name in enumerate(names)])
+
+
+def tars(folder: Path, split: str, names: list[str]) -> None:
+    members = [(f"{number}.jpg", encode(picture(number))) for number in range(len(names))]
+    members += [(f"{number}.cls", name.encode()) for number, name in enumerate(names)]
+    write_members(folder / f"{split}.tar", sorted(members))
+
+
+def metadata(folder: Path, split: str, names: list[str]) -> None:
+    write_folder(folder / split, [f"{number}.jpg" for number in range(len(names))])
+    lines = [json.dumps({"file_name": f"{number}.jpg", "label": name}) for number, name in enumerate(names)]
+    (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def names_of(source: ImageSource) -> list[str]:
+    return sorted(source.classes[source.label(row)] for row in source.dataset)
+
+
+@pytest.mark.parametrize(
+    ("write", "streaming"),
+    [
+        (text_columns, False),
+        (class_columns, False),
+        (class_columns, True),
+        (class_folders, False),
+        (class_folders, True),
+        (tars, False),
+        (metadata, False),
+    ],
+)
+def test_classes_of_a_test_split_have_the_numbers_of_the_training_split(write, streaming: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, names in SPLITS.items():
+        write(folder, split, names)
+    train, test = (load_images(folder, split=split, streaming=streaming) for split in SPLITS)
+    assert test.classes != train.classes == ("ant", "bee", "cat")
+    same = match_classes(test, train.classes, train.name)
+    assert (same.classes, same.num_classes) == (train.classes, 3)
+    assert sorted(same.label(row) for row in same.dataset) == [1, 2]
+    for source in (train, test, same):
+        assert names_of(source) == sorted(SPLITS["train" if source is train else "test"])
+    assert len(same.check()) == 2
+    with pytest.raises(ImageSourceError, match=r"1 class that .* does not have: 'ant' \(1 image\)\. What is fitted"):
+        list(match_classes(train, test.classes, test.name).dataset)
+
+
+def test_unlabelled_images_stay_unlabelled_and_classes_without_names_stay_as_they_are(tmp_path: Path) -> None:
+    features = Features({"image": Value("binary"), "label": ClassLabel(names=["b", "unused", "a"])})
+    rows = {"image": [encode(picture())] * 4, "label": [0, None, -1, 2]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    source = load_images(tmp_path / "train.parquet")
+    same = match_classes(source, ["a", "b"], "others")
+    assert [same.label(row) for row in same.dataset] == [1, None, -1, 0]
+    assert match_classes(source, (), "numbers alone") is source
+
+
+def test_kinds_of_labels_may_differ_between_metadata_files(tmp_path: Path) -> None:
+    for split, names in (("train", ["01", "x", "2"]), ("test", ["2", "01"])):
+        write_folder(tmp_path / "set" / split, [f"{number}.jpg" for number in range(len(names))])
+        lines = ["file_name,label", *(f"{number}.jpg,{name}" for number, name in enumerate(names))]
+        (tmp_path / "set" / split / "metadata.csv").write_text("\n".join(lines))
+    train, test = (load_images(tmp_path / "set", split=split) for split in ("train", "test"))
+    same = match_classes(test, train.classes, train.name)
+    assert [train.classes[same.label(row)] for row in same.dataset] == ["2", "01"]
+
+
+# ---- subsets ----
+
+
+def test_chosen_rows_are_fixed_and_named_by_their_numbers_in_the_whole(tmp_path: Path) -> None:
+    rows = {"image": [encode(picture(number)) for number in range(40)]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    source = load_images(tmp_path / "train.parquet")
+    chosen = choose_rows(40, 10)
+    assert len(set(chosen.tolist())) == 10
+    assert chosen.tolist() == sorted(chosen)
+    np.testing.assert_array_equal(chosen, choose_rows(40, 10))
+    assert choose_rows(40, 10, seed=1).tolist() != chosen.tolist()
+    assert choose_rows(40, 50).tolist() == list(range(40))
+    part = take_rows(take_rows(source, chosen), np.array([2, 5]))
+    for place, number in enumerate((chosen[2], chosen[5])):
+        assert part.content(part.row(place)) == source.content(source.row(int(number)))
+        assert part.item_name(part.row(place), place).endswith(f"row {number}")
+    kept, held_out = hold_out(source, None, None)
+    assert (len(kept), len(held_out)) == (36, 4)
+    assert not set(kept.tolist()) & set(held_out.tolist())
+    assert set(hold_out(source, 8, None)[0].tolist()) < set(kept.tolist())
+    with pytest.raises(ValueError, match=r"is 31, but .* 40 images .* 9 would be left to fit on"):
+        hold_out(source, None, 31)
+    with pytest.raises(ValueError, match="streamed and has no test split"):
+        hold_out(load_images(tmp_path / "train.parquet", streaming=True), None, None)
+    with pytest.raises(TypeError, match="cannot be chosen by number"):
+        take_rows(load_images(tmp_path / "train.parquet", streaming=True), chosen)
