@@ -6,30 +6,11 @@ when they are first used, so the import itself stays cheap.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .auto_classes import register_auto_classes
+from .utils.lazy_names import import_when_used
 from .utils.versions import __version__
-
-_EXPORTS = {
-    "EquiSSLBackbone": "modeling",
-    "EquiSSLConfig": "modeling",
-    "EquiSSLForImageClassification": "modeling",
-    "EquiSSLModel": "modeling",
-    "EquiSSLForPreTraining": "pretraining.model",
-    "EquiSSLPreTrainingConfig": "pretraining.model",
-    "EquiSSLTrainer": "pretraining.trainer",
-    "EquiSSLTrainingArguments": "pretraining.arguments",
-    "EVALUATORS": "evaluation",
-    "EQUIVARIANCE_OBJECTIVES": "objectives",
-    "INVARIANCE_OBJECTIVES": "objectives",
-    "PIPELINES": "views.pipelines",
-    "TRANSFORMATIONS": "views",
-    "Recipe": "recipes.recipe",
-    "load_images": "data",
-    "save_encoder": "encoders.export",
-}
 
 __all__ = [
     "EQUIVARIANCE_OBJECTIVES",
@@ -64,15 +45,26 @@ if TYPE_CHECKING:
     from .views import TRANSFORMATIONS
     from .views.pipelines import PIPELINES
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "EquiSSLBackbone": "modeling",
+        "EquiSSLConfig": "modeling",
+        "EquiSSLForImageClassification": "modeling",
+        "EquiSSLModel": "modeling",
+        "EquiSSLForPreTraining": "pretraining.model",
+        "EquiSSLPreTrainingConfig": "pretraining.model",
+        "EquiSSLTrainer": "pretraining.trainer",
+        "EquiSSLTrainingArguments": "pretraining.arguments",
+        "EVALUATORS": "evaluation",
+        "EQUIVARIANCE_OBJECTIVES": "objectives",
+        "INVARIANCE_OBJECTIVES": "objectives",
+        "PIPELINES": "views.pipelines",
+        "TRANSFORMATIONS": "views",
+        "Recipe": "recipes.recipe",
+        "load_images": "data",
+        "save_encoder": "encoders.export",
+    },
+)
 register_auto_classes()

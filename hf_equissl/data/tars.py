@@ -200,7 +200,9 @@ class TarImages(WebDataset):
         found = self._images(members)
         if not found and members.keys() <= _PAPERS and not members.keys() & layout.beside:
             return None
-        chosen = layout.image if layout.image in found else found[0] if len(found) == 1 else None
+        chosen = found[0] if len(found) == 1 else None
+        if layout.image in found:
+            chosen = layout.image
         image = {"bytes": b"", "path": f"{sample.key} ({', '.join(members)})"}
         if chosen is not None:
             name, content = members[chosen]

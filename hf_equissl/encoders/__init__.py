@@ -5,18 +5,9 @@ Names are imported when they are first used, so that an export does not load wha
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "FEATURES": "frozen",
-    "FrozenEncoder": "frozen",
-    "convert_encoder": "convert",
-    "load_encoder": "loading",
-    "save_encoder": "export",
-    "save_native": "native",
-    "to_native": "native",
-}
+from ..utils.lazy_names import import_when_used
 
 __all__ = [
     "FEATURES",
@@ -35,12 +26,16 @@ if TYPE_CHECKING:
     from .loading import load_encoder
     from .native import save_native, to_native
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "FEATURES": "frozen",
+        "FrozenEncoder": "frozen",
+        "convert_encoder": "convert",
+        "load_encoder": "loading",
+        "save_encoder": "export",
+        "save_native": "native",
+        "to_native": "native",
+    },
+)

@@ -187,7 +187,7 @@ class Evaluator(ABC):
                 about=known[metric],
                 hub_task=self.hub_task,
                 command=self.command,
-                versions=library_versions((vars(known[metric])["library"],)),
+                versions=library_versions((known[metric].library,)),
             )
             for metric, numbers in values.items()
         ]

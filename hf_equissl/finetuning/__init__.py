@@ -8,28 +8,10 @@ DINOv2 and ViT encoders.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..utils.lazy_names import import_when_used
 from .settings import METHODS, FineTuningSettings, Method
-
-# Found when they are asked for: the command's help must not wait for torch.
-_EXPORTS = {
-    "LORA_TARGETS": "adapters",
-    "TASKS": "tasks",
-    "DenseTask": "tasks",
-    "FineTuningRun": "prepared",
-    "fine_tune": "run",
-    "load_finetuned": "adapters",
-    "Samples": "tasks",
-    "Splits": "tasks",
-    "Step": "tasks",
-    "Task": "tasks",
-    "merge_adapter": "publish",
-    "prepare": "run",
-    "register_lora_targets": "adapters",
-    "train": "run",
-}
 
 __all__ = [
     "LORA_TARGETS",
@@ -58,8 +40,24 @@ if TYPE_CHECKING:
     from .run import fine_tune, prepare, train
     from .tasks import TASKS, DenseTask, Samples, Splits, Step, Task
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+# Found when they are asked for: the command's help must not wait for torch.
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "LORA_TARGETS": "adapters",
+        "TASKS": "tasks",
+        "DenseTask": "tasks",
+        "FineTuningRun": "prepared",
+        "fine_tune": "run",
+        "load_finetuned": "adapters",
+        "Samples": "tasks",
+        "Splits": "tasks",
+        "Step": "tasks",
+        "Task": "tasks",
+        "merge_adapter": "publish",
+        "prepare": "run",
+        "register_lora_targets": "adapters",
+        "train": "run",
+    },
+)

@@ -5,16 +5,9 @@ Names are imported when they are first used, so that a push does not load what b
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "PARTS": "repository",
-    "PublishError": "publishable",
-    "build_repository": "repository",
-    "check_publishable": "publishable",
-    "push_repository": "push",
-}
+from ..utils.lazy_names import import_when_used
 
 __all__ = [
     "PARTS",
@@ -29,12 +22,14 @@ if TYPE_CHECKING:
     from .push import push_repository
     from .repository import PARTS, build_repository
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "PARTS": "repository",
+        "PublishError": "publishable",
+        "build_repository": "repository",
+        "check_publishable": "publishable",
+        "push_repository": "push",
+    },
+)

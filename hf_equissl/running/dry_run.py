@@ -89,10 +89,13 @@ def _plan_lines(run: Run) -> list[str]:
     if plan.images is not None:
         lines.append(f"pass           {plan.images} images / {plan.batch} = {plan.steps_per_epoch} steps")
     if plan.steps:
-        epochs = [f"{plan.steps / args.epoch_steps:.4g} epochs of {args.epoch_steps} steps"] if args.epoch_steps else []
-        passes = [f"{plan.epochs:.4g} {'passes over the data' if epochs else 'epochs'}"] if plan.epochs else []
-        length = " = ".join([str(plan.steps), *epochs, *passes])
-        lines.append(f"steps          {length}, the first {plan.warmup_steps} warm up")
+        lengths, unit = [str(plan.steps)], "epochs"
+        if args.epoch_steps:
+            lengths.append(f"{plan.steps / args.epoch_steps:.4g} epochs of {args.epoch_steps} steps")
+            unit = "passes over the data"
+        if plan.epochs:
+            lengths.append(f"{plan.epochs:.4g} {unit}")
+        lines.append(f"steps          {' = '.join(lengths)}, the first {plan.warmup_steps} warm up")
     else:
         lines.append(f"steps          {args.num_train_epochs:g} epochs; how many steps follows from the data (--data)")
     expected = run.recipe.num_processes

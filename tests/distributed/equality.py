@@ -170,9 +170,10 @@ def _table(recipe: str, engines: list[str], data: str, folder: Path, steps: int)
         differences = (curve_difference(reference, found), encoder_difference(reference, found), weight)
         passed = max(differences) <= TOLERANCE
         failed |= not passed
-        verdict = "" if engine in ("single", CONTROL) else "pass" if passed else f"FAIL ({name})"
+        verdict, processes = "pass" if passed else f"FAIL ({name})", 2
+        if engine in ("single", CONTROL):
+            verdict, processes = "", 1
         numbers = " ".join(f"{number:>8.1e}" for number in differences)
-        processes = 1 if engine in ("single", CONTROL) else 2
         _say(f"  {engine:<13} {processes:>9}  {found.wrapped:<38} {numbers} {found.seconds:>7.2f}  {verdict}")
     return failed
 

@@ -326,11 +326,12 @@ def _objectives(facts: CardFacts) -> str:
 
 def _data(facts: CardFacts) -> str:
     record = facts.run.record
-    split = record.data.rpartition(" (")[2].rstrip(")") if record and " (" in record.data else None
-    count = f"{record.num_images:,} images" if record and record.num_images else "a stream" if record else None
-    return ", ".join(
-        [_named(facts.dataset or "not recorded"), *([f"split {split}"] if split else []), *filter(None, [count])]
-    )
+    said = [_named(facts.dataset or "not recorded")]
+    if record is not None:
+        if " (" in record.data:
+            said.append(f"split {record.data.rpartition(' (')[2].rstrip(')')}")
+        said.append(f"{record.num_images:,} images" if record.num_images else "a stream")
+    return ", ".join(said)
 
 
 def _hardware(found: Mapping[str, Any]) -> str:
