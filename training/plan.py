@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import report
-    from hf_equissl.planning.cluster import Cluster, Planner, Speed, is_fused, parse_engine
+    from hf_equissl.planning.cluster import Cluster, Planner, Speed, parse_engine
+    from hf_equissl.planning.optimizer_memory import optimizer_memory
     from hf_equissl.planning.step import smallest_batch
     from hf_equissl.running.run import prepare
 
@@ -66,7 +67,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         parse_engine(options.engine)
     run = prepare(load_recipe(options.recipe, overrides), None, processes=cluster.gpus, dry=True)
     smallest = smallest_batch(run.config, cluster.gpus, run.plan.per_device)
-    planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), is_fused(run.args), smallest)
+    planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), optimizer_memory(run.args), smallest)
     plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
     if options.json:
         say(json.dumps(report.plan_data(run.recipe.name, planner, plans, run.args.precision), indent=2))
@@ -76,8 +77,9 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import check, report
-    from hf_equissl.planning.cluster import is_fused, launched_engine, parse_engine
+    from hf_equissl.planning.cluster import launched_engine, parse_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase
+    from hf_equissl.planning.optimizer_memory import optimizer_memory
     from hf_equissl.running.run import build_training, prepare
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,7 +95,7 @@ def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
             world,
             offload=offload,
             accumulating=run.args.gradient_accumulation_steps > 1,
-            fused=is_fused(run.args),
+            optimizer=optimizer_memory(run.args),
             on_cpu=run.args.device.type == "cpu",
         )
         if engine.is_deepspeed:

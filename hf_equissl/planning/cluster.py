@@ -11,6 +11,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..utils.suggestions import RecipeError, did_you_mean
 from .arithmetic import Schedule
 from .memory import MemoryUse, Setup, host_bytes, peak, peaks_by_phase
+from .optimizer_memory import ADAMW, OptimizerMemory
 from .step import Cost
 from .traffic import Traffic, traffic
 
@@ -204,11 +205,6 @@ def gpus_of_a_node(processes: int) -> int:
     return next(count for count in range(min(USUAL_NODE, processes), 0, -1) if processes % count == 0)
 
 
-def is_fused(args: EquiSSLTrainingArguments) -> bool:
-    """Whether the optimizer updates in one kernel, without temporary tensors."""
-    return "fused" in str(getattr(args.optim, "value", args.optim))
-
-
 @dataclass
 class Planner:
     """Plans engines on a cluster; a step is run on fake tensors once for each batch that is asked for.
@@ -218,7 +214,7 @@ class Planner:
         schedule: Batch and accumulation of the run.
         cluster: The machines.
         speed: What a device is assumed to do.
-        fused: Whether the optimizer is a fused one.
+        optimizer: What the optimizer takes.
         smallest: Smallest batch per device that the objectives accept.
     """
 
@@ -226,7 +222,7 @@ class Planner:
     schedule: Schedule
     cluster: Cluster
     speed: Speed
-    fused: bool = True
+    optimizer: OptimizerMemory = ADAMW
     smallest: int = 1
     _costs: dict[int, Cost] = field(default_factory=dict)
 
@@ -246,7 +242,7 @@ class Planner:
         if engine is Engine.SINGLE and self.cluster.gpus > 1:
             raise RecipeError(f"--engine single uses one device, got --gpus {self.cluster.gpus}. Set --gpus 1, or ddp.")
         accumulation = self.schedule.accumulation
-        setup = Setup(engine, self.cluster.gpus, offload, accumulation > 1, self.fused)
+        setup = Setup(engine, self.cluster.gpus, offload, accumulation > 1, self.optimizer)
         batch = self.schedule.per_device
         cost = self.cost(batch)
         sent = traffic(cost, setup, accumulation)

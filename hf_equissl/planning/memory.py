@@ -1,16 +1,17 @@
 """Memory of one device under each engine, by formula: what lies there all the time, and the fullest moment of a step.
 
-Weights, gradients and AdamW's two moments are fp32 under every engine; with bf16 or fp16, autocast adds copies of the
+Weights, gradients and optimizer state are fp32 under every engine, S bytes of state for each byte of trained weights (2
+for AdamW's moments, 1 for LARS's momentum); with bf16 or fp16, autocast adds copies of the
 student's weights from their first use in the forward pass to their last in the backward pass. With N processes, P bytes
 of weights, T of them trained:
 
-| engine | weights | moments | gradients | for the exchange |
+| engine | weights | state | gradients | for the exchange |
 |---|---|---|---|---|
-| single | P | 2T | T | |
-| DDP | P | 2T | T | T, buckets that stay |
-| FSDP2 | P/N | 2T/N | T/N, those of the root whole until the end | root, two layers, a layer's gradients twice |
-| ZeRO-1, ZeRO-2 | P + T/N | 2T/N | T/N | two buckets and a copy of one, while the backward pass runs |
-| ZeRO-3 | P/N + T/N, small ones whole | 2T/N | T/N, stay | a bucket that stays, gathered layers |
+| single | P | ST | T | |
+| DDP | P | ST | T | T, buckets that stay |
+| FSDP2 | P/N | ST/N | T/N, those of the root whole until the end | root, two layers, a layer's gradients twice |
+| ZeRO-1, ZeRO-2 | P + T/N | ST/N | T/N | two buckets and a copy of one, while the backward pass runs |
+| ZeRO-3 | P/N + T/N, small ones whole | ST/N | T/N, stay | a bucket that stays, gathered layers |
 
 The root is what lies in no wrapped layer: embeddings, final norm, stem, heads, decoders, of the teacher too. Each of
 its parameters is gathered with as many rows as N divides. ZeRO-1 and 2 clone the own share of the weights even where
@@ -25,7 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..distributed.engines import Engine
-from .step import ADAM_STATES, FP32_BYTES, Cost
+from .optimizer_memory import ADAMW, OptimizerMemory
+from .step import FP32_BYTES, Cost
 from .storages import Moment
 
 # Elements: what the package sets, then DeepSpeed's defaults.
@@ -43,7 +45,7 @@ class Setup:
         processes: N, one device each.
         offload: Whether the optimizer's state is on the host; under FSDP2 and ZeRO-3 the shards of the weights too.
         accumulating: Whether gradients stay from one micro-batch to the next.
-        fused: Whether the optimizer's step needs no temporary tensors.
+        optimizer: What the optimizer takes.
         on_cpu: Whether devices are CPUs, where of a large empty buffer only what is written counts.
     """
 
@@ -51,7 +53,7 @@ class Setup:
     processes: int = 1
     offload: bool = False
     accumulating: bool = False
-    fused: bool = True
+    optimizer: OptimizerMemory = ADAMW
     on_cpu: bool = False
 
     def buckets(self, gradients: int) -> int:
@@ -73,7 +75,7 @@ class MemoryUse:
         phase: Phase of the step: "teacher", "forward", "backward", "reduction" (the end of the backward pass where
             gradients are sharded), "optimizer".
         weights: Weights that stay, or their shards.
-        moments: AdamW's two moments.
+        moments: What the optimizer keeps: AdamW's two moments, LARS's momentum.
         gradients: Gradients so far.
         exchange: Gathered layers and buckets.
         casts: Copies of weights for autocast.
@@ -152,7 +154,7 @@ def moments_of_step(cost: Cost, setup: Setup) -> list[MemoryUse]:
     sharded = setup.engine not in (Engine.SINGLE, Engine.DDP)
     owned = share if sharded else trained
     copied = owned if setup.engine.is_deepspeed else 0
-    temporary = 0 if setup.fused else owned
+    temporary = 0 if setup.optimizer.fused else owned
     return [*held, replace(resident, phase="optimizer", gradients=owned + copied, activations=temporary)]
 
 
@@ -161,7 +163,7 @@ def host_bytes(cost: Cost, setup: Setup) -> int:
     if not setup.offload:
         return 0
     trained, every = (FP32_BYTES * count // setup.processes for count in (cost.trainable, cost.parameters))
-    state = (ADAM_STATES + 1) * trained  # moments and gradients
+    state = setup.optimizer.state_bytes(trained) + trained  # and gradients
     if setup.engine is Engine.FSDP2:
         return every + state
     # The optimizer's own weights, and a buffer of gradients as large; ZeRO-3 has the shards of all weights beside them.
@@ -182,11 +184,11 @@ def _resident(cost: Cost, setup: Setup) -> MemoryUse:
     held = MemoryUse("", buffers=FP32_BYTES * cost.buffers, views=cost.view_bytes)
     accumulated = trained if setup.accumulating else 0
     if engine is Engine.SINGLE:
-        return replace(held, weights=weights, moments=ADAM_STATES * trained, gradients=accumulated)
+        return replace(held, weights=weights, moments=setup.optimizer.state_bytes(trained), gradients=accumulated)
     if engine is Engine.DDP:
-        moments = ADAM_STATES * trained
+        moments = setup.optimizer.state_bytes(trained)
         return replace(held, weights=weights, moments=moments, gradients=accumulated, exchange=trained)
-    moments = 0 if setup.offload else ADAM_STATES * share
+    moments = 0 if setup.offload else setup.optimizer.state_bytes(share)
     if engine is Engine.FSDP2:
         shards = 0 if setup.offload else weights // processes
         return replace(held, weights=shards, moments=moments, gradients=accumulated)

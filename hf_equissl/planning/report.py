@@ -14,7 +14,7 @@ from .step import Cost
 
 PARTS = {
     "weights": "weights",
-    "moments": "optimizer state (AdamW)",
+    "moments": "optimizer state ({optimizer})",
     "gradients": "gradients",
     "exchange": "gathered layers, buckets",
     "casts": "half-precision copies of weights",
@@ -34,7 +34,10 @@ PHASES = {
 def memory_lines(plan: EnginePlan, precision: str) -> list[str]:
     """Show the fullest moment of a step by part, and the fullest moment of each phase."""
     held = plan.held
-    rows = [(PARTS[name], readable_size(value)) for name, value in held.parts.items() if value]
+    optimizer = plan.setup.optimizer.name
+    rows = [
+        (PARTS[name].format(optimizer=optimizer), readable_size(value)) for name, value in held.parts.items() if value
+    ]
     rows.append((f"together, in the {PHASES[held.phase]}", readable_size(held.total)))
     lines = [*table(rows), f"{plan.name}, {precision}, {plan.batch} images"]
     others = [
@@ -74,7 +77,7 @@ def traffic_lines(plan: EnginePlan, cluster: Cluster) -> list[str]:
 
 def engine_table(plans: list[EnginePlan], schedule: Schedule, cluster: Cluster) -> list[str]:
     """Compare engines, one row each."""
-    titles = ("", "weights", "moments", "gradients", "exchange", "activations", "peak", "fits")
+    titles = ("", "weights", "optimizer", "gradients", "exchange", "activations", "peak", "fits")
     rows: list[tuple[str, ...]] = [(*titles, "largest batch", "sent/step", "images/s")]
     for plan in plans:
         held, gib = plan.held, lambda number: f"{number / GIB:.2f}"

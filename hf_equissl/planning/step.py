@@ -21,11 +21,11 @@ from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..pretraining.optimizer import freeze_parameters
 from ..views.base import Views
 from .flop_counts import flop_counter, flops_by_module
+from .optimizer_memory import optimizer_memory
 from .processes import Exchanged, as_one_of
 from .storages import KeptStorages, Moment, StepMemory
 
 KINDS = ("student", "teacher", "heads", "decoders")
-ADAM_STATES = 2  # first and second moment
 FP32_BYTES = 4
 
 
@@ -125,12 +125,12 @@ def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, E
         return mode, model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
-def checkpoint_bytes(config: EquiSSLPreTrainingConfig) -> int:
-    """Count the bytes of one checkpoint: weights, and AdamW's two moments of the trainable ones."""
+def checkpoint_bytes(config: EquiSSLPreTrainingConfig, args: EquiSSLTrainingArguments) -> int:
+    """Count the bytes of one checkpoint: weights, and the optimizer's state of the trainable ones."""
     _, model = without_weights(config)
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return FP32_BYTES * (weights + ADAM_STATES * trainable)
+    return FP32_BYTES * weights + optimizer_memory(args).state_bytes(FP32_BYTES * trainable)
 
 
 def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..planning import Cost, without_weights
 from ..planning.arithmetic import milestones
-from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, is_fused, launched_engine
+from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, launched_engine
+from ..planning.optimizer_memory import optimizer_memory
 from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
 from ..pretraining.model import EquiSSLForPreTraining
@@ -191,7 +192,7 @@ def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]
     """Estimate memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
     name = launched_engine(run.args, run.plan.processes)
     cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
-    planner = Planner(lambda batch: cost, run.plan, cluster, speed, fused=is_fused(run.args))
+    planner = Planner(lambda batch: cost, run.plan, cluster, speed, optimizer_memory(run.args))
     plan = planner.plan(name, search=False)
     memory = memory_lines(plan, run.args.precision)
     if run.args.activation_checkpointing:

@@ -211,7 +211,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if checkpoint is not None and Manifest.read(checkpoint).step != plan.steps:
         notes += check_same_data(checkpoint, dataset.source)
     if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
-        need = estimate_disk_use(args, plan, checkpoint_bytes(config), measure_checkpoints(output_dir))
+        need = estimate_disk_use(args, plan, checkpoint_bytes(config, args), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
     if model.needs.labels:

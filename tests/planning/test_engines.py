@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from hf_equissl.planning.memory import (
     peak,
     peaks_by_phase,
 )
+from hf_equissl.planning.optimizer_memory import OptimizerMemory
 from hf_equissl.planning.step import Cost, Part
 from hf_equissl.planning.storages import Moment
 from hf_equissl.planning.traffic import traffic
@@ -51,7 +53,7 @@ P, T = 8000, 4000  # bytes of all weights, and of the trained ones
 BUCKET = 4 * ZERO_BUCKET
 
 
-def by_phase(engine: str, processes: int = 4, **more: bool) -> dict[str, int]:
+def by_phase(engine: str, processes: int = 4, **more: Any) -> dict[str, int]:
     setup = Setup(Engine(engine), processes, **more)
     return {name: held.total - REST for name, held in peaks_by_phase(COST, setup).items()}
 
@@ -64,7 +66,8 @@ def test_one_device_holds_everything() -> None:
         "backward": always + 9_400,
         "optimizer": always + T,
     }
-    assert by_phase("single", 1, fused=False)["optimizer"] == always + 2 * T
+    assert by_phase("single", 1, optimizer=OptimizerMemory(fused=False))["optimizer"] == always + 2 * T
+    assert by_phase("single", 1, optimizer=OptimizerMemory("LARS", 1.0))["optimizer"] == P + 2 * T
     # Gradients of earlier micro-batches are there from the start.
     assert by_phase("single", 1, accumulating=True)["forward"] == always + T + 10_000
     assert peak(COST, Setup(Engine.SINGLE)).phase == "forward"
@@ -156,6 +159,8 @@ def test_offloaded_shares_lie_in_the_hosts_memory() -> None:
     assert host_bytes(COST, Setup(Engine.ZERO3, 4)) == 0
     assert host_bytes(COST, Setup(Engine.FSDP2, 4, offload=True)) == P // 4 + 3 * share
     assert host_bytes(COST, Setup(Engine.ZERO2, 4, offload=True)) == 5 * share
+    one = OptimizerMemory(states=1.0)
+    assert host_bytes(COST, Setup(Engine.ZERO2, 4, offload=True, optimizer=one)) == 4 * share
     # Weights, moments, and gradients twice: as they arrive, and as the optimizer reads them.
     assert host_bytes(COST, Setup(Engine.ZERO3, 4, offload=True)) == P // 4 + 5 * share
 

@@ -10,6 +10,7 @@ import torch
 
 from hf_equissl.planning import checkpoint_bytes, measure, without_weights
 from hf_equissl.planning.arithmetic import milestones, schedule
+from hf_equissl.planning.optimizer_memory import OptimizerMemory, optimizer_memory
 from hf_equissl.planning.optimizer_table import fold_names, optimizer_rows
 from hf_equissl.planning.step import smallest_batch
 from hf_equissl.planning.storages import StepMemory
@@ -47,6 +48,10 @@ def plan(**training: object) -> Run:
     return prepare(recipe, None, dry=True)
 
 
+def arguments(optim: str) -> EquiSSLTrainingArguments:
+    return EquiSSLTrainingArguments(output_dir="unused", optim=optim, use_cpu=True)
+
+
 def test_parameters_are_those_of_the_real_model() -> None:
     run = plan()
     cost, model = run.cost(), EquiSSLForPreTraining(run.config)
@@ -58,7 +63,22 @@ def test_parameters_are_those_of_the_real_model() -> None:
     assert by_name["vicreg: heads"].parameters == sum(p.numel() for p in model.invariance.parameters())
     assert by_name["reconstruction: decoders"].parameters == sum(p.numel() for p in model.equivariance.parameters())
     weights = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    assert checkpoint_bytes(run.config) == 4 * weights + 8 * cost.trainable
+    for optim, states in {"adamw_torch_fused": 2, "lars": 1, "sgd": 0}.items():
+        assert checkpoint_bytes(run.config, arguments(optim)) == 4 * weights + states * 4 * cost.trainable
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    {
+        "adamw_torch_fused": OptimizerMemory("AdamW", 2.0, fused=True),
+        "adamw_torch": OptimizerMemory("AdamW", 2.0, fused=False),
+        "lars": OptimizerMemory("LARS", 1.0, fused=True),
+        "sgd": OptimizerMemory("SGD", 0.0, fused=False),
+        "adamw_bnb_8bit": OptimizerMemory("adamw_bnb_8bit", 2.0, fused=False),  # not installed: as AdamW
+    }.items(),
+)
+def test_memory_is_that_of_the_optimizer(optim: str, expected: OptimizerMemory) -> None:
+    assert optimizer_memory(arguments(optim)) == expected
 
 
 def test_flops_by_hand() -> None:
