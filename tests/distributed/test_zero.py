@@ -51,7 +51,8 @@ RUN = {
 PLAIN, GLOBAL, MODULE, BF16, TWICE, AGAIN, HALF, RESUMED = (
     {},
     {"grad_clipping": "global", "max_grad_norm": 3.0},
-    {"grad_clipping": "module", "max_grad_norm": 1.0},
+    # Steps of 0.02 under this rule leave the region in which rounding stays small: it grows fourfold per step.
+    {"grad_clipping": "module", "max_grad_norm": 1.0, "learning_rate": 0.005},
     {"bf16": True, "teacher_momentum": 0.996},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     {"activation_checkpointing": True},
@@ -122,8 +123,7 @@ def test_a_stage_trains_like_ddp(results: Results, engine: str, name: str) -> No
     """Losses, norms of gradients, student, teacher, heads, decoder and centers; under every rule of clipping."""
     expected, actual = results("ddp")[name], results(engine)[name]
     loose = 1000.0 if name == "bf16" else 1.0  # bf16 has steps of 4e-3, and ZeRO-3 linear layers of its own
-    # Norms are summed in another order, and so are clipped gradients: rounding grows over the steps.
-    assert actual.losses == pytest.approx(expected.losses, rel=5e-6 * loose)
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-6 * loose)
     assert actual.norms == pytest.approx(expected.norms, rel=1e-5 * loose)
     assert difference(expected.state, actual.state) < 2e-6 * loose
     moved = difference(*({k.split(".", 1)[1]: v for k, v in actual.state.items() if k.startswith(side)}
