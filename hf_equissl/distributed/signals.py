@@ -132,7 +132,11 @@ def guard_workers(loader: Any) -> Any:
 
 
 def kill_workers() -> None:
-    """End the workers that ignore signals, for which Python would wait for ever at its exit."""
+    """End the workers that ignore signals, for which Python would wait for ever at its exit.
+
+    Nobody is told of their deaths: at an exit torch's handler would raise wherever Python happens to be.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
