@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= quickstart_output
-# A file's tests stay on one process: its fixtures are made once.
-PARALLEL := --numprocesses auto --dist loadfile
+# A file's tests stay on one process: its fixtures are made once. Long files come first (tests/conftest.py).
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 FAST := $(addprefix tests/,test_architecture.py encoders evaluation modeling objectives planning recipes utils views)
 # One thread per process: two OpenMP pools on few cores wait for each other. The allocator settings keep large buffers
 # from being returned to the system and faulted in again at every training step.

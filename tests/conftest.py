@@ -19,6 +19,15 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Rooms whose tests start processes. They come first, so that no worker begins a long file when the other is done.
+LONG_FILES = ("distributed", "running", "training", "hub", "pretraining", "finetuning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first (``--no-loadscope-reorder`` keeps the order)."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real images: ``EQUISSL_TEST_DATA`` or ``../shared/data``. Tests that need it skip without it."""

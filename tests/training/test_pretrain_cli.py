@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -19,8 +18,8 @@ from hf_equissl.hub.publishable import PublishError
 from hf_equissl.pretraining.trainer import EquiSSLTrainer
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import pretrain
+from tests import processes
 from tests.hub.loopback_hub import LoopbackHub
-from tests.processes import limit
 
 pytest_plugins = ["tests.hub.fixtures"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,7 +242,7 @@ def test_launched_by_path(images: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "training" / "pretrain.py"), "--recipe", "cifar10_vicreg_rot"]
     command += ["--data", str(images), "--output_dir", str(output), "--dry_run"]
     command += ["--training.per_device_train_batch_size", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit(120.0), cwd=tmp_path)
+    done = processes.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "12 images / 4 = 3 steps" in done.stdout
     with Image.open(output / "views.png") as picture:
