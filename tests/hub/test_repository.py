@@ -39,7 +39,7 @@ __all__ = ["run"]  # a fixture
 
 pytest.importorskip("matplotlib")
 REPO = "some-lab/tiny-rot"
-CODE = {f"{name}_equissl.py" for name in ("configuration", "decoders", "layers", "modeling")}
+CODE = {f"{name}_equissl.py" for name in ("base", "configuration", "decoders", "layers", "modeling")}
 
 
 @pytest.fixture(scope="module")
