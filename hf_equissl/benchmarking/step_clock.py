@@ -202,6 +202,6 @@ def measure(recipe: Recipe, task: Task, steps: Steps) -> None:
 
 
 def _pin(number: int, count: int) -> None:
-    """On CPUs give each process a core of its own, where there are enough."""
+    """Give each process on CPUs a core of its own, where there are enough."""
     if not torch.accelerator.is_available() and count <= usable_cores() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})

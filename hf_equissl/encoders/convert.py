@@ -82,7 +82,7 @@ def convert_encoder(
         revision: Branch, tag or commit on the Hub.
         subfolder: Folder within the repository.
         weights_of: "teacher" or "student", where an upstream file holds both.
-        num_attention_heads: Of an upstream file, which does not store it; default: width / 64.
+        num_attention_heads: Heads of an upstream file, which does not store their number; default: width / 64.
         **hub_options: ``cache_dir``, ``token``, ``local_files_only`` as in ``from_pretrained``.
 
     Raises:
@@ -153,10 +153,10 @@ def convert_to_folder(
         native: Save a stock model (``to_native``) instead of an EquiSSL encoder.
         image_size: Side in pixels that the image processor crops; default: that of the source's processor, else the
             size of the stored positions.
-        image_mean: Per channel; default: as ``read_normalisation``.
-        image_std: Likewise.
+        image_mean: Mean of each channel; default: as ``read_normalisation`` finds it.
+        image_std: Standard deviation of each channel; default: the same.
         weights_of: As in ``convert_encoder``.
-        num_attention_heads: Likewise.
+        num_attention_heads: As in ``convert_encoder``.
         **hub_options: ``revision``, ``subfolder``, ... likewise.
 
     Returns:

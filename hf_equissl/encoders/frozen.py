@@ -73,7 +73,7 @@ class FrozenEncoder:
             encoder: A module (it stays on its device), or a folder or Hub id for ``load_encoder``.
             image_size: Side of the square images; default: the image processor's, else ``config.image_size``.
             image_mean: Default: the image processor's, else ImageNet's.
-            image_std: Likewise.
+            image_std: Default: the image processor's, else ImageNet's.
             name: What records call the encoder; default: its path or id, or the class of the module.
             precision: "bf16" and "fp16" run the encoder under autocast; features are returned in float32 either way.
                 "auto": bf16 where the encoder's device has units for it, else fp32.
@@ -155,7 +155,7 @@ class FrozenEncoder:
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def digest(self) -> str:
-        """16 hexadecimal digits of SHA-256 over weights, buffers, and the image settings."""
+        """Compute 16 hexadecimal digits of SHA-256 over weights, buffers, and the image settings."""
         version = self.version
         if self._digest is not None and self._digest[0] == version:
             return self._digest[1]
@@ -169,7 +169,7 @@ class FrozenEncoder:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Eval mode, no gradients, MAE unmasked; every module's own mode is restored afterwards."""
+        """Set eval mode, no gradients, MAE unmasked; restore every module's own mode afterwards."""
         modes = [(module, module.training) for module in self.module.modules()]
         config: Any = getattr(self.module, "config", None)
         mask_ratio = getattr(config, "mask_ratio", None)
@@ -186,7 +186,7 @@ class FrozenEncoder:
                 module.training = training
 
     def features(self, pixel_values: Tensor, names: Sequence[str] = ("cls", "patches")) -> dict[str, Tensor]:
-        """Features of normalised images.
+        """Compute features of normalised images.
 
         Args:
             pixel_values: (B, C, H, W), normalised with this encoder's mean and std.
@@ -204,7 +204,7 @@ class FrozenEncoder:
         return chosen
 
     def unchecked_features(self, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """``features`` that may not be finite: the device is not waited for. Raises ``ValueError`` only."""
+        """Compute ``features`` without waiting for the device: they may not be finite. Raises ``ValueError`` only."""
         self.check_features(names, tokens=True)
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -234,7 +234,7 @@ class FrozenEncoder:
         raise NonFiniteFeaturesError(f"{self.name} gives features that are not finite: {reason}")
 
     def maps(self, pixel_values: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
-        """Feature maps of normalised images, from one pass.
+        """Compute feature maps of normalised images, in one pass.
 
         Of a transformer these are the patch tokens in their grid: of the last layer after the final norm, as in
         ``patch_tokens``, of earlier ones as the block leaves them. Other encoders give maps of several sizes.
@@ -271,7 +271,7 @@ class FrozenEncoder:
         self.maps(torch.zeros(1, len(self.image_mean), self.image_size, self.image_size))
 
     def _as_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, T, D) in the grid of their patches, (B, D, rows, columns); a map as it is."""
+        """Lay tokens (B, T, D) out in the grid of their patches, (B, D, rows, columns); return a map as it is."""
         if tokens.ndim == 4:
             return tokens
         patch = self._patch_size()
@@ -284,7 +284,7 @@ class FrozenEncoder:
         return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
     def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """What the module returns: unmasked, positions interpolated where the size asks for it, without the stem."""
+        """Run the module: unmasked, positions interpolated where the size asks for it, without the stem."""
         rows, columns = pixel_values.shape[-2:]
         if "interpolate_pos_encoding" in self._inputs and {_square(self._setting("image_size"))} != {rows, columns}:
             options["interpolate_pos_encoding"] = True
@@ -299,13 +299,13 @@ class FrozenEncoder:
         return self.module(pixel_values.to(weight.device, weight.dtype), **options)
 
     def _num_patches(self, pixel_values: Tensor) -> int | None:
-        """Patches of such an image; ``None`` for an encoder without a patch size."""
+        """Count the patches of such an image; ``None`` for an encoder without a patch size."""
         patch = self._patch_size()
         rows, columns = pixel_values.shape[-2:]
         return (rows // patch) * (columns // patch) if patch else None
 
     def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One forward pass -> CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
+        """Run once and return CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
         tokens = _last_state(self._forward(pixel_values))
         if tokens.ndim == 2:
             return tokens, tokens, None
@@ -324,7 +324,7 @@ class FrozenEncoder:
         return (tokens[:, 0] if prefix else mean), mean, tokens[:, prefix:]
 
     def encode(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Features of images as they are: (B, C, H, W), uint8 or floats in [0, 1], on any device, any B.
+        """Compute features of images as they are: (B, C, H, W), uint8 or floats in [0, 1], on any device, any B.
 
         Returns:
             name -> (B, .) float32 on the CPU; ``patch_tokens`` (B, N, D).
@@ -341,7 +341,7 @@ class FrozenEncoder:
         return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items()}
 
     def normalise(self, images: Tensor) -> Tensor:
-        """What ``features`` reads, on the encoder's device, of images as for ``encode``. CUDA is not waited for."""
+        """Turn images as for ``encode`` into what ``features`` reads, on the encoder's device; do not wait for it."""
         device, constants = self.device, (torch.tensor(self.image_mean), torch.tensor(self.image_std))
         pixels, mean, std = (value.to(device, non_blocking=device.type == "cuda") for value in (images, *constants))
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
@@ -349,7 +349,7 @@ class FrozenEncoder:
 
 
 def _last_state(output: Any) -> Tensor:
-    """What stands for the image in a module's output: the last hidden state, of a backbone its last map."""
+    """Return what stands for the image in a module's output: the last hidden state, of a backbone its last map."""
     if isinstance(output, Tensor):
         return output
     last = getattr(output, "last_hidden_state", None)
@@ -357,13 +357,13 @@ def _last_state(output: Any) -> Tensor:
 
 
 def extremes(features: dict[str, Tensor]) -> Tensor:
-    """The least and the greatest number of each feature, (F, 2); NaN where there is one. Checks need no more."""
+    """Find the least and the greatest number of each feature, (F, 2); NaN where there is one."""
     ends = [torch.stack(value.aminmax()) if value.numel() else value.new_zeros(2) for value in features.values()]
     return torch.stack(ends)
 
 
 def as_frozen(encoder: FrozenEncoder | nn.Module | str | Path) -> FrozenEncoder:
-    """``encoder`` itself if it is frozen already, otherwise wrapped with the default settings."""
+    """Wrap an encoder with the default settings, unless it is frozen already."""
     return encoder if isinstance(encoder, FrozenEncoder) else FrozenEncoder(encoder)
 
 
@@ -372,7 +372,7 @@ def _sides(size: Any) -> tuple[Any, ...]:
 
 
 def _square(size: Any) -> int:
-    """One side of a square image from an int or a pair."""
+    """Read the side of a square image from an int or a pair."""
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     if not isinstance(size, int) or size < 1:

@@ -59,7 +59,7 @@ def save_native(
         encoder: The encoder to save.
         directory: Folder to write.
         image_mean: Mean per channel, of pixels in [0, 1].
-        image_std: Likewise.
+        image_std: Standard deviation of each channel.
 
     Raises:
         ValueError: As ``to_native`` and ``check_replaceable``.

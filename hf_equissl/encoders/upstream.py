@@ -39,7 +39,7 @@ _QKV = ".attention.qkv."
 
 
 def is_upstream_file(source: Any) -> bool:
-    """Whether a source is a ``.pth`` or ``.pt`` file rather than a folder, a Hub id or a model."""
+    """Return whether a source is a ``.pth`` or ``.pt`` file rather than a folder, a Hub id or a model."""
     return isinstance(source, (str, Path)) and str(source).lower().endswith(_SUFFIXES) and not Path(source).is_dir()
 
 

@@ -100,12 +100,12 @@ class Evaluator(ABC):
 
     @classmethod
     def applies_to(cls, data: EvaluationData) -> bool:
-        """Whether it is run on ``data`` without being asked for."""
+        """Return whether it is run on ``data`` without being asked for."""
         return isinstance(data, cls.data_type) and (data.is_labelled or not cls.needs_labels)
 
     @classmethod
     def variant(cls, record: ResultRecord) -> str:
-        """What tells a record apart in a table from others of its task, such as " [reflect]"; often nothing."""
+        """Return what tells a record apart in a table from others of its task, e.g. " [reflect]"; often nothing."""
         return ""
 
     @property
@@ -163,7 +163,7 @@ class Evaluator(ABC):
             features: Which of ``features``.
             values: Name of a metric -> its value for each seed.
             seeds: The seeds.
-            details: For the record of the primary metric.
+            details: More about the record of the primary metric.
             test: What was judged; default: the first test set, whose primary metric is the number to quote.
         """
         test = test or self.data.test
@@ -193,7 +193,7 @@ class Evaluator(ABC):
         ]
 
     def keys(self, encoder: FrozenEncoder, task: str) -> list[str]:
-        """``ResultRecord.key`` of every record that ``evaluate`` makes of this encoder and task."""
+        """List the ``ResultRecord.key`` of every record that ``evaluate`` makes of this encoder and task."""
         nothing = {metric.name: [0.0] for metric in self.recorded}
         return [
             record.key
@@ -203,7 +203,7 @@ class Evaluator(ABC):
         ]
 
     def missing_seeds(self, encoder: FrozenEncoder, task: str, known: Sequence[ResultRecord]) -> tuple[int, ...]:
-        """Seeds of ``task`` that ``known`` records of this very encoder and protocol do not cover."""
+        """List the seeds of ``task`` that ``known`` records of this very encoder and protocol do not cover."""
         found = {record.key: set(record.seeds) for record in known}
         covered = [found.get(key, set()) for key in self.keys(encoder, task)]
         return tuple(seed for seed in self.seeds if not all(seed in seeds for seeds in covered))

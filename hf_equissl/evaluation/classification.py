@@ -39,11 +39,11 @@ class ClassificationEvaluator(Evaluator):
         return self.metrics if self.data.num_classes > _FEW_CLASSES else self.metrics[:1]
 
     def labelled_features(self, encoder: FrozenEncoder, images: ImageSet) -> tuple[dict[str, Tensor], Tensor]:
-        """Features of the images that decode, name -> (m, D), and their labels (m,)."""
+        """Return the features of the images that decode, name -> (m, D), and their labels (m,)."""
         rows, features = images.features(encoder, self.features)
         return features, images.require_labels(type(self).__name__)[rows]
 
     def accuracies(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        """Accuracy by each recorded metric: scores (m, classes), labels (m,) -> name -> [0, 1]."""
+        """Compute the accuracy by each recorded metric: scores (m, classes), labels (m,) -> name -> [0, 1]."""
         top = {TOP1.name: 1, TOP5.name: 5}
         return {metric.name: topk_accuracy(scores, labels, top[metric.name]) for metric in self.recorded}

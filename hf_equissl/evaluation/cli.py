@@ -170,7 +170,7 @@ def load_data(arguments: argparse.Namespace) -> list[tuple[str, EvaluationData]]
 
 
 def distinct_encoders(sources: Sequence[str]) -> list[str]:
-    """Each encoder once, however its folder is written: ``runs/x``, ``runs/x/`` and its full path are the same."""
+    """List each encoder once: ``runs/x``, ``runs/x/`` and the full path are one folder."""
     found: dict[str, str] = {}
     for source in sources:
         is_folder = os.path.isdir(source)

@@ -27,7 +27,7 @@ class EvaluationData:
     Attributes:
         train: What probes are fitted on.
         test: What they are judged by.
-        further_tests: By what else: the same probes on other images, e.g. fitted on ImageNet, judged on ImageNet-R.
+        further_tests: Other images to judge the same probes on, e.g. ImageNet-R for those fitted on ImageNet.
     """
 
     train: ImageSet
@@ -113,7 +113,7 @@ def load_evaluation_data(
         test_split: Split on which they are judged; ``None``: the first of test, validation, val that exists, otherwise
             a tenth of the training split is held out.
         train_images: Use a fixed random subset of this size (of a stream: its first images); ``None``: all.
-        test_images: Likewise, of every test set.
+        test_images: The most images of each test set.
         further_tests: More test sets, each a source, or a source and a split. Where both have class names, labels are
             those of the training images' classes.
         subset_seed: Seed of the subsets and of what is held out.
@@ -184,7 +184,7 @@ def _further_test(
 def image_set(
     images: ImageSource, dataset: str, split: str, limit: int | None = None, subset_seed: int = 0, **options: Any
 ) -> ImageSet:
-    """An ``ImageSet`` of a source, or of a fixed random subset of ``limit`` images (of a stream: the first ones)."""
+    """Make the ``ImageSet`` of a source, or of ``limit`` fixed random images of it (of a stream: the first ones)."""
     if images.streaming:
         first = list(islice(iter(images.dataset), limit))
         labels = None if images.label_column is None else _as_labels([images.label(row) for row in first])
@@ -207,7 +207,7 @@ def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **
 
 
 def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:
-    """Labels of some rows, read without touching the images."""
+    """Read the labels of some rows, without touching the images."""
     if images.label_column is None:
         return None
     values = images.dataset.select_columns([images.label_column])[:][images.label_column]
@@ -215,5 +215,5 @@ def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:
 
 
 def _as_labels(values: Sequence[int | None]) -> Tensor:
-    """Missing labels as -1, the sign for "unlabelled" in public data sets."""
+    """Write missing labels as -1, the sign for "unlabelled" in public data sets."""
     return torch.tensor([-1 if value is None else int(value) for value in values])

@@ -37,7 +37,7 @@ class EffectiveRankEvaluator(Evaluator):
 
     @classmethod
     def applies_to(cls, data: EvaluationData) -> bool:
-        """Whether there are rows to compare."""
+        """Return whether there are rows to compare."""
         return super().applies_to(data) and all(len(part) > 1 for part in data.tests)
 
     def settings(self, task: str) -> dict[str, Any]:

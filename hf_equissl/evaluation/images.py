@@ -60,7 +60,7 @@ class _Part(Sequence[Any]):
 
 
 def _item_name(images: Sequence[Any], row: int) -> str | None:
-    """The path of an image, or what its source calls it; ``None`` where it has no name."""
+    """Return the path of an image, or what its source calls it; ``None`` where it has no name."""
     if hasattr(images, "item_name"):
         return images.item_name(row)
     value = images[row]
@@ -126,13 +126,13 @@ class ImageSet:
         return self.labels is not None and bool((self.labels >= 0).all())
 
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
-        """A fixed random part of ``limit`` images; itself if it has no more. What is known of the whole is reused."""
+        """Draw ``limit`` fixed random images; return itself if it has no more. What is known of the whole is reused."""
         if limit is None or limit >= len(self):
             return self
         return self.part(torch.from_numpy(choose_rows(len(self), limit, seed)))
 
     def part(self, rows: Tensor) -> ImageSet:
-        """The images of some ``rows`` (m,), ascending. What is known of the whole is reused."""
+        """Select the images of some ``rows`` (m,), ascending. What is known of the whole is reused."""
         return replace(
             self,
             images=_Part(self.images, rows.tolist()),
@@ -143,7 +143,7 @@ class ImageSet:
         )
 
     def require_labels(self, who: str) -> Tensor:
-        """Labels (n,), or a ``ValueError`` that says what to do."""
+        """Return the labels (n,), or raise a ``ValueError`` that says what to do."""
         if self.labels is None:
             raise ValueError(
                 f"{who} needs labels, and the {self.split} split of {self.dataset!r} has none. "
@@ -159,7 +159,7 @@ class ImageSet:
         return self.labels
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows (b,) and base images (b, 3, size, size) uint8, in order, without those that do not decode."""
+        """Yield rows (b,) and base images (b, 3, size, size) uint8, in order, without those that do not decode."""
         if size not in self._pixels and self._parent is not None and size in self._parent[0]._pixels:
             self._pixels[size] = self._part_of_pixels(size)
         if size in self._pixels:
@@ -188,7 +188,7 @@ class ImageSet:
             self._pixels[size] = kept
 
     def _part_of_pixels(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """This subset's share of its parent's decoded images, with its own row numbers."""
+        """Return this subset's share of its parent's decoded images, with its own row numbers."""
         parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
         rows = torch.cat([index for index, _ in parent._pixels[size]])
         pixels = [batch[torch.isin(index, chosen)] for index, batch in parent._pixels[size]]
@@ -220,7 +220,7 @@ class ImageSet:
     def encode(
         self, encoder: FrozenEncoder, names: Sequence[str], change: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pass of the encoder over all images.
+        """Run the encoder once over all images.
 
         Args:
             encoder: Whose features.
@@ -246,7 +246,7 @@ class ImageSet:
         return torch.cat(rows), self._compose({name: torch.cat(values) for name, values in parts.items()}, names)
 
     def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """``encode`` of the images as they are; computed once per encoder, again only when its weights change."""
+        """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change."""
         stored = self._features.get(encoder)
         if stored is None or stored["version"] != encoder.version:
             stored = self._features[encoder] = {"version": encoder.version, "parts": {}}
@@ -259,7 +259,7 @@ class ImageSet:
         return stored["rows"], self._compose(stored["parts"], names)
 
     def _part_of_features(self, encoder: FrozenEncoder) -> dict[str, Any]:
-        """This subset's share of the features that its parent has of this encoder."""
+        """Return this subset's share of the features that its parent has of this encoder."""
         parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
         known = parent._features.get(encoder)
         if known is None or known["version"] != encoder.version or not known["parts"]:

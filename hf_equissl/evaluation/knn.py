@@ -37,7 +37,7 @@ def knn_votes(
         test: (m, D) features.
         num_classes: Number of classes.
         k: Neighbours.
-        temperature: Of the votes.
+        temperature: Temperature of the votes.
         chunk_size: Test images at a time.
         device: Where to compute.
 

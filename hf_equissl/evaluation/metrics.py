@@ -41,17 +41,17 @@ class Metric:
         return 100.0 if self.unit == "%" else 1.0
 
     def text(self, value: float, std: float | None = None) -> str:
-        """A value for readers, with its standard deviation where there is one: "71.25 +- 0.31"."""
+        """Write a value for readers, with its standard deviation where there is one: "71.25 +- 0.31"."""
         numbers = [value] if std is None else [value, std]
         text = " +- ".join(f"{number * self.scale:.{self.digits}f}" for number in numbers)
         return text if self.unit in ("", "%") else f"{text} {self.unit}"
 
     def rounded(self, value: float) -> float:
-        """A value, not scaled, with no more digits than ``text`` shows."""
+        """Round a value, not scaled, to the digits that ``text`` shows."""
         return round(value, self.digits + (2 if self.unit == "%" else 0))
 
     def is_better(self, value: float, than: float) -> bool:
-        """Whether ``value`` beats ``than``."""
+        """Return whether ``value`` beats ``than``."""
         return value > than if self.higher_is_better else value < than
 
 
@@ -64,7 +64,7 @@ FEATURE_STD = Metric("feature_std", hub_type="feature_std")
 
 
 def _float64(name: str, values: ArrayLike) -> Tensor:
-    """``values`` as a float64 matrix (n, p); vectors become one column."""
+    """Turn ``values`` into a float64 matrix (n, p); vectors become one column."""
     tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if tensor.ndim == 1:
         tensor = tensor[:, None]
@@ -95,7 +95,7 @@ class RegressionSums:
 
     @classmethod
     def of(cls, predictions: ArrayLike, targets: ArrayLike) -> RegressionSums:
-        """The sums of one batch; both arguments (n, p) or (n,)."""
+        """Make the sums of one batch; both arguments are (n, p) or (n,)."""
         predicted, true = _float64("predictions", predictions), _float64("targets", targets)
         if predicted.shape != true.shape:
             raise ValueError(
@@ -112,22 +112,22 @@ class RegressionSums:
         )
 
     def as_tensor(self) -> Tensor:
-        """(4, p) float64, to be summed over ranks."""
+        """Write the sums as one tensor (4, p), float64, which ranks can reduce."""
         count = torch.full_like(self.target, self.count)
         return torch.stack([count, self.target, self.target_squared, self.residual])
 
     @classmethod
     def from_tensor(cls, sums: Tensor) -> RegressionSums:
-        """The inverse of ``as_tensor``."""
+        """Read what ``as_tensor`` wrote."""
         return cls(round(sums[0, 0].item()), *sums[1:].unbind(0))
 
     def r2_per_parameter(self) -> Tensor:
-        """(p,) 1 - RSS / TSS, each parameter around its own mean."""
+        """Compute 1 - RSS / TSS (p,), each parameter around its own mean."""
         total = self.target_squared - self.target.square() / max(self.count, 1)
         return 1 - self.residual / self._checked(total)
 
     def r2_scalar(self) -> float:
-        """1 - RSS / TSS over all entries around one scalar mean, the form of SIE's code."""
+        """Compute 1 - RSS / TSS over all entries around one scalar mean, the form of SIE's code."""
         entries = max(self.count * len(self.target), 1)
         total = self.target_squared.sum() - self.target.sum().square() / entries
         return (1 - self.residual.sum() / self._checked(total[None])[0]).item()
@@ -144,7 +144,7 @@ class RegressionSums:
 
 
 def r2_per_parameter(predictions: ArrayLike, targets: ArrayLike) -> Tensor:
-    """R2 of each parameter around its own mean: (n, p), (n, p) -> (p,) float64.
+    """Compute R2 of each parameter around its own mean: (n, p), (n, p) -> (p,) float64.
 
     Raises:
         ValueError: if shapes differ, or if a target does not vary.
@@ -153,12 +153,12 @@ def r2_per_parameter(predictions: ArrayLike, targets: ArrayLike) -> Tensor:
 
 
 def r2_mean(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Mean over parameters of ``r2_per_parameter``: the primary number of the transformation probes."""
+    """Average ``r2_per_parameter`` over parameters: the primary number of the transformation probes."""
     return r2_per_parameter(predictions, targets).mean().item()
 
 
 def r2_scalar(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """R2 with one scalar mean over all target entries: 1 - sum (t - p)^2 / sum (t - mean_all(t))^2.
+    """Compute R2 with one mean over all target entries: 1 - sum (t - p)^2 / sum (t - mean_all(t))^2.
 
     The form of SIE's code (https://github.com/facebookresearch/SIE), for comparison with figures published there.
     With one parameter it equals ``r2_mean``; with several of unequal mean or variance it does not.
@@ -190,7 +190,7 @@ def top1_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Accuracy of each class that occurs in ``labels``, averaged over classes: (n,), (n,) -> [0, 1]."""
+    """Average the accuracy of each class that occurs in ``labels`` over classes: (n,), (n,) -> [0, 1]."""
     predicted, true = torch.as_tensor(predictions).long(), torch.as_tensor(labels).long()
     top1_accuracy(predicted, true)  # the same checks
     counts = torch.bincount(true).double()

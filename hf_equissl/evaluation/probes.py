@@ -13,7 +13,7 @@ from ..utils.devices import Precision
 
 
 def seeded_permutation(count: int, *key: int) -> Tensor:
-    """A permutation of ``count`` that depends on ``key`` alone."""
+    """Draw a permutation of ``count`` that depends on ``key`` alone."""
     state = 0
     for number in key:
         state = (state * 1_000_003 + number + 1) % (1 << 62)
@@ -21,7 +21,7 @@ def seeded_permutation(count: int, *key: int) -> Tensor:
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each dimension, (n, D) -> (D,), (D,). Constant dimensions get 1: they stay 0."""
+    """Compute mean and deviation of each dimension, (n, D) -> (D,), (D,). Constant dimensions get 1: they stay 0."""
     mean, std = features.mean(0), features.std(0, unbiased=False)
     return mean, torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.ones_like(std))
 
@@ -61,7 +61,7 @@ class RegressionProbe:
         self.optimizer = torch.optim.Adam(self.mlp.parameters(), lr=learning_rate, fused=True)
 
     def fit_epoch(self, first: Tensor, second: Tensor, targets: Tensor) -> float:
-        """One epoch over pairs ``first``, ``second`` (n, D) and ``targets`` (n, p); returns the mean training loss.
+        """Train an epoch on pairs ``first``, ``second`` (n, D) and ``targets`` (n, p); returns the mean training loss.
 
         The last, smaller batch is left out when there is a full one: batches of a few samples would make a jump.
         """
@@ -88,7 +88,7 @@ class RegressionProbe:
 
     @torch.no_grad()
     def predict(self, first: Tensor, second: Tensor) -> Tensor:
-        """Predicted parameters (n, p) in float32, on the CPU."""
+        """Predict the parameters (n, p) in float32, on the CPU."""
         pairs = zip(first.split(4096), second.split(4096), strict=True)
         return torch.cat([self.mlp(torch.cat(pair, 1).to(self.device)).cpu() for pair in pairs])
 
@@ -105,7 +105,7 @@ def fit_linear_adamw(
     weight_decay: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Linear classifiers on fixed features, one per learning rate, fitted side by side on the same batches.
+    """Fit linear classifiers on fixed features, one per learning rate, side by side on the same batches.
 
     AdamW, cosine to 0 per step, weights from N(0, 0.01), biases 0; cross-entropy.
 
@@ -114,10 +114,10 @@ def fit_linear_adamw(
         labels: (n,) int64.
         num_classes: Width of the classifiers.
         learning_rates: G of them.
-        seed: Of the initial weights (the same for all learning rates) and of the order of the batches.
+        seed: Seed of the initial weights (the same for all learning rates) and of the order of the batches.
         epochs: Passes over the features.
         batch_size: Samples per step.
-        weight_decay: Of the weights, not of the biases.
+        weight_decay: Decay of the weights, not of the biases.
         device: Where to fit.
 
     Returns:
@@ -162,7 +162,7 @@ def fit_linear_lbfgs(
     max_iterations: int = 100,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression by L-BFGS, one per L2 penalty: minimise CE + penalty / 2 * ||W||^2.
+    """Fit logistic regressions by L-BFGS, one per L2 penalty: minimise CE + penalty / 2 * ||W||^2.
 
     Each fit starts from the one before, with the largest penalty first, and the first one from ``start``; the problem
     is convex, so only speed depends on that. A fit ends when a step changes the loss by less than 1e-6.

@@ -9,5 +9,5 @@ PROTOCOLS = ("full", "small")
 
 
 def protocol_for(image_size: int) -> str:
-    """ "small" for images of up to 64 pixels, otherwise "full"."""
+    """Return "small" for images of up to 64 pixels, otherwise "full"."""
     return "small" if image_size <= SMALL_IMAGE_SIDE else "full"

@@ -13,7 +13,7 @@ from .results import ResultRecord, merge_records
 
 
 def fill_of(record: ResultRecord) -> str:
-    """What fills the image where a transformation left nothing, such as " [reflect]"; "" where nothing is left out."""
+    """Return what fills the image where a transformation left nothing, e.g. " [reflect]"; "" if it fills all."""
     fill = record.protocol.get("family", {}).get("fill")
     return f" [{fill}]" if fill else ""
 

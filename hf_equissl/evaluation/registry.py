@@ -30,7 +30,7 @@ EVALUATORS = Registry(
 
 
 def evaluator_of(record: ResultRecord) -> type[Evaluator]:
-    """The class that made a record, or ``Evaluator`` itself where that is not known here."""
+    """Return the class that made a record, or ``Evaluator`` itself where that is not known here."""
     return EVALUATORS.get(record.evaluator, Evaluator)
 
 

@@ -42,7 +42,7 @@ def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[st
 
 
 def _repeats(record: ResultRecord, records: Sequence[ResultRecord]) -> bool:
-    """Whether a metric that cards do not list has, for its task, the values of one that they list, for every encoder.
+    """Return whether a metric that cards do not list has the values of one that they list, for every encoder.
 
     R2 in SIE's form does so for families with one parameter.
     """

@@ -38,7 +38,7 @@ class ResidentImages:
         return self._pixels.numel()
 
     def features(self, encoder: FrozenEncoder) -> tuple[Tensor, Tensor]:
-        """CLS features of all images, from one pass of each process over its share.
+        """Compute the CLS features of all images; each process encodes its share.
 
         Returns:
             Rows (n,) of the set, ascending, and features (n, D) float32, both on the encoder's device and the same on

@@ -118,7 +118,7 @@ class ResultRecord:
         return json.dumps([*parts, self.encoder_digest, _plain(self.protocol)], sort_keys=True)
 
     def merge(self, other: ResultRecord) -> ResultRecord:
-        """This record with the seeds of ``other`` added; where both have a seed, ``other`` wins."""
+        """Add the seeds of ``other`` to this record; where both have a seed, ``other`` wins."""
         if self.key != other.key:
             raise ValueError(f"Records of different measurements cannot be merged: {self.key} and {other.key}.")
         rows: dict[int, tuple[float, dict[str, Any]]] = {}
@@ -136,12 +136,12 @@ class ResultRecord:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, with ``value`` and ``std`` spelled out for readers of the file."""
+        """Turn the record into plain types, with ``value`` and ``std`` spelled out for readers of the file."""
         return {"value": self.value, "std": self.std, **_plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> ResultRecord:
-        """The inverse of ``to_dict``."""
+        """Read what ``to_dict`` wrote."""
         names = {item.name for item in fields(cls)}
         unknown = set(entry) - names - {"value", "std"}
         if unknown:
@@ -152,14 +152,14 @@ class ResultRecord:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, so that what is written and what is read back compare equal."""
+    """Turn tuples into lists, so that what is written and what is read back compare equal."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def merge_records(records: Iterable[ResultRecord]) -> list[ResultRecord]:
-    """Records with equal keys merged, in the order of first appearance."""
+    """Merge records with equal keys, in the order of first appearance."""
     merged: dict[str, ResultRecord] = {}
     for record in records:
         merged[record.key] = merged[record.key].merge(record) if record.key in merged else record

@@ -58,7 +58,7 @@ def run_evaluators(
 
     Args:
         encoder: What to measure.
-        evaluators: By what.
+        evaluators: What measures them.
         output_dir: Where results live; records of other encoders and protocols in there stay.
         overwrite: Measure everything again, replacing records of the same measurement.
         command: The command line, for the records.

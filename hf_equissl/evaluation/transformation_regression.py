@@ -161,7 +161,7 @@ class TransformationRegressionEvaluator(Evaluator):
 
     @classmethod
     def variant(cls, record: ResultRecord) -> str:
-        """What fills the image, where a family leaves a part of it empty."""
+        """Return what fills the image, where a family leaves a part of it empty."""
         return fill_of(record)
 
     def settings(self, task: str) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class TransformationRegressionEvaluator(Evaluator):
     def _test_pairs(
         self, encoder: FrozenEncoder, images: ImageSet, task: str
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Features of I and of g(I), and the targets, for the images of a test set that decode."""
+        """Compute features of I and of g(I), and the targets, for the images of a test set that decode."""
         rows, first = images.features(encoder, self.features)
         _, second = self._transformed(encoder, images, task, _TEST_DRAW)
         return first, second, self.families[task].targets(self.parameters(task, len(images), _TEST_DRAW))[rows]
@@ -259,7 +259,7 @@ class TransformationRegressionEvaluator(Evaluator):
     def _transformed(
         self, encoder: FrozenEncoder, images: ImageSet, task: str, draw: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features of g(I) for one draw of theta per image."""
+        """Compute features of g(I) for one draw of theta per image."""
         family, parameters = self.families[task], self.parameters(task, len(images), draw)
 
         def change(pixels: Tensor, rows: Tensor) -> Tensor:

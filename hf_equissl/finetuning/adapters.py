@@ -67,7 +67,7 @@ class Description:
         method: Key of ``METHODS``.
         base: Encoder that it started from: folder or Hub id, as it was given.
         revision: Commit of the base on the Hub, where it came from there.
-        subfolder: Of the base in its repository.
+        subfolder: Folder of the base in its repository.
         digest: SHA-256 of the base encoder's weights.
         architecture: Type and sizes of the base encoder.
         pooling: What the head reads.
@@ -188,7 +188,7 @@ def add_adapters(model: nn.Module, encoder_name: str, settings: FineTuningSettin
 
 @contextmanager
 def _without_deprecation() -> Iterator[None]:
-    """No word of a name that PEFT still uses and transformers has renamed: nobody here can change it."""
+    """Silence the warning about a name that PEFT still uses and transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
@@ -209,7 +209,7 @@ def load_finetuned(
         source: Folder or Hub id of a fine-tuned model or adapter.
         base: Folder or Hub id of an adapter's base encoder; ``None``: the one that it was trained on.
         merge: Add an adapter into the encoder's weights and return the plain model.
-        subfolder: Of ``source`` in its repository.
+        subfolder: Folder of ``source`` in its repository.
         trust_remote_code: Whether code stored beside the encoder may run.
         **hub_options: ``revision`` (of ``source``), ``cache_dir``, ``token``.
 
@@ -242,7 +242,7 @@ def load_finetuned(
 
 
 def is_adapter(source: str, *, subfolder: str = "", **hub_options: Any) -> bool:
-    """Whether a folder or repository holds an adapter."""
+    """Return whether a folder or repository holds an adapter."""
     return find_adapter_config_file(source, subfolder=subfolder, **hub_options) is not None
 
 

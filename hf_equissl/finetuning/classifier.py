@@ -33,7 +33,7 @@ def load_classifier(
     trust_remote_code: bool = False,
     **hub_options: Any,
 ) -> PreTrainedModel:
-    """An encoder from a folder or the Hub with a head for ``classes``, in float32.
+    """Load an encoder from a folder or the Hub with a head for ``classes``, in float32.
 
     Args:
         source: Folder or Hub id: an EquiSSL encoder, or one that ``AutoModelForImageClassification`` knows.
@@ -94,7 +94,7 @@ def set_drop_path(config: Any, source: str, drop_path: float) -> None:
 
 
 def load_trained_classifier(source: str, *, trust_remote_code: bool = False, **hub_options: Any) -> PreTrainedModel:
-    """A whole classifier from a folder or the Hub.
+    """Load a whole classifier from a folder or the Hub.
 
     Raises:
         ValueError: none there, or an encoder without a trained head.
@@ -108,7 +108,7 @@ def load_trained_classifier(source: str, *, trust_remote_code: bool = False, **h
 
 
 def commit_of(source: str, **hub_options: Any) -> str | None:
-    """The commit that a repository stands at, so that all of a run reads the same; ``None`` for a folder.
+    """Find the commit that a repository stands at, so that all of a run reads the same; ``None`` for a folder.
 
     Raises:
         LoadError: there is no such repository, or no config in it.
@@ -139,10 +139,10 @@ def check_report(source: str, model: PreTrainedModel, report: dict[str, Any], ne
 
 
 def pooling_of(config: Any) -> str:
-    """What the head reads, for records."""
+    """Name what the head reads, for records."""
     return getattr(config, "pooling", None) or _STOCK_POOLING.get(config.model_type, "pooled")
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """What decides whether weights of one encoder fit another."""
+    """Return what decides whether weights of one encoder fit another."""
     return {name: getattr(config, name, None) for name in _ARCHITECTURE}

@@ -30,7 +30,7 @@ class FineTuningRun:
         model: The network, or a PEFT model around it.
         network: The encoder with the task's head.
         description: What the result will be.
-        encoder_digest: Of the encoder with its input settings, as the probes name it in their records.
+        encoder_digest: Digest of the encoder with its input settings, as the probes name it in their records.
         checkpoint: Where training goes on, or ``None``.
     """
 

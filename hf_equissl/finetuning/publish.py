@@ -59,7 +59,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
 
 
 def _results_beside(source: str, place: dict[str, Any]) -> list[ResultRecord]:
-    """The records beside an adapter; none where there are none."""
+    """Load the records beside an adapter; none where there are none."""
     path = cached_file(
         source,
         RESULTS,

@@ -46,7 +46,7 @@ SETTINGS_FILE = "finetune.json"
 
 
 def fine_tune(settings: FineTuningSettings, resume: str = "auto", command: str | None = None) -> list[ResultRecord]:
-    """``prepare`` and ``train``: from settings to a saved model and its measured accuracy."""
+    """Fine-tune: ``prepare`` and ``train``, from settings to a saved model and its measured accuracy."""
     return train(prepare(settings, resume), command)
 
 
@@ -217,7 +217,7 @@ def save_model(run: FineTuningRun) -> Path:
 
 
 def training_arguments(settings: FineTuningSettings) -> EquiSSLTrainingArguments:
-    """The Trainer's arguments; evaluation and checkpoints after every epoch unless in steps."""
+    """Build the Trainer's arguments; evaluation and checkpoints after every epoch unless in steps."""
     return EquiSSLTrainingArguments(
         output_dir=settings.output_dir,
         num_train_epochs=settings.epochs,
@@ -243,7 +243,7 @@ def training_arguments(settings: FineTuningSettings) -> EquiSSLTrainingArguments
 
 
 def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
-    """The checkpoint to go on from.
+    """Find the checkpoint to go on from.
 
     Raises:
         ValueError: the folder holds another run, or ``resume`` names no complete checkpoint.

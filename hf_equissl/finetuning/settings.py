@@ -34,11 +34,11 @@ class Method:
     """One way to fine-tune, with the settings that follow from it.
 
     Attributes:
-        description: For people; ``{head}`` stands for what the task puts on the encoder.
-        base_learning_rate: At a global batch of 256.
-        weight_decay: Of matrices; biases, norms and embeddings of one dimension have none.
+        description: What it does, in words; ``{head}`` stands for what the task puts on the encoder.
+        base_learning_rate: Learning rate at a global batch of 256.
+        weight_decay: Decay of matrices; biases, norms and embeddings of one dimension have none.
         layer_decay: Learning rate of a block relative to the block above it.
-        label_smoothing: Of classification: share of the target that is spread over all classes.
+        label_smoothing: In classification, the share of the target that is spread over all classes.
         adapter: Whether the encoder's own weights stay, beside small matrices that are trained and saved alone.
         frozen: Whether the head alone is trained.
     """
@@ -79,14 +79,14 @@ class FineTuningSettings:
         task: Key of ``TASKS``.
         task_options: The task's own options, by name.
         method: Key of ``METHODS``.
-        revision, subfolder, trust_remote_code: Of the encoder.
+        revision, subfolder, trust_remote_code: How the encoder is loaded.
         base_id: Hub id under which it is published, where ``encoder`` is a folder: what is saved refers to that.
         pooling: What the head of an EquiSSL encoder reads, one of ``POOLINGS``; ``None``: its config's.
         image_size: Side of the images in pixels; ``None``: of the image processor beside the encoder.
         drop_path: Stochastic depth in training.
         train_split, test_split: Names; no ``test_split``: test, validation or val, else a tenth is held out.
         train_images, test_images: Use fixed random subsets of this size; ``None``: all.
-        image_column, label_column, config_name: Of the data set, where they do not follow.
+        image_column, label_column, config_name: What the data set calls them, where it cannot be found out.
         max_bad_share: Share of images that may fail to decode.
         num_workers: Processes that decode.
         epochs: Passes over the training images.
@@ -94,14 +94,14 @@ class FineTuningSettings:
         accumulation: Micro-batches per optimizer step.
         learning_rate: ``None``: the method's, growing with the root of the global batch.
         weight_decay, layer_decay: ``None``: the method's.
-        label_smoothing: Of classification; ``None``: the method's.
+        label_smoothing: That of classification; ``None``: the method's.
         warmup: Share of the steps in which the learning rate rises; it falls along a cosine afterwards.
         crop_scale: Area of the training crops as shares of the image; ``None``: 0.08 to 1, and 0.35 to 1 for images of
             up to 64 pixels, of which little is left otherwise.
         flip: Mirror half of the training images.
         lora_rank, lora_alpha, lora_dropout: Adapters add (alpha / rank) B A to a weight.
         target_modules: Regular expression for names of layers with adapters; ``None``: ``LORA_TARGETS``.
-        seed: Of weights, order and views.
+        seed: Seed of weights, order and views.
         bf16: Train and evaluate under bfloat16 autocast; "auto": where the device has units for it. A run keeps what it
             began with.
         eval_steps, save_steps: Every so many steps; ``None``: after each epoch.
@@ -212,7 +212,7 @@ class FineTuningSettings:
         return METHODS[self.method].adapter
 
     def learning_rate_on(self, processes: int) -> float:
-        """The learning rate that was given, or else the one that the global batch asks for."""
+        """Return the learning rate that was given, or else the one that the global batch asks for."""
         if self.learning_rate is not None:
             return self.learning_rate
         batch = self.batch_size * self.accumulation * processes
@@ -223,7 +223,7 @@ class FineTuningSettings:
         return json.loads(json.dumps(asdict(self)))
 
     def differences(self, other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(name, theirs, ours) of every setting that decides what the weights become and is not the same."""
+        """List (name, theirs, ours) of each setting that decides what the weights become and is not the same."""
         mine = self.to_dict()
         # A run of an earlier version knows nothing of settings that came later: it has their defaults.
         theirs = {item.name: other.get(item.name, _default(item)) for item in fields(self)}

@@ -181,7 +181,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The parent's optimizer with the groups of ``parameter_groups``."""
+        """Build the parent's optimizer with the groups of ``parameter_groups``."""
         if self.optimizer is None:
             module: Any = self.model if model is None else model
             kind, given = self.get_optimizer_cls_and_kwargs(self.args, module)
@@ -207,7 +207,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         self._load_from_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights under the names that they have in memory, config, and arguments as JSON."""
+        """Save weights under the names that they have in memory, config, and arguments as JSON."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -228,7 +228,7 @@ def _rows(values: Any, chosen: Any) -> Any:
 
 
 def parameter_groups(model: nn.Module, args: EquiSSLTrainingArguments, num_blocks: int) -> list[dict[str, Any]]:
-    """Optimizer groups of the weights that are trained, by ``learning_rate``, ``weight_decay`` and ``layer_decay``.
+    """Group the trained weights for the optimizer by ``learning_rate``, ``weight_decay`` and ``layer_decay``.
 
     With layer decay d, block i of n has the learning rate times d^(n - i), the embeddings d^(n + 1), and everything
     else (final norm, stem, head) 1, as in BEiT and MAE. Weight decay spares biases and what has one dimension.

@@ -74,7 +74,7 @@ def build_objective(
         registry: ``INVARIANCE_OBJECTIVES`` or ``EQUIVARIANCE_OBJECTIVES``.
         name: Key in the registry.
         config: The encoder's configuration.
-        facts: Of views and data, for objectives that are built from them.
+        facts: Facts of views and data, for objectives that are built from them.
         kwargs: Keyword arguments of the objective's constructor.
 
     Raises:

@@ -110,11 +110,11 @@ class Features(TokenMap):
         return own if self.joined_local is None else torch.cat([own, self.joined_local], dim=1)
 
     def invariant(self, tokens: Tensor) -> Tensor:
-        """The invariant part of the stem's output, (..., D) -> (..., d_inv); ``tokens`` themselves without a stem."""
+        """Return the invariant part of the stem's output, (..., D) -> (..., d_inv); without a stem ``tokens``."""
         return tokens if self.stem is None else self.stem(tokens, part="invariant")
 
     def equivariant(self, tokens: Tensor) -> Tensor:
-        """The equivariant part of the stem's output, (..., D) -> (..., d_equi)."""
+        """Return the equivariant part of the stem's output, (..., D) -> (..., d_equi)."""
         if self.stem is None:
             raise ValueError("This encoder has no stem, hence no equivariant part. Set `feature_size` in its config.")
         return self.stem(tokens, part="equivariant")
@@ -202,14 +202,14 @@ class Objective(nn.Module, ABC):
         return self.config
 
     def split(self, stem: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-        """``Features.stem`` of a student with that ``stem``: itself, unless this objective splits another layer."""
+        """Return ``Features.stem`` of a student with that ``stem``: itself, unless this splits another layer."""
         return stem
 
     def check_batch(self, images: int, processes: int) -> None:
         """Refuse a batch that is too small for this loss; asked before training.
 
         Args:
-            images: Of one process in one forward pass, B.
+            images: Images of one process in one forward pass, B.
             processes: Number of processes, W.
 
         Raises:
@@ -239,9 +239,9 @@ class Objective(nn.Module, ABC):
         return None
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Pairs (student head, teacher head): the second follows the first by exponential moving average."""
+        """Return pairs (student head, teacher head): the second follows the first by moving average."""
         yield from ()
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Loss of one batch, in fp32."""
+        """Compute the loss of one batch, in fp32."""

@@ -11,7 +11,10 @@ __all__ = ["centered_softmax", "sinkhorn_knopp"]
 
 
 def centered_softmax(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """Softmax of ``(logits - center) / temperature``, (..., K) with a center (K,); DINO (https://arxiv.org/abs/2104.14294)."""
+    """Take the softmax of ``(logits - center) / temperature``, (..., K), with a center (K,).
+
+    DINO (https://arxiv.org/abs/2104.14294).
+    """
     return torch.softmax((logits - center) / temperature, dim=-1)
 
 
@@ -26,8 +29,8 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
     Args:
         logits: (M, K), fp32; M may differ between processes, and be 0.
-        temperature: Of the exponential.
-        iterations: At least one.
+        temperature: Temperature of the exponential.
+        iterations: Number of iterations, at least one.
 
     Returns:
         (M, K), rows that sum to 1.

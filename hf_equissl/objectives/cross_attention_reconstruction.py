@@ -84,7 +84,7 @@ class CrossAttentionReconstructionObjective(Objective):
         self.decoder = build_decoder(self.decoder_config)
 
     def reconstruct(self, student: Features, views: Views) -> Tensor:
-        """Predicted views, normalised: v2 as (B, 1, C, H, W), or v2 and v1 as (B, 2, C, H, W) if ``symmetric``."""
+        """Predict views, normalised: v2 as (B, 1, C, H, W), or v2 and v1 as (B, 2, C, H, W) if ``symmetric``."""
         first, last = (student.equivariant(patches) for patches in outer_patches(student))
         if not self.symmetric:
             return self.decoder(first, last, student.grid)
@@ -92,7 +92,7 @@ class CrossAttentionReconstructionObjective(Objective):
         return torch.cat(both.chunk(2), dim=1)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Mean squared error of the reconstructed view or views; ``teacher`` is not used."""
+        """Compute the mean squared error of the reconstructed view or views; ``teacher`` is not used."""
         crops = views.global_crops
         targets = [crops[-1], crops[0]] if self.symmetric else [crops[-1]]
         errors = image_errors(self.reconstruct(student, views), targets)  # (1,) or (2,)

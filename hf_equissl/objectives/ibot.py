@@ -75,7 +75,7 @@ class IBOTObjective(SelfDistillationObjective):
         self._build_heads("shared" if shared_head else "own_prototypes", schedule, cls_weight, patch_weight)
 
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
-        """All patches pass the MLP, because the center averages them; the masked ones are picked after it."""
+        """Pass all patches through the MLP, because the center averages them, and pick the masked ones after it."""
         if masked is None or self.centering == "sinkhorn":
             return super()._teacher_rows(teacher, masked)
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), teacher.patches.flatten(0, 2))

@@ -22,7 +22,7 @@ def check_neighbours(images: int) -> None:
 
 
 def koleo_loss(representations: Tensor, gather: bool = False, eps: float = 1e-8) -> Tensor:
-    r"""Kozachenko-Leonenko entropy estimate of unit vectors, summed over views.
+    r"""Estimate the entropy of unit vectors (Kozachenko-Leonenko), summed over views.
 
     .. math::
         L = -\sum_v \frac{1}{B} \sum_i \log\left( \min_{j \ne i} \lVert x_{vi} - x_{vj} \rVert + \epsilon \right)

@@ -83,11 +83,11 @@ class TeacherTemperature:
 
     @property
     def start(self) -> float:
-        """The first value."""
+        """Value at the start."""
         return self.warmup if self.warmup_epochs > 0 else self.final
 
     def at(self, progress: TrainingProgress) -> float:
-        """The value for the step that comes next."""
+        """Return the value for the step that comes next."""
         if self.warmup_epochs <= 0:
             return self.final
         if self.clock == "epoch":

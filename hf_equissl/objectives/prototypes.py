@@ -47,7 +47,7 @@ class Prototypes(nn.Module):
             self.gain = nn.Parameter(gain)
 
     def forward(self) -> Tensor:
-        """The weight (K, d), fp32; logits of rows (M, d) are ``rows @ weight.T``."""
+        """Return the weight (K, d), fp32; logits of rows (M, d) are ``rows @ weight.T``."""
         with torch.autocast(self.direction.device.type, enabled=False):
             return self.gain.float() * F.normalize(self.direction.float(), dim=1, eps=1e-12)
 
@@ -96,7 +96,7 @@ class PrototypeHead(nn.Module):
         )
 
     def forward(self, features: Features, cls: Tensor, patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Unit bottleneck rows, in one pass where the MLP is common.
+        """Compute unit bottleneck rows, in one pass where the MLP is common.
 
         Args:
             features: Where the tokens come from; its stem is applied to them.
@@ -114,7 +114,7 @@ class PrototypeHead(nn.Module):
         return rows[: len(cls)], rows[len(cls) :]
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Prototypes for CLS and for patches, (K, d) each; one tensor where they are shared."""
+        """Return the prototypes for CLS and for patches, (K, d) each; one tensor where they are shared."""
         weight = self.prototypes()
         return weight, weight if self.patch_prototypes is None else self.patch_prototypes()
 
@@ -141,7 +141,7 @@ def _bottleneck(mlp: nn.Sequential, features: Features, tokens: Tensor) -> Tenso
 def prototype_cross_entropy(
     rows: Tensor, weight: Tensor, targets: Callable[[slice], Tensor], row_weights: Tensor, temperature: float
 ) -> Tensor:
-    r"""Weighted sum over rows of the cross-entropy between targets and softmax over prototypes.
+    r"""Sum, weighted over rows, the cross-entropy between targets and softmax over prototypes.
 
     .. math::
         \sum_i w_i \, H(t_i, \mathrm{softmax}(W x_i / \tau)), \quad H(t, p) = -\sum_k t_k \log p_k

@@ -99,7 +99,7 @@ class ReconstructionObjective(Objective):
         return Needs(fractions=tuple(k / steps for k in range(1, steps)))
 
     def reconstruct(self, student: Features, views: Views) -> Tensor:
-        """Predicted images, (B, K, C, H, W), or (B, K + 1, C, H, W) with ``reconstruct_final``, normalised."""
+        """Predict images, (B, K, C, H, W), or (B, K + 1, C, H, W) with ``reconstruct_final``, normalised."""
         first, last = outer_patches(student)  # (B, N, D)
         stem = student.stem
         if isinstance(stem, EquiSSLStem) and stem.is_fold_cheaper(
@@ -109,7 +109,7 @@ class ReconstructionObjective(Objective):
         return self.decoder(student.equivariant(first), student.equivariant(last), student.grid)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Mean squared error of the reconstructions; ``teacher`` is not used."""
+        """Compute the mean squared error of the reconstructions; ``teacher`` is not used."""
         targets = self._targets(views)
         errors = image_errors(self.reconstruct(student, views), targets)  # (K,) or (K + 1,)
         loss = errors.mean()
@@ -119,7 +119,7 @@ class ReconstructionObjective(Objective):
         return LossOutput(loss=loss, logs={"loss_recon": loss.detach(), **logs})
 
     def _targets(self, views: Views) -> list[Tensor]:
-        """K or K + 1 tensors (B, C, H, W)."""
+        """Return the K or K + 1 images to reconstruct, (B, C, H, W) each."""
         images = views.intermediate_images
         expected = self.num_intermediate_images
         if images is None or images.shape[1] != expected:

@@ -155,7 +155,7 @@ class SelfDistillationObjective(Objective):
         return type(self.config).from_dict({**self.config.to_dict(), **sizes})
 
     def split(self, stem: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-        """The stem; with a logit split the student's head, whose last logits of patch tokens are equivariant."""
+        """Return the stem; with a logit split the student's head, whose last logits of patches are equivariant."""
         return self._split_logits if self.equivariant_logits else stem
 
     def _split_logits(self, tokens: Tensor, part: str) -> Tensor:
@@ -194,7 +194,7 @@ class SelfDistillationObjective(Objective):
     # ---- loss ----
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """CLS loss, patch loss and what the subclass adds; then the centers move."""
+        """Add up CLS loss, patch loss and what the subclass adds; then move the centers."""
         if teacher is None or len(student.tokens) < 2:
             raise ValueError(
                 f"Self-distillation needs a teacher and at least 2 global crops, got {len(student.tokens)} crops and "
@@ -223,17 +223,17 @@ class SelfDistillationObjective(Objective):
         return LossOutput(loss=loss, logs=logs)
 
     def _regularizers(self, student: Features) -> dict[str, Tensor]:
-        """Further weighted terms by name (``loss_*``)."""
+        """Return further weighted terms by name (``loss_*``)."""
         return {}
 
     def _monitors(self, targets: Tensor, cls: Tensor) -> dict[str, Tensor]:
-        """Collapse to one prototype is an entropy of 0, to all alike one of log K with a divergence of 0."""
+        """Measure collapse: an entropy of 0 is one prototype; log K with a divergence of 0 is all of them alike."""
         entropy = torch.special.entr(targets).sum(dim=-1).mean()
         temperature = cls.new_full((), self.cls_temperature)
         return {"teacher_entropy": entropy, "cls_divergence": cls - entropy, "teacher_temperature": temperature}
 
     def _teacher_rows(self, teacher: Features, masked: MaskedPatches | None) -> TeacherRows:
-        """What the teacher's head makes of CLS and masked patches; centers average what the loss uses."""
+        """Run the teacher's head on CLS and masked patches; centers average what the loss uses."""
         crops = teacher.cls.shape[:2]
         cls, patches = self.teacher_head(teacher, teacher.cls.flatten(0, 1), tokens_at(teacher, masked))
         means: list[Tensor | None] = [cls.mean(dim=0)]
@@ -244,7 +244,7 @@ class SelfDistillationObjective(Objective):
 
     @torch.no_grad()
     def _cls_targets(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """(V, B, d) -> (V, B, K)."""
+        """Turn the teacher's rows (V, B, d) into targets (V, B, K)."""
         logits = rows @ weight.T
         if self.centering == "centering":
             return centered_softmax(logits, self.cls_center, self.cls_temperature)
@@ -252,7 +252,7 @@ class SelfDistillationObjective(Objective):
 
     @torch.no_grad()
     def _patch_targets(self, taught: TeacherRows, weight: Tensor) -> Callable[[slice], Tensor]:
-        """Slice of the masked patches -> their targets (m, K)."""
+        """Make a function that turns a slice of the masked patches into their targets (m, K)."""
         rows, temperature = cast(Tensor, taught.patches), cast(float, self.patch_temperature)
         if self.centering == "centering":
             return lambda part: centered_softmax(rows[part] @ weight.T, self.patch_center, temperature)
@@ -260,7 +260,10 @@ class SelfDistillationObjective(Objective):
 
     @torch.no_grad()
     def _update_centers(self, means: list[Tensor | None], weights: list[Tensor]) -> None:
-        """c <- m c + (1 - m) mean of logits. Prototypes are linear: processes exchange mean rows, d numbers each."""
+        """Move each center: c <- m c + (1 - m) mean of logits.
+
+        Prototypes are linear: processes exchange mean rows, d numbers each.
+        """
         if self.centering != "centering" or not self.training:
             return
         width = weights[0].shape[1]
@@ -289,7 +292,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         rows: ((V + L) * B, d), unit rows of the student, global crops first.
         weight: (K, d), prototypes.
         targets: t, (V, B, K).
-        temperature: Of the student's softmax.
+        temperature: Temperature of the student's softmax.
     """
     crops, images = targets.shape[:2]
     pairs = crops * (len(rows) // images - 1)
@@ -308,7 +311,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 
 
 def _cls_of_all_crops(features: Features) -> Tensor:
-    """((V + L) * B, D)."""
+    """Take the CLS rows of all crops, ((V + L) * B, D)."""
     rows, local = features.cls.flatten(0, 1), features.local_cls
     return rows if local is None else torch.cat([rows, local.flatten(0, 1)])
 

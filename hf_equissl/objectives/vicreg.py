@@ -87,7 +87,7 @@ class VICRegObjective(Objective):
         self.expander: nn.Module = Projector(config.invariant_size or config.hidden_size, expander_sizes)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Loss of the two global crops of ``student``; neither ``teacher`` nor pixels are used."""
+        """Compute the loss of the two global crops of ``student``; neither ``teacher`` nor pixels are used."""
         self._check(student)
         pooled = student.cls if self.pooling == "cls" else student.patches.mean(dim=2)  # (2, B, D)
         h = student.invariant(pooled)  # (2, B, d_inv)

@@ -66,9 +66,9 @@ class Milestone:
     Attributes:
         name: e.g. "end of warm-up".
         step: Counted from 0.
-        learning_rate: Of a group with multiplier 1.
-        weight_decay: Of the groups with decay.
-        teacher_momentum: Of the update that ends the step.
+        learning_rate: Learning rate of a group with multiplier 1.
+        weight_decay: Weight decay of the groups with decay.
+        teacher_momentum: Momentum of the update that ends the step.
         scheduled: What the objectives change over the run, by name, e.g. the teacher's temperature.
     """
 

@@ -49,7 +49,7 @@ class Speed:
             raise RecipeError(f"--device_tflops {self.device_tflops:g}: expected a number above 0.")
 
     def of(self, args: EquiSSLTrainingArguments) -> Speed:
-        """The same, at an A100's peak in the precision of ``args`` where no other peak was given."""
+        """Fill in an A100's peak in the precision of ``args`` where no other peak was given."""
         if self.device_tflops is not None:
             return self
         full = "TF32" if args.tf32 else "fp32"

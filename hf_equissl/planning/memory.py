@@ -57,12 +57,12 @@ class Setup:
     on_cpu: bool = False
 
     def buckets(self, gradients: int) -> int:
-        """Bytes of DeepSpeed's buffers for gradients under way, of which ``gradients`` bytes were filled so far."""
+        """Count the bytes of DeepSpeed's buffers for gradients under way, of which ``gradients`` bytes are filled."""
         size = FP32_BYTES * ZERO_BUCKET * (1 if self.engine is Engine.ZERO3 else 2)
         return min(size, gradients) if self.on_cpu else size
 
     def in_flight(self, gradients: int) -> int:
-        """Bytes of the contiguous copy that a bucket of ``gradients`` bytes is sent from; gloo makes another one."""
+        """Count the bytes of the copy that a bucket of ``gradients`` bytes is sent from; gloo makes another one."""
         copies = 2 if self.on_cpu and self.engine is Engine.ZERO3 else 1
         return copies * min(FP32_BYTES * ZERO_BUCKET, gradients)
 

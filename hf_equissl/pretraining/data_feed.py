@@ -51,7 +51,7 @@ class DataFeed(_Trainer):
         return dataset.sampler(multiple=self.args.epoch_multiple)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The parent's for a map-style data set; a stream splits itself over ranks, so accelerate must not again."""
+        """Return the parent's loader; a stream splits itself over ranks, so accelerate must not do it again."""
         # Its workers' seed, drawn once or in each epoch, must not come from the generator that drop path draws from.
         generator = torch.Generator()
         if self._stream is None:
@@ -75,7 +75,7 @@ class DataFeed(_Trainer):
         return guard_workers(stream)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The parent's, on the clock."""
+        """Get the parent's batches and time the wait."""
         with self.throughput.waiting():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -87,7 +87,7 @@ class DataFeed(_Trainer):
         return super()._prepare_inputs(inputs)
 
     def _prepare_input(self, data: Any) -> Any:
-        """The parent's; pinned memory is copied while the device works on, as accelerate does for other loaders."""
+        """Move as the parent does; pinned memory is copied while the device works on, as in accelerate's loaders."""
         if isinstance(data, Tensor) and data.is_pinned():
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
@@ -97,7 +97,7 @@ class DataFeed(_Trainer):
     def _init_training_state(
         self, max_steps: Any, num_update_steps_per_epoch: Any, num_train_epochs: Any, checkpoint: Any, trial: Any
     ) -> tuple[int, int]:
-        """The parent's; a stream goes on by itself, and the parent must not skip what it has not seen."""
+        """Set up as the parent does; a stream goes on by itself, and the parent must not skip samples of it."""
         self.throughput = Throughput(self.args.device, self.args.dataloader_num_workers)
         epochs, steps = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial

@@ -68,7 +68,7 @@ def adapt_config(accelerator: Accelerator, args: EquiSSLTrainingArguments) -> No
 
 @contextmanager
 def restricted_loading() -> Iterator[None]:
-    """DeepSpeed's checkpoints are pickles, which it loads without restriction; here they may hold what it writes only.
+    """Let DeepSpeed, which loads pickles without restriction, load only what it writes itself.
 
     Raises:
         UnpicklingError: from ``torch.load``, for a file that names anything else.
@@ -102,7 +102,7 @@ def clip_by_parts(accelerator: Accelerator, model: EquiSSLForPreTraining, args: 
 
 @torch.no_grad()
 def clip_partitions(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> Tensor:
-    """``optimizer.clip_gradients`` for gradients that DeepSpeed has reduced and shared out, in one exchange.
+    """Clip as ``optimizer.clip_gradients`` does, gradients that DeepSpeed has shared out, in one exchange.
 
     Call it on every process between the backward pass and the optimizer's step.
 
@@ -133,7 +133,7 @@ def clip_partitions(parameters: Iterable[tuple[str, nn.Parameter]], max_norm: fl
 
 
 def _own_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """This process's share of a reduced gradient, or ``None`` if it has none."""
+    """Return this process's share of a reduced gradient, or ``None`` if it has none."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_grad
 
@@ -153,7 +153,7 @@ class _ClippingEngine(DeepSpeedEngineWrapper):
         self._norm = torch.zeros(())
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        """As the parent's; with the last micro-batch also clip and step."""
+        """Run as the parent does; with the last micro-batch also clip and step."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
@@ -161,5 +161,5 @@ class _ClippingEngine(DeepSpeedEngineWrapper):
             self.engine.step()
 
     def get_global_grad_norm(self) -> Any:
-        """The norm of all gradients together before they were clipped, a tensor: the host need not wait for it."""
+        """Return the norm of all gradients before clipping, a tensor: the host need not wait for it."""
         return self._norm

@@ -63,7 +63,7 @@ def encode_extra(
     Args:
         encoder: Student or teacher.
         views: With ``extra``.
-        features: Of ``views.global_crops`` by the same encoder; ``extra`` and ``joined`` are set.
+        features: Features of ``views.global_crops`` by the same encoder; ``extra`` and ``joined`` are set.
         wanted: Which views of each set; ``None``: all.
     """
     passes: dict[tuple, list[tuple[str, int]]] = {}
@@ -90,5 +90,5 @@ def encode_extra(
 
 
 def _cls_of(features: Features, extra: ExtraViews, views: Sequence[int]) -> Tensor:
-    """CLS rows of these views of a set, (views, M, D)."""
+    """Take the CLS rows of these views of a set, (views, M, D)."""
     return torch.stack([features.extra[extra.name][view].cls for view in views])

@@ -68,7 +68,7 @@ class LossHistory:
         self._records.clear()
 
     def _first_bad(self) -> dict[str, Any] | None:
-        """The earliest loss of this process that is not finite: ``step``, ``rank`` and ``parts`` by name."""
+        """Find the earliest loss of this process that is not finite: ``step``, ``rank`` and ``parts`` by name."""
         for step, record in zip(self._steps, self._records, strict=True):
             bad = {key: float(value) for key, value in record.items() if not math.isfinite(float(value))}
             if bad.pop("loss", None) is not None:

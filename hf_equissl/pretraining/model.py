@@ -154,7 +154,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, for a complete state only.
+        """Load as the parent does, a complete state only.
 
         Raises:
             ValueError: The checkpoint lacks weights of the objectives that the config names. They would be left
@@ -209,14 +209,14 @@ class EquiSSLForPreTraining(PreTrainedModel):
             follower.requires_grad_(False)
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Pairs (student's module, teacher's copy), of the encoder first, then of the objectives' heads."""
+        """Yield pairs (student's module, teacher's copy), of the encoder first, then of the objectives' heads."""
         if self.teacher is not None:
             yield self.student, self.teacher
         for objective in self.objectives():
             yield from objective.ema_pairs()
 
     def train(self, mode: bool = True) -> Self:
-        """As the parent's; teachers stay in evaluation mode."""
+        """Set the mode as the parent does; teachers stay in evaluation mode."""
         super().train(mode)
         for _, follower in self.ema_pairs():
             follower.eval()
@@ -236,7 +236,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, parameters and buffers; after an optimizer step.
+        """Update parameters and buffers after a step: teacher <- momentum * teacher + (1 - momentum) * student.
 
         All tensors in one fused call, in the teacher's fp32, each process its shards; buffers that count are copied.
         """
@@ -286,7 +286,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
 
     def encode(self, views: Views) -> Features:
-        """Student features: all global crops in one pass, masked where there are masks; all local crops in another.
+        """Encode global crops in one pass of the student, masked where there are masks, local ones in another.
 
         Raises:
             ValueError: The views lack local crops, masks or labels that an objective asks for, which it names.
@@ -307,7 +307,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @torch.no_grad()
     def encode_teacher(self, views: Views) -> Features | None:
-        """Teacher features of the global crops, not masked and without gradient; ``None`` without a teacher."""
+        """Encode with the teacher the global crops, not masked and without gradient; ``None`` without a teacher."""
         if self.teacher is None:
             return None
         features = encode_crops(self.teacher, views.global_crops, layers=self.needs.hidden_layers)
@@ -317,7 +317,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         return features
 
     def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
-        """Loss of one batch of ``views``; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
+        """Compute the loss of one batch; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
         # First, so that its large intermediate results are gone when the student's are kept.
         teacher = self.encode_teacher(views)
         student = self.encode(views)
@@ -337,7 +337,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @torch.no_grad()
     def monitor(self, student: Features) -> dict[str, Tensor]:
-        """Feature standard deviation and effective rank of view 1's CLS over the global batch: collapse shows."""
+        """Measure deviation and effective rank of view 1's CLS over the global batch, which show collapse."""
         representation = gather(student.cls[0].detach().float())
         return {"feature_std": feature_std(representation), "effective_rank": effective_rank(representation)}
 
@@ -349,7 +349,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
     def export_encoder(
         self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None, weights_of: str | None = None
     ) -> EquiSSLModel:
-        """The encoder as a model of its own, on the CPU.
+        """Copy the encoder into a model of its own, on the CPU.
 
         Args:
             with_decoder: Keep the decoder of the first objective that has one, so that ``reconstruct`` works. An
@@ -381,7 +381,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
 
 def _pairs_of(leader: nn.Module, follower: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parameters and buffers of both, as far as this process holds them."""
+    """Pair the parameters and buffers of both, as far as this process holds them."""
     tensors = ((*module.parameters(), *module.buffers()) for module in (leader, follower))
     for source, target in zip(*tensors, strict=True):
         yield local_shard(source), local_shard(target)

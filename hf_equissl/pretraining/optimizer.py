@@ -47,9 +47,9 @@ class ParameterRule:
     """One trained parameter and its group.
 
     Attributes:
-        name: In ``named_parameters``.
+        name: Its name in ``named_parameters``.
         module: The part of the model that it belongs to (``module_of``).
-        shape: Of the whole parameter, also where it is sharded.
+        shape: Shape of the whole parameter, also where it is sharded.
         group: How it is trained.
         number: The group's place in the optimizer's ``param_groups``.
     """
@@ -72,8 +72,8 @@ def parameter_group(
     d^(n + 1), and 1 to the final norm, stem, heads and decoders.
 
     Args:
-        name: In the pretraining model.
-        shape: Of the whole parameter.
+        name: Its name in the pretraining model.
+        shape: Shape of the whole parameter.
         model: Has n blocks, and objectives that say which of their parameters are a last layer.
         args: ``decay_one_dimensional``, ``layer_decay``, ``patch_embedding_lr_multiplier`` and
             ``freeze_last_layer_epochs``.

@@ -36,15 +36,15 @@ class RunRecord:
         command: The command line of the last start.
         data: What the user named, with the split.
         num_images: Images of the data set; ``None`` for a stream.
-        data_fingerprint: Of the data set, see ``ImageSource.fingerprint``; empty where it was not taken.
+        data_fingerprint: ``ImageSource.fingerprint`` of the data set; empty where it was not taken.
         image_size: Side of the global crops, pixels.
         image_mean, image_std: Normalisation of the views, three numbers each.
-        seed: Of weights and views.
+        seed: Seed of weights and views.
         batch: ``per_device``, ``processes``, ``accumulation``; their product is an optimizer step's batch.
         precision: "fp32", "bf16" or "fp16".
         hardware: ``device`` (name), ``devices`` (how many), ``cpu`` (its kind, ``utils.devices.describe_cpu``),
             ``threads`` (per process).
-        versions: Of Python and the libraries.
+        versions: Versions of Python and the libraries.
         started: First start, UTC, ISO 8601.
         starts: How often it was started: 1 for a run without interruption.
         steps: Optimizer steps taken.
@@ -105,7 +105,7 @@ class RunRecord:
 
 
 def command_line() -> str:
-    """The command of this process as one would type it, without tokens."""
+    """Return the command of this process as one would type it, without tokens."""
     script = sys.argv[0]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     start = ["-m", module.name.removesuffix(".__main__")] if module is not None and module.name else [script]
@@ -113,7 +113,7 @@ def command_line() -> str:
 
 
 def hardware(args: EquiSSLTrainingArguments) -> dict[str, Any]:
-    """The devices of a run."""
+    """Describe the devices of a run."""
     return {
         "device": describe_device(args.device),
         "devices": args.world_size,

@@ -172,7 +172,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return given
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's, if accelerate gives the engine that was asked for."""
+        """Create as the parent does, and refuse another engine than the one that was asked for."""
         super().create_accelerator_and_postprocess()
         check_same(asked_engine(self.args), granted_engine(self.accelerator), self.accelerator.device.type)
         if self.is_deepspeed_enabled:
@@ -190,7 +190,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return prepared
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Accelerate puts autocast into the model's forward, but not under FSDP2."""
+        """Return autocast under FSDP2; elsewhere accelerate puts it into the model's forward pass."""
         if asked_engine(self.args) is Engine.FSDP2:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
@@ -213,7 +213,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Forward, and remember the loss parts. One process on a CPU checks them at once: it waits for nobody."""
+        """Run the model and remember the loss parts. One process on a CPU checks them at once: it waits for nobody."""
         output = model(**inputs, monitor=self.args.monitor_features and self._next_step_logs())
         self.history.add(self.state.global_step + 1, output.loss, output.logs)
         if output.loss.device.type == "cpu" and self.args.world_size == 1:
@@ -237,7 +237,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The parent's optimizer, with the groups of ``optimizer.optimizer_groups``.
+        """Build the parent's optimizer with the groups of ``optimizer.optimizer_groups``.
 
         Raises:
             ValueError: The optimizer chooses its groups itself, and a setting needs ours.
@@ -261,7 +261,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Parameters with weight decay, for optimizers that choose their groups themselves."""
+        """List parameters with weight decay, for optimizers that choose their groups themselves."""
         return [rule.name for rule in parameter_rules(model, self.args) if rule.group.decayed]  # type: ignore[arg-type]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -273,7 +273,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return clip_gradients(clipping_parts(own, self.args.grad_clipping), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The parent's, in steps that are logged: without clipping it is one more pass over all gradients."""
+        """Return the parent's in steps that are logged: without clipping it takes one more pass over all gradients."""
         return super()._get_grad_norm(model, grad_norm) if self._next_step_logs() else grad_norm
 
     # ---- checkpoints ----
@@ -284,7 +284,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         self.history.check_with_weights(model, self.state.global_step, self._last_checkpoint, self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, config and arguments as JSON: the parent would pickle the arguments."""
+        """Save weights, config and arguments as JSON: the parent would pickle the arguments."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -327,7 +327,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         Args:
             commit_message: Title of the commit.
             blocking: Wait for the end of the upload.
-            token, revision, private: In place of ``hub_token``, ``hub_revision`` and ``hub_private_repo``.
+            token, revision, private: Used in place of ``hub_token``, ``hub_revision`` and ``hub_private_repo``.
             **kwargs: Options of ``hf_equissl.hub.build_repository``: ``results``, ``license``, ``parts``, ...
 
         Returns:
@@ -369,4 +369,4 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return future
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: the parent's moment is before a checkpoint is in its place. ``PublishCallback`` has a later one."""
+        """Do nothing: a checkpoint is not in its place yet. ``PublishCallback`` pushes later."""

@@ -148,4 +148,4 @@ class TransformationFamily(ABC):
 
     @abstractmethod
     def targets(self, parameters: Tensor) -> Tensor:
-        """Parameters (B, p) scaled to about [-1, 1]: what the probes regress and what SIE's predictor is given."""
+        """Scale parameters (B, p) to about [-1, 1]: what probes regress and what SIE's predictor is given."""

@@ -38,6 +38,6 @@ class ColorJitterFamily(UniformFamily):
         super().__init__([(-limit, limit) for limit in limits])
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 4), fractions (F,) -> (B, F, C, H, W)."""
+        """Jitter images (B, C, H, W) by parameters (B, 4) at fractions (F,) -> (B, F, C, H, W)."""
         brightness, contrast, saturation, turns = at_fractions(parameters, fractions).unbind(-1)  # (B, F) each
         return color_jitter_path(images, 1 + brightness, 1 + contrast, 1 + saturation, turns)

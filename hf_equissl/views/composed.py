@@ -45,12 +45,12 @@ class JointFamily(TransformationFamily):
         return tuple(value for family in self.families for value in family.identity_parameters)
 
     def sample(self, draws: Tensor) -> Tensor:
-        """Uniform draws (B, num_draws), the members' one after the other -> parameters (B, p)."""
+        """Turn uniform draws (B, num_draws), the members' one after the other, into parameters (B, p)."""
         parts = check_draws(draws, self.num_draws).split([family.num_draws for family in self.families], dim=1)
         return torch.cat([family.sample(own) for family, own in zip(self.families, parts, strict=True)], dim=1)
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, p), fractions (F,) -> (B, F, C, H, W), each member after the other."""
+        """Apply each member in turn to (B, C, H, W), with parameters (B, p), fractions (F,) -> (B, F, C, H, W)."""
         first, *others = zip(self.families, self._split(parameters), strict=True)
         steps = list(first[0].path(images, first[1], fractions).unbind(1))
         for family, own in others:
@@ -58,12 +58,12 @@ class JointFamily(TransformationFamily):
         return torch.stack(steps, dim=1)
 
     def targets(self, parameters: Tensor) -> Tensor:
-        """Parameters (B, p) -> (B, p), each member's own targets."""
+        """Scale parameters (B, p) to each member's own targets (B, p)."""
         parts = zip(self.families, self._split(parameters), strict=True)
         return torch.cat([family.targets(own) for family, own in parts], dim=1)
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, ...]:
-        """Parameters (B, p) -> those of each member."""
+        """Split parameters (B, p) into those of each member."""
         return parameters.split([family.num_parameters for family in self.families], dim=1)
 
 
@@ -74,7 +74,7 @@ class OneOfFamily(JointFamily):
     image, bit for bit.
 
     Args:
-        families: As for ``JointFamily``.
+        families: The members, written as in ``JointFamily``.
 
     Parameters (B, p): those of the members, ``<family>_<parameter>``.
     """
@@ -84,7 +84,7 @@ class OneOfFamily(JointFamily):
         self.num_draws += 1
 
     def sample(self, draws: Tensor) -> Tensor:
-        """Uniform draws (B, num_draws), the first of which chooses -> parameters (B, p)."""
+        """Turn uniform draws (B, num_draws), of which the first chooses, into parameters (B, p)."""
         choice, own = check_draws(draws, self.num_draws).split([1, self.num_draws - 1], dim=1)
         chosen = (choice * len(self.families)).long().clamp(max=len(self.families) - 1)  # (B, 1)
         parts = own.split([family.num_draws for family in self.families], dim=1)
@@ -96,7 +96,7 @@ class OneOfFamily(JointFamily):
         return torch.stack(columns, dim=1)
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, p), fractions (F,) -> (B, F, C, H, W)."""
+        """Apply the chosen member: images (B, C, H, W), parameters (B, p), fractions (F,) -> (B, F, C, H, W)."""
         path = as_float_images(images)[:, None].repeat(1, len(fractions), 1, 1, 1)  # a copy, which is changed in place
         for family, own in zip(self.families, self._split(parameters), strict=True):
             identity = zip(own.unbind(1), family.identity_parameters, strict=True)

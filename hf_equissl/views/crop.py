@@ -62,7 +62,7 @@ class CropFamily(TransformationFamily):
         return (0.0, 0.0, 1.0, 1.0)
 
     def sample(self, draws: Tensor) -> Tensor:
-        """Uniform draws (B, 22): ten areas, ten ratios, two positions -> boxes (B, 4)."""
+        """Turn uniform draws (B, 22), of ten areas, ten ratios and two positions, into boxes (B, 4)."""
         draws = check_draws(draws, self.num_draws)
         areas, ratios, positions = draws.split((NUM_TRIES, NUM_TRIES, 2), dim=1)
         log_low, log_high = (math.log(bound) for bound in self.ratio)
@@ -82,7 +82,7 @@ class CropFamily(TransformationFamily):
         return torch.stack((top, left, height, width), dim=1)
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), boxes (B, 4), fractions (F,) -> (B, F, C, H, W)."""
+        """Crop images (B, C, H, W) to boxes (B, 4) at fractions (F,) -> (B, F, C, H, W)."""
         image_height, image_width = images.shape[-2:]
         t = fractions.to(parameters.device, torch.float32, non_blocking=True)  # (F,)
         top, left, height, width = parameters.float()[:, :, None].unbind(1)  # (B, 1) each
@@ -95,5 +95,5 @@ class CropFamily(TransformationFamily):
         return warp(images, inverse, fill="border", interpolation=self.interpolation)
 
     def targets(self, parameters: Tensor) -> Tensor:
-        """Boxes (B, 4) -> (B, 4), the possible range of each entry to about [-1, 1]; a single possible value to 0."""
+        """Scale the possible range of each entry of boxes (B, 4) to about [-1, 1], a single possible value to 0."""
         return scale_to_unit(parameters, self.ranges)

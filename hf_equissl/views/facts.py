@@ -21,7 +21,7 @@ class ViewFacts:
 
     Attributes:
         parameter_names: Parameters of the transformation family g, one name per column; empty without g.
-        strengths: Per global view the ranges of its colour factors, by name: brightness, contrast, saturation and hue
+        strengths: By global view the ranges of its colour factors, by name: brightness, contrast, saturation and hue
             (``ViewSpec``).
         num_classes: Classes of the data set; ``None`` where they were not counted.
         same_base: Whether g is all that tells two global views of an image apart: no view is cropped or coloured.

@@ -26,12 +26,12 @@ class FlipFamily(TransformationFamily):
         self.p = check_number("p", p, high=1)
 
     def sample(self, draws: Tensor) -> Tensor:
-        """Uniform draws (B, 1) -> 0 or 1, (B, 1)."""
+        """Turn uniform draws (B, 1) into 0 or 1, (B, 1)."""
         return (check_draws(draws, self.num_draws) < self.p).float()
 
     @torch.no_grad()
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 1), fractions (F,) of 0 and 1 -> (B, F, C, H, W).
+        """Flip images (B, C, H, W) by parameters (B, 1) at fractions (F,) of 0 and 1 -> (B, F, C, H, W).
 
         Fractions on another device are not checked, which would wait for it: the pipeline checks them when it is built.
 
@@ -50,9 +50,9 @@ class FlipFamily(TransformationFamily):
         return torch.where(flipped, images.flip(-1)[:, None], images[:, None])
 
     def apply(self, images: Tensor, parameters: Tensor, fraction: float = 1.0) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 1), fraction 0 or 1 -> (B, C, H, W)."""
+        """Flip images (B, C, H, W) by parameters (B, 1) at fraction 0 or 1 -> (B, C, H, W)."""
         return self.path(images, parameters, torch.tensor([fraction]))[:, 0]
 
     def targets(self, parameters: Tensor) -> Tensor:
-        """0 and 1 -> -1 and 1, (B, 1)."""
+        """Map 0 and 1 to -1 and 1, (B, 1)."""
         return 2 * parameters.float() - 1

@@ -34,5 +34,5 @@ class GaussianBlurFamily(UniformFamily):
         super().__init__([(self.min_sigma, self.max_sigma)])
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 1), fractions (F,) -> (B, F, C, H, W)."""
+        """Blur images (B, C, H, W) by parameters (B, 1) at fractions (F,) -> (B, F, C, H, W)."""
         return gaussian_blur_path(images, at_fractions(parameters, fractions)[..., 0], self.kernel_size)

@@ -22,12 +22,12 @@ UNITS = ("pixels_at_224", "pixels", "fraction")
 
 
 def affine_inverse(rows: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Six tensors (B, F), two rows of an inverse map, stacked to (B, F, 2, 3)."""
+    """Stack six tensors (B, F), the two rows of an inverse map, to (B, F, 2, 3)."""
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def rigid_inverse(degrees: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
-    """Inverse of "rotate about the centre, then shift".
+    """Make the inverse of "rotate about the centre, then shift".
 
     On screen, counter-clockwise with y down: R = [[cos, sin], [-sin, cos]], p' = R p + t, so p = R^T p' - R^T t.
 
@@ -50,7 +50,7 @@ def rigid_inverse(degrees: Tensor, shift_x: Tensor, shift_y: Tensor) -> Tensor:
 
 
 def shift_to_pixels(shift_x: Tensor, shift_y: Tensor, unit: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Shifts in a family's unit -> pixels of an image of ``height`` x ``width``.
+    """Turn shifts in a family's unit into pixels of an image of ``height`` x ``width``.
 
     Units: "pixels" as they are; "pixels_at_224" pixels of an image of 224 x 224, scaled per axis by size / 224, so that
     the same parameters mean the same motion at every resolution; "fraction" of the width (x) and of the height (y).

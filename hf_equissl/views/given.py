@@ -48,5 +48,5 @@ class GivenFamily(TransformationFamily):
         raise ValueError("A given transformation is in the data; it cannot be applied to an image.")
 
     def targets(self, parameters: Tensor) -> Tensor:
-        """Parameters (B, p) -> (B, p): the range of each goes to [-1, 1]."""
+        """Scale the range of each of the parameters (B, p) to [-1, 1]."""
         return scale_to_unit(parameters, self.ranges)

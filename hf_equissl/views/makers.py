@@ -55,7 +55,7 @@ class ViewMaker(ABC):
         self.settings = settings
 
     def takes_from_batch(self, images: int) -> int:
-        """How many of a batch of ``images`` are these views' alone, and leave the usual ones; they are its last.
+        """Count the images of a batch, its last ones, that these views take away from the usual ones.
 
         With 0, the default, the maker sees the images of the usual views, and takes none away.
         """
@@ -109,6 +109,6 @@ def derived_generator(seed: int, purpose: str, batch: bool = False) -> np.random
     Args:
         seed: ``seed`` of a sample, which ``ViewPipeline.crop`` drew.
         purpose: Any name.
-        batch: Of the batch that this sample leads, rather than of the sample.
+        batch: Whether the numbers are those of the batch that this sample leads, not of the sample.
     """
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), int(batch)])

@@ -31,7 +31,7 @@ class MaskSpec:
             is masked, and its ratio. "stratified" (DINOv2, https://arxiv.org/abs/2304.07193): of all global crops of a
             batch exactly the share ``probability`` (rounded down) is masked; the range of ratios is cut into as many
             equal bins as crops are masked, one ratio is drawn in each, and t is rounded down.
-        probability: Of a view to be masked.
+        probability: How likely a view is masked.
         ratio: Smallest and largest ratio, uniform.
         min_patches: Smallest area that a block is drawn with, 4 in DINOv2; ``None``: ``(side // 3) ** 2`` on a grid of
             ``side`` x ``side`` patches, which is iBOT's 16 of 14 x 14, and 4 of 8 x 8, and 1 of 4 x 4. A number above
@@ -60,7 +60,7 @@ class MaskSpec:
             raise ValueError(f"masks.min_patches is {least!r}, expected a positive integer or None.")
 
     def smallest_area(self, side: int) -> int:
-        """``min_patches`` on a grid of ``side`` x ``side`` patches."""
+        """Return ``min_patches`` on a grid of ``side`` x ``side`` patches."""
         scaled = max(1, (side // 3) ** 2)
         return scaled if self.min_patches is None else min(self.min_patches, scaled)
 
@@ -73,7 +73,7 @@ class MaskSpec:
             )
 
     def describe(self, side: int) -> str:
-        """One line for people."""
+        """Describe the masks in one line."""
         shares = {"per_view": "each view with p", "stratified": "exactly the share"}
         return (
             f"block masks of {self.ratio[0]:g}-{self.ratio[1]:g} of {side} x {side} patches, {shares[self.kind]} "
@@ -83,7 +83,7 @@ class MaskSpec:
 
 
 def draw_masks(spec: MaskSpec, seeds: Sequence[int], views: int, side: int) -> np.ndarray:
-    """Masks of one batch.
+    """Draw the masks of one batch.
 
     Args:
         spec: Kind and size.

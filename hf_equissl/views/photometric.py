@@ -35,7 +35,7 @@ def _check_channels(images: Tensor) -> Tensor:
 
 
 def _in_chunks(function: Callable[..., Tensor], images: Tensor, *strengths: Tensor) -> Tensor:
-    """function(images (B, C, H, W), *strengths (B, F)) -> (B, F, C, H, W), on a CPU a few samples at a time."""
+    """Call function(images (B, C, H, W), *strengths (B, F)) -> (B, F, C, H, W), on a CPU for a few samples at once."""
     num_fractions = strengths[0].shape[1]
     size = max(1, CPU_CHUNK // max(1, num_fractions * images[0].numel())) if len(images) else 1
     if images.device.type != "cpu" or size >= len(images):
@@ -48,7 +48,7 @@ def _in_chunks(function: Callable[..., Tensor], images: Tensor, *strengths: Tens
 
 
 def _luma(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) -> grey (B, 1, H, W)."""
+    """Turn images (B, C, H, W) grey, (B, 1, H, W)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
@@ -56,14 +56,14 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * other, clamped; exactly ``images`` at factor 1."""
+    """Compute factor * images + (1 - factor) * other, clamped; exactly ``images`` at factor 1."""
     factor = _per_sample(factor)
     return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
 
 
 @torch.no_grad()
 def to_grayscale(images: Tensor) -> Tensor:
-    """Luma of ITU-R 601 in all channels, (B, C, H, W)."""
+    """Put the luma of ITU-R 601 into all channels, (B, C, H, W)."""
     images = _check_channels(images)
     return _luma(images).repeat(1, images.shape[1], 1, 1)
 
@@ -146,7 +146,7 @@ def _jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Te
 def color_jitter_path(
     images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, turns: Tensor
 ) -> Tensor:
-    """Brightness, contrast, saturation, hue, in this order, at F strengths per sample.
+    """Change brightness, contrast, saturation and hue, in this order, at F strengths per sample.
 
     Args:
         images: (B, C, H, W) in [0, 1].
@@ -162,20 +162,20 @@ def color_jitter_path(
 
 
 def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, turns: Tensor) -> Tensor:
-    """``color_jitter_path`` at one strength per sample: factors and turns (B,) -> (B, C, H, W)."""
+    """Apply ``color_jitter_path`` at one strength per sample: factors and turns (B,) -> (B, C, H, W)."""
     strengths = (strength[:, None] for strength in (brightness, contrast, saturation, turns))
     return color_jitter_path(images, *strengths)[:, 0]
 
 
 def gaussian_weights(sigma: Tensor, radius: int) -> Tensor:
-    """Normalised Gaussian: sigma (...) in pixels -> (..., radius + 1), the weights at distances 0 to radius."""
+    """Compute a normalised Gaussian: sigma (...) in pixels -> (..., radius + 1), weights at distances 0 to radius."""
     distance = torch.arange(radius + 1, device=sigma.device, dtype=torch.float32)
     weights = torch.exp(-0.5 * (distance / sigma.clamp(min=MIN_SIGMA)[..., None]) ** 2)
     return weights / (2 * weights.sum(dim=-1, keepdim=True) - 1)  # the centre has weight 1 and counts once
 
 
 def _blur_axis(padded: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Weighted sum of shifted copies along ``dim``: fp32 whatever autocast or TF32 say, the same bits for any batch."""
+    """Sum weighted, shifted copies along ``dim``: fp32 whatever autocast or TF32 say, the same bits for any batch."""
     radius = weights.shape[-1] - 1
     size = padded.shape[dim] - 2 * radius
     blurred = padded.narrow(dim, radius, size) * weights[..., 0]
@@ -195,7 +195,7 @@ def _blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 @torch.no_grad()
 def gaussian_blur_path(images: Tensor, sigma: Tensor, kernel_size: int = 13) -> Tensor:
-    """Separable Gaussian blur at F strengths per sample, with reflected edges (as torchvision).
+    """Blur by a separable Gaussian at F strengths per sample, with reflected edges (as torchvision).
 
     Args:
         images: (B, C, H, W) in [0, 1].
@@ -220,5 +220,5 @@ def gaussian_blur_path(images: Tensor, sigma: Tensor, kernel_size: int = 13) -> 
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int = 13) -> Tensor:
-    """``gaussian_blur_path`` at one strength per sample: sigma (B,) -> (B, C, H, W)."""
+    """Apply ``gaussian_blur_path`` at one strength per sample: sigma (B,) -> (B, C, H, W)."""
     return gaussian_blur_path(images, sigma[:, None], kernel_size)[:, 0]

@@ -54,7 +54,7 @@ class ViewPipeline:
         needs: What the objectives ask for.
         image_mean, image_std: Per channel, for images in [0, 1].
         patch_size: The encoder's; masks need it.
-        name: For messages.
+        name: Its name in messages.
 
     Attributes:
         num_draws: Uniform numbers per sample.
@@ -109,7 +109,7 @@ class ViewPipeline:
         self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the tensors kept per device: pipelines travel to worker processes."""
+        """Leave out the tensors kept per device: pipelines travel to worker processes."""
         return {**self.__dict__, "_constants": {}}
 
     @property

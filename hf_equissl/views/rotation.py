@@ -33,7 +33,7 @@ class RotationFamily(UniformFamily):
         super().__init__([(-self.max_degrees, self.max_degrees)])
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 1), fractions (F,) -> (B, F, C, H, W)."""
+        """Rotate images (B, C, H, W) by parameters (B, 1) at fractions (F,) -> (B, F, C, H, W)."""
         degrees = at_fractions(parameters, fractions)[..., 0]
         none = torch.zeros_like(degrees)
         return warp(images, rigid_inverse(degrees, none, none), self.fill, self.interpolation)

@@ -76,7 +76,7 @@ class SE2Family(UniformFamily):
         super().__init__([(-self.max_degrees, self.max_degrees), shifts, shifts])
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 3), fractions (F,) -> (B, F, C, H, W)."""
+        """Move images (B, C, H, W) by parameters (B, 3) at fractions (F,) -> (B, F, C, H, W)."""
         height, width = images.shape[-2:]
         angle, tx, ty = at_fractions(parameters, fractions).unbind(-1)  # (B, F) each
         if self.path_type == "geodesic":

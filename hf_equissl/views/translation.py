@@ -46,7 +46,7 @@ class TranslationFamily(UniformFamily):
         super().__init__([(-self.max_shift, self.max_shift)] * 2)
 
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
-        """Images (B, C, H, W), parameters (B, 2), fractions (F,) -> (B, F, C, H, W)."""
+        """Shift images (B, C, H, W) by parameters (B, 2) at fractions (F,) -> (B, F, C, H, W)."""
         tx, ty = at_fractions(parameters, fractions).unbind(-1)
         tx, ty = shift_to_pixels(tx, ty, self.unit, images.shape[-2], images.shape[-1])
         one, zero = torch.ones_like(tx), torch.zeros_like(tx)

@@ -40,7 +40,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def as_float_images(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in fp32: transformations never run in half precision, even where the batch does.
+    """Turn images (B, C, H, W) into fp32: transformations never run in half precision, even where the batch does.
 
     Raises:
         ValueError: not four dimensions, or integers (8-bit values would be taken for intensities of 0 to 255).
@@ -53,7 +53,7 @@ def as_float_images(images: Tensor) -> Tensor:
 
 
 def at_fractions(parameters: Tensor, fractions: Tensor) -> Tensor:
-    """Parameters (B, p) at ``fractions`` (F,) of the way from zero, linearly: (B, F, p) in fp32.
+    """Scale parameters (B, p) to ``fractions`` (F,) of the way from zero, linearly: (B, F, p) in fp32.
 
     Fractions may lie on the CPU whatever the device of the parameters: nothing waits for so small a copy.
     """
@@ -69,7 +69,7 @@ def check_draws(draws: Tensor, num_draws: int) -> Tensor:
 
 
 def scale_to_unit(parameters: Tensor, ranges: Sequence[tuple[float, float]]) -> Tensor:
-    """Parameters (B, p) -> (B, p): the range of each goes to [-1, 1], a range of one value to 0."""
+    """Scale the range of each of the parameters (B, p) to [-1, 1], a range of one value to 0."""
     columns = []
     for i, (low, high) in enumerate(ranges):
         column = parameters[:, i].float() - (high + low) / 2
@@ -89,12 +89,12 @@ class UniformFamily(TransformationFamily):
         self.ranges = tuple(ranges)
 
     def sample(self, draws: Tensor) -> Tensor:
-        """Uniform draws (B, p) -> parameters (B, p), each uniform over its range."""
+        """Turn uniform draws (B, p) into parameters (B, p), each uniform over its range."""
         draws = check_draws(draws, self.num_draws)
         # Ranges enter as Python numbers: a tensor made from them would have to be copied to the device on every call.
         columns = [draws[:, i] * (high - low) + low for i, (low, high) in enumerate(self.ranges)]
         return torch.stack(columns, dim=1)
 
     def targets(self, parameters: Tensor) -> Tensor:
-        """Parameters (B, p) -> (B, p): the range of each goes to [-1, 1], a range of one value to 0."""
+        """Scale the range of each of the parameters (B, p) to [-1, 1], a range of one value to 0."""
         return scale_to_unit(parameters, self.ranges)

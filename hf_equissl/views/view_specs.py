@@ -67,7 +67,7 @@ class ViewSpec:
         blur_kernel_size: Odd length of the kernel; ``None``: about a tenth of the view's side (SimCLR's rule), which is
             23 at 224, 9 at 96 and 3 at 32 pixels. Small kernels cut large sigmas off, so small views blur less.
         solarize_probability: Inversion of pixels at or above ``solarize_threshold`` (128 of 255 upstream).
-        solarize_threshold: In [0, 1].
+        solarize_threshold: A brightness in [0, 1].
     """
 
     crop_scale: tuple[float, float] | None = (0.08, 1.0)
@@ -106,12 +106,12 @@ class ViewSpec:
             raise ValueError(f"blur_kernel_size is {size!r}, expected an odd positive integer or None.")
 
     def kernel_size(self, view_size: int) -> int:
-        """Length of the blur kernel for views of ``view_size`` pixels; views mirrored once on each side bound it."""
+        """Return the blur kernel's length for views of ``view_size`` pixels, which mirror once on each side."""
         length = self.blur_kernel_size or max(3, 2 * round((view_size - 10) / 20) + 1)
         return min(length, 2 * view_size - 1)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the view in one line."""
         if self.crop_scale is None:
             parts = ["centre crop"]
         else:
@@ -155,7 +155,7 @@ class PipelineSpec:
     masks: MaskSpec | None = None
 
     def override(self, overrides: Mapping[str, Any], where: str = "the view pipeline") -> PipelineSpec:
-        """A copy with other values.
+        """Make a copy with other values.
 
         Args:
             overrides: Fields of ``ViewSpec`` for all global views; ``view_1``, ``view_2`` ... with fields for one of
@@ -204,7 +204,7 @@ def _multi_crop(
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
     blur_kernel_size: int | None = None,
 ) -> PipelineSpec:
-    """Two global views, of which the second is sometimes solarized, and local crops; ``blur`` p of the three kinds."""
+    """Make two global views, the second sometimes solarized, and local crops; ``blur``: p of these three kinds."""
     first, second, local = (ViewSpec(blur_probability=p, blur_kernel_size=blur_kernel_size) for p in blur)
     if blur_kernel_size is None:
         # DINO and iBOT blur with PIL, which cuts nothing off.

@@ -100,14 +100,14 @@ class Task(ABC):
 
     Attributes:
         name: Registry key.
-        noun: For sentences: "fine-tuned for image classification".
+        noun: Its name in sentences: "fine-tuned for image classification".
         result: What a trained model is, for the title of its card.
         head: What is put on the encoder, with its article.
         methods: Keys of ``METHODS`` that make sense.
         metrics: What ``measure`` returns for records; the first one is the one to quote and to choose the best by.
         defaults: Values of settings that are ``None``, by name.
         unread: Settings that this task does not read; to give one is a mistake.
-        pipeline_tag: Of the Hub and of ``transformers.pipeline``; ``None`` where there is none.
+        pipeline_tag: Its name on the Hub and in ``transformers.pipeline``; ``None`` where there is none.
     """
 
     name: ClassVar[str]

@@ -110,7 +110,7 @@ def load_labelled_images(settings: FineTuningSettings) -> Splits:
 
 
 def labels_of(source: ImageSource) -> np.ndarray:
-    """Labels (n,) int64, read without touching the images.
+    """Read the labels (n,), int64, without touching the images.
 
     Raises:
         ValueError: there are none, or images without one.
@@ -134,7 +134,7 @@ def labels_of(source: ImageSource) -> np.ndarray:
 
 
 def _classes(train: ImageSource, test: ImageSource) -> tuple[str, ...]:
-    """Names of the classes, by their numbers in both splits."""
+    """Find the names of the classes, by their numbers in both splits."""
     labels, judged = labels_of(train), labels_of(test)
     names = train.classes or test.classes or tuple(str(number) for number in range(int(labels.max()) + 1))
     if (largest := int(max(labels.max(), judged.max()))) >= len(names):

@@ -209,7 +209,7 @@ def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]]) -> Imag
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Image files below a folder, by their path in it without the suffix."""
+    """Find the image files below a folder, by their path in it without the suffix."""
     return {
         os.path.relpath(path.with_suffix(""), folder): path
         for path in folder.rglob("*")
