@@ -284,4 +284,4 @@ with Signals() as caught:
 """
     words = [sys.executable, "-c", code]
     ended = processes.run(words, timeout=PATIENCE)
-    assert (ended.returncode, ended.stdout) == (0, "[0, 1, 2, 3]\nNone set()\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "[[0, 1], [2, 3]]\nNone set()\n"), ended.stderr
