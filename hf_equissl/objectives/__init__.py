@@ -13,6 +13,7 @@ from .dino import DINOObjective
 from .dinov2 import DINOv2Objective
 from .ibot import IBOTObjective
 from .reconstruction import ReconstructionObjective
+from .sie import SIEObjective
 from .vicreg import VICRegObjective
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Objective",
     "Reach",
     "ReconstructionObjective",
+    "SIEObjective",
     "VICRegObjective",
     "build_objective",
     "takes_facts",
@@ -49,6 +51,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     {
         "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
         "reconstruction": ReconstructionObjective,
+        "sie": SIEObjective,
     },
 )
 # Parameters of constructors that the library fills in: no recipe may give them.
