@@ -14,6 +14,7 @@ from .crop import CropFamily
 from .flip import FlipFamily
 from .gaussian_blur import GaussianBlurFamily
 from .given import GivenFamily
+from .rot90 import Rot90Family
 from .rotation import RotationFamily
 from .se2 import SE2Family
 from .translation import TranslationFamily
@@ -29,6 +30,7 @@ TRANSFORMATIONS = Registry[TransformationFamily](
         "gaussian_blur": GaussianBlurFamily,
         "crop": CropFamily,
         "flip": FlipFamily,
+        "rot90": Rot90Family,
     },
 )
 
@@ -49,6 +51,7 @@ __all__ = [
     "GivenFamily",
     "JointFamily",
     "OneOfFamily",
+    "Rot90Family",
     "RotationFamily",
     "SE2Family",
     "TransformationFamily",

@@ -10,7 +10,7 @@ from .uniform import as_float_images, check_draws, check_number
 
 
 class FlipFamily(TransformationFamily):
-    """Mirror left and right, or not: the one family without a path, since nothing lies between an image and its mirror.
+    """Mirror left and right, or not: a family without a path, since nothing lies between an image and its mirror.
 
     Args:
         p: Probability of a flip.
