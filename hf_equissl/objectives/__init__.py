@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.coercion import check_arguments, parameters_of
 from ..utils.registry import Registry
+from .augself import AugSelfObjective
 from .base import Features, LossOutput, Objective, Reach
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EQUIVARIANCE_OBJECTIVES",
     "INVARIANCE_OBJECTIVES",
+    "AugSelfObjective",
     "CrossAttentionReconstructionObjective",
     "DINOObjective",
     "DINOv2Objective",
@@ -49,6 +51,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     Objective,
     {
+        "augself": AugSelfObjective,
         "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
         "reconstruction": ReconstructionObjective,
         "sie": SIEObjective,

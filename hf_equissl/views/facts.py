@@ -11,7 +11,7 @@ from .view_specs import PipelineSpec
 
 __all__ = ["ViewFacts"]
 
-_COLOURS = ("brightness", "contrast", "saturation", "hue")
+_STRENGTHS = ("brightness", "contrast", "saturation", "hue", "solarize_threshold")
 _PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize")
 
 
@@ -21,8 +21,8 @@ class ViewFacts:
 
     Attributes:
         parameter_names: Parameters of the transformation family g, one name per column; empty without g.
-        strengths: By global view the ranges of its colour factors, by name: brightness, contrast, saturation and hue
-            (``ViewSpec``).
+        strengths: By global view the ranges of its colour factors, by name: brightness, contrast, saturation and hue;
+            and its ``solarize_threshold`` (``ViewSpec``).
         num_classes: Classes of the data set; ``None`` where they were not counted.
         same_base: Whether g is all that tells two global views of an image apart: no view is cropped or coloured.
     """
@@ -41,7 +41,7 @@ class ViewFacts:
         )
         return cls(
             parameter_names=() if family is None else tuple(family.parameter_names),
-            strengths=tuple({name: getattr(view, name) for name in _COLOURS} for view in spec.views),
+            strengths=tuple({name: getattr(view, name) for name in _STRENGTHS} for view in spec.views),
             num_classes=num_classes,
             same_base=not any(changed),
         )

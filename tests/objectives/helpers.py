@@ -30,9 +30,8 @@ from tests.processes import limit, start
 
 BATCH = 6
 # Of the views that are made here, for objectives whose heads follow from them.
-FACTS = ViewFacts(
-    SE2Family.parameter_names, ({"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},) * 2, 4
-)
+VIEW = ViewSpec(crop_scale=(0.3, 1.0), solarize_probability=0.2)
+FACTS = ViewFacts.of(PipelineSpec((VIEW, VIEW)), SE2Family(), num_classes=4)
 REGISTRIES = {"invariance": INVARIANCE_OBJECTIVES, "equivariance": EQUIVARIANCE_OBJECTIVES}
 CASES = [(kind, name) for kind, registry in REGISTRIES.items() for name in sorted(registry)]
 
@@ -102,9 +101,8 @@ def make_views(
 
 def make_pipeline(needs: Needs, crops: int = 2, size: int = 32, patch: int = 8) -> ViewPipeline:
     """A pipeline that can make whatever an objective may ask for."""
-    view = ViewSpec(crop_scale=(0.3, 1.0))
     return ViewPipeline(
-        PipelineSpec((view,) * crops, LocalSpec(2, size // 2, view), MaskSpec(probability=0.8)),
+        PipelineSpec((VIEW,) * crops, LocalSpec(2, size // 2, VIEW), MaskSpec(probability=0.8)),
         image_size=size,
         transformation=SE2Family(),
         needs=needs,

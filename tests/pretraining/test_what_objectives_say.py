@@ -185,7 +185,8 @@ def test_a_head_is_as_large_as_the_data_set_has_classes_and_is_built_again_from_
     assert model.invariance.classifier.out_features == 3
     assert model.invariance.facts.parameter_names == SE2Family().parameter_names
     first, second = model.invariance.facts.strengths
-    assert first == {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2}
+    colours = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.2}
+    assert first == {**colours, "solarize_threshold": 128 / 255}
     assert second == {**first, "brightness": 0.7}
     assert not model.invariance.facts.same_base
     model.save_pretrained(tmp_path / "saved")
