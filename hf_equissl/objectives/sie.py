@@ -136,7 +136,7 @@ class SIEObjective(Objective):
             )
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Loss of the first and the last global crop of ``student``; ``teacher`` and pixels are not used."""
+        """Compute the loss of first and last global crop of ``student``; ``teacher`` and pixels are not used."""
         if len(student.tokens) < 2:
             raise ValueError(f"SIE needs at least two global crops, v1 and v2 = g(u), got {len(student.tokens)}.")
         # g's parameters belong to the usual images: rows of others that join them (``Features.cls``) have none.
@@ -151,7 +151,7 @@ class SIEObjective(Objective):
             return self._loss(x.float(), y.float(), prediction.float(), student.projections)
 
     def _inputs(self, views: Views) -> Tensor:
-        """Scaled parameters of g, with the constant 1 where it is wanted: (B, q)."""
+        """Return scaled parameters of g, with the constant 1 where it is wanted: (B, q)."""
         theta = views.normalized_parameters
         if theta is None:
             raise ValueError(
@@ -203,7 +203,7 @@ class HyperPredictor(nn.Module):
         self.maps = nn.Linear(num_inputs * size, size, bias=False)
 
     def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Embeddings (B, d), inputs (B, q) -> (B, d)."""
+        """Map embeddings (B, d) by the matrices that belong to inputs (B, q): (B, d)."""
         code = self.code(inputs)
         return self.maps((code[:, :, None] * x[:, None, :]).flatten(1))
 
