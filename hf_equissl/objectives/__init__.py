@@ -12,6 +12,7 @@ from .base import Features, LossOutput, Objective, Reach
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
 from .dinov2 import DINOv2Objective
+from .essl import ESSLObjective
 from .ibot import IBOTObjective
 from .reconstruction import ReconstructionObjective
 from .sie import SIEObjective
@@ -28,6 +29,7 @@ __all__ = [
     "CrossAttentionReconstructionObjective",
     "DINOObjective",
     "DINOv2Objective",
+    "ESSLObjective",
     "Features",
     "IBOTObjective",
     "LossOutput",
@@ -53,6 +55,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     {
         "augself": AugSelfObjective,
         "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
+        "essl": ESSLObjective,
         "reconstruction": ReconstructionObjective,
         "sie": SIEObjective,
     },
