@@ -4,6 +4,6 @@ and ``cluster``; ``check`` compares with what a real run takes.
 
 from __future__ import annotations
 
-from .step import Cost, Part, checkpoint_bytes, measure, parts_of, without_weights
+from .step import Cost, Part, check_step, checkpoint_bytes, measure, parts_of, without_weights
 
-__all__ = ["Cost", "Part", "checkpoint_bytes", "measure", "parts_of", "without_weights"]
+__all__ = ["Cost", "Part", "check_step", "checkpoint_bytes", "measure", "parts_of", "without_weights"]

@@ -145,6 +145,22 @@ def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) 
     return most
 
 
+def check_step(config: EquiSSLPreTrainingConfig, views: Views, processes: int = 1) -> None:
+    """Run the forward pass of one step on fake tensors, which takes a fraction of ``measure``'s time.
+
+    Args:
+        config: What is trained.
+        views: Those of one batch; only their shapes and types are used.
+        processes: Number of processes whose batches the objectives see.
+
+    Raises:
+        ValueError: Shapes do not fit, in the model's words.
+    """
+    mode, model = without_weights(config)
+    with as_one_of(processes), mode:
+        model(views=views.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)))
+
+
 def measure(
     config: EquiSSLPreTrainingConfig,
     views: Views,

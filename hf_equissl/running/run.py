@@ -7,8 +7,8 @@ tensors. ``pretrain`` trains and exports.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -27,7 +27,7 @@ from ..encoders import save_encoder
 from ..hub.pretraining_state import load_pretraining_state
 from ..hub.publishable import PublishError
 from ..modeling import EquiSSLModel
-from ..planning import Cost, checkpoint_bytes, measure, without_weights
+from ..planning import Cost, check_step, checkpoint_bytes, measure, without_weights
 from ..planning.arithmetic import Schedule, schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
@@ -111,12 +111,28 @@ class Run:
         Raises:
             RecipeError: Shapes do not fit, in the model's words.
         """
-        try:
-            images = batch or self.plan.per_device
+        images = batch or self.plan.per_device
+        with _refuse_step():
             views = self.pipeline.blank(images, device="meta")
             return measure(self.config, views, self.args, images, self.plan.processes)
-        except ValueError as error:
-            raise RecipeError(f"The first step would fail: {error}") from error
+
+    def check(self) -> None:
+        """Run one step's forward pass on fake tensors.
+
+        Raises:
+            RecipeError: Shapes do not fit, in the model's words.
+        """
+        with _refuse_step():
+            views = self.pipeline.blank(self.plan.per_device, device="meta")
+            check_step(self.config, views, self.plan.processes)
+
+
+@contextmanager
+def _refuse_step() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"The first step would fail: {error}") from error
 
 
 def prepare(
@@ -219,7 +235,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     monitor = build_monitor(recipe, dataset.source)
     run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
-        run.cost()
+        run.check()
     return run
 
 

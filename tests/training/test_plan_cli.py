@@ -72,7 +72,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_planned_memory_is_what_a_real_run_takes(again: str) -> None:
     """ViT-Ti/16 at 224 pixels: within 15 %, as for all sizes; with activation checkpointing, too."""
     command = [sys.executable, str(ROOT / "training" / "plan.py"), "--recipe", "vits16_vicreg_rot", "--check_memory"]
-    command += ["--model.preset", "vit_tiny_patch16", "--training.per_device_train_batch_size", "12"]
+    command += ["--model.preset", "vit_tiny_patch16", "--training.per_device_train_batch_size", "6"]
     command += ["--training.bf16", "false", "--training.activation_checkpointing", again]
     done = processes.run(command)
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_planned_memory_is_what_a_real_run_takes(again: str) -> None:
     assert found, done.stdout
     mib = {"M": 1, "G": 1024}
     planned, measured = float(found[1]) * mib[found[2]], float(found[3]) * mib[found[4]]
-    assert measured > (256 if again == "true" else 512)  # MiB: the libraries' own few do not matter
+    assert measured > (128 if again == "true" else 256)  # MiB: the libraries' own few do not matter
     assert planned == pytest.approx(measured, rel=0.15)
     for phase in ("forward pass", "backward pass", "optimizer's step"):
         assert phase in done.stdout
