@@ -26,6 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..distributed.collectives import local_shard
 from ..distributed.engines import plain_name
+from ..utils.files import write_text
 from .manifest import ARGUMENTS_FILE, MODEL_SHARDS, Manifest, weight_files
 from .sharded_files import list_tensors, read_shards, write_shards
 from .whole import WholeCheckpoints
@@ -61,7 +62,7 @@ class PortableStates(WholeCheckpoints):
             with self.writing():
                 model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
                 model.config.save_pretrained(folder)
-                (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+                write_text(folder / ARGUMENTS_FILE, self.args.to_json_string())
         return None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..utils.files import expand_home
+from ..utils.redaction import redact
 from ..views.base import Item
 from .columns import find_image_column, find_more_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file, used_range
@@ -175,7 +176,7 @@ class ImageSource:
             if self.root is not None and (self.root / path).exists():
                 return shown(str(self.root / path))
             if os.path.isabs(path) or "://" in path:
-                return path
+                return redact(path)
         return path if place is None else f"{path} ({where})"
 
     def check(self, count: int = 8) -> list[ImageInfo]:
@@ -315,7 +316,7 @@ def load_images(
         raise ImageSourceError(str(error)) from error
     if shown(source) != source:
         raise ImageSourceError(f"{shown(source)}: the name is not UTF-8, and could not be written down. Rename it.")
-    name = f"{source} ({split})"
+    name = f"{redact(source)} ({split})"
     with _quiet_unless_first_rank():
         opened = open_dataset(
             source,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import BitImageProcessorPil
 
 from ..modeling import EquiSSLModel
-from ..utils.files import move_into_place
+from ..utils.files import move_into_place, staging_folder
 from .base_image import resized_side
 
 # Files of a saved encoder, sharded ones and stock types included.
@@ -35,17 +34,19 @@ def check_replaceable(directory: str | Path, also: Sequence[str] = ()) -> None:
     """Make sure that only a saved model, with files ``also``, is deleted when another one takes its place.
 
     Raises:
-        ValueError: ``directory`` is a file, or holds other files.
+        ValueError: ``directory`` is a link or a file, or holds other files, links or folders, hidden ones included.
     """
     directory = Path(directory)
+    if directory.is_symlink():
+        raise ValueError(f"{directory} is a link and would be replaced. Delete it, or name a new folder.")
     if directory.is_file():
         raise ValueError(f"{directory} is a file. Name a folder for the encoder.")
-    names = sorted(path.name for path in directory.glob("[!.]*") if not any(map(path.match, (*_SAVED, *also))))
-    if names:
-        raise ValueError(
-            f"{directory} holds {names[0]}, which is no part of a saved encoder and would be deleted with the folder. "
-            "Move it away, or name a new folder."
-        )
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.is_symlink() or not path.is_file() or not any(map(path.match, (*_SAVED, *also))):
+            raise ValueError(
+                f"{directory} holds {path.name}, which is no part of a saved encoder and would be deleted with the "
+                "folder. Move it away, or name a new folder."
+            )
 
 
 def save_encoder(
@@ -68,15 +69,11 @@ def save_encoder(
         )
     directory = Path(directory)
     check_replaceable(directory)
-    staging = directory.with_name(f".saving-{directory.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with staging_folder(directory) as staging:
         encoder.save_pretrained(staging)
         image_processor(size if isinstance(size, int) else size[0], image_mean, image_std).save_pretrained(staging)
         _check_code(staging)
         move_into_place(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 

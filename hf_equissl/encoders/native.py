@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import Dinov2Model, Dinov2WithRegistersModel
 from transformers.initialization import no_init_weights
 
 from ..modeling import EquiSSLConfig, EquiSSLModel
-from ..utils.files import move_into_place
+from ..utils.files import move_into_place, staging_folder
 from .export import check_replaceable, image_processor
 from .weights import SAME_NAME
 
@@ -67,12 +66,11 @@ def save_native(
     native = to_native(encoder)
     directory = Path(directory)
     check_replaceable(directory)
-    staging = directory.with_name(f".saving-{directory.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    native.save_pretrained(staging)
-    side = encoder.config.grid_size[0] * encoder.config.patch_side
-    image_processor(side, image_mean, image_std).save_pretrained(staging)
-    move_into_place(staging, directory)
+    with staging_folder(directory) as staging:
+        native.save_pretrained(staging)
+        side = encoder.config.grid_size[0] * encoder.config.patch_side
+        image_processor(side, image_mean, image_std).save_pretrained(staging)
+        move_into_place(staging, directory)
     return directory
 
 

@@ -29,7 +29,7 @@ from .protocols import PROTOCOLS, protocol_for
 from .registry import EVALUATORS, build_evaluator
 from .report import plain_table
 from .results import ResultRecord, load_records, merge_records
-from .runner import RESULTS, check_output_dir, run_evaluators, write_report
+from .runner import RESULTS, TABLE, check_output_dir, run_evaluators, write_report
 
 logger = logging.getLogger(__name__)
 _DESCRIPTION = """\
@@ -182,7 +182,11 @@ def distinct_encoders(sources: Sequence[str]) -> list[str]:
 
 def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     """Check everything, then measure every encoder; return the records."""
-    check_output_dir(arguments.output_dir)
+    folder = check_output_dir(arguments.output_dir)
+    if (folder / TABLE).exists() and not (folder / RESULTS).exists():
+        raise ValueError(
+            f"{folder / TABLE} is not of this command, and would be overwritten. Name another --output_dir."
+        )
     for name in arguments.evaluators or ():
         check_known(name, EVALUATORS, "--evaluators")
     settings = read_settings(arguments.set)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import replacing
 from .metrics import R2
 from .results import ResultRecord, merge_records
 
@@ -60,7 +61,8 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize="small")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with replacing(Path(path)) as staging:
+            figure.savefig(staging, dpi=150)
     return figure
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.markdown import plain, table
 from .registry import EVALUATORS, evaluator_of
 from .results import ResultRecord, merge_records
 
@@ -70,8 +71,8 @@ def plain_table(records: Sequence[ResultRecord]) -> str:
 def markdown_table(records: Sequence[ResultRecord]) -> str:
     """Write the same numbers as a Markdown table, followed by ``protocol_notes``."""
     header, rows = table_rows(records)
-    lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows]]
-    return "\n".join([*lines, "", protocol_notes(records), ""])
+    named = [[*map(plain, row)] for row in [header, *rows]]
+    return "\n".join([table(named), "", protocol_notes(records), ""])
 
 
 def protocol_notes(records: Sequence[ResultRecord]) -> str:
@@ -82,7 +83,8 @@ def protocol_notes(records: Sequence[ResultRecord]) -> str:
 
 def _note(record: ResultRecord) -> str:
     settings = ", ".join(f"{key} {_words(value)}" for key, value in record.protocol.items() if value is not None)
-    return f"- {record.name}: {record.dataset} ({record.split}), {len(record.seeds)} seed(s); {settings}."
+    where = f"{record.dataset} ({record.split})"
+    return f"- {plain(f'{record.name}: {where}, {len(record.seeds)} seed(s); {settings}')}."
 
 
 def _words(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import write_text
+from ..utils.redaction import redact_values
 from ..utils.versions import library_versions
 from . import metrics
 from .metrics import Metric
@@ -82,6 +83,8 @@ class ResultRecord:
         for name, entries in self.details.items():
             if len(entries) != len(self.seeds):
                 raise ValueError(f"details[{name!r}] has {len(entries)} entries for {len(self.seeds)} seeds.")
+        for name in ("dataset", "split", "encoder", "command", "protocol", "details"):  # written down and published
+            object.__setattr__(self, name, redact_values(getattr(self, name)))
         if self.about is None or self.about.name != self.metric:
             object.__setattr__(self, "about", _BEFORE.get(self.metric, Metric(self.metric)))
         if not self.hub_task:

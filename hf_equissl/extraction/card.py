@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCardData
 
-from ..hub.privacy import is_hub_id, public_command, public_source
+from ..hub.card.writer import write
+from ..hub.privacy import is_hub_id, public_command, public_source, public_text, public_values
 from ..utils.files import readable_size, write_text
 from ..utils.strict_yaml import dump_yaml
+from .record import CARD
 
-CARD = "README.md"
 # Left-out images that the card names.
 _SHOWN = 10
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
@@ -52,101 +53,53 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str | None = None)
         tags=["image-features", "embeddings", record["encoding"]["encoder_class"]],
         configs=[{"config_name": "default", "data_files": files}] if parquet else None,
     )
-    lines = _text(record, splits, name or folder.resolve().name)
-    card = DatasetCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
-    write_text(folder / CARD, str(card))
+    write_text(folder / CARD, write("features.md", head, _context(record, splits, name or folder.resolve().name)))
 
 
 def _on_hub(name: str) -> bool:
     return is_hub_id(name) and not Path(name).exists()
 
 
-def _text(record: Mapping[str, Any], splits: Mapping[str, Any], name: str) -> list[str]:
-    encoding, encoder = record["encoding"], public_source(record["encoder"])
-    return [
-        f"# Features of {', '.join(sorted({public_source(split['data']) for split in splits.values()}))}",
-        "",
-        f"Features of images by the frozen encoder `{encoder}` ({encoding['encoder_class']}, weights "
-        f"`{encoding['encoder_digest']}`{_revision(record)}), computed in {encoding['precision']} and stored in "
-        f"{encoding['dtype']}.",
-        "",
-        "| column | per image | what it is |",
-        "|---|---|---|",
-        "| `index` | | row in the source |",
-        "| `name` | | path of the image in the source, where it has one |",
-        *(["| `label` | | class |"] if any(split["columns"]["label"] for split in splits.values()) else []),
-        *(
-            f"| `{key}` | {' x '.join(map(str, shape))} | {_MEANING[key]} |"
-            for key, shape in encoding["features"].items()
-        ),
-        "",
-        *_usage(encoding["format"], list(splits), name),
-        "",
-        "| split | source | rows | left out | size |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {key} | {public_source(split['data'])} ({split['selection']['split']}) | {split['rows']:,} | "
-            f"{len(split['skipped'])} | {readable_size(split['bytes'])} in {split['selection']['shards']} shards |"
-            for key, split in splits.items()
-        ),
-        *_left_out(splits),
-        "",
-        "Pictures were prepared with:",
-        "",
-        "```yaml",
-        *dump_yaml(encoding["preprocessing"]).splitlines(),
-        "```",
-        "",
-        "Made by:",
-        "",
-        "```bash",
-        *(public_command(split["command"]) for split in splits.values()),
-        "```",
-        "",
-        *(_made(key, split) for key, split in splits.items()),
-    ]
-
-
-def _revision(record: Mapping[str, Any]) -> str:
-    revision = record["encoder_commit"] or record["encoder_options"].get("revision")
-    return f", revision `{revision}`" if revision else ""
-
-
-def _usage(file_format: str, splits: list[str], name: str) -> list[str]:
-    if file_format == "parquet":
-        code = [
-            "from datasets import load_dataset",
-            "",
-            f'features = load_dataset("{name}", split="{splits[0]}").with_format("torch")',
-        ]
-    else:
-        code = [
-            "import json",
-            "from pathlib import Path",
-            "",
-            "from safetensors.torch import load_file",
-            "",
-            f'folder = Path("{name}/data")',
-            f'index = json.loads((folder / "{splits[0]}.safetensors.index.json").read_text())',
-            'shards = [load_file(folder / shard["file"]) for shard in index["shards"]]',
-        ]
-    return ["```python", *code, "```"]
-
-
-def _left_out(splits: Mapping[str, Any]) -> list[str]:
+def _context(record: Mapping[str, Any], splits: Mapping[str, Any], name: str) -> dict[str, Any]:
+    encoding = record["encoding"]
     skipped = [(key, item) for key, split in splits.items() for item in split["skipped"]]
-    if not skipped:
-        return []
-    more = [f"- and {len(skipped) - _SHOWN} more, in `extraction.json`"] if len(skipped) > _SHOWN else []
-    shown = [
-        f"- {key}, row {item['index']}, `{public_source(item['name'])}`: {item['reason'].splitlines()[0]}"
-        for key, item in skipped[:_SHOWN]
-    ]
-    return ["", "Left out, because they do not decode:", "", *shown, *more]
+    return {
+        "sources": sorted({public_source(split["data"]) for split in splits.values()}),
+        "encoder": public_source(record["encoder"]),
+        "encoding": encoding,
+        "revision": record["encoder_commit"] or record["encoder_options"].get("revision"),
+        "labelled": any(split["columns"]["label"] for split in splits.values()),
+        "meaning": _MEANING,
+        "name": name,
+        "first": next(iter(splits)),
+        "splits": [
+            (
+                key,
+                f"{public_source(split['data'])} ({split['selection']['split']})",
+                f"{split['rows']:,}",
+                str(len(split["skipped"])),
+                f"{readable_size(split['bytes'])} in {split['selection']['shards']} shards",
+            )
+            for key, split in splits.items()
+        ],
+        "left_out": [
+            {
+                "split": key,
+                "index": item["index"],
+                "name": public_source(item["name"]),
+                "reason": public_text(item["reason"].splitlines()[0]),
+            }
+            for key, item in skipped[:_SHOWN]
+        ],
+        "more": max(0, len(skipped) - _SHOWN),
+        "preprocessing": dump_yaml(public_values(encoding["preprocessing"])),
+        "commands": [public_command(split["command"]) for split in splits.values()],
+        "made": [_made(key, split) for key, split in splits.items()],
+    }
 
 
 def _made(key: str, split: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{library} {version}" for library, version in split["versions"].items())
     run = split["runs"][-1] if split["runs"] else None
     speed = f" {run['images_per_second']:.4g} images/s on {run['processes']} x {run['device']}." if run else ""
-    return f"- {key}:{speed} {versions}."
+    return f"{key}:{speed} {versions}."

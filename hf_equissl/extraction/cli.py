@@ -19,7 +19,7 @@ from ..utils.files import readable_size
 from .card import write_card
 from .processes import Processes
 from .push import push_features
-from .record import begin, check_same, finish, keep_precision
+from .record import begin, check_own, check_same, finish, keep_precision
 from .run import extract, summarise
 from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionError, ExtractionSettings
 from .shards import remove_leftovers
@@ -205,6 +205,7 @@ def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[Extracti
 
 def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -> dict[str, Any]:
     """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
+    check_own(work)
     check_same(work)
     remaining = work.remaining()
     say("\n".join(precision_lines(work.encoder.precision, work.encoder.device)))

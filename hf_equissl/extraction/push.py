@@ -9,10 +9,12 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from ..hub.contents import PublishError, check_secrets
 from ..hub.privacy import public_command, public_source, public_values
 from ..hub.push import create_repository, explain_hub_errors
-from .card import CARD, write_card
-from .record import RECORD
+from .card import write_card
+from .record import CARD, RECORD
+from .settings import FORMATS
 
 
 def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, private: bool = False) -> str:
@@ -34,9 +36,9 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
         repo_id = create_repository(repo_id, private=private or None, repo_type="dataset")
         write_card(folder, record, name=repo_id)
         api = HfApi(library_name="hf_equissl")
-        names = {path.name for path in (folder / "data").iterdir() if not path.name.startswith(".")}
-        files: dict[str, Path | bytes] = {f"data/{name}": folder / "data" / name for name in sorted(names)}
-        files |= {CARD: folder / CARD, RECORD: (json.dumps(_public(record), indent=2) + "\n").encode()}
+        files: dict[str, Path | bytes] = {**_shards(folder, record), CARD: folder / CARD}
+        files[RECORD] = (json.dumps(_public(record), indent=2) + "\n").encode()
+        check_secrets(files)
         head = api.dataset_info(repo_id).sha
         there = api.list_repo_files(repo_id, repo_type="dataset", revision=head)
         gone = [name for name in there if name.startswith("data/") and name not in files]
@@ -53,8 +55,27 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
     return str(commit.commit_url)
 
 
+def _shards(folder: Path, record: Mapping[str, Any]) -> dict[str, Path]:
+    """List the files of all finished splits, as the record counts them; what else lies beside them stays.
+
+    Raises:
+        PublishError: One is missing, or a link.
+    """
+    names = []
+    for split, content in record["splits"].items():
+        if content["complete"]:
+            count, suffix = content["selection"]["shards"], FORMATS[record["encoding"]["format"]]
+            names += [f"{split}-{number:05d}-of-{count:05d}{suffix}" for number in range(count)]
+            names += [f"{split}.safetensors.index.json"] if suffix == ".safetensors" else []
+    for name in names:
+        path = folder / "data" / name
+        if path.is_symlink() or not path.is_file():
+            raise PublishError(f"{path} is missing or a link. Delete a link; the same command makes the shard again.")
+    return {f"data/{name}": folder / "data" / name for name in names}
+
+
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove paths and tokens from the record."""
+    """Remove paths and secrets from the record."""
     splits = {
         name: {
             **public_values(split),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ..data import ImageSource
 from ..data.shards import Shard as SourceShard
+from ..utils.redaction import redact
 from .preprocessing import Preprocessing
 from .settings import ExtractionError
 
@@ -143,7 +144,7 @@ def stored_name(source: ImageSource, row: Mapping[str, Any]) -> str | None:
     """Return the path of a row's image as the source has it, ``None`` where it has none."""
     value = row[source.image_column]
     path = value.get("path") if isinstance(value, Mapping) else value
-    return path if isinstance(path, str) and path else None
+    return redact(path) if isinstance(path, str) and path else None
 
 
 def image_batches(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.files import write_text
+from ..utils.redaction import redact, redact_values
 from ..utils.versions import library_versions
 from .settings import FORMATS, ExtractionError, ExtractionSettings
 from .shards import INDEX, LABEL, read_record
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .work import Extraction
 
 RECORD, FORMAT_VERSION = "extraction.json", 1
+# The card beside it, and how its text begins.
+CARD, TITLE = "README.md", "# Features of"
 # Bad images that an error message lists.
 _LISTED = 10
 
@@ -56,6 +59,24 @@ def classes_before(settings: ExtractionSettings) -> tuple[list[str], str]:
     named = {name: split["classes"] for name, split in splits.items() if split.get("classes")}
     named.pop(settings.split_name, None)
     return next(((classes, f"split {name} in {settings.output_dir}") for name, classes in named.items()), ([], ""))
+
+
+def check_own(work: Extraction) -> None:
+    """Make sure that nothing is overwritten that this command has not written.
+
+    Raises:
+        ExtractionError: A link, or somebody else's card, lies where the command writes.
+    """
+    folder = Path(work.settings.output_dir)
+    for path in (folder / CARD, folder / RECORD, work.folder, *map(work.path, work.shards)):
+        if path.is_symlink():
+            raise ExtractionError(f"{path} is a link, and would be replaced or followed. Delete it first.")
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if card.exists() and not (f"\n{TITLE} " in text and "- image-features" in text):
+        raise ExtractionError(
+            f"{card} was not written by this command, and would be overwritten. Name a new --output_dir, or move it."
+        )
 
 
 def keep_precision(settings: ExtractionSettings) -> ExtractionSettings:
@@ -157,8 +178,8 @@ def _split(work: Extraction, command: str) -> dict[str, Any]:
     settings = work.settings
     options = {key: value for key, value in settings.source_options.items() if value not in (None, False)}
     return {
-        "data": settings.data,
-        "options": options,
+        "data": redact(settings.data),
+        "options": redact_values(options),
         "columns": {"image": work.source.image_column, "label": work.source.label_column},
         "classes": work.classes,
         "selection": work.selection,
@@ -179,7 +200,7 @@ def _write(work: Extraction, split: Mapping[str, Any]) -> dict[str, Any]:
     splits = read_extraction(folder).get("splits", {})
     record = {
         "format_version": FORMAT_VERSION,
-        "encoder": work.settings.encoder,
+        "encoder": redact(work.settings.encoder),
         "encoder_options": {key: value for key, value in work.settings.load_options.items() if value},
         "encoder_commit": getattr(getattr(work.encoder.module, "config", None), "_commit_hash", None),
         "encoding": work.encoding,

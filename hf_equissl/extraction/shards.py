@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -56,14 +58,16 @@ def shard_features(
 
 
 def staging_path(path: Path) -> Path:
-    """Name the file in which a shard is written until it is whole: hidden from ``datasets``, for this process alone."""
-    return path.with_name(f".{path.name}.{_own()}.tmp")
+    """Name the file in which a shard is written until it is whole: hidden from ``datasets``, of this process alone."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_own()}.tmp")
 
 
 def remove_leftovers(folder: Path, split: str, *, own: bool = False) -> None:
     """Delete unfinished files of a split: those of this process (``own``), or those of interrupted ones, too."""
-    for path in folder.glob(f".{split}-*.{_own()}.tmp" if own else f".{split}-*.tmp"):
-        path.unlink(missing_ok=True)
+    ours = re.compile(rf"\.{re.escape(split)}-\d{{5}}-of-\d{{5}}\..+{re.escape(_own()) if own else ''}\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if ours.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _own() -> str:
@@ -84,7 +88,8 @@ class ParquetShard:
         self._group = max(1, int(_GROUP_BYTES // row_bytes))
         self._waiting: list[pa.Table] = []
         # Features do not compress, and dictionaries of floats only cost time.
-        self._writer = pq.ParquetWriter(self._staging, self._schema, compression="none", use_dictionary=False)
+        self._file = open(self._staging, "xb")  # noqa: SIM115 - closed with the shard; never what lies there
+        self._writer = pq.ParquetWriter(self._file, self._schema, compression="none", use_dictionary=False)
 
     def add(self, columns: Columns) -> None:
         """Append rows: column -> values, one per row."""
@@ -103,6 +108,7 @@ class ParquetShard:
             self._writer.write_table(table, row_group_size=self._group)
         self._writer.add_key_value_metadata({_KEY: json.dumps(record)})
         self._writer.close()
+        self._file.close()
         _put_in_place(self._staging, self.path)
 
 
@@ -139,7 +145,7 @@ class SafetensorsShard:
 
     def close(self, record: Mapping[str, Any]) -> None:
         """Write everything and ``record``, and give the file its name."""
-        with open(self._staging, "wb") as whole:
+        with open(self._staging, "xb") as whole:
             whole.write(self._header({_KEY: json.dumps(record), "names": json.dumps(self._names)}))
             for column in self._columns.values():
                 column.seek(0)

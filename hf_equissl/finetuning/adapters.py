@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..hub.privacy import public_source
+from ..hub.privacy import is_hub_id, public_source
 from ..utils.files import write_text
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
 from .settings import FineTuningSettings
@@ -55,7 +55,7 @@ def register_lora_targets() -> None:
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, pattern)
 
 
-DESCRIPTION_FILE = "finetuning.json"
+DESCRIPTION_FILE, BASE_FILE = "finetuning.json", ".base"
 FORMAT_VERSION = 1
 
 
@@ -65,7 +65,7 @@ class Description:
 
     Attributes:
         method: Key of ``METHODS``.
-        base: Encoder that it started from: folder or Hub id, as it was given.
+        base: Encoder that it started from: a Hub id, or the folder as it was given; of what was loaded, its name.
         revision: Commit of the base on the Hub, where it came from there.
         subfolder: Folder of the base in its repository.
         digest: SHA-256 of the base encoder's weights.
@@ -98,10 +98,20 @@ class Description:
         return make_task(self.task, self.task_options)
 
     def save(self, folder: Path) -> None:
-        """Write ``finetuning.json`` into ``folder``; only an adapter needs the way to its base on this machine."""
-        public = {} if (folder / "adapter_config.json").is_file() else {"base": public_source(self.base)}
-        content = {"format": FORMAT_VERSION, **asdict(self), **public}
+        """Write ``finetuning.json`` into ``folder``, where the base is called as others know it.
+
+        An adapter needs the way to its base on this machine, too: it stands in a hidden file, which is not published.
+        """
+        base = public_source(self.base)
+        content = {"format": FORMAT_VERSION, **asdict(self), "base": base}
         write_text(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+        config = folder / "adapter_config.json"
+        if config.is_file():
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings["base_model_name_or_path"] = base if base == self.base and is_hub_id(base) else None
+            write_text(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            if base != self.base:
+                write_text(folder / BASE_FILE, f"{self.base}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -230,7 +240,9 @@ def load_finetuned(
             raise ValueError(f"{source} is a whole model, not an adapter: leave base out.")
         path = _description_file(source, subfolder=subfolder, **hub_options)
         task = make_task("classification", {}) if path is None else Description.load(path).make_task()
-        return task.load_trained(source, trust_remote_code=trust_remote_code, **place).eval()
+        model = task.load_trained(source, trust_remote_code=trust_remote_code, **place).eval()
+        _check_finite(model, source)
+        return model
     check_peft()
     description = read_description(source, subfolder=subfolder, **hub_options)
     network: Any = _load_base(source, description, base, trust_remote_code, hub_options)
@@ -238,6 +250,7 @@ def load_finetuned(
 
     with explain_load_errors(source, "adapter", config_name="adapter_config.json", **place), _without_deprecation():
         adapted: Any = PeftModel.from_pretrained(network, source, **place)
+    _check_finite(adapted, source)
     return (adapted.merge_and_unload() if merge else adapted).eval()
 
 
@@ -272,6 +285,28 @@ def _description_file(source: str, **place: Any) -> str | None:
     )
 
 
+def _way_to_base(source: str, description: Description) -> str:
+    """Return where the base of an adapter lies: on the machine of its training, the folder from then."""
+    hidden = Path(source, BASE_FILE)
+    way = hidden.read_text(encoding="utf-8").strip() if hidden.is_file() else description.base
+    return way if public_source(way) == description.base else description.base
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    """Refuse weights with values that nothing can be computed with.
+
+    Raises:
+        LoadError: It names the first of them.
+    """
+    bad = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise LoadError(
+            f"{source} has values that are not finite (NaN or infinity) in {bad[0]}{more}: its training had diverged. "
+            "Load an earlier one, or train again with a lower learning rate."
+        )
+
+
 def _load_base(
     source: str,
     description: Description,
@@ -285,7 +320,7 @@ def _load_base(
         place = {"revision": description.revision, "subfolder": description.subfolder}
     options = {name: value for name, value in hub_options.items() if name != "revision"}
     options |= {name: value for name, value in place.items() if value}
-    name = str(base if base is not None else description.base)
+    name = str(base if base is not None else _way_to_base(source, description))
     try:
         config = read_config(name, what="base encoder", trust_remote_code=trust_remote_code, **options)
     except LoadError as error:

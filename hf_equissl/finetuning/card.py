@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from ..evaluation.results import ResultRecord
 from ..hub.card.metadata import eval_result
+from ..hub.card.writer import write
 from ..hub.privacy import is_hub_id, public_command, public_source
+from ..utils.files import write_text
 from .adapters import Description
 from .report import comparison_table
 from .settings import METHODS
@@ -57,57 +60,34 @@ def write_card(
         model_name=name.rpartition("/")[2],
         eval_results=[eval_result(record) for record in records] or None,
     )
-    lines = _text(description, records, base, name, is_adapter)
-    ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / CARD)
+    write_text(folder / CARD, write("finetuned.md", head, _context(description, records, base, name, is_adapter)))
 
 
-def _text(
+def _context(
     description: Description, records: Sequence[ResultRecord], base: str, name: str, is_adapter: bool
-) -> list[str]:
-    task = TASKS[description.task]
-    shown = description.classes[:_CLASSES_SHOWN]
-    classes = ", ".join([*shown, *(["..."] if len(shown) < len(description.classes) else [])])
-    method = METHODS[description.method]
-    merged = " The adapters are merged into the weights." if method.adapter and not is_adapter else ""
-    lines = [
-        f"# {'Adapter' if is_adapter else task.result} from {base}",
-        "",
-        f"The encoder `{base}` (weights `{description.digest[:12]}`) fine-tuned for {task.noun}; trained was "
-        f"{method.description.format(head=task.head)}.{merged} The head reads `{description.pooling}` at "
-        f"{description.image_size} pixels.",
-        "",
-        *([f"{len(description.classes)} classes: {classes}.", ""] if classes else []),
-        *_usage(description, name, is_adapter),
-    ]
-    if records:
-        lines += ["", "## Results", "", comparison_table(records), *_measured(records[0])]
-    return lines
-
-
-def _usage(description: Description, name: str, is_adapter: bool) -> list[str]:
-    ours = description.architecture["model_type"] == "equissl"
-    tag = TASKS[description.task].pipeline_tag
-    if is_adapter or tag is None:
-        comment = "  # on its base; merge=True adds the adapter into the weights" if is_adapter else ""
-        code = ["from hf_equissl.finetuning import load_finetuned", "", f'model = load_finetuned("{name}"){comment}']
-    else:
-        code = [
-            *(["import hf_equissl  # registers EquiSSL encoders"] if ours else []),
-            "from transformers import pipeline",
-            "",
-            f'{_VERBS.get(tag, "predict")} = pipeline("{tag}", model="{name}")',
-        ]
-    return ["```python", *code, "```"]
-
-
-def _measured(record: ResultRecord) -> list[str]:
-    settings = record.protocol
-    chosen = " The step was chosen on these same images." if str(settings["weights"]).startswith("best") else ""
-    seeds = ", ".join(map(str, record.seeds))
-    lines = [
-        f"Trained on {settings['train_images']} images of {record.dataset} ({settings['train_split']}), measured on "
-        f"{settings['test_images']} ({record.split}), seed {seeds}, weights of the {settings['weights']}.{chosen}",
-        "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
-    ]
-    return [*lines, "", "```bash", record.command, "```"] if record.command else lines
+) -> dict[str, Any]:
+    task, method = TASKS[description.task], METHODS[description.method]
+    record = records[0] if records else None
+    return {
+        "is_adapter": is_adapter,
+        "result": task.result,
+        "base": base,
+        "digest": description.digest[:12],
+        "noun": task.noun,
+        "trained": method.description.format(head=task.head),
+        "merged": method.adapter and not is_adapter,
+        "pooling": description.pooling,
+        "image_size": description.image_size,
+        "classes": description.classes[:_CLASSES_SHOWN],
+        "num_classes": len(description.classes),
+        "name": name,
+        "ours": description.architecture["model_type"] == "equissl",
+        "tag": task.pipeline_tag,
+        "verb": _VERBS.get(task.pipeline_tag or "", "predict"),
+        "results": comparison_table(records) if record else "",
+        "settings": record.protocol if record else {},
+        "data": record.dataset if record else "",
+        "split": record.split if record else "",
+        "seeds": record.seeds if record else (),
+        "command": record.command if record else None,
+    }

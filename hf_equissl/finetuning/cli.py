@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
@@ -221,10 +222,15 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
 
+    from ..encoders.export import check_replaceable
     from ..running.stops import AGREED, STOPS, explain_stops, run_on_all
     from .publish import publish as publish_run
     from .report import comparison_table
     from .run import prepare, train
+    from .weights import SAVED_BESIDE
+
+    if publish["merge"]:
+        check_replaceable(Path(settings.output_dir) / "merged", also=SAVED_BESIDE)
 
     try:
         with explain_stops(settings.output_dir):

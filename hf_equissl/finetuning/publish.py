@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from transformers.utils import cached_file
 
 from ..encoders.export import check_replaceable
 from ..evaluation.results import ResultRecord, load_records, save_records
-from ..utils.files import move_into_place
+from ..utils.files import move_into_place, staging_folder
 from ..utils.load_errors import explain_load_errors
-from .adapters import DESCRIPTION_FILE, is_adapter, load_finetuned, read_description
-from .card import CARD, write_card
+from .adapters import is_adapter, load_finetuned, read_description
+from .card import write_card
 from .prepared import FineTuningRun
 from .report import RESULTS
-from .weights import save_weights
+from .weights import SAVED_BESIDE, save_weights
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path | None = None, **options: Any) -> Path:
@@ -39,7 +38,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
         ValueError: ``adapter`` is none; ``directory`` holds other files; and as ``load_finetuned``.
     """
     adapter, directory = str(adapter), Path(directory)
-    check_replaceable(directory, also=(CARD, RESULTS, DESCRIPTION_FILE))
+    check_replaceable(directory, also=SAVED_BESIDE)
     place = {name: value for name, value in options.items() if name != "trust_remote_code"}
     if not is_adapter(adapter, **place):
         raise ValueError(f"{adapter} holds no adapter (adapter_config.json): there is nothing to merge.")
@@ -47,14 +46,13 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
     with explain_load_errors(adapter, "image processor", config_name="preprocessor_config.json", **place):
         processor = AutoImageProcessor.from_pretrained(adapter, **place)
     model: Any = load_finetuned(adapter, base, merge=True, **options)
-    staging = directory.with_name(f".saving-{directory.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    save_weights(description.make_task(), model, staging)
-    processor.save_pretrained(staging)
-    description.save(staging)
-    save_records(records, staging / RESULTS)
-    write_card(staging, description, records, name=directory.name)
-    move_into_place(staging, directory)
+    with staging_folder(directory) as staging:
+        save_weights(description.make_task(), model, staging)
+        processor.save_pretrained(staging)
+        description.save(staging)
+        save_records(records, staging / RESULTS)
+        write_card(staging, description, records, name=directory.name)
+        move_into_place(staging, directory)
     return directory
 
 

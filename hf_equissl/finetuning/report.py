@@ -13,6 +13,7 @@ from ..hub.privacy import public_source
 from ..pretraining.run_record import RunRecord
 from ..utils.figures import plot_losses
 from ..utils.files import write_text
+from ..utils.markdown import plain, table
 from .settings import METHODS
 from .tasks import TASKS
 from .weights import count_parameters
@@ -135,8 +136,7 @@ def _table(records: Sequence[ResultRecord], metrics: Mapping[str, Metric]) -> st
         row[3 + list(metrics).index(record.metric)] = metrics[record.metric].text(record.value, record.std)
         if record.primary and record.evaluator == FINE_TUNING:
             row[-4:] = _cost(record)
-    lines = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows.values()]]
-    return "\n".join(lines) + "\n"
+    return table([[*map(plain, row)] for row in (header, *rows.values())]) + "\n"
 
 
 def _method(record: ResultRecord) -> str:
@@ -171,9 +171,9 @@ def compare(folders: Sequence[str]) -> str:
                 f"--compare {folder}: there is no {RESULTS}. Give folders of finished runs or of probe.py."
             )
         records += load_records(path)
-    if not (table := comparison_table(records)):
+    if not (text := comparison_table(records)):
         raise ValueError(f"--compare {' '.join(folders)}: no results of {' or '.join(TASKS)} among them.")
-    return table
+    return text
 
 
 def write_table(records: Sequence[ResultRecord], output: Path) -> None:

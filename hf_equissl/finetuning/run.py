@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..pretraining.run_record import RunRecordCallback, new_record
 from ..running.checks import check_agreement
 from ..running.output_folder import (
     check_output_folder,
+    check_result_folder,
     check_shared_folder,
     leave_folder,
     leave_if_refused,
@@ -31,7 +31,7 @@ from ..running.output_folder import (
 )
 from ..running.preemption import PreemptionCallback
 from ..running.stops import explain_stops
-from ..utils.files import move_into_place, write_text
+from ..utils.files import move_into_place, staging_folder, write_text
 from .adapters import add_adapters, check_peft, describe
 from .card import public_records, write_card
 from .classifier import commit_of
@@ -40,7 +40,7 @@ from .report import RESULTS, make_records, plot_curves, write_table
 from .settings import METHODS, FineTuningSettings
 from .tasks import EncoderInput, make_task
 from .trainer import FineTuningTrainer, parameter_groups
-from .weights import freeze_unused, num_blocks, save_weights
+from .weights import SAVED_BESIDE, freeze_unused, num_blocks, save_weights
 
 SETTINGS_FILE = "finetune.json"
 
@@ -80,6 +80,8 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     settings = replace(settings, learning_rate=args.learning_rate, bf16=args.bf16)
     check_shared_folder(settings.output_dir)
     check_output_folder(settings.output_dir)
+    result = "adapter" if settings.is_adapter else "model"
+    check_result_folder(settings.output_dir, result, signs=(SETTINGS_FILE,), also=SAVED_BESIDE)
     if is_main_process():
         take_folder(settings.output_dir)
     remove_marker(settings.output_dir)
@@ -207,12 +209,11 @@ def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuning
 
 def save_model(run: FineTuningRun) -> Path:
     """Write the finished model or adapter with image processor and description; an older one is replaced as a whole."""
-    staging = run.folder.with_name(f".saving-{run.folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    save_weights(run.task, run.model, staging)
-    run.task.image_processor().save_pretrained(staging)
-    run.description.save(staging)
-    move_into_place(staging, run.folder)
+    with staging_folder(run.folder) as staging:
+        save_weights(run.task, run.model, staging)
+        run.task.image_processor().save_pretrained(staging)
+        run.description.save(staging)
+        move_into_place(staging, run.folder)
     return run.folder
 
 

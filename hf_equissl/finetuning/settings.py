@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ..utils.files import expand_home
+from ..utils.redaction import redact_values
 from ..utils.suggestions import did_you_mean
 
 # As in modeling.configuration_equissl, without the seconds that its import takes before --help.
@@ -189,6 +191,14 @@ class FineTuningSettings:
             raise ValueError(
                 "--keep best needs checkpoints at evaluations: give --eval_steps and --save_steps or none."
             )
+        if self.target_modules is not None:
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"--target_modules {self.target_modules}: no regular expression ({error}). Example: "
+                    r".*attention\.[qv]_proj"
+                ) from error
         if self.crop_scale is not None:
             low, high = self.crop_scale
             if not 0 < low <= high <= 1:
@@ -219,14 +229,14 @@ class FineTuningSettings:
         return METHODS[self.method].base_learning_rate * (batch / REFERENCE_BATCH) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as the plain types that JSON gives back."""
-        return json.loads(json.dumps(asdict(self)))
+        """Return all settings as the plain types that JSON gives back, without secrets."""
+        return redact_values(json.loads(json.dumps(asdict(self))))
 
     def differences(self, other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """List (name, theirs, ours) of each setting that decides what the weights become and is not the same."""
         mine = self.to_dict()
         # A run of an earlier version knows nothing of settings that came later: it has their defaults.
-        theirs = {item.name: other.get(item.name, _default(item)) for item in fields(self)}
+        theirs = {item.name: redact_values(other.get(item.name, _default(item))) for item in fields(self)}
         theirs |= {name: os.path.expanduser(theirs[name]) for name in _PATHS}  # nor was ``~`` expanded then
         names = [name for name in mine if name not in _NOT_IDENTITY and mine[name] != theirs[name]]
         return [(name, theirs[name], mine[name]) for name in names]

@@ -21,6 +21,7 @@ from ..distributed.agreement import gather_objects
 from ..distributed.signals import guard_workers
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.loss_history import LossHistory
+from ..utils.files import write_text
 from .samples import EvaluationDataset, TaskCollator, TaskDataset
 from .tasks.base import Splits, Task
 from .weights import save_weights
@@ -217,7 +218,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
             model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         else:
             save_weights(self.task, model, folder)
-        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+        write_text(folder / ARGUMENTS_FILE, self.args.to_json_string())
 
 
 def _rows(values: Any, chosen: Any) -> Any:

@@ -14,6 +14,15 @@ from .samples import TaskDataset
 from .tasks.base import Splits, Task
 from .tasks.dense import save_plain
 
+# Files of a saved model or adapter beside those of an encoder.
+SAVED_BESIDE = (
+    "README.md",
+    "results.json",
+    "finetuning.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    ".base",
+)
 # Parts of an encoder that no head reads.
 _UNREAD = ("decoder.", "pooler.")
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")

@@ -1,4 +1,4 @@
-"""Take paths of this machine and tokens out of what a run says, so that it can be published."""
+"""Take paths of this machine and secrets out of what a run says, so that it can be published."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ..utils.redaction import SECRET_NAME, without_secrets, without_tokens
+from ..utils.redaction import SECRET_NAME, redact, without_secrets
 
 # How a path begins: at the root, in a home folder, in a folder above, or on another drive; not as "https://" does.
 _START = r"(?:file:/+|~[\w.-]*/|/|\.\./|[A-Za-z]:[\\/])"
@@ -36,11 +36,12 @@ def last_component(path: str) -> str:
 
 
 def public_text(text: str) -> str:
-    """Reduce every local path in ``text`` to its last component, and remove tokens."""
+    """Reduce every local path in ``text`` to its last component, and remove secrets."""
+    text = redact(text)
     if _WHOLE.match(text) and "\n" not in text and ": " not in text:  # all of it is one path, perhaps with spaces
         name, split, rest = text.partition(" (")  # sources are called "path (split)"
-        return without_tokens(last_component(name) + split + rest)
-    return without_tokens(_INSIDE.sub(lambda match: last_component(match[0]), text))
+        return last_component(name) + split + rest
+    return _INSIDE.sub(lambda match: last_component(match[0]), text)
 
 
 def public_values(value: Any) -> Any:
@@ -53,7 +54,7 @@ def public_values(value: Any) -> Any:
 
 
 def public_command(command: str, names: Mapping[str, str] | None = None) -> str:
-    """Write a command line that others can read: paths by their last component, ``names`` replaced, no tokens.
+    """Write a command line that others can read: paths by their last component, ``names`` replaced, no secrets.
 
     Args:
         command: The command as one would type it.

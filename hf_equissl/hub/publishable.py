@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor
 
-from ..utils.redaction import TOKEN
+from .contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    CONFIG,
+    INDEX,
+    PROCESSOR,
+    WEIGHTS,
+    PublishError,
+    check_secrets,
+    files_of,
+    model_folders,
+    read_json,
+)
 
-CARD = "README.md"
-CONFIG = "config.json"
-PROCESSOR = "preprocessor_config.json"
 _PROCESSOR_SAYS = ("image_processor_type", "size", "image_mean", "image_std")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PRETRAINING = "equissl_pretraining"
 # Pickles run code when they are opened, and hold optimizer states that nobody loads.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
@@ -37,23 +43,13 @@ _BIBTEX = re.compile(r"^@\w+\{.*?^\}", re.MULTILINE | re.DOTALL)  # which writes
 _SHOWN = 3
 
 
-class PublishError(ValueError):
-    """Something must not, or cannot, be published; the message says what and what to do."""
-
-
-def repository_files(directory: str | Path) -> dict[str, Path]:
-    """List what is uploaded: path in the repository -> file, without hidden files and folders, in order."""
-    root = Path(directory)
-    files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
-    return {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
-
-
 def check_publishable(directory: str | Path) -> None:
     """Refuse a folder that should not be on the Hub. Every tensor is read, one at a time.
 
     Refused: no weights, weights that do not open or are not finite, a config that is not readable, an encoder without a
-    working image processor, a missing card or one with placeholders or broken metadata, pickles, optimizer states,
-    access tokens.
+    working image processor, a missing card or one with placeholders or broken metadata. And although only what
+    ``published_files`` lists is uploaded: links that lead out of the folder, pickles, optimizer states, passwords, keys
+    and tokens anywhere in it, since whoever publishes a folder does not know of them.
 
     Args:
         directory: A built repository: ``hf_equissl.hub.build_repository``, ``save_encoder``, ``save_pretrained``, or
@@ -65,11 +61,9 @@ def check_publishable(directory: str | Path) -> None:
     root = Path(directory)
     if not root.is_dir():
         raise PublishError(f"{root} is not a folder. Give one with a model and its card.")
-    files = repository_files(root)
+    files = files_of(root)
     _check_names(files)
-    models = sorted({path.parent for path in files.values() if path.name in (CONFIG, ADAPTER_CONFIG)} - {root})
-    if any((root / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
-        models.insert(0, root)
+    models = [root / folder for folder in model_folders(files)]
     weights = {path for path in files.values() if path.suffix == ".safetensors"}
     if lonely := sorted(path for path in weights if path.parent not in models):
         raise PublishError(
@@ -78,7 +72,7 @@ def check_publishable(directory: str | Path) -> None:
     if not weights:
         raise PublishError(f"{root} holds no weights (*.safetensors). Save the model there with save_pretrained.")
     _check_card(root)
-    _check_tokens(files)
+    check_secrets(files)
     for folder in models:
         _check_model(folder)
     for path in sorted(weights):
@@ -99,15 +93,15 @@ def _check_names(files: dict[str, Path]) -> None:
 def _check_model(folder: Path) -> None:
     """Check config, weight files and, of a model that sees pictures, the image processor of one folder."""
     if (folder / ADAPTER_CONFIG).is_file():
-        _read_json(folder / ADAPTER_CONFIG)
+        read_json(folder / ADAPTER_CONFIG)
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise PublishError(f"{folder / ADAPTER_WEIGHTS} is missing. Save the adapter again.")
         return
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise PublishError(f"{folder / CONFIG} has no model_type, so no one can load it. Save the model again.")
     if (folder / INDEX).is_file():
-        shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+        shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
         missing = sorted(name for name in shards if not (folder / name).is_file()) if shards else [WEIGHTS]
     else:
         missing = [] if (folder / WEIGHTS).is_file() else [WEIGHTS]
@@ -125,7 +119,7 @@ def _check_processor(folder: Path) -> None:
             f"normalisation. {how}"
         )
     # For what the file does not say transformers takes the defaults of the model's type.
-    if unsaid := [name for name in _PROCESSOR_SAYS if not _read_json(folder / PROCESSOR).get(name)]:
+    if unsaid := [name for name in _PROCESSOR_SAYS if not read_json(folder / PROCESSOR).get(name)]:
         raise PublishError(f"{folder / PROCESSOR} does not say {', '.join(unsaid)}. {how}")
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -177,28 +171,3 @@ def _check_card(root: Path) -> None:
         raise PublishError(f"The metadata at the head of {path} do not parse ({error}). Correct the YAML.") from error
     if not metadata:
         raise PublishError(f"{path} has no metadata. Begin it with a YAML block: ---, license: ..., tags: ..., ---.")
-
-
-def _check_tokens(files: dict[str, Path]) -> None:
-    """Refuse text that holds an access token; the token itself is not repeated."""
-    own = get_token()
-    for name, path in files.items():
-        if path.suffix in (".safetensors", ".png", ".jpg"):
-            continue
-        with path.open(encoding="utf-8", errors="ignore") as lines:
-            found = any(TOKEN.search(line) or (own and own in line) for line in lines)
-        if found:
-            raise PublishError(
-                f"{name} holds what looks like a Hub token. Delete it from the file; if it was ever shared, revoke it: "
-                "https://huggingface.co/settings/tokens."
-            )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PublishError(f"{path} cannot be read as JSON ({error}). Save the model again.") from error
-    if not isinstance(content, dict):
-        raise PublishError(f"{path} is not a JSON object. Save the model again.")
-    return content

@@ -28,10 +28,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..utils.files import readable_size
-from ..utils.redaction import without_tokens
+from ..utils.redaction import redact
 from ..utils.versions import library_versions
-from .publishable import CARD, CONFIG, PublishError, check_publishable, repository_files
+from .contents import CARD, CONFIG, PublishError, left_behind, published_files
+from .publishable import check_publishable
 
+_SHOWN = 5  # files that a warning names
 logger = logging.get_logger(__name__)
 # A part of a repository -> the files that show that it is published now, and those that an earlier publication left.
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -63,7 +65,8 @@ def push_repository(
     Progress bars are those of ``huggingface_hub``.
 
     Args:
-        directory: What ``build_repository`` wrote, or another folder that ``check_publishable`` accepts.
+        directory: What ``build_repository`` wrote, or another folder that ``check_publishable`` accepts. Only what
+            ``published_files`` lists goes up.
         repo_id: "name/model"; created if it does not exist.
         private: Create it as private. An existing public repository is then refused, not published to.
         revision: Branch; created from the main branch if it does not exist.
@@ -83,7 +86,8 @@ def push_repository(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision).sha
-        files = repository_files(directory)
+        files = published_files(directory)
+        _say_left_behind(directory)
         gone, left = _earlier(api.list_repo_files(repo_id, revision=head), files)
         commit = api.create_commit(  # upload_folder may split a folder into several commits
             repo_id,
@@ -143,18 +147,27 @@ def describe(directory: str | Path) -> str:
         PublishError: As ``check_publishable``.
     """
     check_publishable(directory)
-    files = repository_files(directory)
+    files = published_files(directory)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     lines = [f"{readable_size(size):>10}  {name}" for name, size in sizes.items()]
     total = f"{readable_size(sum(sizes.values())):>10}  in {len(sizes)} files"
+    _say_left_behind(directory)
     return "\n".join([*lines, total, "", files[CARD].read_text(encoding="utf-8")])
+
+
+def _say_left_behind(directory: str | Path) -> None:
+    if names := left_behind(directory):
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        logger.warning(
+            "Not uploaded, as neither the card nor a config names them: %s%s.", ", ".join(names[:_SHOWN]), more
+        )
 
 
 @contextmanager
 def explain_hub_errors(repo_id: str) -> Iterator[None]:
     """Turn what goes wrong with the Hub inside the block into a ``PublishError`` that says what to do.
 
-    No token is repeated. Errors that are not the Hub's pass as they are.
+    No secret is repeated. Errors that are not the Hub's pass as they are.
     """
     try:
         yield
@@ -164,7 +177,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
         message = _explain(error, repo_id)
         if message is None:
             raise
-        raise PublishError(without_tokens(message)) from error
+        raise PublishError(redact(message)) from error
 
 
 def _explain(error: BaseException, repo_id: str) -> str | None:

@@ -15,6 +15,7 @@ from ..encoders.loading import read_image_settings
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord
+from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from .privacy import last_component
 
@@ -94,9 +95,11 @@ class RunFolder:
             steps=int(state["global_step"]),
             planned_steps=int(state.get("max_steps") or state["global_step"]),
             epoch=state.get("epoch"),
-            history=tuple(state.get("log_history", ())),
+            history=tuple(redact_values(state.get("log_history", ()))),
             arguments=_changed(_json(arguments)) if arguments.is_file() else {},
-            recipe=load_yaml(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.is_file() else None,
+            recipe=redact_values(load_yaml(recipe.read_text(encoding="utf-8"), str(recipe)))
+            if recipe.is_file()
+            else None,
             record=RunRecord.load(path) if record.is_file() else None,
         )
 
@@ -176,6 +179,10 @@ def _no_checkpoint(path: Path) -> str:
         f"{path} holds no complete checkpoint (a folder checkpoint-N with checkpoint.json). Give the folder of a "
         "run that has saved one: training.save_strategy must not be 'no'."
     )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    return redact_values(load_yaml(path.read_text(encoding="utf-8"), str(path)))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..utils.devices import describe_cpu, describe_device
 from ..utils.files import write_text
-from ..utils.redaction import without_secrets
+from ..utils.redaction import redact, without_secrets
 from ..utils.versions import library_versions
 from .arguments import EquiSSLTrainingArguments
 
@@ -71,6 +71,11 @@ class RunRecord:
     finished: str | None = None
     preempted: str | None = None
     data_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Keep no secret that an address or a command holds: this is written down and published."""
+        for name in ("command", "data"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     @property
     def global_batch(self) -> int:

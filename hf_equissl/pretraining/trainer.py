@@ -24,6 +24,7 @@ from ..data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from ..distributed.agreement import gather_objects, leave_to_main
 from ..distributed.engines import Engine, asked_engine, check_same, fp32_sharding, granted_engine, running_engine
 from ..objectives.progress import TrainingProgress
+from ..utils.files import write_text
 from ..views.collator import ViewCollator
 from ..views.pipelines import ViewPipeline
 from .arguments import LARS_NAME, EquiSSLTrainingArguments
@@ -292,7 +293,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         with self.writing():
             folder.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(folder, state_dict=state_dict)
-            (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string())
+            write_text(folder / ARGUMENTS_FILE, self.args.to_json_string())
 
     # ---- the Hub ----
 

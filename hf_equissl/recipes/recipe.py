@@ -44,6 +44,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.coercion import check_arguments, coerce, hints_of, parameters_of
 from ..utils.files import write_text
+from ..utils.redaction import redact_values
 from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError, check_keys, check_known
 from ..utils.versions import __version__
@@ -65,6 +66,8 @@ _DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
 # Keys of the section `model` beside the fields of the encoder's config; the last one is not stored with the encoder.
 _MODEL_KEYS = {**dict.fromkeys(INIT_KEYS, str | None), "preset": str, "attn_implementation": str}
 _HUB_STRATEGIES = ("end", "every_save")
+# How the recipe begins that a run keeps in its folder.
+KEPT_RECIPE = "# As run by hf_equissl"
 _NOT_IN_RECIPES = {
     "hub_always_push": "A save during a running upload is left to the next one.",
     "output_dir": "Give the folder with --output_dir.",
@@ -179,13 +182,13 @@ class Recipe:
         return _plain({key: value for key, value in plain.items() if value not in ("", None)})
 
     def to_yaml(self) -> str:
-        """Write the recipe as YAML, with ``extends`` and overrides resolved."""
-        return dump_yaml(self.to_dict())
+        """Write the recipe as YAML, with ``extends`` and overrides resolved, and without secrets."""
+        return dump_yaml(redact_values(self.to_dict()))
 
     def save(self, directory: str | Path) -> Path:
         """Write ``recipe.yaml`` into ``directory``; returns its path."""
         path = Path(directory) / "recipe.yaml"
-        write_text(path, f"# As run by hf_equissl {__version__}.\n{self.to_yaml()}")
+        write_text(path, f"{KEPT_RECIPE} {__version__}.\n{self.to_yaml()}")
         return path
 
     def build_encoder_config(self) -> EquiSSLConfig:

@@ -341,9 +341,7 @@ def load_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the curves of all measurements, and move the file into place when it is whole."""
     panels = {key: title for key, title in PANELS.items() if any(key in record for record in records)}
-    staging = path.with_name(f".{path.name}")
-    plot_losses({records[-1]["encoder"]: records}, panels, staging)
-    os.replace(staging, path)
+    plot_losses({records[-1]["encoder"]: records}, panels, path)
 
 
 def _exported(model: nn.Module | None) -> tuple[Any, str]:

@@ -8,9 +8,10 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +27,11 @@ from ..checkpoints import (
 )
 from ..distributed.agreement import gather_objects
 from ..distributed.collectives import is_main_process, world_size
+from ..distributed.signals import MARKER_FILE
 from ..encoders.export import check_replaceable
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.run_record import RECORD_FILE
+from ..recipes.recipe import KEPT_RECIPE
 from ..utils.files import readable_size
 from ..utils.suggestions import RecipeError
 
@@ -43,21 +47,26 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 # Seconds that a file may take to appear on a network's file system, and a run that was told to stop to save and end.
 _PATIENCE, _SECONDS_TO_END = 10.0, 120.0
+# What a run writes into its folder, beside checkpoints and results.
+_WRITTEN = (
+    *(LOCK_FILE, STAGING_FOLDER, ENCODER_FOLDER, MARKER_FILE, RECORD_FILE, "recipe.yaml", "monitor.jsonl"),
+    *("monitor.png", "views.png", "finetune.json", "results.json", "results.md", "curves.png", "model", "adapter"),
+)
 _locks: dict[Path, int] = {}
 
 
 def check_output_folder(folder: str | Path) -> None:
-    """Create ``folder`` and make sure that it can be written, and the encoder in it at the end.
+    """Create ``folder`` and make sure that it can be written, and that nothing of somebody else's is in a run's way.
 
     Raises:
-        RecipeError: It is a file, or cannot be created or written, or other files lie where the encoder goes.
+        RecipeError: It is a file, or cannot be created or written; a link or other files lie where a run writes.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        check_replaceable(folder / ENCODER_FOLDER)
+        _check_own(folder)
     except (FileExistsError, NotADirectoryError) as error:
         file = next(path for path in (folder, *folder.parents) if path.is_file())
         raise RecipeError(f"--output_dir {folder}: {file} is a file. Name a folder.") from error
@@ -67,6 +76,56 @@ def check_output_folder(folder: str | Path) -> None:
         ) from error
     except ValueError as error:
         raise RecipeError(f"--output_dir {folder}: {error}") from error
+
+
+def _check_own(folder: Path) -> None:
+    """Raise ``ValueError`` for links where a run writes, and for files of others that it would delete."""
+    for name in _WRITTEN:
+        if (folder / name).is_symlink():
+            raise ValueError(f"{name} is a link there, and a run would write to where it leads. Delete it first.")
+    saving = folder / STAGING_FOLDER
+    found = sorted(path.name for path in saving.iterdir()) if saving.is_dir() else []
+    if others := [name for name in found if not name.startswith("checkpoint-")]:
+        raise ValueError(f"{STAGING_FOLDER}/ holds {others[0]}, which a run would delete. Move it away.")
+
+
+def check_result_folder(folder: str | Path, result: str, signs: Sequence[str], also: Sequence[str] = ()) -> None:
+    """Make sure that at its end a run replaces only what a run in the same folder has written.
+
+    Args:
+        folder: The run's folder.
+        result: Name of the folder in it that the run replaces.
+        signs: Files of which one shows that a run has written there.
+        also: Files of the result beside those of a model.
+
+    Raises:
+        RecipeError: Somebody else's files lie there.
+    """
+    folder = Path(folder)
+    try:
+        check_replaceable(folder / result, also)
+    except ValueError as error:
+        raise RecipeError(f"--output_dir {folder}: {error}") from error
+    of_run = any((folder / sign).is_file() for sign in signs) or newest_checkpoint(folder) is not None
+    if not of_run and (folder / result).is_dir() and any((folder / result).iterdir()):
+        raise RecipeError(
+            f"--output_dir {folder}: {result}/ holds a model that no run has written there, and would be deleted. Move "
+            "it away, or name a new folder."
+        )
+
+
+def check_own_recipe(folder: str | Path) -> None:
+    """Make sure that the recipe that a run keeps replaces none that somebody has written.
+
+    Raises:
+        RecipeError: It would.
+    """
+    path = Path(folder) / "recipe.yaml"
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(KEPT_RECIPE):
+        raise RecipeError(
+            f"--output_dir {folder}: recipe.yaml there was not written by a run, and would be overwritten. Name a new "
+            "folder, or rename the file."
+        )
 
 
 def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
@@ -82,12 +141,12 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
     Raises:
         RecipeError: Another run still writes there; its process and host are named.
     """
-    path = (Path(folder) / LOCK_FILE).resolve()
+    path = Path(folder).resolve() / LOCK_FILE
     if fcntl is None or path in _locks:
         return
     end, told = time.monotonic() + patience, False
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open_lock(path)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of the workers it forks
             if os.path.samestat(os.stat(path), os.fstat(handle)):
@@ -116,9 +175,28 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
+def _open_lock(path: Path) -> int:
+    """Open the lock's file, which is made where there is none.
+
+    Raises:
+        RecipeError: What lies there is no lock of a run.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if not path.is_symlink() and not path.is_dir():
+            raise
+        raise RecipeError(f"{path} is a link or a folder, no lock of a run. Move it away.") from error
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or (about.st_size and os.pread(handle, 8, 0) != b"process "):
+        os.close(handle)
+        raise RecipeError(f"{path} was not written by a run, and would be overwritten. Move it away.")
+    return handle
+
+
 def leave_folder(folder: str | Path) -> None:
     """Give back a folder that ``take_folder`` took."""
-    path = (Path(folder) / LOCK_FILE).resolve()
+    path = Path(folder).resolve() / LOCK_FILE
     handle = _locks.pop(path, None)
     if handle is not None:
         with suppress(OSError):
@@ -133,7 +211,7 @@ def leave_if_refused(folder: str | Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if folder is not None and (Path(folder) / LOCK_FILE).resolve() not in before:
+        if folder is not None and Path(folder).resolve() / LOCK_FILE not in before:
             leave_folder(folder)
         raise
 

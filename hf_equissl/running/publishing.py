@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..hub.push import create_repository, push_repository
 from ..hub.repository import build_repository
 
 logger = logging.get_logger(__name__)
-PUBLISHING_FOLDER = ".publishing"
+PUBLISHING_PREFIX = ".publishing-"
 
 
 class Publisher:
@@ -29,7 +30,7 @@ class Publisher:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self.folder = Path(run_dir) / PUBLISHING_FOLDER
+        self.run_dir = Path(run_dir)
         self.repo_id = ""
         self._rights: dict[str, Any] = {}
         self._revision: str | None = None
@@ -69,15 +70,13 @@ class Publisher:
         Raises:
             ValueError: The repository cannot be built. The future holds what the upload raises.
         """
-        shutil.rmtree(self.folder, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(dir=self.run_dir, prefix=PUBLISHING_PREFIX))
         try:
             # Models that are built draw random weights first: training must not notice.
             with torch.random.fork_rng(devices=[]):
-                built = build_repository(
-                    self.folder.parent, self.folder / "repository", repo_id=self.repo_id, **options
-                )
+                built = build_repository(self.run_dir, place / "repository", repo_id=self.repo_id, **options)
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
             raise
         return self._worker.submit(self._push, built, commit_message, revision or self._revision)
 
@@ -87,7 +86,7 @@ class Publisher:
                 built, self.repo_id, revision=revision, commit_message=commit_message, **self._rights
             )
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(built.parent, ignore_errors=True)
 
 
 class PublishCallback(TrainerCallback):

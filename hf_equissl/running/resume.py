@@ -14,6 +14,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord
 from ..recipes.overrides import as_mapping, expand_paths
 from ..recipes.recipe import Recipe
+from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
 from .initial_weights import InitialWeights, adopt_encoder, load_initial_weights
@@ -75,7 +76,7 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     if not (stored.is_file() and encoder.is_file()):
         return False
     recipe = keep_precision(_adopt_as_stored(recipe, Path(folder)) or recipe, folder)
-    return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == recipe.to_dict()
+    return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == redact_values(recipe.to_dict())
 
 
 def find_start(
@@ -110,7 +111,7 @@ def _adopt_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
     if recipe.model.get("init_from") is None or not (folder / "recipe.yaml").is_file():
         return None
     before = Recipe.load(folder / "recipe.yaml")
-    asked, used = recipe.model, before.model
+    asked, used = redact_values(recipe.model), before.model
     revision = used.get("init_revision")
     same = all(asked.get(key) == used.get(key) for key in ("init_from", "init_subfolder"))
     if not same or asked.get("init_revision") not in (None, revision):
@@ -231,7 +232,7 @@ def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
     stored, checkpoint = folder / "recipe.yaml", newest_checkpoint(folder)
     if not stored.is_file() or not (checkpoint or (folder / ENCODER_FOLDER).is_dir()):
         return
-    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), recipe.to_dict()))
+    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), redact_values(recipe.to_dict())))
     for key in before | now:  # in their order: a seed before the data's seed, which follows it
         if key != "model.attn_implementation" and before.get(key) != now.get(key):
             raise RecipeError(

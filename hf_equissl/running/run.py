@@ -31,6 +31,7 @@ from ..planning import Cost, check_step, checkpoint_bytes, measure, without_weig
 from ..planning.arithmetic import Schedule, schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..pretraining.run_record import RECORD_FILE
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..utils.files import expand_home
@@ -52,6 +53,8 @@ from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
     check_disk_space,
     check_output_folder,
+    check_own_recipe,
+    check_result_folder,
     check_shared_folder,
     estimate_disk_use,
     leave_folder,
@@ -201,6 +204,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     notes += () if initial is None else tuple(initial.describe(model, recipe))
     if output_dir is not None:
         check_output_folder(output_dir)
+        check_result_folder(output_dir, ENCODER_FOLDER, signs=("recipe.yaml", RECORD_FILE))
+        check_own_recipe(output_dir)
         if is_main_process() and not dry:
             take_folder(output_dir)
     if blank:

@@ -11,14 +11,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from .files import expand_home
-from .redaction import without_secrets
+from .redaction import redact, redact_messages, without_secrets
 from .suggestions import RecipeError
 
 
 def command_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
-    """Make a parser that keeps the line breaks of its texts and takes no abbreviated option."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, formatter_class=formatter, allow_abbrev=False, **options)
+    """Make the parser of a command, which from here on repeats no secret, whatever goes wrong.
+
+    It keeps the line breaks of its texts and takes no abbreviated option.
+    """
+    redact_messages()
+    return _Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats no secret when it says what is wrong with the words of a command."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(redact(message), file)
 
 
 def path_word(word: str) -> str:
@@ -69,11 +79,11 @@ def is_first_process() -> bool:
 def say(text: str) -> None:
     """Print ``text`` at once, on the first process of a run."""
     if is_first_process() and text:
-        print(text, flush=True)
+        print(redact(text), flush=True)
 
 
 def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks: bool = True) -> int:
     """Say on the error stream why a command ends, unless another process ``speaks``; returns ``code``."""
     if speaks:
-        print(f"{word}: {reason}", file=sys.stderr, flush=True)
+        print(redact(f"{word}: {reason}"), file=sys.stderr, flush=True)
     return code

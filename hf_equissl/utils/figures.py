@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,7 +145,8 @@ def _new_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
-        figure.savefig(path, dpi=DPI)
+        with replacing(Path(path)) as staging:
+            figure.savefig(staging, dpi=DPI)
     return figure
 
 

@@ -1,10 +1,39 @@
-"""Files that are written whole or not at all, and sizes for people."""
+"""Files that are written whole or not at all, in the place of nothing that is not ours; sizes for people."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .redaction import redact
+
+
+def check_own_place(path: Path) -> None:
+    """Make sure that writing to ``path`` replaces a plain file at most: what a link leads to belongs to somebody else.
+
+    Raises:
+        FileExistsError: It is a link, a folder or a device.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        kind = "a link" if path.is_symlink() else "no plain file"
+        raise FileExistsError(f"{path} is {kind} and would be replaced. Move it away, or name another folder.")
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Give a new folder of a name that nobody knows, beside ``target`` and called as it, until the block ends.
+
+    Nothing that lies there can be hit, and what is moved out of it has the rights of a folder made by hand.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".saving-{target.name}-") as place:
+        folder = Path(place, target.name)
+        folder.mkdir()
+        yield folder
 
 
 def expand_home(path: str | os.PathLike[str]) -> str:
@@ -22,23 +51,73 @@ def expand_home(path: str | os.PathLike[str]) -> str:
 
 
 def move_into_place(source: Path, target: Path) -> None:
-    """Rename a complete folder to its final name. A folder of that name is moved aside first and deleted last."""
-    aside = target.with_name(f".old-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
-    source.rename(target)
-    _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename a complete folder to its final name. A folder of that name is moved aside first and deleted last.
+
+    Raises:
+        FileExistsError: ``target`` is a link: it is not replaced.
+    """
+    if target.is_symlink():
+        raise FileExistsError(f"{target} is a link and would be replaced. Delete it, or name another folder.")
+    share(source)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".old-{target.name}-") as aside:
+        if target.exists():
+            target.rename(Path(aside, target.name))
+        source.rename(target)
+        _sync(target.parent)
+
+
+def share(path: Path) -> None:
+    """Give a file, or all files below a folder, the rights that the umask asks for.
+
+    Libraries write weights so that only their owner may read them, whatever the umask says.
+    """
+    rights = 0o666 & ~umask()
+    for entry in path.rglob("*") if path.is_dir() else [path]:
+        if entry.is_file() and not entry.is_symlink() and stat.S_IMODE(entry.stat().st_mode) & 0o666 != rights:
+            entry.chmod(rights | (stat.S_IMODE(entry.stat().st_mode) & 0o111))
+
+
+def umask() -> int:
+    """Return the umask, read where that does not change it for other threads."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="ignore") as status:
+            return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+    except (OSError, StopIteration, ValueError):  # not on Linux
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a new file of another name and the same suffix to write, which takes the place of ``path`` in the end.
+
+    Raises:
+        FileExistsError: ``path`` is a link, or no plain file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_own_place(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        _sync(staging)  # else a loss of power may leave the new name with nothing in it
+        share(staging)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old or the new content, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    sync_to_disk(staging)  # else a loss of power may leave the new name with nothing in it
-    os.replace(staging, path)
+    """Write a text file in one step, without secrets: readers see the old or the new content, never half of it.
+
+    Raises:
+        FileExistsError: ``path`` is a link, or no plain file.
+    """
+    with replacing(path) as staging:
+        staging.write_text(redact(text), encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:

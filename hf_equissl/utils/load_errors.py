@@ -136,6 +136,11 @@ def _explain(error: Exception, place: _Place) -> str | None:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if (denied := _denied(chain, place)) is not None:
+        return (
+            f"No {place.what} can be loaded from {place}: this account has no right to read {denied}. Ask its owner "
+            "for it: chmod -R a+rX on the folder, and a+x on those above."
+        )
     if problem := _source_problem(chain, place) or (None if place.is_local else _hub_problem(chain, place)):
         return f"No {place.what} at {place}: {problem}"
     if problem := _config_problem(chain, place):
@@ -145,6 +150,15 @@ def _explain(error: Exception, place: _Place) -> str | None:
     # A config that its own class refuses, and whatever else was said well. An error of the disk is not of loading.
     if isinstance(error, (OSError, ValueError, StrictDataclassError)) and getattr(error, "errno", None) is None:
         return f"No {place.what} can be loaded from {place}: {_first_line(error)}"
+    return None
+
+
+def _denied(chain: list[BaseException], place: _Place) -> str | None:
+    """Name the file or folder that may not be read; ``None`` where that is not what went wrong."""
+    for link in chain:
+        if isinstance(link, PermissionError) or (isinstance(link, Exception) and "Permission denied" in str(link)):
+            name = getattr(link, "filename", None)
+            return str(name if isinstance(name, str) else place.source)
     return None
 
 

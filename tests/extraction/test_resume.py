@@ -144,6 +144,24 @@ def test_files_of_others_are_not_touched(
     assert "is of another extraction" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["README.md", "extraction.json", "data"])
+def test_what_somebody_else_wrote_is_neither_overwritten_nor_followed(
+    tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "README.md").write_text("# My project\n")
+    if name == "README.md":
+        extract(tmp_path / "theirs", code=2)
+        assert "README.md was not written by this command" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["README.md"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "theirs" / ("" if name == "data" else name))
+    extract(tmp_path / "out", code=2)
+    assert f"{name} is a link" in capsys.readouterr().err
+    assert (tmp_path / "theirs" / "README.md").read_text() == "# My project\n"
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["README.md"]
+
+
 def test_too_many_bad_images_stop_it_and_nothing_is_lost(
     whole: Path, tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from peft.utils import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hf_equissl.evaluation.results import load_records
 from hf_equissl.finetuning import (
+    FineTuningSettings,
     adapters,
     fine_tune,
     load_finetuned,
@@ -28,6 +29,8 @@ from hf_equissl.finetuning import (
     train,
 )
 from hf_equissl.finetuning.publish import publish
+from hf_equissl.hub.contents import published_files
+from hf_equissl.utils.files import umask
 from hf_equissl.utils.load_errors import LoadError
 
 from .conftest import CLASSES, STOCK
@@ -224,3 +227,30 @@ def test_an_encoder_in_a_subfolder(
     publish(run, merge=True)
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "merged")
     torch.testing.assert_close(logits(merged, pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_says_nothing_of_this_machine(trained: dict[str, Path], encoders: dict[str, str]) -> None:
+    folder = trained["equissl"]
+    for path in folder.glob("[!.]*"):
+        assert str(Path(encoders["equissl"]).parent) not in path.read_bytes().decode(errors="ignore"), path.name
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert json.loads((folder / "finetuning.json").read_text())["base"] == "equissl"
+    assert ".base" not in published_files(folder)
+    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def test_an_adapter_that_is_not_finite_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    adapter = shutil.copytree(trained["equissl"], tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    for merge in (False, True):
+        with pytest.raises(LoadError, match="adapter has values that are not finite"):
+            load_finetuned(adapter, merge=merge)
+
+
+@pytest.mark.parametrize("pattern", ["*attention", "(q_proj", "[a-"])
+def test_a_pattern_that_is_none_gets_one_sentence(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"--target_modules .*: no regular expression \(.*\)\. Example") as caught:
+        FineTuningSettings(encoder="e", data="d", output_dir="o", target_modules=pattern)
+    assert "\n" not in str(caught.value)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
-from hf_equissl.hub.card.figures import draw_figures
+from hf_equissl.hub.card.figures import Figure, draw_figures
 from hf_equissl.hub.card.metadata import eval_result
 from hf_equissl.hub.card.snippets import Snippet, SnippetError, run_snippets, snippets
 from hf_equissl.hub.card.text import CardFacts, render_card
@@ -18,6 +21,8 @@ from hf_equissl.hub.privacy import is_hub_id, public_command, public_source, pub
 from hf_equissl.hub.run_folder import RunFolder
 from hf_equissl.modeling import EquiSSLConfig
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from hf_equissl.utils.markdown import plain
+from tests.utils.test_markdown import HOSTILE
 
 from .tiny_run import records_of, run
 
@@ -112,6 +117,39 @@ def test_words_of_the_user_are_text_and_nothing_else(read: RunFolder) -> None:
     card = render_card(facts_of(read, description=words))
     assert card.data.license == "apache-2.0"
     assert "Made by {{ 7 * 7 }} people on photos." in card.text
+
+
+def structure(card: str) -> list[tuple[str, str]]:
+    """Blocks of a card with its headings, whatever is said in them."""
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.partition("\n---\n")[2])
+    headings = {index + 1 for index, token in enumerate(tokens) if token.type == "heading_open"}
+    return [(token.type, token.content if index in headings else "") for index, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_changes_the_structure_of_a_card(read: RunFolder, photo_folder: Path, name: str) -> None:
+    def card(word: str) -> str:
+        recipe = {**read.recipe, "name": word, "description": word, "monitor": {"source": word}}
+        device = {"device": word, "cpu": word, "threads": 1}
+        record = replace(read.record, data=f"{word} ({word})", command=shlex.join(["x", word]), hardware=device)
+        records = [
+            replace(known, dataset=word, split=word, command=shlex.join(["y", word]), protocol={"note": word, word: 1})
+            for known in records_of(read.path, photo_folder)
+        ]
+        facts = facts_of(
+            replace(read, recipe=recipe, record=record),
+            records=records,
+            dataset=word,
+            native_reason=word,
+            figures=[Figure("a.png", plain(word), plain(word))],
+            snippets=snippets(word, read.config.encoder_config, ("encoder", "native", "pretraining")),
+        )
+        return str(render_card(facts))
+
+    assert structure(card(name)) == structure(card("harmless"))
+    for snippet in snippets(name, read.config.encoder_config, ("encoder", "native", "pretraining")):
+        strings = [node.value for node in ast.walk(ast.parse(snippet.code)) if isinstance(node, ast.Constant)]
+        assert name in strings
 
 
 def test_limits_follow_from_the_run(read: RunFolder, photo_folder: Path) -> None:

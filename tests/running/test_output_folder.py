@@ -15,6 +15,9 @@ from hf_equissl.planning.arithmetic import schedule
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.running.output_folder import (
     LOCK_FILE,
+    check_output_folder,
+    check_own_recipe,
+    check_result_folder,
     check_shared_folder,
     estimate_disk_use,
     leave_folder,
@@ -118,3 +121,51 @@ def test_an_epoch_has_as_many_steps_however_they_are_split(split: tuple[int, int
     assert schedule(args, processes, 250).steps_per_epoch == 7
     args.dataloader_drop_last = False
     assert schedule(args, processes, 250).steps_per_epoch == 8
+
+
+@pytest.mark.parametrize("name", [LOCK_FILE, ".saving", "encoder", "recipe.yaml", "run.json", "PREEMPTED", "model"])
+def test_links_where_a_run_writes_are_refused(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("theirs")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(theirs if name in (".saving", "encoder", "model") else theirs / "file")
+    with pytest.raises(RecipeError, match=f"{name} is a link"):
+        check_shared_folder(run)
+    if name == LOCK_FILE:
+        with pytest.raises(RecipeError, match="is a link or a folder, no lock of a run"):
+            take_folder(run)
+        leave_folder(run)
+    assert (run / name).is_symlink()
+    assert (theirs / "file").read_text() == "theirs"
+
+
+def test_what_is_somebody_elses_is_neither_written_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text("my own lock")
+    with pytest.raises(RecipeError, match=r"\.lock was not written by a run"):
+        take_folder(tmp_path)
+    assert (tmp_path / LOCK_FILE).read_text() == "my own lock"
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "letter.txt").touch()
+    with pytest.raises(RecipeError, match=r"\.saving/ holds letter\.txt, which a run would delete"):
+        check_output_folder(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("name: mine  # hours of work\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml there was not written by a run"):
+        check_own_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["thesis.pdf", ".git", "config.json"])
+def test_a_result_replaces_only_what_a_run_has_left(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).touch()
+    message = "no run has written there" if name == "config.json" else f"model holds {name}, which is no part"
+    with pytest.raises(RecipeError, match=message):
+        check_result_folder(tmp_path, "model", signs=("finetune.json",))
+    (tmp_path / "finetune.json").touch()
+    if name == "config.json":
+        check_result_folder(tmp_path, "model", signs=("finetune.json",))
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / "config.json").mkdir(exist_ok=True)  # a folder of a file's name
+    with pytest.raises(RecipeError, match=r"config\.json, which is no part"):
+        check_result_folder(tmp_path, "model", signs=("finetune.json",))

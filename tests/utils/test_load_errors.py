@@ -243,3 +243,18 @@ def test_auto_classes_agree_with_what_is_explained(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(LoadError, match=r"model\.safetensors is empty"), explain_load_errors(folder):
         AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (PermissionError(13, "Permission denied", "/home/ada/encoder/model.safetensors"), "model.safetensors"),
+        (OSError("cannot open: Permission denied (os error 13)"), "colleague"),
+    ],
+)
+def test_what_may_not_be_read_is_one_sentence(tmp_path: Path, error: Exception, named: str) -> None:
+    with (
+        pytest.raises(LoadError, match=rf"this account has no right to read \S*{named}. Ask its owner for it: chmod"),
+        explain_load_errors(tmp_path / "colleague"),
+    ):
+        raise ValueError("loading failed") from error

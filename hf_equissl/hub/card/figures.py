@@ -13,6 +13,7 @@ from typing import Any
 from ...evaluation import EVALUATORS
 from ...evaluation.results import ResultRecord
 from ...utils.figures import plot_losses
+from ...utils.markdown import code
 from ..privacy import public_source
 from ..run_folder import RunFolder
 
@@ -101,6 +102,6 @@ def _monitor(run: RunFolder) -> Figure:
     entries = [entry for entry in run.history if "monitor/knn_top1" in entry]
     knn = f" kNN accuracy from {_span(entries, 'monitor/knn_top1')}." if entries else ""
     source = run.section("monitor").get("source")
-    images = f"images of `{public_source(source)}`" if source else "training images"
+    images = f"images of {code(public_source(source))}" if source else "training images"
     caption = f"The encoder on a fixed set of {images}, measured during training without changing it.{knn}"
     return Figure(MONITOR_FILE, "What the monitor saw", caption)

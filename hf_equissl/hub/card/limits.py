@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ...evaluation import EVALUATORS
 from ...evaluation.results import FINE_TUNING, ResultRecord
 from ...modeling import EquiSSLConfig
+from ...utils.markdown import code
 from ..run_folder import RunFolder
 
 # Task types of the Hub whose answer is one for the whole image.
@@ -57,7 +58,7 @@ def _resolution(encoder: EquiSSLConfig) -> str:
 
 def _data(run: RunFolder, dataset: str | None) -> str:
     count = f" ({run.record.num_images:,} images)" if run.record and run.record.num_images else ""
-    name = f"`{dataset}`{count}" if dataset else "one data set"
+    name = f"{code(dataset)}{count}" if dataset else "one data set"
     seen = "All it has seen is" if run.base_model is None else "Beside its starting point's data it has seen"
     return (
         f"{seen} {name}, as it is: neither filtered nor balanced here. What these images leave out or show "
@@ -90,4 +91,4 @@ def _measured(records: Sequence[ResultRecord]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(map(code, names))

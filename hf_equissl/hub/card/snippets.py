@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...modeling import EquiSSLConfig
+from ...utils.markdown import python_string
 
 PHOTO = "photo.jpg"
 TIME_LIMIT = 900  # seconds, for all snippets together; they take about ten
@@ -76,8 +77,8 @@ def snippets(repo_id: str, config: EquiSSLConfig, parts: Collection[str]) -> lis
 def _head(repo_id: str, where: str, first: str = "") -> str:
     return (
         f"{first}from PIL import Image\nfrom transformers import AutoImageProcessor, AutoModel\n\n"
-        f'processor = AutoImageProcessor.from_pretrained("{repo_id}"{where})\n'
-        f'encoder = AutoModel.from_pretrained("{repo_id}"{where}'
+        f"processor = AutoImageProcessor.from_pretrained({python_string(repo_id)}{where})\n"
+        f"encoder = AutoModel.from_pretrained({python_string(repo_id)}{where}"
     )
 
 
@@ -129,7 +130,7 @@ def _reconstruct(repo_id: str, config: EquiSSLConfig) -> Snippet:
 def _pretraining(repo_id: str) -> Snippet:
     code = (
         "from hf_equissl import EquiSSLForPreTraining\n\n"
-        f'model = EquiSSLForPreTraining.from_pretrained("{repo_id}", subfolder="pretraining")\n'
+        f'model = EquiSSLForPreTraining.from_pretrained({python_string(repo_id)}, subfolder="pretraining")\n'
         "encoder = model.export_encoder()  # on the CPU, as published here\n"
     )
     return Snippet("The whole training state", code, needs_package=True)

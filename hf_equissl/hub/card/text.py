@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined
 
 from ...evaluation.registry import evaluator_of
 from ...evaluation.report import protocol_notes, table_rows
 from ...evaluation.results import FINE_TUNING, ResultRecord, merge_records
 from ...modeling import EquiSSLConfig
 from ...objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
+from ...utils.markdown import code, plain, table
 from ...utils.strict_yaml import dump_yaml
 from ..privacy import public_command, public_text, public_values
 from ..run_folder import RunFolder
@@ -24,8 +24,9 @@ from .figures import Figure
 from .limits import limits
 from .metadata import card_data
 from .snippets import Snippet
+from .writer import write
 
-_TEMPLATE, _PAPER = "card_template.md", "paper_figures.yaml"
+_TEMPLATE, _PAPER = "encoder.md", "paper_figures.yaml"
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,6 @@ def render_card(facts: CardFacts) -> ModelCard:
     Raises:
         ValueError: the head is no valid YAML of a model card, which says what is wrong with the user's words in it.
     """
-    template = (resources.files(__package__) / _TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
-    )
-    return ModelCard(environment.from_string(template).render(_context(facts)))
-
-
-def _context(facts: CardFacts) -> dict[str, Any]:
-    run = facts.run
     head = card_data(
         repo_id=facts.repo_id,
         license=facts.license,
@@ -100,9 +92,14 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         base_model=facts.run.base_model,
         records=facts.records,
     )
+    return ModelCard(write(_TEMPLATE, head, _context(facts)))
+
+
+def _context(facts: CardFacts) -> dict[str, Any]:
+    run = facts.run
     settings = public_recipe(run, facts.dataset) or _settings(facts)
+    title = f"Recipe {public_text(run.name)}, as run" if run.recipe else "Settings that differ from the defaults"
     return {
-        "card_data": head.to_yaml(),
         "name": facts.repo_id.rpartition("/")[2],
         "summary": _summary(facts),
         "purpose": _purpose(facts),
@@ -117,7 +114,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         **_results(facts),
         "training": _training(facts),
         "figures": facts.figures,
-        "settings_title": f"Recipe `{run.name}`, as run" if run.recipe else "Settings that differ from the defaults",
+        "settings_title": title,
         "settings": dump_yaml(settings),
         "limits": limits(run, facts.encoder, facts.encoder_steps, facts.dataset, facts.records),
         "licence": _licence(facts),
@@ -145,8 +142,8 @@ def _summary(facts: CardFacts) -> str:
     added = "".join(
         f" and `{entry['name']}`{of_family}, weight {entry['weight']:g}" for entry in facts.objectives["equivariance"]
     )
-    data = f" on {_named(facts.dataset)}" if facts.dataset else ""
-    start = f", starting from {_named(facts.run.base_model)}" if facts.run.base_model else ""
+    data = f" on {code(facts.dataset)}" if facts.dataset else ""
+    start = f", starting from {code(facts.run.base_model)}" if facts.run.base_model else ""
     return (
         f"A vision encoder ({_size(facts.encoder)}, {facts.num_parameters:,} parameters), pretrained "
         f"without labels{data}{start}, with the objective{'s' if added else ''} "
@@ -161,10 +158,6 @@ def _purpose(facts: CardFacts) -> str:
         return "No equivariance objective was trained: it is the base method alone, for comparison."
     made = "Made with `hf_equissl`, an implementation of EquiSSL for the Hugging Face libraries."
     return " ".join(filter(None, [*(EQUIVARIANCE_OBJECTIVES[name].purpose for name in names), made]))
-
-
-def _named(name: str) -> str:
-    return f"`{name}`"
 
 
 def _continuing(facts: CardFacts) -> dict[str, str]:
@@ -237,7 +230,7 @@ def _table(records: Sequence[ResultRecord]) -> str:
         header = [*header, f"mean {metric.name}"]
         for row in rows:
             row.append(metric.text(statistics.fmean(r.value for r in quoted if r.features == row[0])))
-    return _markdown([[name.replace("_", " ") for name in header], *rows])
+    return table([[plain(text) for text in row] for row in ([name.replace("_", " ") for name in header], *rows)])
 
 
 def _finetuned_table(records: Sequence[ResultRecord]) -> str:
@@ -252,12 +245,7 @@ def _finetuned_table(records: Sequence[ResultRecord]) -> str:
         columns += [column] if column not in columns else []
         cells.setdefault(settings, {})[column] = record.text
     rows = [[*settings, *(row.get(column, "") for column in columns)] for settings, row in cells.items()]
-    return _markdown([["fine-tuned", "head reads", "epochs", "learning rate", *columns], *rows])
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table([["fine-tuned", "head reads", "epochs", "learning rate", *columns], *rows])
 
 
 def _paper(facts: CardFacts, records: Sequence[ResultRecord]) -> dict[str, str] | None:
@@ -285,7 +273,7 @@ def _paper(facts: CardFacts, records: Sequence[ResultRecord]) -> dict[str, str] 
         f"{found['backbone']} on ImageNet-1k, with the paper's schedule and probes. They say what the method has "
         "reached there, not what this encoder should reach."
     )
-    return {"row": found["row"], "table": found["table"], "difference": difference, "text": _markdown(rows)}
+    return {"row": found["row"], "table": found["table"], "difference": difference, "text": table(rows)}
 
 
 def _training(facts: CardFacts) -> list[tuple[str, str]]:
@@ -304,14 +292,14 @@ def _training(facts: CardFacts) -> list[tuple[str, str]]:
             ("wall time", _duration(record.seconds) + (f", in {record.starts} starts" if record.starts > 1 else "")),
             ("date", (record.finished or record.started)[:10]),
             ("seed", str(record.seed)),
-            ("command", f"`{public_command(record.command, _names(facts))}`"),
-            ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+            ("command", code(public_command(record.command, _names(facts)))),
+            ("versions", ", ".join(plain(f"{name} {version}") for name, version in record.versions.items())),
         ]
     last = next((entry for entry in reversed(run.history) if "loss_ssl" in entry), None)
     if last is not None:
         parts = [f"{key} {last[key]:.4g}" for key in last if key.startswith("loss")]
         rows.append((f"losses at step {last['step']:,}", ", ".join(parts)))
-    return [(name, text.replace("|", "\\|")) for name, text in rows if text]
+    return [(name, text) for name, text in rows if text]
 
 
 def _names(facts: CardFacts) -> dict[str, str]:
@@ -326,10 +314,10 @@ def _objectives(facts: CardFacts) -> str:
 
 def _data(facts: CardFacts) -> str:
     record = facts.run.record
-    said = [_named(facts.dataset or "not recorded")]
+    said = [code(facts.dataset or "not recorded")]
     if record is not None:
         if " (" in record.data:
-            said.append(f"split {record.data.rpartition(' (')[2].rstrip(')')}")
+            said.append(f"split {plain(record.data.rpartition(' (')[2].rstrip(')'))}")
         said.append(f"{record.num_images:,} images" if record.num_images else "a stream")
     return ", ".join(said)
 
@@ -339,8 +327,8 @@ def _hardware(found: Mapping[str, Any]) -> str:
         return ""
     if found.get("device") == found.get("cpu"):
         each = f", {found['threads']} thread(s) each" if found.get("threads") else ""
-        return f"CPU only: {found['cpu']}, {found.get('devices', 1)} process(es){each}"
-    return f"{found.get('devices', 1)} x {found.get('device')}"
+        return f"CPU only: {plain(str(found['cpu']))}, {found.get('devices', 1)} process(es){each}"
+    return plain(f"{found.get('devices', 1)} x {found.get('device')}")
 
 
 def _duration(seconds: float) -> str:
@@ -364,7 +352,7 @@ def _settings(facts: CardFacts) -> dict[str, Any]:
 
 
 def _licence(facts: CardFacts) -> str:
-    data = f" of `{facts.dataset}`" if facts.dataset else ""
+    data = f" of {code(facts.dataset)}" if facts.dataset else ""
     return (
         f"Weights: {facts.license}, as the publisher of this repository states. The code files `*_equissl.py` are part "
         f"of `hf_equissl`: apache-2.0. Whether the terms{data or ' of the training images'} allow a use of weights "
