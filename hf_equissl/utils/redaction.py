@@ -120,6 +120,8 @@ def find_secret_in(values: Any) -> str | None:
 
 def redact_messages() -> None:
     """Keep secrets out of log messages and of the last words of a program that ends by an error, from now on."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _say_error
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -136,8 +138,6 @@ def redact_messages() -> None:
 
     record.redacts = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(record)
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _say_error
 
 
 def _say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
