@@ -32,6 +32,22 @@ PRESET_SIZES = {
     "vit_large": (1024, 24, 16),
     "vit_giant": (1536, 40, 24),
 }
+# What is more is a mistake, or a file that shall stop whoever loads it: building it would take hours, or all memory.
+LARGEST = {
+    "hidden_size": 2**16,
+    "num_hidden_layers": 10_000,
+    "mlp_ratio": 1024,
+    "image_size": 2**14,
+    "num_channels": 2**12,
+    "num_register_tokens": 2**12,
+    "feature_size": 2**20,
+    "num_intermediate_images": 2**10,
+    "decoder_hidden_size": 2**16,
+    "decoder_num_layers": 2**10,
+    "initializer_range": 1e4,
+    "layer_norm_eps": 1e4,
+    "layerscale_value": 1e4,
+}
 PRESET_PATCHES = (4, 8, 14, 16)
 
 
@@ -253,8 +269,12 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         """Sizes and counts."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_side", "num_channels")
         for name in (*names, "initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor is NaN
                 raise ValueError(f"{name.replace('side', 'size')}={getattr(self, name)}: expected a value above 0.")
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            if value is not None and not max(value if isinstance(value, list | tuple) else (value,)) <= most:
+                raise ValueError(f"{name}={value}: expected at most {most}.")
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens={self.num_register_tokens}: expected 0 (none) or more.")
         for name in ("drop_path_rate", "attention_probs_dropout_prob"):

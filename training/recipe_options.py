@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_equissl.recipes.overrides import parse_overrides
 from hf_equissl.utils.commands import option_names
+from hf_equissl.utils.files import is_file
 from hf_equissl.utils.suggestions import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ def find_recipe(name: str | None) -> Path:
         raise RecipeError("--recipe is missing: a name (training/pretrain.py --list_recipes) or a YAML file.")
     given = Path(name)
     is_file_name = name.endswith((".yaml", ".yml"))
-    if os.sep in name or (is_file_name and given.is_file()):
+    if os.sep in name or (is_file_name and is_file(given)):
         return given
     name = given.stem if is_file_name else name
     path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         names = sorted(item.stem for item in RECIPES.glob("*.yaml"))
         raise RecipeError(
             f"--recipe {name}: no recipe of this name.{did_you_mean(name, names)} Recipes: {', '.join(names)}; or give "

@@ -26,6 +26,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import EquiSSLConfig, EquiSSLModel
 from ..utils.files import move_into_place
+from ..utils.hostile import check_image_settings
 from ..utils.load_errors import explain_load_errors, read_config
 from .export import image_processor, save_encoder
 from .loading import read_image_settings
@@ -168,6 +169,7 @@ def convert_to_folder(
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{str(directory)!r} holds files already: give a new folder.")
+    check_image_settings({"image_size": image_size, "image_mean": image_mean, "image_std": image_std}, "The options")
     encoder = convert_encoder(source, weights_of=weights_of, num_attention_heads=num_attention_heads, **hub_options)
     saved = {} if is_upstream_file(source) else read_image_settings(source, **hub_options)
     found = read_normalisation(source, **hub_options) or (None, None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.devices import Precision, choose_precision
+from ..utils.hostile import check_image_settings
 from .loading import load_encoder, read_image_settings
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,9 @@ class FrozenEncoder:
             raise ValueError(f"precision must be one of auto, {', '.join(_AUTOCAST)}, got {precision!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_image_settings(
+            {"image_size": image_size, "image_mean": image_mean, "image_std": image_std}, "The encoder"
+        )
         saved: dict[str, Any] = {}
         if isinstance(encoder, nn.Module):
             if device is not None or load_options:

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..utils.hostile import check_image_settings
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
 
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
@@ -80,6 +81,7 @@ def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any
             f"The image processor of {str(source)!r} cannot be read: preprocessor_config.json is cut short or damaged. "
             "Copy or download it again, or export the encoder again."
         ) from error
+    check_image_settings(settings, f"The image processor of {str(source)!r}")
     normalise = settings.get("do_normalize", True)
     found: dict[str, Any] = {
         "image_mean": list(settings.get("image_mean") or IMAGENET_DEFAULT_MEAN) if normalise else [0.0] * 3,

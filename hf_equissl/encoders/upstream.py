@@ -68,6 +68,8 @@ def convert_upstream(
     if weights_of not in ("teacher", "student"):
         raise ValueError(f"weights_of={weights_of!r}: expected 'teacher' or 'student'.")
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file: expected a checkpoint of iBOT, DINO or DINOv2.")
     state = _encoder_weights(_network(_read(path), weights_of, path), path)
     _refuse_other_architectures(state, path)
     renamed: dict[str, Tensor] = {}
@@ -99,7 +101,9 @@ def _read(path: Path) -> Mapping[str, Any]:
             "If you trust whoever made it, save the weights alone, once: "
             "torch.save(torch.load(path, weights_only=False)['teacher'], 'teacher.pth'), then convert that file."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of bytes that are no checkpoint, the reader raises anything
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}: expected a state dict.")

@@ -52,7 +52,11 @@ class Preprocessing:
             self.settings: dict[str, Any] = {"shorter_side": resized_side(self.size), "center_crop": self.size}
             self.settings |= {"resample": "bicubic", **normalisation}
             return
-        self._processor = AutoImageProcessor.from_pretrained(source, backend="pil", **load_options)
+        self._processor = AutoImageProcessor.from_pretrained(
+            source,
+            backend="pil",
+            **{"trust_remote_code": False, **load_options},  # unset, it would ask at the terminal
+        )
         settings = {key: value for key, value in sorted(self._processor.to_dict().items()) if value is not None}
         settings = {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples

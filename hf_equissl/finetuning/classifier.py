@@ -99,6 +99,7 @@ def load_trained_classifier(source: str, *, trust_remote_code: bool = False, **h
     Raises:
         ValueError: none there, or an encoder without a trained head.
     """
+    read_config(source, what="fine-tuned model", trust_remote_code=trust_remote_code, **hub_options)
     with explain_load_errors(source, "fine-tuned model", **hub_options), without_load_report():
         model, report = AutoModelForImageClassification.from_pretrained(
             source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub_options

@@ -44,7 +44,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
         raise ValueError(f"{adapter} holds no adapter (adapter_config.json): there is nothing to merge.")
     description, records = read_description(adapter, **place), _results_beside(adapter, place)
     with explain_load_errors(adapter, "image processor", config_name="preprocessor_config.json", **place):
-        processor = AutoImageProcessor.from_pretrained(adapter, **place)
+        processor = AutoImageProcessor.from_pretrained(adapter, trust_remote_code=False, **place)
     model: Any = load_finetuned(adapter, base, merge=True, **options)
     with staging_folder(directory) as staging:
         save_weights(description.make_task(), model, staging)

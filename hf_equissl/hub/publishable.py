@@ -122,7 +122,7 @@ def _check_processor(folder: Path) -> None:
     if unsaid := [name for name in _PROCESSOR_SAYS if not read_json(folder / PROCESSOR).get(name)]:
         raise PublishError(f"{folder / PROCESSOR} does not say {', '.join(unsaid)}. {how}")
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         numbers = [*processor.image_mean, *processor.image_std]
         broken = not all(torch.isfinite(torch.tensor(numbers))) or min(processor.image_std) <= 0
     except Exception as error:  # whatever a broken file makes transformers raise

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_tf32_available, logging
 
 from ..distributed.engines import check_engine, load_models_whole
 from ..utils.devices import Precision, choose_device, choose_precision
+from .argument_checks import check_fields
 
 logger = logging.get_logger(__name__)
 LEARNING_RATE_SCALINGS = ("none", "linear", "sqrt")
@@ -168,6 +169,7 @@ class EquiSSLTrainingArguments(TrainingArguments):
             self.learning_rate = self.base_learning_rate * self.learning_rate_factor
 
     def _validate(self) -> None:
+        check_fields(self)
         if self.learning_rate_scaling not in LEARNING_RATE_SCALINGS:
             raise ValueError(
                 f"learning_rate_scaling must be one of {', '.join(LEARNING_RATE_SCALINGS)}, "
@@ -186,40 +188,14 @@ class EquiSSLTrainingArguments(TrainingArguments):
                 f"grad_clipping is {self.grad_clipping!r}, and max_grad_norm 0 clips nothing. Set max_grad_norm, "
                 "e.g. to 3."
             )
-        if self.learning_rate_reference_batch < 1:
-            raise ValueError(f"learning_rate_reference_batch must be >= 1, got {self.learning_rate_reference_batch}.")
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16 must be true, false or auto, got {self.bf16!r}.")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
-        for name in ("teacher_momentum", "teacher_momentum_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must be above 0 and at most 1 (no decay), got {self.layer_decay}.")
-        if self.epoch_steps is not None and self.epoch_steps < 1:
-            raise ValueError(f"epoch_steps must be >= 1, got {self.epoch_steps}.")
-        not_negative = ("learning_rate", "base_learning_rate", "dataloader_num_workers", "weight_decay_end")
-        for name in (*not_negative, "patch_embedding_lr_multiplier", "freeze_last_layer_epochs", "max_grad_norm"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
-        if self.save_steps <= 0:
-            raise ValueError(f"save_steps must be > 0, got {self.save_steps}. To save nothing: save_strategy no.")
         strategy = HubStrategy(self.hub_strategy)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"hub_strategy is {strategy.value!r}, which would upload pickled optimizer states. Use end or "
                 "every_save: `pretraining/` in the repository holds what others need to go on."
             )
-        if self.hub_always_push:
-            raise ValueError("hub_always_push must stay false: uploads would queue up. The next save publishes.")
-        if self.save_on_each_node:
-            raise ValueError("save_on_each_node must stay false: all machines write into one shared folder.")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay false: the view pipeline reads every column.")
-        if self.logging_nan_inf_filter:
-            raise ValueError("logging_nan_inf_filter must stay false: it would hide a loss that is not finite.")
 
     @property
     def precision(self) -> Precision:

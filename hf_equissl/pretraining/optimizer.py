@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from transformers import Trainer
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..distributed.collectives import local_shard
 from ..distributed.engines import plain_name
@@ -122,17 +123,39 @@ def freeze_parameters(model: EquiSSLForPreTraining, args: EquiSSLTrainingArgumen
         model.student.embeddings.patch_embeddings.requires_grad_(False)
 
 
-def optimizer_class(args: EquiSSLTrainingArguments) -> tuple[type[Optimizer], dict[str, Any]] | None:
-    """Return an optimizer of this package, and its keyword arguments; ``None`` where transformers has it.
+def choose_optimizer(model: nn.Module, args: EquiSSLTrainingArguments) -> tuple[Any, dict[str, Any]]:
+    """Return the class (or factory) of the optimizer and its keyword arguments: of this package or of transformers.
 
     Raises:
-        ValueError: ``optim_args`` has an argument that the optimizer does not know, or no number.
+        ValueError, ImportError: ``optim_args`` are no pairs or not those of the optimizer, or its package is missing.
     """
+    given = optim_arguments(args)
     if args.optim != LARS_NAME:
-        return None
-    given = dict(setting.split("=", 1) for setting in (args.optim_args or "").replace(" ", "").split(",") if setting)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     check_keys(given, ("momentum", "trust_coefficient"), "optim_args of lars")
     return LARS, {"lr": args.learning_rate, **{name: float(value) for name, value in given.items()}}
+
+
+def optim_arguments(args: EquiSSLTrainingArguments) -> dict[str, str]:
+    """Split ``optim_args`` as transformers does.
+
+    Raises:
+        ValueError: A part is no ``name=value``, or a number is not finite.
+    """
+    found = {}
+    for part in (args.optim_args or "").replace(" ", "").split(",") if args.optim_args else ():
+        name, is_pair, value = part.partition("=")
+        if not (name and is_pair and value) or "=" in value:
+            raise ValueError(f"optim_args must be name=value pairs with commas between them, got {part!r}.")
+        if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+            raise ValueError(f"optim_args: {name} must be finite, got {value}.")
+        found[name] = value
+    return found
+
+
+def chooses_own_groups(kind: Any, given: dict[str, Any]) -> bool:
+    """Whether an optimizer, as ``choose_optimizer`` gives it, takes the model's parameters in groups of its own."""
+    return is_optimizer_factory(kind) or bool(given.keys() & {"params", "model", "optimizer_dict"})
 
 
 def parameter_rules(model: EquiSSLForPreTraining, args: EquiSSLTrainingArguments) -> list[ParameterRule]:

@@ -13,7 +13,6 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -36,11 +35,12 @@ from .loss_history import LossHistory
 from .model import EquiSSLForPreTraining
 from .optimizer import (
     check_last_layer,
+    choose_optimizer,
+    chooses_own_groups,
     clip_gradients,
     clipping_parts,
     freeze_parameters,
     need_own_groups,
-    optimizer_class,
     optimizer_groups,
     parameter_rules,
 )
@@ -92,6 +92,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     """
 
     args: EquiSSLTrainingArguments
+    has_begun = False  # whether a forward pass went through; until then, what fails is a matter of settings
     # The parent sets both to None and says no more of their types.
     hub_model_id: Any
     push_in_progress: Any
@@ -216,6 +217,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     ) -> Any:
         """Run the model and remember the loss parts. One process on a CPU checks them at once: it waits for nobody."""
         output = model(**inputs, monitor=self.args.monitor_features and self._next_step_logs())
+        self.has_begun = True
         self.history.add(self.state.global_step + 1, output.loss, output.logs)
         if output.loss.device.type == "cpu" and self.args.world_size == 1:
             self.history.check(self._last_checkpoint)
@@ -245,12 +247,8 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         """
         if self.optimizer is None:
             module: Any = self.model if model is None else model
-            kind, given = (
-                self.optimizer_cls_and_kwargs
-                or optimizer_class(self.args)
-                or self.get_optimizer_cls_and_kwargs(self.args, module)
-            )
-            if is_optimizer_factory(kind) or given.keys() & {"params", "model", "optimizer_dict"}:
+            kind, given = self.optimizer_cls_and_kwargs or choose_optimizer(module, self.args)
+            if chooses_own_groups(kind, given):
                 if settings := need_own_groups(self.args):
                     raise ValueError(
                         f"The optimizer {self.args.optim} chooses its parameter groups itself, which {settings[0]} "

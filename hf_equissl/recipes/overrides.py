@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.coercion import coerce
-from ..utils.files import expand_home
+from ..utils.files import expand_home, is_file, readable_size
+from ..utils.plain_values import shortened
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, nearest
 
@@ -23,6 +24,7 @@ PATH_KEYS = {
     "training": ("accelerator_config", "deepspeed", "fsdp_config"),
     "monitor": ("source",),
 }
+LARGEST_FILE = 1_000_000  # bytes of a recipe or a sweep
 
 
 def resolve_recipe(path: Path, overrides: Mapping[str, Any], search: Sequence[Path] = ()) -> dict[str, Any]:
@@ -54,12 +56,7 @@ def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...]
     path = path.resolve()
     if path in chain:
         raise RecipeError(f"extends goes round in a circle: {' -> '.join(p.name for p in (*chain, path))}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{path}: the recipe cannot be read ({reason}).") from error
-    raw = as_mapping(load_yaml(text, str(path)), str(path))
+    raw = read_mapping(path, "recipe")
     if "sweep" in raw:
         raise RecipeError(
             f"{path.name} is a sweep of many runs. List and run them with: python training/sweep.py --recipe "
@@ -69,16 +66,55 @@ def read_recipe(path: Path, search: Sequence[Path] = (), chain: tuple[Path, ...]
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    parent = expand_path(coerce(parent, str, f"{path.name}: extends"), f"{path.name}: extends")
-    candidates = [folder / parent for folder in (path.parent, *search)]
-    found = next((c for c in candidates if c.is_file()), None)
-    if found is None:
-        places = " or ".join(str(candidate.parent) for candidate in candidates)
-        raise RecipeError(f"{path}: extends {parent!r}, which is not in {places}.")
+    found = find_parent(parent, (path.parent, *search), str(path))
     base = read_recipe(found, search, (*chain, path))
     for key in ("name", "description"):  # they speak of the other recipe
         base.pop(key, None)
     return _merge(base, raw, top=True)
+
+
+def find_parent(name: Any, folders: Sequence[str | Path], where: str) -> Path:
+    """Find the recipe that ``extends`` names.
+
+    Args:
+        name: What stands there.
+        folders: Where it may lie, the nearest first.
+        where: The file, or the place in it, for messages.
+
+    Raises:
+        RecipeError: It is no YAML file in one of the folders.
+    """
+    name = expand_path(coerce(name, str, f"{where}: extends"), f"{where}: extends")
+    if not name.endswith((".yaml", ".yml")):
+        raise RecipeError(f"{where}: extends {shortened(name)}, expected a recipe's file, which ends in .yaml.")
+    candidates = [Path(folder) / name for folder in folders]
+    found = next((candidate for candidate in candidates if is_file(candidate)), None)
+    if found is None:
+        places = " or ".join(str(candidate.parent) for candidate in candidates)
+        raise RecipeError(f"{where}: extends {shortened(name)}, which is not in {places}.")
+    return found
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Read the mapping in a YAML file, of which messages show no more than keys: it may be another file than was meant.
+
+    Raises:
+        RecipeError: It cannot be read, is no regular file (a pipe would never end), too large, or no mapping.
+    """
+    try:
+        if path.exists() and not path.is_dir() and not is_file(path):
+            raise RecipeError(f"{path}: the {what} is no regular file. Copy it into one.")
+        if is_file(path) and path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(f"{path}: the {what} is larger than {readable_size(LARGEST_FILE)}, which none is.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise RecipeError(f"{path}: the {what} cannot be read ({reason}).") from error
+    raw = load_yaml(text, str(path))
+    if raw is not None and not isinstance(raw, dict):
+        kind = "a list" if isinstance(raw, list) else "one value"
+        raise RecipeError(f"{path}: expected a {what}, which has keys such as {SECTIONS[0]}: {{...}}, got {kind}.")
+    return raw or {}
 
 
 def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
@@ -163,14 +199,14 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
             place.clear()
         place[last] = value
     else:
-        raise RecipeError(f"--{key}: {'.'.join(parents)} holds the value {place!r}, not keys.")
+        raise RecipeError(f"--{key}: {'.'.join(parents)} holds the value {shortened(place)}, not keys.")
 
 
 def _step(place: Any, part: str, where: str, key: str) -> Any:
     if isinstance(place, list):
         return place[_position(part, place, where, key)]
     if not isinstance(place, dict):
-        raise RecipeError(f"--{key}: {where} holds the value {place!r}, not keys.")
+        raise RecipeError(f"--{key}: {where} holds the value {shortened(place)}, not keys.")
     if place.get(part) is None:
         place[part] = {}
     return place[part]

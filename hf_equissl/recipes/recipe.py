@@ -40,10 +40,12 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..data import Decoding, load_images
 from ..modeling import EquiSSLConfig
 from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, Objective, takes_facts, weight_of
+from ..pretraining.argument_checks import check_effect
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.coercion import check_arguments, coerce, hints_of, parameters_of
 from ..utils.files import write_text
+from ..utils.plain_values import check_plain
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError, check_keys, check_known
@@ -142,6 +144,7 @@ class Recipe:
             origin: Where the data are from, for messages.
             given: Dotted keys that were set over the file.
         """
+        check_plain(raw, "")
         check_keys(raw, TOP_KEYS, origin)
         raw = expand_paths(raw)
         for section in ("model", "objectives", "views"):
@@ -381,7 +384,10 @@ def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"training.hub_strategy: expected one of {', '.join(_HUB_STRATEGIES)}, got {strategy!r}.")
     if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
         raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
-    return {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
+    training = {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
+    with naming_section("training"):
+        check_effect(training, EquiSSLTrainingArguments)
+    return training
 
 
 def _check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
@@ -406,5 +412,6 @@ def naming_section(where: str) -> Iterator[None]:
         raise
     except StrictDataclassError as error:  # wraps what a check raised in a second sentence about the check's name
         raise RecipeError(f"{where}: {error.__cause__ or error}") from error
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{where}: {error}") from error
+    except Exception as error:  # of libraries, too, which raise what they like
+        said = str(error) if isinstance(error, ValueError | TypeError | ImportError) else repr(error)
+        raise RecipeError(f"{where}: {said}") from error

@@ -22,17 +22,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..utils.coercion import coerce
-from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, did_you_mean
-from .overrides import SECTIONS, apply_overrides, as_mapping, expand_path, read_recipe
+from .overrides import SECTIONS, apply_overrides, as_mapping, find_parent, read_mapping, read_recipe
 
+MOST_RUNS = 10_000
 _GRIDS = ("cross", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -59,9 +61,7 @@ class Member:
 
 def is_sweep(path: str | Path) -> bool:
     """Whether the YAML file ``path`` names a sweep."""
-    path = Path(path)
-    raw = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    return isinstance(raw, dict) and "sweep" in raw
+    return "sweep" in read_mapping(Path(path), "recipe")
 
 
 def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Member]:
@@ -76,10 +76,7 @@ def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Memb
             runs share a name.
     """
     path = Path(path)
-    try:
-        raw = as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the sweep cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    raw = read_mapping(path, "sweep")
     if "sweep" not in raw:
         raise RecipeError(f"{path.name} is the recipe of one run: start it with training/pretrain.py.")
     check_keys(raw, ("description", "sweep"), str(path))
@@ -89,7 +86,7 @@ def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Memb
     if not members:
         raise RecipeError(f"{path.name}: sweep is an empty list. Name at least one grid.")
     names = [member.name for member in members]
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise RecipeError(
             f"{path.name}: two runs are called {twice[0]!r}. Put the keys that tell them apart into `name`, as {{key}}."
         )
@@ -118,13 +115,8 @@ def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) 
             raise RecipeError(f"{where}: `{key}` must be given.")
     if len(kinds) != 1:
         raise RecipeError(f"{where}: expected `cross` (every combination) or `zip` (side by side), got {len(kinds)}.")
-    pattern, parent = (coerce(grid[key], str, f"{where}.{key}") for key in ("name", "extends"))
-    parent = expand_path(parent, f"{where}.extends")
-    candidates = [Path(folder) / parent for folder in folders]
-    recipe = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if recipe is None:
-        places = " or ".join(str(candidate.parent) for candidate in candidates)
-        raise RecipeError(f"{where}: extends {parent!r}, which is not in {places}.")
+    pattern = coerce(grid["name"], str, f"{where}.name")
+    recipe = find_parent(grid["extends"], folders, where)
     fixed = as_mapping(grid.get("set"), f"{where}.set")
     varied = {
         key: coerce(values, list, f"{where}.{kinds[0]}.{key}")
@@ -153,6 +145,9 @@ def _check_grid(fixed: Mapping[str, Any], varied: Mapping[str, list[Any]], kind:
         raise RecipeError(f"{where}.{kind}: expected keys with lists of at least one value, got {dict(varied)}.")
     if kind == "zip" and len(set(lengths.values())) > 1:
         raise RecipeError(f"{where}.zip: the lists must be equally long, got {lengths}.")
+    count = prod(lengths.values()) if kind == "cross" else max(lengths.values())
+    if count > MOST_RUNS:
+        raise RecipeError(f"{where}.{kind}: {count} runs are more than a sweep can have, {MOST_RUNS}. Shorten a list.")
 
 
 def _name(pattern: str, chosen: Mapping[str, Any], where: str) -> str:

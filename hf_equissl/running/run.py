@@ -65,8 +65,9 @@ from .output_folder import (
 from .precision import assume_precision, describe_precision, keep_precision, leaves_precision_open
 from .preemption import PreemptionCallback
 from .publishing import Publisher
+from .rehearsal import rehearse
 from .resume import Launch, check_same_data, describe_resume, find_start
-from .stops import ExportError, explain_stops
+from .stops import ExportError, explain_stops, refusing
 
 ASSUMED_CLASSES = 1000  # of a dry run without a data set
 
@@ -115,7 +116,7 @@ class Run:
             RecipeError: Shapes do not fit, in the model's words.
         """
         images = batch or self.plan.per_device
-        with _refuse_step():
+        with refusing("The first step would fail"):
             views = self.pipeline.blank(images, device="meta")
             return measure(self.config, views, self.args, images, self.plan.processes)
 
@@ -125,17 +126,9 @@ class Run:
         Raises:
             RecipeError: Shapes do not fit, in the model's words.
         """
-        with _refuse_step():
+        with refusing("The first step would fail"):
             views = self.pipeline.blank(self.plan.per_device, device="meta")
             check_step(self.config, views, self.plan.processes)
-
-
-@contextmanager
-def _refuse_step() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise RecipeError(f"The first step would fail: {error}") from error
 
 
 def prepare(
@@ -190,14 +183,9 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     blank = dry and not recipe.data.get("source")
     source = None if blank or not recipe.reads_num_classes else open_source(recipe)
     config = recipe.build_pretraining_config(_count_classes(recipe, source))
-    try:
+    check_known(config.encoder_config.hidden_act, sorted(ACT2FN), "model.hidden_act")
+    with refusing("model, objectives"):
         _, model = without_weights(config)
-    except ValueError as error:
-        raise RecipeError(f"objectives: {error}") from error
-    except KeyError:
-        name = config.encoder_config.hidden_act
-        check_known(name, sorted(ACT2FN), "model.hidden_act")
-        raise
     check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
     notes = describe_precision(args, asked, dry) + describe_resume(checkpoint, launch)
@@ -214,6 +202,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         check_batches(args, model, plan)
         if args.epoch_steps or plan.steps_per_epoch:
             check_schedules(args, model, plan)
+        rehearse(args, model, plan)
         return Run(recipe, args, config, pipeline, None, plan, blank_views(pipeline), checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(source or open_source(recipe), recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
@@ -224,6 +213,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)
     check_schedules(args, model, plan)
+    rehearse(args, model, plan)
     if checkpoint is not None and plan.steps is not None and (done := Manifest.read(checkpoint).step) > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
@@ -292,7 +282,8 @@ def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     model, trainer = build_training(run, preemption)
     if is_main_process():
         run.recipe.save(output)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    with refusing("The run cannot begin", unless=lambda: trainer.has_begun):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     if preemption.stopped:
         preemption.stop(trainer.state, output)
     trainer.check_finite()
@@ -358,7 +349,7 @@ def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCa
     """Build the run's Trainer, which refuses what it cannot do and, with ``push_to_hub``, a Hub it cannot write to."""
     dataset = cast(ViewDataset, run.dataset)
     skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
-    try:
+    with refusing("training"):
         return EquiSSLTrainer(
             model,
             run.args,
@@ -368,10 +359,6 @@ def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCa
             publisher=Publisher(str(run.args.output_dir)) if run.args.push_to_hub else None,
             callbacks=list(callbacks),  # before those that publish
         )
-    except (ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):  # those of report_to are mendable
-            raise
-        raise RecipeError(f"training: {error}") from error
 
 
 def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
+import torch
+
 from ..checkpoints import CheckpointError, newest_checkpoint
 from ..data import ImageDecodeError, TooManyBadImages
 from ..distributed.agreement import answer_others, end_process, gather_objects, lost_a_process, speaks_for_all
@@ -22,6 +25,7 @@ from ..pretraining.loss_history import NonFiniteLossError
 from ..utils.files import readable_size
 from ..utils.suggestions import RecipeError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _FAILED = "failed"
 
@@ -69,6 +73,38 @@ def explain_stops(output_dir: str | Path | None) -> Iterator[None]:
         if not isinstance(error, STOPS):
             speaks_for_all()
         raise
+
+
+@contextmanager
+def refusing(where: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what libraries raise of settings into one sentence; the error itself stays its cause.
+
+    Args:
+        where: Which settings, for the sentence.
+        unless: Whether it is too late for that, because training has begun.
+
+    Raises:
+        RecipeError: In place of every error but a lack of memory, those of ``STOPS``, and those that ``explain_stops``
+            explains.
+    """
+    try:
+        yield
+    except (RecipeError, MemoryError, torch.OutOfMemoryError, *STOPS):
+        raise
+    except Exception as error:
+        if unless() or lost_a_process(error) or _is_loader(error):
+            raise
+        logger.debug("%s", where, exc_info=error)
+        raise RecipeError(f"{where}: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    """Return the first line of an error; with its kind where the line alone would not say that it is one."""
+    lines = str(error).strip().splitlines() or [""]
+    first = lines[-1] if "Original Traceback" in str(error) else lines[0]  # of a process that loads, whole
+    if isinstance(error, ValueError | ImportError) and first:
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def run_on_all(prepare: Callable[[], T], expected: tuple[type[Exception], ...] = (RecipeError,)) -> T:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 
 from huggingface_hub.dataclasses import type_validator
 
+from .plain_values import shortened
 from .strict_yaml import load_yaml
 from .suggestions import RecipeError, check_keys
 
@@ -103,7 +104,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     try:
         return _coerce(value, annotation)
     except TypeError:
-        kind = {type(None): "null", dict: "a mapping"}.get(type(value), repr(value))
+        kind = {type(None): "null", dict: "a mapping"}.get(type(value)) or shortened(value)
         quoted = " Write it without quotes." if isinstance(value, str) and _is_scalar(value, annotation) else ""
         raise RecipeError(f"{where}: expected {describe(annotation)}, got {kind}.{quoted}") from None
 
@@ -111,7 +112,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
 def _is_scalar(text: str, annotation: Any) -> bool:
     try:
         _coerce(load_yaml(text, "value"), annotation)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # also what is no YAML
         return False
     return True
 

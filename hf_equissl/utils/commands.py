@@ -8,20 +8,30 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from .files import expand_home
+from .plain_values import check_plain, shortened
 from .redaction import redact, redact_messages, without_secrets
 from .suggestions import RecipeError
+
+_KINDS = {int: "an integer", float: "a number"}
 
 
 def command_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     """Make the parser of a command, which from here on repeats no secret, whatever goes wrong.
 
-    It keeps the line breaks of its texts and takes no abbreviated option.
+    It keeps the line breaks of its texts and takes no abbreviated option and no value without sense: numbers are
+    finite and fit into 64 bits, texts are not empty (``--data "$FOLDER"`` with a variable that is not set would read
+    the current folder).
     """
     redact_messages()
-    return _Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=prog, formatter_class=formatter, allow_abbrev=False, **options)
+    for kind in (int, float, str, None):  # None: options without a type
+        parser.register("type", kind, partial(_read_word, kind or str))
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,13 +41,31 @@ class _Parser(argparse.ArgumentParser):
         super()._print_message(redact(message), file)
 
 
+def _read_word(kind: type, word: str) -> Any:
+    """Make an option's value of a word, as ``type=kind`` does.
+
+    Raises:
+        argparse.ArgumentTypeError: It says what is wrong.
+    """
+    if not word:
+        raise argparse.ArgumentTypeError("the value is empty. Give one, or leave the option out.")
+    try:
+        value = kind(word)
+        check_plain(value, "")
+    except RecipeError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {shortened(word)}.") from error
+    return value
+
+
 def path_word(word: str) -> str:
     """Read a word that is or may be a path, whose ``~`` is expanded here and nowhere later: the type of such options.
 
     Shells leave the ``~`` of ``--output_dir=~/runs`` as it is, and so does whoever starts a command from Python.
     """
     try:
-        return expand_home(word)
+        return expand_home(_read_word(str, word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

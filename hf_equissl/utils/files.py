@@ -120,6 +120,14 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(redact(text), encoding="utf-8")
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file lies there: no pipe or device, which may never end. A name that cannot be is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a character that no name has
+        return False
+
+
 def sync_to_disk(path: Path) -> None:
     """Wait until a file, or all files and folders below a folder, would survive a loss of power."""
     for entry in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:

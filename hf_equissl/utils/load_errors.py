@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from .hostile import check_config_sizes
 from .suggestions import nearest
 
 if TYPE_CHECKING:
@@ -50,8 +51,14 @@ def read_config(
     Raises:
         LoadError: There is no config, or it is damaged or of a kind that no class here is made for.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    with explain_load_errors(source, what, **hub_options):
+        raw, _ = PreTrainedConfig.get_config_dict(str(source), **hub_options)
+    try:
+        check_config_sizes(raw, source)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
     with explain_load_errors(source, what, **hub_options):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub_options)
 

@@ -1,7 +1,8 @@
 """YAML without surprises: strict reading, errors that name file and line, and writing that reads back the same.
 
 YAML is read by the core schema of YAML 1.2: ``1e-3`` is a float, ``no`` and ``on`` are strings, ``1:30`` is not a
-number of seconds, and a key that is given twice is an error.
+number of seconds, and a key that is given twice is an error. Values are plain: no tags, nothing that is not finite,
+nothing nested without end (``check_plain``).
 """
 
 from __future__ import annotations
@@ -11,13 +12,27 @@ from typing import Any
 
 import yaml
 
+from .plain_values import check_plain, shortened
 from .suggestions import RecipeError
+
+_PLAIN = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "int", "float", "str", "seq", "map"))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 core schema, duplicate keys refused."""
+    """YAML 1.2 core schema, duplicate keys and tags refused."""
 
     yaml_implicit_resolvers = {}
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        line = f"line {node.start_mark.line + 1}"
+        if node.tag not in _PLAIN:
+            raise RecipeError(f"{line}: the tag {shortened(node.tag)} is not read. Write the value without it.")
+        try:
+            return super().construct_object(node, deep)
+        except RecipeError:
+            raise
+        except (ValueError, KeyError) as error:  # an integer of thousands of digits, or a tag that does not fit
+            raise RecipeError(f"{line}: {shortened(node.value)} is no {node.tag.rpartition(':')[2]}.") from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -66,13 +81,18 @@ _Dumper.add_implicit_resolver(
 def load_yaml(text: str, origin: str) -> Any:
     """Read YAML ``text``; errors name ``origin`` (a file, an option) and the line."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{origin}{line}: this is not valid YAML ({getattr(error, 'problem', error)}).") from error
+        problem = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
+        raise RecipeError(f"{origin}{line}: this is not valid YAML ({problem}).") from error
     except RecipeError as error:
         raise RecipeError(f"{origin}, {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{origin}: brackets or indented lines are nested too deeply.") from None
+    check_plain(value, origin)
+    return value
 
 
 def dump_yaml(value: Any) -> str:

@@ -336,7 +336,7 @@ def test_a_step_that_cannot_work_is_refused_before_training(
     ("words", "message"),
     [
         ("--training.max_steps -1 --training.num_train_epochs 0", "training.num_train_epochs: expected more than 0"),
-        ("--training.max_steps -1 --training.num_train_epochs -1", "training.num_train_epochs: expected more than 0"),
+        ("--training.max_steps -1 --training.num_train_epochs -1", "training: num_train_epochs must be >= 0"),
         ("--training.max_steps 0", "training.max_steps: expected 1 or more"),
         ("--dry_run --num_processes 0", "--num_processes 0: expected 1 or more"),
         ("--training.per_device_train_batch_size 0", "training: per_device_train_batch_size must be >= 1, got 0"),

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
@@ -101,6 +101,7 @@ class DenseTask(Task):
         Raises:
             ValueError: none there, or weights are missing.
         """
+        config = read_config(source, what="fine-tuned model", **options)
         with explain_load_errors(source, "fine-tuned model", **options), without_load_report():
             if self.auto_class is not None:
                 model, report = getattr(transformers, self.auto_class).from_pretrained(
@@ -109,7 +110,6 @@ class DenseTask(Task):
                 check_report(source, model, report, new=_UNUSED)
                 return model
             # A plain module: beside its weights lies the configuration of its backbone.
-            config = AutoConfig.from_pretrained(source, **options)
             place = {name: value for name, value in options.items() if name != "trust_remote_code"}
             weights = transformers.utils.cached_file(source, WEIGHTS, **place)
         model = self.build(config, self.classes_of(source, **place))

@@ -1,0 +1,97 @@
+"""A rehearsal of what a run builds only once it trains: mistakes are found before the first step, in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from ..planning.arithmetic import Schedule
+from ..pretraining.arguments import LARS_NAME, EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
+from ..pretraining.optimizer import choose_optimizer, chooses_own_groups, optim_arguments, optimizer_groups
+from .stops import refusing
+
+_STEPS = 3
+_USUAL_ATTENTION = (None, "sdpa", "eager")
+
+
+def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
+    """Build the optimizer and the learning-rate schedule, take a few of their steps, and try the kernels asked for.
+
+    Args:
+        args: Of the run.
+        model: Without weights: optimizers get parameters of four numbers in their place.
+        plan: Its length.
+
+    Raises:
+        RecipeError: With the words of what failed.
+    """
+    with refusing("training: the optimizer"):
+        optimizer = _small_optimizer(args, model)
+    steps = plan.steps or 1000  # of a plan without data, whose length is open
+    with refusing("training: the learning rate's schedule"):
+        scheduler: Any = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+        )
+        _check_rates(scheduler, args.learning_rate, steps)
+    with refusing("training: the optimizer"):
+        for _ in range(_STEPS):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            scheduler.step()
+    _try_kernels(args, model)
+
+
+def _small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> torch.optim.Optimizer:
+    """Build the run's optimizer on small parameters, in the run's groups."""
+    kind, given = choose_optimizer(model, args)
+    if chooses_own_groups(kind, given):  # it has taken the model's parameters, which are none
+        return torch.optim.SGD([_small_parameter(args)], lr=args.learning_rate)
+    for name, value in optim_arguments(args).items() if args.optim != LARS_NAME else ():
+        others = copy.copy(args)
+        others.optim_args = ",".join(f"{key}={text}" for key, text in optim_arguments(args).items() if key != name)
+        if choose_optimizer(model, others)[1] == given:
+            raise ValueError(f"optim_args: {name}={value} changes nothing in {args.optim!s}. Leave it out.")
+    groups = [{**group, "params": [_small_parameter(args)]} for group in optimizer_groups(model, args)]
+    optimizer: torch.optim.Optimizer = kind(groups, **given)
+    return optimizer
+
+
+def _small_parameter(args: EquiSSLTrainingArguments) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(2, 2, device=args.device))
+
+
+def _check_rates(scheduler: Any, rate: float, steps: int) -> None:
+    """Refuse a schedule with a learning rate that is negative or not finite, at a hundred steps of the run."""
+    if not isinstance(scheduler, LambdaLR):
+        return
+    for step in sorted({0, 1, steps - 1, *(steps * part // 100 for part in range(100))}):
+        if not (0 <= (value := float(rate * scheduler.lr_lambdas[0](step))) < math.inf):
+            raise ValueError(
+                f"lr_scheduler_kwargs and warmup_steps give the learning rate {value:g} at step {step} of {steps}."
+            )
+
+
+def _try_kernels(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
+    """Run one block with an attention that is not PyTorch's, and one addition by a compiler that is not its own."""
+    kernel = model.config.encoder_config._attn_implementation
+    if kernel not in _USUAL_ATTENTION:
+        with refusing(f"model.attn_implementation {kernel!r} does not run here"):
+            config = copy.deepcopy(model.config.encoder_config)
+            config.num_hidden_layers, config.cls_insertion_layer = 1, 0
+            encoder = type(model.student)._from_config(config, attn_implementation=kernel).to(args.device).train()
+            side = config.patch_side
+            pixels = torch.zeros(1, config.num_channels, *(side * count for count in config.grid_size))
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+                encoder(pixels.to(args.device)).last_hidden_state.float().sum().backward()
+    if args.torch_compile and args.torch_compile_backend != "inductor":
+        with refusing(f"training.torch_compile_backend {args.torch_compile_backend!r} does not run here"):
+            add = torch.compile(lambda tensor: tensor + 1, backend=str(args.torch_compile_backend))
+            add(torch.zeros(2, device=args.device))
