@@ -99,8 +99,6 @@ def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Path,
     """
     set_value(overrides, "data.source", "--data", options.data)
     set_value(overrides, "model.init_from", "--init_from", options.init_from)
-    if options.init_from == "":
-        raise RecipeError("--init_from is empty. Name an encoder: a Hub id, a folder or a .pth file.")
     path = find_recipe(options.recipe)
     raw = resolve_recipe(path, overrides, [RECIPES])
     if options.num_processes is not None and not options.dry_run:

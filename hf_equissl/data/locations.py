@@ -78,6 +78,11 @@ def open_dataset(
     options = {"split": split, "streaming": streaming, "cache_dir": cache_dir, "num_proc": num_proc}
     options["members"] = members
     path = Path(source)
+    if hub["revision"] is not None and ("://" in source or path.exists()):
+        raise ImageSourceError(
+            f"revision is {hub['revision']!r}: data sets of the Hub have revisions, files and folders have none. Leave "
+            "it out."
+        )
     if "://" in source:
         return _open_files(source, _numbered(source, source), options)
     if not path.exists() and any(sign in source for sign in "*?[{"):

@@ -95,7 +95,17 @@ def convert_encoder(
     if not isinstance(source, (str, Path)):
         raise ValueError(f"{type(source).__name__} does not convert: expected a folder, a Hub id or a stock model.")
     if is_upstream_file(source):
+        if revision or subfolder:
+            raise ValueError(
+                f"{str(source)!r} is one file: revision ({revision}) and subfolder ({subfolder!r}) belong to a "
+                "repository. Leave them out."
+            )
         return convert_upstream(source, weights_of=weights_of, num_attention_heads=num_attention_heads)
+    if num_attention_heads is not None:
+        raise ValueError(
+            f"num_attention_heads (--num_attention_heads) is {num_attention_heads}: {str(source)!r} says it itself. It "
+            "belongs to .pth files."
+        )
     if hub_options.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code=True: conversion reads stock model types and runs no code of a repository.")
     options = {"revision": revision, "subfolder": subfolder, **hub_options}

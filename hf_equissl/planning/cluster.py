@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..recipes.overrides import check_processes
 from ..utils.suggestions import RecipeError, did_you_mean
 from .arithmetic import Schedule
 from .memory import MemoryUse, Setup, host_bytes, peak, peaks_by_phase
@@ -95,8 +96,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"--{name} {getattr(self, name)}: expected 1 or more.")
+            check_processes(getattr(self, name), f"--{name} {getattr(self, name)}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise RecipeError(
                 f"--gpus {self.gpus} are no whole number of nodes of {self.gpus_per_node}. "

@@ -24,6 +24,7 @@ PATH_KEYS = {
     "training": ("accelerator_config", "deepspeed", "fsdp_config"),
     "monitor": ("source",),
 }
+MOST_PROCESSES = 1_000_000
 LARGEST_FILE = 1_000_000  # bytes of a recipe or a sweep
 
 
@@ -232,3 +233,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = False) -> dic
 def as_mapping(value: Any, where: str) -> dict[str, Any]:
     """Return ``value`` if it is a mapping, an empty one for ``None``; raise ``RecipeError`` for anything else."""
     return coerce({} if value is None else value, dict, where)
+
+
+def check_processes(count: int, where: str, got: str = "") -> None:
+    """Refuse a number of processes that no launch can have; lists of them would fill the memory."""
+    if not 1 <= count <= MOST_PROCESSES:
+        expected = "1 or more" if count < 1 else f"at most {MOST_PROCESSES:,}"
+        raise RecipeError(f"{where}: expected {expected}{got}.")

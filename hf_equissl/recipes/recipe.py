@@ -54,7 +54,7 @@ from ..views import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformati
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
 from .monitor_settings import MonitorSettings
-from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, expand_paths, resolve_recipe
+from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, check_processes, expand_paths, resolve_recipe
 
 if TYPE_CHECKING:
     from ..data import ImageSource
@@ -152,8 +152,8 @@ class Recipe:
                 raise RecipeError(f"{origin}: the section {section!r} is missing.")
         hints = get_type_hints(cls)
         top = {key: coerce(raw[key], hints[key], key) for key in ("name", "description", "num_processes") if key in raw}
-        if (processes := top.get("num_processes")) is not None and processes < 1:
-            raise RecipeError(f"num_processes: expected 1 or more, got {processes}.")
+        if (processes := top.get("num_processes")) is not None:
+            check_processes(processes, "num_processes", f", got {processes}")
         recipe = cls(
             **{"name": "recipe", **top},
             model=_check_model(as_mapping(raw["model"], "model")),

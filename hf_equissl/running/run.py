@@ -33,6 +33,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE
 from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.overrides import check_processes
 from ..recipes.recipe import Recipe
 from ..utils.files import expand_home
 from ..utils.suggestions import RecipeError, check_known
@@ -152,15 +153,15 @@ def prepare(
         output_dir, resume = None if output_dir is None else expand_home(output_dir), expand_home(resume)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    with leave_if_refused(output_dir):
+    with leave_if_refused(output_dir), refusing("The run cannot be prepared"):
         return _prepare(recipe, output_dir, resume, processes, dry)
 
 
 def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, processes: int | None, dry: bool) -> Run:
     if output_dir is not None and not str(output_dir):
         raise RecipeError("--output_dir is empty. Name a folder.")
-    if processes is not None and processes < 1:
-        raise RecipeError(f"--num_processes {processes}: expected 1 or more.")
+    if processes is not None:
+        check_processes(processes, f"--num_processes {processes}")
     asked = recipe
     if output_dir is not None and resume != "never":
         recipe = keep_precision(recipe, output_dir if resume == "auto" else Path(resume).parent)
@@ -349,16 +350,19 @@ def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCa
     """Build the run's Trainer, which refuses what it cannot do and, with ``push_to_hub``, a Hub it cannot write to."""
     dataset = cast(ViewDataset, run.dataset)
     skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
-    with refusing("training"):
-        return EquiSSLTrainer(
-            model,
-            run.args,
-            run.pipeline,
-            train_dataset=dataset,
-            skipped_images=skipped,
-            publisher=Publisher(str(run.args.output_dir)) if run.args.push_to_hub else None,
-            callbacks=list(callbacks),  # before those that publish
-        )
+    try:
+        with refusing("training"):
+            return EquiSSLTrainer(
+                model,
+                run.args,
+                run.pipeline,
+                train_dataset=dataset,
+                skipped_images=skipped,
+                publisher=Publisher(str(run.args.output_dir)) if run.args.push_to_hub else None,
+                callbacks=list(callbacks),  # before those that publish
+            )
+    except PublishError as error:  # before training, it can be mended
+        raise RecipeError(f"training: {error}") from error
 
 
 def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:

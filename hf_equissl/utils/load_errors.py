@@ -53,6 +53,11 @@ def read_config(
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    if hub_options.get("revision") and Path(source).is_dir():
+        raise LoadError(
+            f"{str(source)!r} is a folder, which has no revision (--revision {hub_options['revision']}): leave it out, "
+            "or give the Hub id."
+        )
     with explain_load_errors(source, what, **hub_options):
         raw, _ = PreTrainedConfig.get_config_dict(str(source), **hub_options)
     try:
