@@ -70,7 +70,21 @@ def convert_upstream(
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is no regular file: expected a checkpoint of iBOT, DINO or DINOv2.")
-    state = _encoder_weights(_network(_read(path), weights_of, path), path)
+    if num_attention_heads is not None and num_attention_heads < 1:
+        raise ValueError(f"num_attention_heads is {num_attention_heads}: expected 1 or more.")
+    checkpoint = _read(path)
+    try:
+        return _convert(checkpoint, path, weights_of, num_attention_heads)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no ViT of iBOT, DINO or DINOv2 ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _convert(
+    checkpoint: Mapping[str, Any], path: Path, weights_of: str, num_attention_heads: int | None
+) -> EquiSSLModel:
+    state = _encoder_weights(_network(checkpoint, weights_of, path), path)
     _refuse_other_architectures(state, path)
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
