@@ -333,7 +333,8 @@ def _check_name(entry: dict[str, Any], registry: Mapping[str, Any], where: str) 
 def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
     check_keys(raw, [f.name for f in fields(ObjectivesSection)], "objectives")
     entries = []
-    for index, item in enumerate(coerce(raw.get("equivariance") or [], list, "objectives.equivariance")):
+    listed = [] if raw.get("equivariance") is None else coerce(raw["equivariance"], list, "objectives.equivariance")
+    for index, item in enumerate(listed):
         where = f"objectives.equivariance.{index}"
         entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=FILLED_IN, beside=("weight", "views"))
         weight = coerce(weight_of(item), float, f"{where}.weight")
@@ -394,6 +395,11 @@ def _check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
     settings = check_arguments(raw, MonitorSettings, "monitor")
     with naming_section("monitor"):
         MonitorSettings(**settings)
+    if settings and "every_steps" not in settings:  # null is a way to switch it off
+        name = min(settings)
+        raise RecipeError(
+            f"monitor.{name}: nothing is measured without monitor.every_steps. Set it, e.g. to 500, or leave this out."
+        )
     return settings
 
 

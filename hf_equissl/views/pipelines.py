@@ -80,9 +80,12 @@ class ViewPipeline:
     ) -> None:
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size is {image_size!r}, expected a positive integer.")
-        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+        # Far beyond what pixels can need, and near enough for float32: 1 / 1e-300 is infinite there.
+        sane = all(abs(value) <= 1e6 for value in image_mean) and all(1e-6 <= value <= 1e6 for value in image_std)
+        if len(image_mean) != 3 or len(image_std) != 3 or not sane:
             raise ValueError(
-                f"image_mean is {image_mean!r} and image_std {image_std!r}, expected three numbers each, std above 0."
+                f"image_mean is {image_mean!r} and image_std {image_std!r}, expected three numbers each, std above 0 "
+                "(1e-6 to 1e6)."
             )
         check_needs(needs, transformation, spec, name)
         self.name, self.spec, self.needs = name, spec, needs

@@ -10,6 +10,7 @@ from typing import Any
 from ..utils.suggestions import check_keys
 from .masks import MaskSpec
 
+MOST_LOCAL = {"count": 1024, "size": 2**14}
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
 
 
@@ -97,7 +98,7 @@ class ViewSpec:
             if item.name.endswith("_probability") or item.name == "solarize_threshold":
                 _check_number(item.name, getattr(self, item.name), 0.0, 1.0)
         for name in ("brightness", "contrast", "saturation"):
-            _check_number(name, getattr(self, name), 0.0, None)
+            _check_number(name, getattr(self, name), 0.0, 100.0)
         _check_number("hue", self.hue, 0.0, 0.5)
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation is {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}.")
@@ -142,8 +143,10 @@ class LocalSpec:
         """Refuse empty groups."""
         for name in ("count", "size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"local.{name} is {value!r}, expected a positive integer.")
+            if value > MOST_LOCAL[name]:
+                raise ValueError(f"local.{name} is {value}, expected at most {MOST_LOCAL[name]}.")
 
 
 @dataclass(frozen=True)

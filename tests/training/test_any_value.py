@@ -26,7 +26,7 @@ from hf_equissl.recipes.recipe import encoder_fields
 from hf_equissl.training import convert, plan, pretrain, probe, sweep
 from hf_equissl.utils.coercion import parameters_of
 from hf_equissl.views import TRANSFORMATIONS
-from hf_equissl.views.view_specs import MaskSpec, PipelineSpec, ViewSpec
+from hf_equissl.views.view_specs import LocalSpec, MaskSpec, PipelineSpec, ViewSpec
 from tests.processes import limit
 
 DRAWS = 200
@@ -60,6 +60,7 @@ def settings() -> list[str]:
     keys |= {f"data.{name}" for name in (*parameters_of(load_images), "max_bad_share", "shuffle_buffer", "num_images")}
     keys |= {f"monitor.{field.name}" for field in dataclasses.fields(MonitorSettings)}
     keys |= {f"views.pipeline.{field.name}" for field in dataclasses.fields(PipelineSpec)}
+    keys |= {f"views.pipeline.local.{field.name}" for field in dataclasses.fields(LocalSpec)}
     keys |= {f"views.pipeline.view_1.{field.name}" for field in dataclasses.fields(ViewSpec)}
     keys |= {f"views.pipeline.masks.{field.name}" for field in dataclasses.fields(MaskSpec)}
     for place, registry in (("invariance", INVARIANCE_OBJECTIVES), ("equivariance.0", EQUIVARIANCE_OBJECTIVES)):
