@@ -52,11 +52,7 @@ class Preprocessing:
             self.settings: dict[str, Any] = {"shorter_side": resized_side(self.size), "center_crop": self.size}
             self.settings |= {"resample": "bicubic", **normalisation}
             return
-        self._processor = AutoImageProcessor.from_pretrained(
-            source,
-            backend="pil",
-            **{"trust_remote_code": False, **load_options},  # unset, it would ask at the terminal
-        )
+        self._processor = _load_processor(source, **load_options)
         settings = {key: value for key, value in sorted(self._processor.to_dict().items()) if value is not None}
         settings = {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
@@ -90,3 +86,22 @@ class Preprocessing:
         self.normalised = not (
             same and torch.allclose((pixels.float() / 255 - mean) / std, wanted, rtol=0, atol=_CLOSE)
         )
+
+
+def _load_processor(source: str, *, trust_remote_code: bool = False, **hub_options: Any) -> Any:
+    """Load the image processor; left unsaid, ``trust_remote_code`` would be asked for at the terminal.
+
+    Raises:
+        ValueError: It needs code of its own, which may not run.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            source, backend="pil", trust_remote_code=trust_remote_code, **hub_options
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"The image processor of {source!r} comes with code of its own. Read that code, then pass "
+            "--trust_remote_code; or give --image_size, which uses none of it."
+        ) from error
