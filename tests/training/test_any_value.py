@@ -173,10 +173,7 @@ def test_settings_that_training_alone_would_find(
     words: str, expected: str, recipe: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused before the first step, and nothing is left in the folder."""
-    given = words.replace(":", ": ").split(" ") if "{" not in words else words.replace("{", " {").split()
-    pairs = [
-        f"--training.{name}={value.replace(':', ': ')}" for name, value in zip(given[::2], given[1::2], strict=True)
-    ]
+    pairs = [f"--training.{word.replace(':', ': ')}" for word in words.split()]
     output = tmp_path / "run"
     said = answer(
         pretrain, ["--recipe", str(recipe), "--data", str(photo_folder), "--output_dir", str(output), *pairs], capsys
