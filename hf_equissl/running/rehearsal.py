@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from ..planning.arithmetic import Schedule
@@ -17,6 +18,7 @@ from ..pretraining.optimizer import choose_optimizer, chooses_own_groups, optim_
 from .stops import refusing
 
 _STEPS = 3
+_WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
 _USUAL_ATTENTION = (None, "sdpa", "eager")
 
 
@@ -34,7 +36,11 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
     with refusing("training: the optimizer"):
         optimizer = _small_optimizer(args, model)
     steps = plan.steps or 1000  # of a plan without data, whose length is open
+    with refusing("training: the loader"):
+        _build_loader(args)
     with refusing("training: the learning rate's schedule"):
+        if args.lr_scheduler_kwargs and _word(args.lr_scheduler_type) in _WITHOUT_SETTINGS:
+            raise ValueError(f"{_word(args.lr_scheduler_type)} has no settings: leave lr_scheduler_kwargs out.")
         scheduler: Any = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
         )
@@ -58,7 +64,9 @@ def _small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTrainin
         others = copy.copy(args)
         others.optim_args = ",".join(f"{key}={text}" for key, text in optim_arguments(args).items() if key != name)
         if choose_optimizer(model, others)[1] == given:
-            raise ValueError(f"optim_args: {name}={value} changes nothing in {args.optim!s}. Leave it out.")
+            raise ValueError(f"optim_args: {name}={value} changes nothing in {_word(args.optim)}. Leave it out.")
+    if args.optim_target_modules is not None:
+        raise ValueError(f"optim_target_modules changes nothing in {_word(args.optim)}. Leave it out.")
     groups = [{**group, "params": [_small_parameter(args)]} for group in optimizer_groups(model, args)]
     optimizer: torch.optim.Optimizer = kind(groups, **given)
     return optimizer
@@ -66,6 +74,18 @@ def _small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTrainin
 
 def _small_parameter(args: EquiSSLTrainingArguments) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(2, 2, device=args.device))
+
+
+def _build_loader(args: EquiSSLTrainingArguments) -> None:
+    """Let PyTorch check the settings of the loader; no process starts before the first batch."""
+    DataLoader(
+        cast(Any, [0]),
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        persistent_workers=bool(args.dataloader_persistent_workers),
+        pin_memory=args.dataloader_pin_memory,
+    )
 
 
 def _check_rates(scheduler: Any, rate: float, steps: int) -> None:
@@ -95,3 +115,8 @@ def _try_kernels(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -
         with refusing(f"training.torch_compile_backend {args.torch_compile_backend!r} does not run here"):
             add = torch.compile(lambda tensor: tensor + 1, backend=str(args.torch_compile_backend))
             add(torch.zeros(2, device=args.device))
+
+
+def _word(choice: Any) -> str:
+    """Return the word of a recipe for a choice that transformers may have turned into an enum."""
+    return str(getattr(choice, "value", choice))
