@@ -17,6 +17,7 @@ from .step import Cost
 from .traffic import Traffic, traffic
 
 GIB = 1024**3
+MOST_GIB = 1e9  # of memory, and of a link in a second
 OFFLOAD = "+offload"
 A100_TFLOPS = 312.0
 A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # of its data sheet, dense
@@ -103,8 +104,9 @@ class Cluster:
                 f"Set --gpus_per_node, or plan for {self.gpus // self.gpus_per_node * self.gpus_per_node} GPUs."
             )
         for name in ("memory", "link", "network", "host_link"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise RecipeError(f"--{name} {getattr(self, name):g}: expected a number above 0.")
+            if not 0 < getattr(self, name) <= MOST_GIB:
+                expected = "a number above 0" if getattr(self, name) <= 0 else f"at most {MOST_GIB:g}"
+                raise RecipeError(f"--{name} {getattr(self, name):g}: expected {expected}.")
         if not 0 <= self.free < self.memory:
             raise RecipeError(
                 f"--reserve {self.free:g}: expected 0 or more GiB, and less than the memory, {self.memory:g} GiB."

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MOST = 2**31 - 1
 # Closed intervals; those of numbers that may be None hold where they are not.
 RANGES: Mapping[str, tuple[float, float]] = {
-    "per_device_train_batch_size": (1, _MOST),
+    "per_device_train_batch_size": (1, 2**16),
     "gradient_accumulation_steps": (1, _MOST),
     "num_train_epochs": (0, _MOST),
     "max_steps": (-1, _MOST),

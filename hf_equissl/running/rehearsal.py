@@ -42,7 +42,7 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
         if args.lr_scheduler_kwargs and _word(args.lr_scheduler_type) in _WITHOUT_SETTINGS:
             raise ValueError(f"{_word(args.lr_scheduler_type)} has no settings: leave lr_scheduler_kwargs out.")
         scheduler: Any = get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, cast(Any, args.lr_scheduler_kwargs)
         )
         _check_rates(scheduler, args.learning_rate, steps)
     with refusing("training: the optimizer"):
