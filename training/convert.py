@@ -10,7 +10,7 @@ from importlib.util import find_spec
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.utils.commands import command_parser, log_plainly, path_word, say, stop
+from hf_equissl.utils.commands import any_text, command_parser, log_plainly, path_word, say, stop
 
 DESCRIPTION = """\
 Convert an encoder that exists: weights stay the same, and so do outputs. Reads stock transformers encoders (dinov2,
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image_mean", type=float, nargs="+", metavar="X", help="per channel; default: the source's")
     add("--image_std", type=float, nargs="+", metavar="X", help="per channel; default: the source's")
     add("--revision", help="branch, tag or commit on the Hub")
-    add("--subfolder", default="", metavar="NAME", help="folder within the repository")
+    add("--subfolder", default="", type=any_text, metavar="NAME", help="folder within the repository")
     return parser
 
 

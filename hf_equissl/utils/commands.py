@@ -59,6 +59,11 @@ def _read_word(kind: type, word: str) -> Any:
     return value
 
 
+def any_text(word: str) -> str:
+    """Read a word as it is: the type of options that an empty text means something to."""
+    return word
+
+
 def path_word(word: str) -> str:
     """Read a word that is or may be a path, whose ``~`` is expanded here and nowhere later: the type of such options.
 
