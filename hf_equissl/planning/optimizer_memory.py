@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import Trainer
 
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.lars import LARS
-from ..pretraining.optimizer import optimizer_class
+from ..pretraining.optimizer import choose_optimizer
 
 SIDE = 256  # of the matrix: Adafactor's statistics of rows and columns are next to nothing
 
@@ -45,8 +43,8 @@ def optimizer_memory(args: EquiSSLTrainingArguments) -> OptimizerMemory:
     weight = nn.Parameter(torch.ones(SIDE, SIDE))
     weight.grad = torch.ones_like(weight)
     try:
-        kind: tuple[Any, dict[str, Any]] = optimizer_class(args) or Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = kind[0]([weight], **kind[1])
+        kind, given = choose_optimizer(None, args)
+        optimizer = kind([weight], **given)
         optimizer.step()
     except (ImportError, RuntimeError, TypeError, ValueError):  # another device's, or not installed: training says so
         return OptimizerMemory(name, fused="fused" in name)

@@ -123,8 +123,12 @@ def freeze_parameters(model: EquiSSLForPreTraining, args: EquiSSLTrainingArgumen
         model.student.embeddings.patch_embeddings.requires_grad_(False)
 
 
-def choose_optimizer(model: nn.Module, args: EquiSSLTrainingArguments) -> tuple[Any, dict[str, Any]]:
+def choose_optimizer(model: nn.Module | None, args: EquiSSLTrainingArguments) -> tuple[Any, dict[str, Any]]:
     """Return the class (or factory) of the optimizer and its keyword arguments: of this package or of transformers.
+
+    Args:
+        model: For optimizers that choose its parameters themselves.
+        args: Name the optimizer.
 
     Raises:
         ValueError, ImportError: ``optim_args`` are no pairs or not those of the optimizer, or its package is missing.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.lars import LARS
-from hf_equissl.pretraining.optimizer import freeze_parameters, optimizer_class, parameter_rules
+from hf_equissl.pretraining.optimizer import choose_optimizer, freeze_parameters, parameter_rules
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import build_training, prepare
 from hf_equissl.utils.suggestions import RecipeError
@@ -166,5 +166,6 @@ def test_names_and_arguments(tmp_path: Path) -> None:
         recipe(tmp_path / "images", optim="larz")
     args = EquiSSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim="lars", optim_args="momentun=0.9")
     with pytest.raises(RecipeError, match="Did you mean 'momentum'"):
-        optimizer_class(args)
-    assert optimizer_class(EquiSSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)) is None
+        choose_optimizer(None, args)
+    kind, _ = choose_optimizer(None, EquiSSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert kind is torch.optim.AdamW
