@@ -82,12 +82,11 @@ def test_settings_made_in_python(home: Path) -> None:
 def test_paths_in_recipes(home: Path) -> None:
     (home / "base.yaml").write_text(TINY)
     path = Path("mine.yaml")
-    path.write_text(
-        "extends: ~/base.yaml\ndata: {source: ~/photos, cache_dir: ~/cache}\nmonitor: {every_steps: 9, source: ~/others}\n"
-    )
+    rest = "data: {source: ~/photos, cache_dir: ~/cache}\nmonitor: {every_steps: 9, source: ~/others}\n"
+    path.write_text(f"extends: ~/base.yaml\n{rest}")
     recipe = Recipe.load(path, {"model.init_from": "~/encoder", "training.deepspeed": "~/zero.json"})
-    read = {"model": recipe.model, "data": recipe.data, "training": recipe.training, "monitor": recipe.monitor}
-    paths = [value for name, keys in PATH_KEYS.items() for key in keys if (value := read[name].get(key))]
+    sections = {"model": recipe.model, "data": recipe.data, "training": recipe.training, "monitor": recipe.monitor}
+    paths = [value for name, keys in PATH_KEYS.items() for key in keys if (value := sections[name].get(key))]
     assert paths == [str(home / name) for name in ("encoder", "photos", "cache", "zero.json", "others")]
     grid = "{name: 'n-{seed}', extends: ~/base.yaml, cross: {training.seed: [1]}}"
     Path("sweep.yaml").write_text(f"sweep: [{grid}]")
