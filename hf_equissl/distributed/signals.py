@@ -75,7 +75,11 @@ class Signals:
         """Write the marker file, which begins with the signal's name, for whoever decides to start the run again."""
         if self.output_dir is not None and Path(self.output_dir).is_dir():
             with contextlib.suppress(OSError):  # on a full disk the exit code must do
-                (Path(self.output_dir) / MARKER_FILE).write_text(f"{text}\n", encoding="utf-8")
+                flags = (
+                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+                )  # a link is somebody else's
+                with open(os.open(Path(self.output_dir) / MARKER_FILE, flags, 0o666), "w", encoding="utf-8") as file:
+                    file.write(f"{text}\n")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child, whose signals are its own affair

@@ -11,6 +11,7 @@ import pytest
 
 from hf_equissl.checkpoints import Manifest
 from hf_equissl.distributed.engines import Engine
+from hf_equissl.distributed.signals import MARKER_FILE, Signals
 from hf_equissl.planning.arithmetic import schedule
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.running.output_folder import (
@@ -139,6 +140,16 @@ def test_links_where_a_run_writes_are_refused(tmp_path: Path, name: str) -> None
         leave_folder(run)
     assert (run / name).is_symlink()
     assert (theirs / "file").read_text() == "theirs"
+
+
+def test_the_marker_of_a_stop_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / MARKER_FILE).symlink_to(tmp_path / "theirs")
+    Signals(tmp_path).leave_marker("SIGTERM")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    (tmp_path / MARKER_FILE).unlink()
+    Signals(tmp_path).leave_marker("SIGTERM")
+    assert (tmp_path / MARKER_FILE).read_text() == "SIGTERM\n"
 
 
 def test_what_is_somebody_elses_is_neither_written_nor_deleted(tmp_path: Path) -> None:
