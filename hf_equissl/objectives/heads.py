@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..distributed.collectives import gather, world_size
 from ..modeling import EquiSSLStem
 from .base import Features
 
-__all__ = ["Projector", "SyncBatchNorm1d", "linear_of_invariant"]
+__all__ = ["Projector", "SyncBatchNorm1d", "linear_of_invariant", "off_diagonal"]
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
@@ -82,11 +83,15 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Projector(nn.Sequential):
     """MLP from representations to projections: [Linear, BatchNorm, ReLU] per hidden size, then Linear without bias.
 
-    The expander of VICReg (https://arxiv.org/abs/2105.04906; ``Projector`` in facebookresearch/vicreg).
+    The expander of VICReg (https://arxiv.org/abs/2105.04906; ``Projector`` in facebookresearch/vicreg) by default.
 
     Args:
         in_features: Width of the input.
         sizes: Widths of the layers, the last one being that of the projections; at least one.
+        bias: Whether the hidden layers have one; the batch normalisation behind them takes it out again.
+        normalize: Whether a batch normalisation without gain and bias ends it.
+        running_statistics: Whether batch normalisation keeps averages of its statistics, and uses them in evaluation
+            mode. Without them it always normalises by the batch at hand, also in a teacher's head.
 
     Shapes:
         (M, in_features) -> (M, sizes[-1]).
@@ -95,16 +100,32 @@ class Projector(nn.Sequential):
         ValueError: If ``sizes`` is empty or holds something other than positive integers.
     """
 
-    def __init__(self, in_features: int, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        sizes: Sequence[int],
+        bias: bool = True,
+        normalize: bool = False,
+        running_statistics: bool = True,
+    ) -> None:
         if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"A projector needs at least one positive layer width, e.g. (1024, 1024), got {sizes!r}.")
         *hidden, out_features = sizes
+        norm = partial(SyncBatchNorm1d, track_running_stats=running_statistics)
         layers: list[nn.Module] = []
         for size in hidden:
-            layers += [nn.Linear(in_features, size), SyncBatchNorm1d(size), nn.ReLU(inplace=True)]
+            layers += [nn.Linear(in_features, size, bias=bias), norm(size), nn.ReLU(inplace=True)]
             in_features = size
-        super().__init__(*layers, nn.Linear(in_features, out_features, bias=False))
+        layers.append(nn.Linear(in_features, out_features, bias=False))
+        super().__init__(*layers, *([norm(out_features, affine=False)] if normalize else []))
         self.out_features = out_features
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """View the entries of a square ``matrix`` (d, d), contiguous, beside its diagonal: (d - 1, d), without a copy."""
+    width = len(matrix)
+    # In a flat (d, d) matrix the diagonal is every (d + 1)-th entry.
+    return matrix.flatten()[:-1].view(width - 1, width + 1)[:, 1:]
 
 
 def linear_of_invariant(linear: nn.Linear, features: Features, tokens: Tensor) -> Tensor:

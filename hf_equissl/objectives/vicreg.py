@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..distributed.collectives import gather, world_size
 from .base import Features, LossOutput, Objective
-from .heads import Projector
+from .heads import Projector, off_diagonal
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -144,6 +144,4 @@ def covariance_term(x: Tensor) -> Tensor:
         gram = centred @ centred.T / (images - 1)  # (M, M)
         return (gram.square().sum() - x.var(dim=0).square().sum()) / width
     covariance = centred.T @ centred / (images - 1)  # (d, d)
-    # In a flat (d, d) matrix the diagonal is every (d + 1)-th entry: a view of all others, without a mask or a copy.
-    off_diagonal = covariance.flatten()[:-1].view(width - 1, width + 1)[:, 1:]
-    return off_diagonal.square().sum() / width
+    return off_diagonal(covariance).square().sum() / width
