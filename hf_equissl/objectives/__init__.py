@@ -16,6 +16,7 @@ from .essl import ESSLObjective
 from .ibot import IBOTObjective
 from .reconstruction import ReconstructionObjective
 from .sie import SIEObjective
+from .simclr import SimCLRObjective
 from .vicreg import VICRegObjective
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "Reach",
     "ReconstructionObjective",
     "SIEObjective",
+    "SimCLRObjective",
     "VICRegObjective",
     "build_objective",
     "takes_facts",
@@ -47,7 +49,13 @@ __all__ = [
 INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     Objective,
-    {"dino": DINOObjective, "dinov2": DINOv2Objective, "ibot": IBOTObjective, "vicreg": VICRegObjective},
+    {
+        "dino": DINOObjective,
+        "dinov2": DINOv2Objective,
+        "ibot": IBOTObjective,
+        "simclr": SimCLRObjective,
+        "vicreg": VICRegObjective,
+    },
 )
 EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     "objective",
