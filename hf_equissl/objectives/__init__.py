@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..utils.coercion import check_arguments, parameters_of
 from ..utils.registry import Registry
 from .augself import AugSelfObjective
+from .barlow_twins import BarlowTwinsObjective
 from .base import Features, LossOutput, Objective, Reach
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
@@ -27,6 +28,7 @@ __all__ = [
     "EQUIVARIANCE_OBJECTIVES",
     "INVARIANCE_OBJECTIVES",
     "AugSelfObjective",
+    "BarlowTwinsObjective",
     "CrossAttentionReconstructionObjective",
     "DINOObjective",
     "DINOv2Objective",
@@ -50,6 +52,7 @@ INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     Objective,
     {
+        "barlow_twins": BarlowTwinsObjective,
         "dino": DINOObjective,
         "dinov2": DINOv2Objective,
         "ibot": IBOTObjective,
