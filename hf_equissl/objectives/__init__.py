@@ -15,6 +15,7 @@ from .dino import DINOObjective
 from .dinov2 import DINOv2Objective
 from .essl import ESSLObjective
 from .ibot import IBOTObjective
+from .moco_v3 import MoCoV3Objective
 from .reconstruction import ReconstructionObjective
 from .sie import SIEObjective
 from .simclr import SimCLRObjective
@@ -36,6 +37,7 @@ __all__ = [
     "Features",
     "IBOTObjective",
     "LossOutput",
+    "MoCoV3Objective",
     "Objective",
     "Reach",
     "ReconstructionObjective",
@@ -56,6 +58,7 @@ INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
         "dino": DINOObjective,
         "dinov2": DINOv2Objective,
         "ibot": IBOTObjective,
+        "moco_v3": MoCoV3Objective,
         "simclr": SimCLRObjective,
         "vicreg": VICRegObjective,
     },

@@ -1,0 +1,160 @@
+"""MoCo-v3: each view finds, by the encoder's moving average, the other view of its image in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..distributed.collectives import gather, rank, world_size
+from ..views.needs import Needs
+from .base import Features, LossOutput, Objective
+from .heads import Projector
+
+if TYPE_CHECKING:
+    from ..modeling import EquiSSLConfig, EquiSSLModel
+    from ..views.base import Views
+
+__all__ = ["MoCoV3Objective", "contrastive_loss"]
+
+
+class MoCoV3Objective(Objective):
+    r"""MoCo-v3 on the invariant part of the CLS representation.
+
+    .. math::
+        L = \ell(q_1, k_2) + \ell(q_2, k_1), \quad
+        \ell(q, k) = -\frac{2 \tau}{B} \sum_{i=1}^{B} \log
+            \frac{\exp(q_i^\top k_i / \tau)}{\sum_{j=1}^{M} \exp(q_i^\top k_j / \tau)}
+
+    Eq. 1 and algorithm 1 of "An Empirical Study of Training Self-Supervised Vision Transformers"
+    (https://arxiv.org/abs/2104.02057), as in the authors' code (``moco/builder.py`` in facebookresearch/moco-v3). q are
+    unit rows of the student behind projector and predictor, k (M, d) those of the teacher behind its projector, of all
+    processes and without gradient. Every pass sees one view (B, D), and normalises by the batch of all processes, the
+    teacher's by its own: no head keeps running statistics.
+
+    The authors update the teacher between the student's pass and the teacher's, here that is done after the optimizer's
+    step: the same weights meet. The student is what they report and what is exported.
+
+    Args:
+        config: The encoder's configuration.
+        temperature: tau.
+        hidden_size: Width of the hidden layers of projector (3 layers) and predictor (2 layers).
+        projection_size: Width of q and k.
+        xavier_init: Begin as the authors' ViTs do: linear layers of the blocks and the patch embedding Xavier-uniform
+            with biases of 0, CLS normal with a standard deviation of 1e-6. To hold the patch embedding there is
+            ``freeze_patch_embedding`` of the training.
+
+    Logs:
+        ``loss_contrast``: the loss; ``accuracy``: the share of queries that find their key first; ``projection_std``:
+        mean standard deviation of the unit keys over the batch, 0 is collapse, 1 / sqrt(d) at most.
+
+    Raises:
+        ValueError: For a temperature or a width of 0 or less; in ``forward``, without a teacher, other than two global
+            crops, or a single image.
+    """
+
+    exports = "student"
+    citation: ClassVar[str] = """@inproceedings{chen2021empirical,
+  title     = {An Empirical Study of Training Self-Supervised Vision Transformers},
+  author    = {Chen, Xinlei and Xie, Saining and He, Kaiming},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2104.02057}
+}"""
+
+    def __init__(
+        self,
+        config: EquiSSLConfig,
+        temperature: float = 0.2,
+        hidden_size: int = 4096,
+        projection_size: int = 256,
+        xavier_init: bool = False,
+    ) -> None:
+        super().__init__(config)
+        if temperature <= 0:
+            raise ValueError(f"`temperature` is {temperature}, expected a value above 0.")
+        self.temperature, self.xavier_init = temperature, xavier_init
+        width = config.invariant_size or config.hidden_size
+        self.projector = _head(width, (hidden_size, hidden_size, projection_size))
+        self.teacher_projector = deepcopy(self.projector).requires_grad_(False)
+        self.predictor = _head(projection_size, (hidden_size, projection_size))
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher."""
+        return Needs(teacher=True)
+
+    @torch.no_grad()
+    def prepare_encoder(self, encoder: EquiSSLModel) -> None:
+        """Initialise as the authors do, where asked."""
+        if not self.xavier_init:
+            return
+        patches = encoder.embeddings.patch_embeddings.projection
+        linear = [module for module in encoder.encoder.modules() if isinstance(module, nn.Linear)]
+        for weight, bias in [(patches.weight.flatten(1), patches.bias), *((m.weight, m.bias) for m in linear)]:
+            nn.init.xavier_uniform_(weight)  # query, key and value are layers of their own here
+            if bias is not None:
+                nn.init.zeros_(bias)
+        nn.init.normal_(encoder.embeddings.cls_token, std=1e-6)
+
+    def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield the projector and its copy; the predictor has none."""
+        yield self.projector, self.teacher_projector
+
+    def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
+        """Compute the loss of the two global crops; pixels are not used."""
+        crops, images = student.cls.shape[:2]
+        if teacher is None or crops != 2:
+            raise ValueError(
+                f"MoCo-v3 compares exactly 2 global crops with a teacher's, got {crops} and "
+                f"{'no' if teacher is None else 'a'} teacher."
+            )
+        self.check_batch(images, world_size())
+        z = torch.stack([self.projector(view) for view in student.invariant(student.cls)])  # (2, B, d)
+        q = torch.stack([self.predictor(view) for view in z])
+        with torch.no_grad():
+            k = torch.stack([self.teacher_projector(view) for view in teacher.invariant(teacher.cls)], dim=1)
+            keys = gather(F.normalize(k.float(), dim=-1)).unbind(dim=1)  # (M, d) each: one exchange for both views
+        with torch.autocast(q.device.type, enabled=False):
+            pairs = (contrastive_loss(q[view].float(), keys[1 - view], self.temperature) for view in (0, 1))
+            losses, hits = zip(*pairs, strict=True)
+            loss = losses[0] + losses[1]
+        logs = {
+            "loss_contrast": loss.detach(),
+            "accuracy": (hits[0] + hits[1]) / 2,
+            "projection_std": keys[0].std(dim=0).mean(),
+        }
+        return LossOutput(loss, logs, projections=z)
+
+    def check_batch(self, images: int, processes: int) -> None:
+        """Refuse a single image: there is nothing to tell it from."""
+        if images * processes < 2:
+            raise ValueError(
+                f"MoCo-v3 tells the images of a batch apart and needs at least 2, got {images * processes}. Raise "
+                "`per_device_train_batch_size` (gradient accumulation does not help) and drop the last batch."
+            )
+
+
+def _head(in_features: int, sizes: tuple[int, ...]) -> Projector:
+    return Projector(in_features, sizes, bias=False, normalize=True, running_statistics=False)
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute InfoNCE times 2 tau, which keeps the gradient's scale where tau changes.
+
+    Args:
+        queries: (B, d), those of this process, of any length.
+        keys: (M, d), unit rows of all processes, ordered by rank: the key of each query, and its negatives.
+        temperature: tau.
+
+    Returns:
+        The mean over the queries, and the share of them whose own key is the nearest, detached.
+    """
+    logits = F.normalize(queries, dim=-1) @ keys.T / temperature  # (B, M)
+    own = rank() * len(queries) + torch.arange(len(queries), device=queries.device)
+    loss = 2 * temperature * F.cross_entropy(logits, own)
+    return loss, (logits.argmax(dim=1) == own).float().mean()
