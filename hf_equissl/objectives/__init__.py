@@ -19,6 +19,7 @@ from .moco_v3 import MoCoV3Objective
 from .reconstruction import ReconstructionObjective
 from .sie import SIEObjective
 from .simclr import SimCLRObjective
+from .supervised import SupervisedObjective
 from .vicreg import VICRegObjective
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "ReconstructionObjective",
     "SIEObjective",
     "SimCLRObjective",
+    "SupervisedObjective",
     "VICRegObjective",
     "build_objective",
     "takes_facts",
@@ -60,6 +62,7 @@ INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
         "ibot": IBOTObjective,
         "moco_v3": MoCoV3Objective,
         "simclr": SimCLRObjective,
+        "supervised": SupervisedObjective,
         "vicreg": VICRegObjective,
     },
 )

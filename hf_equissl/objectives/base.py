@@ -163,7 +163,7 @@ class Objective(nn.Module, ABC):
         citation: BibTeX of the paper.
         purpose: What it asks of the features, as a sentence for cards.
         reads_num_classes: Whether the constructor needs ``facts.num_classes``: the data set is then opened before the
-            model is built.
+            model is built, and cards say that the encoder was told the classes.
         exports: Whose weights are the result where this is the invariance objective and there is a teacher.
         decoder_config: Set by an objective that owns a ``decoder``: the encoder's config with the decoder's fields. The
             decoder of the first such objective is exported with the encoder.

@@ -64,13 +64,18 @@ def trained_with(read: RunFolder, invariance: str, equivariance: str | None) -> 
 @pytest.mark.parametrize("invariance", INVARIANCE_OBJECTIVES)
 @pytest.mark.parametrize("equivariance", [*EQUIVARIANCE_OBJECTIVES, None])
 def test_every_objective_is_cited(read: RunFolder, invariance: str, equivariance: str | None) -> None:
-    text = render_card(facts_of(trained_with(read, invariance, equivariance))).text
+    card = render_card(facts_of(trained_with(read, invariance, equivariance)))
+    text = card.text
     cited = {OURS, INVARIANCE_OBJECTIVES[invariance].citation}
     if equivariance:
         cited.add(EQUIVARIANCE_OBJECTIVES[equivariance].citation)
         assert f"`{invariance}` + 3 x `{equivariance}`" in text
     assert all(citation in text for citation in cited)
     assert len(re.findall(r"^@\w+\{", text, re.MULTILINE)) == len(cited)
+    told = invariance == "supervised"
+    assert "pretrained with class labels" in text if told else "pretrained without labels" in text
+    assert ("self-supervised-learning" in card.data.tags) != told
+    assert ("what self-supervised features keep" in text) != told
 
 
 def test_no_placeholder_survives(read: RunFolder, photo_folder: Path) -> None:

@@ -9,6 +9,7 @@ from ...evaluation.results import FINE_TUNING, ResultRecord
 from ...modeling import EquiSSLConfig
 from ...utils.markdown import code
 from ..run_folder import RunFolder
+from .metadata import learns_classes
 
 # Task types of the Hub whose answer is one for the whole image.
 _OF_WHOLE_IMAGES = {"image-classification", "image-feature-extraction"}
@@ -27,8 +28,11 @@ def limits(
         dataset: Name of the training data for readers.
         records: What was measured.
     """
+    objectives = run.objectives()
+    names = [entry["name"] for entry in (objectives["invariance"], *objectives["equivariance"])]
+    kind = "supervised" if learns_classes(names) else "self-supervised"
     found = [
-        "For: frozen image features, probing what self-supervised features keep, and as a start for fine-tuning.",
+        f"For: frozen image features, probing what {kind} features keep, and as a start for fine-tuning.",
         _resolution(encoder),
         _data(run, dataset),
     ]

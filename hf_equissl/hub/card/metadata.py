@@ -8,10 +8,21 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ...evaluation.results import ResultRecord, merge_records
+from ...objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from ..privacy import is_hub_id
 
 PIPELINE_TAG = "image-feature-extraction"
 TAGS = ("equissl", "self-supervised-learning", "vision-transformer")
+
+
+def learns_classes(objectives: Sequence[str]) -> bool:
+    """Whether one of the objectives was told the classes of the images.
+
+    Args:
+        objectives: Registry keys, that of the invariance objective first.
+    """
+    kinds = [INVARIANCE_OBJECTIVES[objectives[0]], *(EQUIVARIANCE_OBJECTIVES[name] for name in objectives[1:])]
+    return any(kind.reads_num_classes for kind in kinds)
 
 
 def card_data(
@@ -33,7 +44,8 @@ def card_data(
         base_model: Where training started; listed where it is a Hub id.
         records: Each becomes one entry of ``model-index``, unless its metric has no name on the Hub.
     """
-    names = [*TAGS, *(["equivariance"] if len(objectives) > 1 else []), *objectives]
+    tags = [tag for tag in TAGS if tag != "self-supervised-learning" or not learns_classes(objectives)]
+    names = [*tags, *(["equivariance"] if len(objectives) > 1 else []), *objectives]
     return ModelCardData(
         license=license,
         # Not "hf-equissl": its auto classes and pipelines load what is published, and the Hub knows how.

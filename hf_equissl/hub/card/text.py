@@ -22,7 +22,7 @@ from ..privacy import public_command, public_text, public_values
 from ..run_folder import RunFolder
 from .figures import Figure
 from .limits import limits
-from .metadata import card_data
+from .metadata import card_data, learns_classes
 from .snippets import Snippet
 from .writer import write
 
@@ -144,9 +144,10 @@ def _summary(facts: CardFacts) -> str:
     )
     data = f" on {code(facts.dataset)}" if facts.dataset else ""
     start = f", starting from {code(facts.run.base_model)}" if facts.run.base_model else ""
+    labels = "with class labels" if learns_classes(facts.objective_names) else "without labels"
     return (
         f"A vision encoder ({_size(facts.encoder)}, {facts.num_parameters:,} parameters), pretrained "
-        f"without labels{data}{start}, with the objective{'s' if added else ''} "
+        f"{labels}{data}{start}, with the objective{'s' if added else ''} "
         f"`{facts.objectives['invariance']['name']}`{added}."
     )
 
