@@ -85,6 +85,18 @@ class WholeCheckpoints(_Trainer):
             Manifest.read(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _init_training_state(self, max_steps: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; how often is logged and saved follows the arguments, not those of the checkpoint."""
+        comparing = logging.get_logger("transformers.trainer_utils")
+        level = comparing.level
+        comparing.setLevel(logging.ERROR)  # it would say that those of the checkpoint count
+        try:
+            found = super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            comparing.setLevel(level)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     def check_finite(self) -> None:
         """Raise on all processes if a loss or a weight is not finite on one of them; for subclasses."""
 

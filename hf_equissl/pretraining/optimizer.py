@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"student\.encoder\.layer\.(\d+)\.")
 _PROJECTIONS = re.compile(r"\.[qkv]_proj\.")
+_KERNELS = ("foreach", "fused", "capturable", "differentiable")
 CLIP_EPSILON = 1e-6  # of iBOT's and of PyTorch's rule
 
 
@@ -205,6 +208,37 @@ def need_own_groups(args: EquiSSLTrainingArguments) -> list[str]:
         "weight_decay_end": None,
     }
     return [name for name, value in neutral.items() if getattr(args, name) != value]
+
+
+# ---- resuming ----
+
+
+def own_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Note the settings of each group of a new optimizer, before anything is loaded into it."""
+    return [
+        {key: value for key, value in group.items() if key != "params"} | {"lr": group.get("initial_lr", group["lr"])}
+        for group in optimizer.param_groups
+    ]
+
+
+def keep_own_settings(optimizer: Optimizer, scheduler: LRScheduler, own: list[dict[str, Any]]) -> None:
+    """Set a resumed optimizer and its schedule back to its ``own`` settings: its checkpoint brings those of its time.
+
+    The same settings leave every bit as it was. Which kernel is used (``fused`` and the like) stays as it was loaded:
+    the state is laid out for it.
+    """
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in settings.items() if key not in ("lr", *_KERNELS)})
+        group["initial_lr"] = settings["lr"]
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [settings["lr"] for settings in own]
+        rates = [
+            base * rate(scheduler.last_epoch)
+            for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
 # ---- clipping ----

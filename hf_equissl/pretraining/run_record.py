@@ -29,6 +29,31 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
+class SettingChange:
+    """A setting that a run went on with from ``step`` on, in place of another.
+
+    Attributes:
+        step: Optimizer steps that were taken before.
+        setting: A training argument, or "steps": at how many the run ends.
+        before, after: Its values.
+    """
+
+    step: int
+    setting: str
+    before: Any
+    after: Any
+
+    @property
+    def text(self) -> str:
+        """The change in words."""
+        return f"after step {self.step} {self.setting} is {_written(self.after)} instead of {_written(self.before)}"
+
+
+def _written(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One pretraining run, over all its interruptions.
 
@@ -51,6 +76,7 @@ class RunRecord:
         seconds: Wall time of training, without what an interruption lost.
         finished: End of the last step, or ``None``: still running, or stopped on the way.
         preempted: When a signal stopped it, or ``None``: it goes on, or ended in another way.
+        changes: Settings that changed on the way, by step; all others are those of every step.
     """
 
     command: str
@@ -71,6 +97,7 @@ class RunRecord:
     finished: str | None = None
     preempted: str | None = None
     data_fingerprint: str = ""
+    changes: tuple[SettingChange, ...] = ()
 
     def __post_init__(self) -> None:
         """Keep no secret that an address or a command holds: this is written down and published."""
@@ -106,7 +133,12 @@ class RunRecord:
         names = {item.name for item in fields(cls)}
         if unknown := sorted(content.keys() - names):
             raise ValueError(f"{path} holds unknown entries {unknown}: it was written by another version.")
-        return cls(**{**content, "image_mean": tuple(content["image_mean"]), "image_std": tuple(content["image_std"])})
+        try:
+            numbers = {name: tuple(content[name]) for name in ("image_mean", "image_std")}
+            changes = tuple(SettingChange(**change) for change in content.get("changes", ()))
+            return cls(**{**content, **numbers, "changes": changes})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}). It is written anew when the run is continued.") from error
 
 
 def command_line() -> str:
@@ -147,7 +179,8 @@ class RunRecordCallback(TrainerCallback):
                 pass  # the checkpoint is what counts; its record is lost
             else:
                 self._before = earlier.seconds
-                self.record = replace(self.record, started=earlier.started, starts=earlier.starts + 1)
+                changes = self.record.changes or earlier.changes
+                self.record = replace(self.record, started=earlier.started, starts=earlier.starts + 1, changes=changes)
         self._write(args, state)
 
     def on_save(  # type: ignore[override]

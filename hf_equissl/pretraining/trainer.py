@@ -40,8 +40,10 @@ from .optimizer import (
     clip_gradients,
     clipping_parts,
     freeze_parameters,
+    keep_own_settings,
     need_own_groups,
     optimizer_groups,
+    own_settings,
     parameter_rules,
 )
 from .run_record import RunRecordCallback, new_record
@@ -70,7 +72,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     - samples are addressed as (epoch, index), so that views do not depend on workers, ranks or a resume;
     - named loss parts are averaged over steps and ranks and logged; a non-finite one stops the run before it is saved;
     - the optimizer's groups follow ``optimizer.parameter_group``: no weight decay on 1-D parameters, layer-wise
-      learning rates;
+      learning rates; a resumed run goes on with the settings that it is given, not with those of its checkpoint;
     - temperatures, weight decay and the teacher follow their schedules (``ScheduleCallback``);
     - gradients are clipped together, per tensor or per module (``grad_clipping``);
     - checkpoints are complete-marked, and go on under another engine or number of processes (``PortableStates``);
@@ -131,7 +133,8 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             image_std=pipeline.image_std,
             data_fingerprint=train_dataset.source.fingerprint(),
         )
-        self.add_callback(RunRecordCallback(record))
+        self.run_record = RunRecordCallback(record)
+        self.add_callback(self.run_record)
         if publisher is not None and args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE:
             self.add_callback(publisher.callback(self._start_push))  # after run.json is written
         if not args.disable_tqdm:
@@ -257,7 +260,14 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             else:
                 given = {**given, "params": optimizer_groups(module, self.args)}
             self.optimizer_cls_and_kwargs = kind, given
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        self._own_settings = own_settings(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            keep_own_settings(cast(Any, self.optimizer), cast(Any, self.lr_scheduler), self._own_settings)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """List parameters with weight decay, for optimizers that choose their groups themselves."""

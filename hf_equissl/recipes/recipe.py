@@ -188,10 +188,11 @@ class Recipe:
         """Write the recipe as YAML, with ``extends`` and overrides resolved, and without secrets."""
         return dump_yaml(redact_values(self.to_dict()))
 
-    def save(self, directory: str | Path) -> Path:
-        """Write ``recipe.yaml`` into ``directory``; returns its path."""
+    def save(self, directory: str | Path, remarks: Sequence[str] = ()) -> Path:
+        """Write ``recipe.yaml`` into ``directory``, headed by ``remarks``; returns its path."""
         path = Path(directory) / "recipe.yaml"
-        write_text(path, f"{KEPT_RECIPE} {__version__}.\n{self.to_yaml()}")
+        head = "".join(f"# {line}\n" for line in remarks)
+        write_text(path, f"{KEPT_RECIPE} {__version__}.\n{head}{self.to_yaml()}")
         return path
 
     def build_encoder_config(self) -> EquiSSLConfig:

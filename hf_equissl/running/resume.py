@@ -17,31 +17,14 @@ from ..recipes.recipe import Recipe
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
+from .changes import KEPT
 from .initial_weights import InitialWeights, adopt_encoder, load_initial_weights
 from .precision import keep_precision
 
 # The sections of a recipe that its weights follow from; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
-# The training arguments that they follow from, too: which images meet in which step, how the optimizer's groups are cut
-# (its state follows them), what the teacher averages, what schedules call an epoch. The global batch, which the
-# checkpoint holds, counts as well. How it is split over processes may change, and so may the number of steps.
-_IDENTITY_TRAINING = (
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "epoch_steps",
-    "layer_decay",
-    "patch_embedding_lr_multiplier",
-    "freeze_last_layer_epochs",
-    "freeze_last_layer_by",
-    "teacher_momentum",
-    "teacher_momentum_end",
-)
-
-
-# Which images, and what becomes black and white in them; the files themselves are compared by a fingerprint.
-_IDENTITY_DATA = {"split": "train", "value_range": "full"}
+# Which images, in which order, and what becomes black and white in them; a fingerprint compares the files themselves.
+_IDENTITY_DATA = {"split": "train", "streaming": False, "value_range": "full"}
 
 
 @dataclass(frozen=True)
@@ -273,13 +256,13 @@ def _same_batch(batch: int, launch: Launch) -> str:
 def _identity(plain: dict[str, Any]) -> dict[str, Any]:
     """Take the parts of a recipe that its weights follow from, with defaults: naming a default changes nothing."""
     defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
-    training = {key: defaults[key] for key in _IDENTITY_TRAINING} | as_mapping(plain.get("training"), "training")
+    training = {key: defaults[key] for key in KEPT} | as_mapping(plain.get("training"), "training")
     if training["data_seed"] is None:
         training["data_seed"] = training["seed"]
     data = as_mapping(plain.get("data"), "data")
     return {
         **{key: plain.get(key) for key in _IDENTITY},
-        "training": {key: training[key] for key in _IDENTITY_TRAINING},
+        "training": {key: training[key] for key in KEPT},
         "data": {key: data.get(key, default) for key, default in _IDENTITY_DATA.items()},
     }
 

@@ -31,7 +31,7 @@ from ..planning import Cost, check_step, checkpoint_bytes, measure, without_weig
 from ..planning.arithmetic import Schedule, schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from ..pretraining.run_record import RECORD_FILE
+from ..pretraining.run_record import RECORD_FILE, SettingChange
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.overrides import check_processes
 from ..recipes.recipe import Recipe
@@ -39,6 +39,7 @@ from ..utils.files import expand_home
 from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
+from .changes import describe_changes, find_changes
 from .checks import (
     check_agreement,
     check_batches,
@@ -89,6 +90,7 @@ class Run:
         unreadable: Names of the first images that do not decode.
         monitor: The online monitor, if the recipe asks for it.
         initial: What the run starts from, if not from random weights; dropped once it is used.
+        changes: Settings that are no longer those of its first steps.
         notes: Lines for people: the precision, how the run goes on, what it starts from.
     """
 
@@ -103,6 +105,7 @@ class Run:
     unreadable: tuple[str, ...] = ()
     monitor: OnlineMonitor | None = None
     initial: InitialWeights | None = None
+    changes: tuple[SettingChange, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -215,6 +218,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     check_batches(args, model, plan)
     check_schedules(args, model, plan)
     rehearse(args, model, plan)
+    changes: tuple[SettingChange, ...] = ()
     if checkpoint is not None and plan.steps is not None and (done := Manifest.read(checkpoint).step) > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
@@ -222,6 +226,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         )
     if checkpoint is not None and Manifest.read(checkpoint).step != plan.steps:
         notes += check_same_data(checkpoint, dataset.source)
+        changes = find_changes(checkpoint, args, plan.steps)
+        notes += describe_changes(changes, checkpoint, args)
     if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
         need = estimate_disk_use(args, plan, checkpoint_bytes(config, args), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)
@@ -229,7 +235,9 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if model.needs.labels:
         require_labels(first.labels, model.asking("labels"))
     monitor = build_monitor(recipe, dataset.source)
-    run = Run(recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, notes)
+    run = Run(
+        recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, changes, notes
+    )
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
         run.check()
     return run
@@ -282,7 +290,7 @@ def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     preemption = PreemptionCallback(signals)
     model, trainer = build_training(run, preemption)
     if is_main_process():
-        run.recipe.save(output)
+        run.recipe.save(output, [f"Not all steps ran so: {change.text}." for change in run.changes])
     with refusing("The run cannot begin", unless=lambda: trainer.has_begun):
         trainer.train(resume_from_checkpoint=run.checkpoint)
     if preemption.stopped:
@@ -326,6 +334,7 @@ def build_training(run: Run, *callbacks: TrainerCallback) -> tuple[EquiSSLForPre
         run.initial.load(model)
         run.initial = None
     trainer = _build_trainer(run, model, *callbacks)
+    trainer.run_record.record = replace(trainer.run_record.record, changes=run.changes)
     if run.monitor is not None:
         run.monitor.log = trainer.log
         trainer.add_callback(run.monitor)
@@ -376,7 +385,7 @@ def _export_checkpoint(run: Run, checkpoint: str, output: Path) -> Path:
                 f"{checkpoint}: the run is finished, but its weights cannot be read for the export ({error})."
             ) from error
     if is_main_process():
-        run.recipe.save(output)
+        run.recipe.save(output, [f"Not all steps ran so: {change.text}." for change in run.changes])
     _export(run, lambda: model.export_encoder(), folder)
     if run.args.push_to_hub:
         _publish(_build_trainer(run, model), folder)

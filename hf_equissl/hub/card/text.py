@@ -98,7 +98,9 @@ def render_card(facts: CardFacts) -> ModelCard:
 def _context(facts: CardFacts) -> dict[str, Any]:
     run = facts.run
     settings = public_recipe(run, facts.dataset) or _settings(facts)
-    title = f"Recipe {public_text(run.name)}, as run" if run.recipe else "Settings that differ from the defaults"
+    changed = run.record is not None and run.record.changes
+    ran = "as its last steps ran" if changed else "as run"
+    title = f"Recipe {public_text(run.name)}, {ran}" if run.recipe else "Settings that differ from the defaults"
     return {
         "name": facts.repo_id.rpartition("/")[2],
         "summary": _summary(facts),
@@ -293,6 +295,7 @@ def _training(facts: CardFacts) -> list[tuple[str, str]]:
             ("wall time", _duration(record.seconds) + (f", in {record.starts} starts" if record.starts > 1 else "")),
             ("date", (record.finished or record.started)[:10]),
             ("seed", str(record.seed)),
+            ("changed on the way", plain("; ".join(change.text for change in record.changes))),
             ("command", code(public_command(record.command, _names(facts)))),
             ("versions", ", ".join(plain(f"{name} {version}") for name, version in record.versions.items())),
         ]
