@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..distributed.agreement import first_message
 from ..distributed.engines import running_engine
 from ..utils.files import move_into_place, readable_size, sync_to_disk
+from .integrity import checksums
 from .manifest import STAGING_FOLDER, IncompleteCheckpointError, Manifest, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class WholeCheckpoints(_Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to go on from.")
         if resume_from_checkpoint:
-            Manifest.read(resume_from_checkpoint)
+            Manifest.read(resume_from_checkpoint, verify=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(self, max_steps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,13 +156,15 @@ class WholeCheckpoints(_Trainer):
 
     def _finish(self, folder: Path, target: Path) -> None:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        files = dict(sorted(files.items()))
         Manifest(
             engine=running_engine(self.accelerator, self.model_wrapped),
             world_size=self.args.world_size,
             global_batch=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
             step=self.state.global_step,
             format=self.checkpoint_format,
-            files=dict(sorted(files.items())),
+            files=files,
+            checksums=checksums(folder, list(files)),
         ).write(folder)
         _set_incomplete_aside(target)
         move_into_place(folder, target)

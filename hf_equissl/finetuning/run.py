@@ -263,7 +263,7 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
             raise ValueError(f"--resume never: {output} holds {Path(found).name} already. Name a new --output_dir.")
         return None
     try:
-        Manifest.read(resume)
+        Manifest.read(resume, verify=True)
     except IncompleteCheckpointError as error:
         raise ValueError(
             f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import MODEL_SHARDS, read_checkpoint_weights
+from ..checkpoints import MODEL_SHARDS, check_weights, read_checkpoint_weights
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 
 
@@ -21,6 +21,7 @@ def load_pretraining_state(source: str | Path, **options: Any) -> EquiSSLForPreT
         ValueError: Weights that its objectives need are missing.
     """
     folder = Path(source, options.get("subfolder", ""))
+    check_weights(folder)
     if not (folder / MODEL_SHARDS).is_dir():
         loaded: EquiSSLForPreTraining = EquiSSLForPreTraining.from_pretrained(source, **options)
         return loaded

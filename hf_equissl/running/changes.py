@@ -13,7 +13,7 @@ from torch import nn
 from transformers import get_scheduler
 from transformers.trainer import SCHEDULER_NAME
 
-from ..checkpoints import ARGUMENTS_FILE, checkpoint_step
+from ..checkpoints import ARGUMENTS_FILE, Manifest
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord, SettingChange
 
@@ -75,7 +75,7 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         What changes here, and what has changed before, by step; empty for the checkpoint of a version that kept no
         arguments.
     """
-    folder, step = Path(checkpoint), checkpoint_step(checkpoint)
+    folder, step = Path(checkpoint), Manifest.read(checkpoint).step
     now = {**{name: _plain(getattr(args, name)) for name in TAKE_EFFECT}, STEPS: steps}
     try:
         before = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
@@ -96,10 +96,11 @@ def describe_changes(
     changes: Iterable[SettingChange], checkpoint: str, args: EquiSSLTrainingArguments
 ) -> tuple[str, ...]:
     """Say in lines for people what changes at ``checkpoint``, and what becomes of the learning rate."""
-    here = {change.setting: change for change in changes if change.step == checkpoint_step(checkpoint)}
+    step = Manifest.read(checkpoint).step
+    here = {change.setting: change for change in changes if change.step == step}
     lines = [f"note: {change.text}" for change in here.values()]
     if here.keys() & set(_OF_LEARNING_RATE):
-        before, after = _learning_rates(Path(checkpoint), args, here)
+        before, after = _learning_rates(Path(checkpoint), step, args, here)
         if before is not None and after is not None and before != after:
             lines.append(f"note: the learning rate goes on at {after:.4g}; it would have been {before:.4g}")
     return tuple(lines)
@@ -113,7 +114,7 @@ def _recorded(run: Path) -> tuple[SettingChange, ...]:
 
 
 def _learning_rates(
-    checkpoint: Path, args: EquiSSLTrainingArguments, changes: Mapping[str, SettingChange]
+    checkpoint: Path, step: int, args: EquiSSLTrainingArguments, changes: Mapping[str, SettingChange]
 ) -> tuple[float | None, float | None]:
     """Find the learning rate of the next step as the checkpoint has it, and as this start makes it."""
     try:
@@ -130,7 +131,7 @@ def _learning_rates(
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )
-        return before, args.learning_rate * schedule.lr_lambdas[0](checkpoint_step(checkpoint))
+        return before, args.learning_rate * schedule.lr_lambdas[0](step)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None, None  # a schedule of another kind, which says its rates in the log
 

@@ -124,7 +124,7 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch:
     chosen = found
     if resume != "auto":
         try:
-            Manifest.read(resume)
+            Manifest.read(resume, verify=True)
         except IncompleteCheckpointError as error:
             raise RecipeError(
                 f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
