@@ -63,7 +63,7 @@ exit codes:
   0    finished
   1    stopped by an error; the message names the last complete checkpoint
   2    something can be mended before training: nothing was trained
-  75   stopped by SIGTERM or SIGUSR1, at any step, with a checkpoint: the same command goes on as if nothing had been
+  75   stopped by SIGTERM, SIGUSR1 or SIGHUP, with a checkpoint: the same command goes on as if nothing had been
   130  stopped by Ctrl-C, without a checkpoint: the same command goes on from the last one
 A second signal, 5 s or more after the first, ends the run at once. Launchers answer with codes of their own, so code 75
 also leaves DIR/PREEMPTED, which is gone when the run goes on. With several processes `accelerate launch` and torchrun

@@ -32,7 +32,7 @@ from hf_equissl.training.photographs import (
     find_photographs,
 )
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow
-from hf_equissl.utils.commands import say, stop
+from hf_equissl.utils.commands import path_word, say, stop
 from hf_equissl.utils.files import move_into_place, write_text
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -336,7 +336,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quickstart.py", description=DESCRIPTION, allow_abbrev=False)
     folder, crops = "quickstart_output", CROPS_PER_PHOTOGRAPH
     add = parser.add_argument
-    add("--output_dir", default=folder, metavar="DIR", help=f"default: {folder}; a run that was stopped goes on")
+    add(
+        "--output_dir",
+        default=folder,
+        type=path_word,
+        metavar="DIR",
+        help=f"default: {folder}; a run that was stopped goes on",
+    )
     add("--steps", type=_positive, metavar="N", help=f"of either training; default: {STEPS}, fewer on a slow machine")
     add("--crops_per_photograph", type=_positive, default=crops, metavar="N", help=f"images to cut; default: {crops}")
     return parser
@@ -350,5 +356,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else the commands would train on, unwatched
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: else the commands would train on, unwatched
+        if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -26,7 +26,7 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"
 EPILOG = """\
 what stands behind -- goes to `accelerate launch`; every --section.key VALUE goes to all runs, after their own values.
 Run the same command again to go on: finished runs are skipped, an interrupted one resumes from its newest checkpoint.
-A run that SIGTERM or SIGUSR1 stops (pretrain.py --help) stops the sweep, with code 75.
+A run that SIGTERM, SIGUSR1 or SIGHUP stops (pretrain.py --help) stops the sweep, with code 75.
 
 examples:
   python training/sweep.py --recipe vits16_ibot_sweep --list

@@ -19,6 +19,7 @@ from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from ..utils.hub_waits import limit_waiting
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
@@ -100,6 +101,7 @@ def open_dataset(
     if path.is_dir():
         return _open_folder(source, path, options, hub)
     _check_hub_name(source)
+    limit_waiting()
     return _build(source, source, options, name=hub["config_name"], revision=hub["revision"])
 
 

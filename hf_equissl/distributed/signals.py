@@ -1,4 +1,4 @@
-"""A scheduler's request to stop, SIGTERM or SIGUSR1: remembered until the run can stop without losing anything.
+"""A request to stop, SIGTERM, SIGUSR1 or SIGHUP: remembered until the run can stop without losing anything.
 
 Needs no torch, so that a run listens from its first moment.
 """
@@ -22,10 +22,14 @@ from typing import Any, NoReturn, Self
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 MARKER_FILE = "PREEMPTED"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last one: the terminal is gone
 # A scheduler signals every process of a job, and a launcher among them passes it on: that is one request.
 ONE_REQUEST_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_BORN = os.getpid(), os.getppid()  # before anything takes time
+# Seconds that a process goes on without its launcher: before training there is nothing to save, in training there is.
+UNTIL_TRAINING, IN_TRAINING = 5.0, 600.0
+_training = threading.Event()
 
 
 class Preempted(BaseException):
@@ -33,14 +37,15 @@ class Preempted(BaseException):
 
 
 class Signals:
-    """Catches SIGTERM and SIGUSR1 while it is entered, and restores the handlers that were there before.
+    """Catches SIGTERM, SIGUSR1 and SIGHUP while it is entered, and restores the handlers that were there before.
 
     The first one is remembered (``received``); a loop looks at it where it can stop. Before training there is nothing
     to lose, so ``Preempted`` is raised at once, if this is the only process: one of several cannot tell a scheduler
     from a launcher that ends the survivors of a process that failed. A second signal, ``ONE_REQUEST_SECONDS`` or more
     after the first, ends the process at once with ``EXIT_PREEMPTED``.
 
-    Outside of the main thread, where Python does not allow handlers, nothing is caught.
+    A SIGHUP that is ignored stays so: ``nohup`` started the run. Outside of the main thread, where Python does not
+    allow handlers, nothing is caught.
 
     Args:
         output_dir: Where the marker file goes, since launchers hide exit codes.
@@ -61,7 +66,9 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -70,6 +77,11 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+    def begin_training(self) -> None:
+        """From now on there is something to save: a signal is remembered, and a launcher that ends is no hurry."""
+        self.raises = False
+        _training.set()
 
     def leave_marker(self, text: str) -> None:
         """Write the marker file, which begins with the signal's name, for whoever decides to start the run again."""
@@ -97,7 +109,7 @@ class Signals:
             text = f"{name} after {self.received}: stopped at once."
             self.leave_marker(text)
             # Not print: the signal may have come while something was being printed.
-            os.write(2, f"preempted: {text} The same command goes on from the last complete checkpoint.\n".encode())
+            os.write(2, f"\npreempted: {text} The same command goes on from the last complete checkpoint.\n".encode())
             os._exit(EXIT_PREEMPTED)
 
 
@@ -147,14 +159,48 @@ def kill_workers() -> None:
 
 
 def listen_to_launcher() -> None:
-    """Let the end of the launcher that started this process count as SIGTERM.
+    """Let the end of the launcher that started this process count as SIGTERM, also one that has come already.
 
     `accelerate launch` with one process dies of every signal, and torchrun of SIGUSR1. The run would go on without its
-    launcher, beside the one that the scheduler starts next.
+    launcher, beside the one that the scheduler starts next; or wait for ever for processes that were never started.
     """
     launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not launched or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    adopted = os.getpid() == _BORN[0] and os.getppid() != _BORN[1]
+    if adopted or not _is_launcher(parent):
+        _end_without_launcher()
+    # A signal does not reach Python while a library waits for other processes.
+    threading.Thread(target=_outlive, args=(parent,), name="launcher", daemon=True).start()
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether the parent of a process of torchrun may be torchrun: not where another one has adopted the process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True  # what else sets our variables is known to nobody
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True  # hidden from us
+    return any(word in command for word in (b"python", b"torch", b"accelerate"))
+
+
+def _outlive(parent: int) -> None:
+    """Wait for the end of the launcher; then end this process where it does not end by itself."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(UNTIL_TRAINING)
+    if _training.is_set():
+        time.sleep(IN_TRAINING)
+    _end_without_launcher()
+
+
+def _end_without_launcher() -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"\npreempted: the launcher of this run is gone. The same command goes on.\n")
+    os._exit(EXIT_PREEMPTED)
 
 
 def speaks_for_failure() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders.frozen import FrozenEncoder
-from ..utils.commands import command_parser, log_plainly, path_word, say, typed_command
+from ..utils.commands import command_parser, end_bars, log_plainly, path_word, say, typed_command
 from ..utils.devices import choose_device, precision_lines
 from ..utils.files import expand_home
 from ..utils.options import (
@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         records = run(arguments, command)
     except (ValueError, OSError) as error:
+        end_bars()
         parser.exit(2, f"probe.py: error: {error}\n")
     print(plain_table(records))
     # Of all that the folder holds by now, earlier commands' included.

@@ -27,8 +27,8 @@ tasks:
 """
 
 _EXIT_CODES = """\
-exit codes: 0 finished; 1 stopped by an error; 2 something can be mended before training; 75 stopped by SIGTERM or
-SIGUSR1, with a checkpoint: the same command goes on; 130 stopped by Ctrl-C
+exit codes: 0 finished; 1 stopped by an error; 2 something can be mended before training; 75 stopped by SIGTERM,
+SIGUSR1 or SIGHUP, with a checkpoint: the same command goes on; 130 stopped by Ctrl-C
 """
 _EXAMPLES = """\
 examples:
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 75 if it was asked to by
-        SIGTERM or SIGUSR1, 130 if interrupted.
+        SIGTERM, SIGUSR1 or SIGHUP, 130 if interrupted.
     """
     options = vars(build_parser().parse_args(argv))
     command = typed_command("finetune.py", argv)

@@ -128,7 +128,7 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
         signals: Entered already, where signals shall be caught before training, too.
 
     Raises:
-        Preempted: SIGTERM or SIGUSR1 stopped the run, with a checkpoint.
+        Preempted: SIGTERM, SIGUSR1 or SIGHUP stopped the run, with a checkpoint.
         RuntimeError: one of ``running.stops.STOPS``: the run stopped.
     """
     output = Path(run.settings.output_dir)

@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..utils.files import readable_size
+from ..utils.hub_waits import limit_waiting
 from ..utils.redaction import redact
 from ..utils.versions import library_versions
 from .contents import CARD, CONFIG, PublishError, left_behind, published_files
@@ -169,6 +170,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
 
     No secret is repeated. Errors that are not the Hub's pass as they are.
     """
+    limit_waiting()
     try:
         yield
     except PublishError:

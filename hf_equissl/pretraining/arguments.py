@@ -188,6 +188,11 @@ class EquiSSLTrainingArguments(TrainingArguments):
                 f"grad_clipping is {self.grad_clipping!r}, and max_grad_norm 0 clips nothing. Set max_grad_norm, "
                 "e.g. to 3."
             )
+        if self.deepspeed is not None and not self.deepspeed:
+            raise ValueError(
+                f"deepspeed is {self.deepspeed!r}, which asks for nothing. Name a configuration with a ZeRO stage, "
+                "e.g. {zero_optimization: {stage: 2}}, or leave it out (null)."
+            )
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16 must be true, false or auto, got {self.bf16!r}.")
         strategy = HubStrategy(self.hub_strategy)

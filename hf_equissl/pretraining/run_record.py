@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..utils.coercion import check_arguments
 from ..utils.devices import describe_cpu, describe_device
 from ..utils.files import write_text
 from ..utils.redaction import redact, without_secrets
@@ -134,10 +135,12 @@ class RunRecord:
         if unknown := sorted(content.keys() - names):
             raise ValueError(f"{path} holds unknown entries {unknown}: it was written by another version.")
         try:
-            numbers = {name: tuple(content[name]) for name in ("image_mean", "image_std")}
-            changes = tuple(SettingChange(**change) for change in content.get("changes", ()))
-            return cls(**{**content, **numbers, "changes": changes})
-        except (KeyError, TypeError) as error:
+            changes = content.pop("changes", ())
+            record = cls(**check_arguments(content, cls, RECORD_FILE))
+            if not record.batch.keys() >= {"per_device", "processes", "accumulation"}:
+                raise ValueError(f"batch: {record.batch}")
+            return replace(record, changes=tuple(SettingChange(**change) for change in changes))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}). It is written anew when the run is continued.") from error
 
 

@@ -25,7 +25,6 @@ KEPT = (
     "seed",
     "data_seed",
     "dataloader_drop_last",
-    "ignore_data_skip",
     "bf16",
     "fp16",
     "optim",

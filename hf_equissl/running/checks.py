@@ -25,6 +25,15 @@ def check_length(args: EquiSSLTrainingArguments) -> None:
         )
 
 
+def check_precision(args: EquiSSLTrainingArguments) -> None:
+    """Refuse fp16 on a CPU, for which accelerate has no loss scaling."""
+    if args.fp16 and args.device.type == "cpu":
+        raise RecipeError(
+            "training.fp16: fp16 needs a GPU, and this run is on a CPU. Set --training.fp16 false, and "
+            "--training.bf16 auto for bf16 where the processor has units for it."
+        )
+
+
 def check_agreement(output_dir: str | Path | None, checkpoint: str | None, precision: str) -> None:
     """Refuse a launch whose processes would go on from different checkpoints or in different precisions.
 

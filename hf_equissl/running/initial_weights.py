@@ -26,6 +26,7 @@ from ..hub.pretraining_state import load_pretraining_state
 from ..modeling import EquiSSLConfig, EquiSSLModel
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..recipes.recipe import INIT_KEYS, Recipe, encoder_fields
+from ..utils.hub_waits import limit_waiting
 from ..utils.load_errors import explain_load_errors
 from ..utils.suggestions import RecipeError
 
@@ -127,6 +128,7 @@ def load_initial_weights(recipe: Recipe) -> InitialWeights:
         raise RecipeError(
             f"model.init_revision: {asked!r} is a revision on the Hub, and {source} is here. Leave it out."
         )
+    limit_waiting()
     # One commit for everything that is read; a repository may change meanwhile.
     revision = getattr(resolve_revision(source, asked), "resolved", asked)
     options = {"revision": revision, "subfolder": recipe.model.get("init_subfolder", "")}

@@ -44,7 +44,7 @@ class PreemptionCallback(TrainerCallback):
         """
         self.stopped = False
         self._flag = SharedFlag(args.ddp_timeout)
-        self.signals.raises = False
+        self.signals.begin_training()
         if self._flag.now(self._asked):
             self.stopped = True
             text = f"{self._who}: asked to stop before the first step, nothing to save."

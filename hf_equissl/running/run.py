@@ -45,6 +45,7 @@ from .checks import (
     check_batches,
     check_last_layer,
     check_length,
+    check_precision,
     check_schedules,
     check_steps,
     require_labels,
@@ -174,6 +175,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if leaves_precision_open(recipe):  # what is stored says what ran
         recipe = replace(recipe, training={**recipe.training, "bf16": args.bf16})
     check_length(args)
+    if not dry:
+        check_precision(args)
     if output_dir is not None and not dry:
         check_shared_folder(output_dir)
         remove_marker(output_dir)
@@ -271,7 +274,7 @@ def pretrain(run: Run, signals: Signals | None = None) -> Path:
         The encoder's folder, which ``AutoModel.from_pretrained`` loads.
 
     Raises:
-        Preempted: SIGTERM or SIGUSR1 stopped the run. A checkpoint is written, the encoder is not.
+        Preempted: SIGTERM, SIGUSR1 or SIGHUP stopped the run. A checkpoint is written, the encoder is not.
         RuntimeError: one of ``running.stops.STOPS``, whose message says what is left of the run.
     """
     output = Path(str(run.args.output_dir))

@@ -118,5 +118,14 @@ def say(text: str) -> None:
 def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks: bool = True) -> int:
     """Say on the error stream why a command ends, unless another process ``speaks``; returns ``code``."""
     if speaks:
-        print(redact(f"{word}: {reason}"), file=sys.stderr, flush=True)
+        end_bars()
+        # Another process may have left its bar in the line.
+        print(redact(f"{'' if is_first_process() else chr(10)}{word}: {reason}"), file=sys.stderr, flush=True)
     return code
+
+
+def end_bars() -> None:
+    """End the line of each progress bar, so that a message stands alone on its own and no bar is drawn behind it."""
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

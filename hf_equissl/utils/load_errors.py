@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .hostile import check_config_sizes
+from .hub_waits import limit_waiting
 from .suggestions import nearest
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def explain_load_errors(
     Raises:
         LoadError: It says in one paragraph what is wrong; the original error is its cause.
     """
+    limit_waiting()
     try:
         yield
     except LoadError:

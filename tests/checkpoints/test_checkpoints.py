@@ -24,6 +24,7 @@ from hf_equissl.checkpoints import (
     newest_checkpoint,
     read_checkpoint_weights,
 )
+from hf_equissl.checkpoints.integrity import checksums
 from hf_equissl.checkpoints.sharded_files import read_whole, write_shards
 from hf_equissl.distributed.engines import Engine
 from hf_equissl.hub.pretraining_state import load_pretraining_state
@@ -46,7 +47,8 @@ def fake(folder: Path, engine: str = "single", world_size: int = 1, batch: int =
     (folder / "shards").mkdir()
     (folder / "shards" / "0.distcp").write_bytes(b"")
     files = {"model.safetensors": 7, "shards/0.distcp": 0}
-    Manifest(Engine(engine), world_size, batch, int(folder.name[11:]), kind, files).write(folder)
+    step, sums = int(folder.name[11:]), checksums(folder, list(files))
+    Manifest(Engine(engine), world_size, batch, step, kind, files, sums).write(folder)
     return folder
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 from safetensors.torch import load_file, save_file
 
 from hf_equissl.encoders import save_encoder, save_native
 from hf_equissl.hub import PublishError, check_publishable, push_repository
-from hf_equissl.hub.push import create_repository, describe
+from hf_equissl.hub.push import account, create_repository, describe
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.utils import hub_waits
 
 from .loopback_hub import LoopbackHub
 
@@ -378,3 +380,19 @@ def test_describe(repository: Path) -> None:
     assert text.endswith(CARD)
     size = (repository / "figures" / "loss.png").stat().st_size
     assert f"{size} bytes  figures/loss.png" in text
+
+
+def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection; one sentence follows after a time that has an end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0)
+        monkeypatch.setattr(hub_waits, "SECONDS", 0.3)
+        close_session()  # the client is made anew, by what limits it
+        try:
+            with pytest.raises(PublishError, match=rf"{endpoint} cannot be reached.*timed out"):
+                account("me/model", token="hf_" + "a" * 34)
+        finally:
+            close_session()

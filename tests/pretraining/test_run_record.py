@@ -77,3 +77,15 @@ def test_files_that_are_no_record(tmp_path: Path) -> None:
     (tmp_path / RECORD_FILE).write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match="not a run record of format 1"):
         RunRecord.load(tmp_path)
+
+
+def test_null_is_a_value_only_where_it_says_something(folder: Path, tmp_path: Path) -> None:
+    RunRecord.load(folder).save(tmp_path)
+    whole = json.loads((tmp_path / RECORD_FILE).read_text())
+    for name in whole.keys() - {"format"}:
+        (tmp_path / RECORD_FILE).write_text(json.dumps({**whole, name: None}))
+        if name in ("num_images", "finished", "preempted"):
+            assert RunRecord.load(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=r"run\.json is damaged .* written anew when the run is continued"):
+                RunRecord.load(tmp_path)

@@ -24,7 +24,6 @@ OTHERS: dict[str, Any] = {
     "seed": 1,
     "data_seed": 1,
     "dataloader_drop_last": False,
-    "ignore_data_skip": True,
     "bf16": True,
     "fp16": True,
     "optim": "sgd",
@@ -104,7 +103,7 @@ def test_other_settings_take_effect_and_are_recorded(
         in (output / "recipe.yaml").read_text()
     )
     build_repository(output, tmp_path / "published", repo_id="me/tiny", parts=["encoder", "card"])
-    card = (tmp_path / "published" / "README.md").read_text()
+    card = (tmp_path / "published" / "README.md").read_text().replace("\\", "")
     assert "| changed on the way | after step 2 learning_rate is 0.004 instead of 5e-05; " in card
     assert "as its last steps ran" in card
 
@@ -133,3 +132,18 @@ def test_another_optimizer_ends_in_one_sentence(run: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert go_on(run, run, "--training.optim", "sgd", "--training.max_steps", "6") == 2
     assert "training.optim" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--training.fp16", "true", "--training.bf16", "false"], "training.fp16: fp16 needs a GPU"),
+        (["--training.deepspeed", "{}"], "deepspeed is {}, which asks for nothing"),
+    ],
+)
+def test_settings_that_could_do_nothing_here(
+    words: list[str], said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert go_on(tmp_path / "new", run, *words) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]

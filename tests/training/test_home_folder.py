@@ -15,7 +15,7 @@ from hf_equissl.finetuning.settings import FineTuningSettings
 from hf_equissl.recipes.overrides import PATH_KEYS
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.recipes.sweep import read_sweep
-from hf_equissl.training import benchmark, convert, plan, pretrain, push_to_hub, scaling, sweep
+from hf_equissl.training import benchmark, convert, plan, pretrain, push_to_hub, quickstart, scaling, sweep
 from tests.training.test_pretrain_cli import TINY
 
 PARSERS = {
@@ -27,6 +27,7 @@ PARSERS = {
     "pretrain": pretrain._parser,
     "probe": probe.build_parser,
     "push_to_hub": push_to_hub.build_parser,
+    "quickstart": quickstart._parser,
     "scaling": scaling._parser,
     "sweep": sweep._parser,
 }
