@@ -170,7 +170,7 @@ def _describe(least: float, most: float, value: float) -> str:
         return "between 0 and 1"
     above = "> 0" if least == math.ulp(0) else f">= {least}"
     below = "< 1" if most == math.nextafter(1, 0) else f"<= {most}"
-    return above if value < least and most >= _MOST else f"{above} and {below}"
+    return above if value < least else f"{above} and {below}"
 
 
 def _check_loader(args: EquiSSLTrainingArguments) -> None:

@@ -141,7 +141,7 @@ def test_names_within_wrappers() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layer_decay": 0.0}, "layer_decay must be > 0 and <= 1"),
+        ({"layer_decay": 0.0}, "layer_decay must be > 0, got 0"),
         ({"layer_decay": 1.1}, "<= 1, got 1.1"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum must be between 0 and 1, got 1\.5"),
         ({"epoch_steps": 0}, "epoch_steps must be >= 1, got 0"),
