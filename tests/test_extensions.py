@@ -5,8 +5,10 @@ Each costs what is between the lines here, and one line that registers it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +23,9 @@ from hf_equissl.checkpoints import list_checkpoints
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, LossOutput, Objective
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import prepare, pretrain
+from hf_equissl.training import plan, sweep
+from hf_equissl.training import pretrain as pretrain_script
+from hf_equissl.utils.suggestions import RecipeError
 from hf_equissl.views import TRANSFORMATIONS, TransformationFamily
 from hf_equissl.views.makers import ViewMaker
 from hf_equissl.views.needs import ExtraViews, Needs
@@ -155,3 +160,75 @@ def test_trains_on_two_processes(photo_folder: Path, tmp_path: Path) -> None:
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(ValueError, match="'fade' exists"):
         TRANSFORMATIONS.register("fade")(type("Other", (FadeFamily,), {}))
+
+
+MODULE = """
+from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES
+from tests.test_extensions import CountTurnsObjective
+
+
+@EQUIVARIANCE_OBJECTIVES.register("from_a_module")
+class FromAModuleObjective(CountTurnsObjective):
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module that registers an objective, and a recipe that names the objective but not the module."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_objectives.py").write_text(MODULE)
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    plain = recipe(tmp_path).to_dict()
+    plain["objectives"]["equivariance"] = [{"name": "from_a_module"}]
+    del plain["data"]
+    plain["training"] = {"per_device_train_batch_size": 8, "max_steps": 2, "use_cpu": True, "report_to": "none"}
+    (tmp_path / "own.yaml").write_text(json.dumps(plain))
+    grid = {"name": "lr-{learning_rate}", "extends": "own.yaml", "cross": {"training.learning_rate": [0.1, 0.2]}}
+    (tmp_path / "own_sweep.yaml").write_text(json.dumps({"sweep": [grid]}))
+    yield tmp_path
+    EQUIVARIANCE_OBJECTIVES.pop("from_a_module", None)
+    sys.modules.pop("own_objectives", None)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (pretrain_script.main, ["--recipe", "own.yaml", "--dry_run"]),
+        (plan.main, ["--recipe", "own.yaml", "--gpus", "1"]),
+        (sweep.main, ["--recipe", "own_sweep.yaml", "--dry_run"]),
+        (sweep.main, ["--recipe", "own_sweep.yaml", "--dry_run", "--only", "lr-0.1"]),
+    ],
+)
+def test_commands_import_modules_of_users(own_module: Path, capsys: pytest.CaptureFixture[str], main, words) -> None:
+    assert main(words) == 2
+    assert "'from_a_module'" in capsys.readouterr().err
+    assert main([*words, "--import", "own_objectives"]) == 0
+    assert "from_a_module: heads" in capsys.readouterr().out or main is sweep.main
+
+
+def test_a_run_keeps_the_names_of_modules(own_module: Path, photo_folder: Path) -> None:
+    words = ["--recipe", "own.yaml", "--data", str(photo_folder), "--output_dir", "run", "--import", "own_objectives"]
+    assert pretrain_script.main(words) == 0
+    EQUIVARIANCE_OBJECTIVES.pop("from_a_module")
+    del sys.modules["own_objectives"]
+    assert Recipe.load("run/recipe.yaml").imports == ["own_objectives"]
+    # The command's modules come beside those of the recipe.
+    (own_module / "own_more.py").touch()
+    assert Recipe.load("run/recipe.yaml", {"imports": ["own_more"]}).imports == ["own_objectives", "own_more"]
+
+
+@pytest.mark.parametrize(
+    ("imports", "reason"),
+    [
+        (["own_objektives"], "there is no module 'own_objektives'"),
+        (["own_broken"], "importing 'own_broken' fails with ZeroDivisionError"),
+        (["./own_objectives.py"], "is not the name of a module"),
+        ("own_objectives", "imports: expected"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused(own_module: Path, imports: Any, reason: str) -> None:
+    plain = json.loads((own_module / "own.yaml").read_text())
+    with pytest.raises(RecipeError, match=reason):
+        Recipe.from_dict({**plain, "imports": imports})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 
@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda ...")
     add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
     add("--output_dir", type=path_word, metavar="DIR", help="benchmark.json goes here")
+    add_import(parser)
     return parser
 
 

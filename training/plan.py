@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
 from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run three real steps on this machine's device and print planned beside measured, by phase",
     )
+    add_import(parser)
     return parser
 
 

@@ -21,7 +21,7 @@ from hf_equissl.distributed.signals import (
     speaks_for_failure,
 )
 from hf_equissl.recipes.overrides import resolve_recipe
-from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
+from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, parse_words, set_value
 from hf_equissl.utils.commands import command_parser, is_first_process, path_word, say, stop
 from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError
@@ -208,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--utilisation", type=float, metavar="SHARE", help="with --dry_run: of a device's peak (0.4 otherwise)")
     add("--device_tflops", type=float, metavar="N", help="with --dry_run: a device's peak (312 otherwise, an A100's)")
     add("--list_recipes", action="store_true", help="names of the recipes that ship, one line each")
+    add_import(parser)
     return parser
 
 

@@ -28,7 +28,21 @@ def parse_words(
         RecipeError: A word is neither.
     """
     options, rest = parser.parse_known_args(argv)
-    return options, parse_overrides(rest, option_names(parser))
+    overrides = parse_overrides(rest, option_names(parser))
+    if options.imports:
+        overrides["imports"] = options.imports
+    return options, overrides
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import MODULE``, which every command that reads a recipe takes."""
+    text = "import a module of yours that registers objectives or transformations; repeat it for more (imports)"
+    parser.add_argument("--import", dest="imports", action="append", metavar="MODULE", help=text)
+
+
+def import_words(overrides: dict[str, Any]) -> list[str]:
+    """Write the modules among ``overrides`` as words of a command line."""
+    return [word for name in overrides.get("imports", ()) for word in ("--import", name)]
 
 
 def set_value(overrides: dict[str, Any], key: str, option: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.training.recipe_options import load_recipe, parse_words
+from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
@@ -225,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, metavar="N", help="rounds; default: 3")
     add("--data", type=path_word, metavar="SOURCE", help="images as pretrain.py takes them; without: synthetic ones")
     add("--output_dir", type=path_word, metavar="DIR", help="scaling.json goes here")
+    add_import(parser)
     return parser
 
 

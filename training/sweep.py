@@ -15,7 +15,7 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.training.recipe_options import RECIPES, find_recipe, parse_words, set_value
+from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, import_words, parse_words, set_value
 from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -144,7 +144,8 @@ def _launch(words: list[str], marker: Path) -> int:
 def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
     from hf_equissl.recipes.sweep import Member
 
-    everywhere = Member(member.name, member.recipe, overrides).words
+    dotted = {key: value for key, value in overrides.items() if key != "imports"}
+    everywhere = [*Member(member.name, member.recipe, dotted).words, *import_words(overrides)]
     return [str(PRETRAIN), "--recipe", str(member.recipe), "--output_dir", str(folder), *member.words, *everywhere]
 
 
@@ -202,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
     add("--only", nargs="+", metavar="NAME", help="these runs alone")
     add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")
+    add_import(parser)
     return parser
 
 

@@ -14,7 +14,7 @@ from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, nearest
 
 SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
-TOP_KEYS = ("name", "description", "num_processes", *SECTIONS)
+TOP_KEYS = ("name", "description", "num_processes", "imports", *SECTIONS)
 # Keys of the section `model` that name an encoder to start from.
 INIT_KEYS = ("init_from", "init_revision", "init_subfolder")
 # Keys that are or may be paths.
@@ -35,6 +35,9 @@ def resolve_recipe(path: Path, overrides: Mapping[str, Any], search: Sequence[Pa
         RecipeError: As ``read_recipe`` and ``apply_overrides``.
     """
     raw = {"name": path.stem, **read_recipe(path, search)}
+    if named := overrides.get("imports"):  # beside those of the recipe, which needs its own
+        known = coerce(raw.get("imports") or [], list[str], "imports")
+        overrides = {**overrides, "imports": list(dict.fromkeys([*known, *named]))}
     model = raw.get("model")
     if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
         raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder

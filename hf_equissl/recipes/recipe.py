@@ -5,6 +5,7 @@ name: my_run                     # optional, the file's name otherwise
 description: One line.           # optional
 extends: other.yaml              # optional: start from another recipe, then apply what stands here
 num_processes: 16                # optional: how many processes the batch arithmetic was written for
+imports: [my_objectives]         # optional: modules of your own that register what is named below
 model: {preset: vit_small_patch16, feature_size: 512, equivariant_size: 256}     # preset, any EquiSSLConfig field
 objectives:
   invariance: {name: vicreg}                                                     # key and keyword arguments
@@ -53,6 +54,7 @@ from ..utils.versions import __version__
 from ..views import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformation
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
+from .imports import import_modules
 from .monitor_settings import MonitorSettings
 from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, check_processes, expand_paths, resolve_recipe
 
@@ -115,6 +117,7 @@ class Recipe:
     monitor: dict[str, Any] = field(default_factory=dict)
     description: str = ""
     num_processes: int | None = None
+    imports: list[str] = field(default_factory=list)
     given: frozenset[str] = field(default=frozenset(), compare=False)  # dotted keys that were set over the file
 
     @classmethod
@@ -146,6 +149,8 @@ class Recipe:
         """
         check_plain(raw, "")
         check_keys(raw, TOP_KEYS, origin)
+        imports = coerce(raw.get("imports") or [], list[str], "imports")
+        import_modules(imports)
         raw = expand_paths(raw)
         for section in ("model", "objectives", "views"):
             if section not in raw:
@@ -156,6 +161,7 @@ class Recipe:
             check_processes(processes, "num_processes", f", got {processes}")
         recipe = cls(
             **{"name": "recipe", **top},
+            imports=imports,
             model=_check_model(as_mapping(raw["model"], "model")),
             objectives=_check_objectives(as_mapping(raw["objectives"], "objectives")),
             views=_check_views(as_mapping(raw["views"], "views")),
@@ -175,6 +181,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             "num_processes": self.num_processes,
+            "imports": self.imports or None,
             "model": self.model,
             "objectives": vars(self.objectives),
             "views": vars(self.views),

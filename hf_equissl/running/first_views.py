@@ -71,14 +71,14 @@ def first_views(
         return pipeline(batch), tuple(record.name for record in batch["skipped"])
 
 
-def blank_views(pipeline: ViewPipeline, images: int = 2) -> Views:
-    """Make views of grey images: what a data set would give, as far as shapes go.
+def blank_views(pipeline: ViewPipeline, batch: int) -> Views:
+    """Make views of two grey images, and of those that further views take of a ``batch``: the shapes of training.
 
     Raises:
         RecipeError: the objectives ask for what the pipeline cannot make.
     """
     with _blaming_views():
-        return pipeline.blank(images)
+        return pipeline.blank(2 + sum(maker.takes_from_batch(batch) for maker in pipeline.makers.values()))
 
 
 @contextmanager

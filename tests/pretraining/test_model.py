@@ -8,6 +8,8 @@ import torch
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from hf_equissl.recipes.recipe import Recipe
+from hf_equissl.running.run import prepare
 from hf_equissl.views.base import Views
 
 ENCODER = {
@@ -141,3 +143,31 @@ def test_unknown_objective_names_the_nearest() -> None:
     config = EquiSSLPreTrainingConfig(encoder=EquiSSLConfig(**ENCODER), invariance={"name": "vicregg"})
     with pytest.raises(ValueError, match="vicreg"):
         EquiSSLForPreTraining(config)
+
+
+def test_a_recipe_with_a_late_cls_has_none_before_its_layer_and_reads_it_after() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    recipe = Recipe.from_dict(
+        {
+            "model": {**sizes, "cls_insertion_layer": 2},
+            "objectives": {"invariance": {"name": "vicreg", "expander_sizes": [8, 8]}},
+            "views": {"pipeline": {"name": "vicreg"}},
+            "training": {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True},
+        }
+    )
+    run = prepare(recipe, None, dry=True)
+    model = EquiSSLForPreTraining(run.config)
+    student, images = model.student, torch.rand(4, 3, 32, 32)
+
+    def states() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return student(images, output_hidden_states=True).hidden_states
+
+    before = states()
+    assert [state.shape[1] for state in before] == [16, 16, 16, 17]  # the CLS token goes in after block 2
+    with torch.no_grad():
+        student.embeddings.cls_token += 1
+    after = states()
+    assert [torch.equal(old, new) for old, new in zip(before, after, strict=True)] == [True, True, True, False]
+    model(views=run.first.map(torch.rand_like)).loss.backward()
+    assert student.embeddings.cls_token.grad.abs().sum() > 0
