@@ -41,11 +41,6 @@ class Engine(StrEnum):
         """Whether DeepSpeed runs it."""
         return self in (Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
 
-    @property
-    def shards_weights(self) -> bool:
-        """Whether each process holds only a shard of the weights."""
-        return self in (Engine.FSDP2, Engine.ZERO3)
-
 
 def asked_engine(args: TrainingArguments | None = None) -> Engine:
     """Find the engine that a launch asks for: by ``fsdp`` or ``deepspeed`` of ``args``, else by the environment.

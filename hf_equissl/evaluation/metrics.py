@@ -1,7 +1,6 @@
 """What a metric is, and metrics as plain functions.
 
-Sums are float64, and a set that comes in parts is judged by its sums, never by averages.
-``RegressionSums`` is the form for batches and ranks: add up what each part saw, then ask for R2 once.
+Sums are float64.
 """
 
 from __future__ import annotations
@@ -50,10 +49,6 @@ class Metric:
         """Round a value, not scaled, to the digits that ``text`` shows."""
         return round(value, self.digits + (2 if self.unit == "%" else 0))
 
-    def is_better(self, value: float, than: float) -> bool:
-        """Return whether ``value`` beats ``than``."""
-        return value > than if self.higher_is_better else value < than
-
 
 TOP1 = Metric("top1", "%", digits=2, hub_type="accuracy")
 TOP5 = Metric("top5", "%", digits=2, hub_type="top5")
@@ -77,9 +72,8 @@ def _float64(name: str, values: ArrayLike) -> Tensor:
 class RegressionSums:
     """Sums over samples from which both forms of R2 follow exactly, each of width p in float64.
 
-    Sums of different batches or ranks add with ``+``; ``as_tensor`` and ``from_tensor`` let a rank reduce them in one
-    all-reduce. Targets are expected to be of order one, as ``TransformationFamily.targets`` makes them: the variance
-    comes from a difference of sums, which loses digits when the mean is far larger than the spread.
+    Targets are expected to be of order one, as ``TransformationFamily.targets`` makes them: the variance comes from a
+    difference of sums, which loses digits when the mean is far larger than the spread.
 
     Attributes:
         count: Number of samples n.
@@ -95,31 +89,13 @@ class RegressionSums:
 
     @classmethod
     def of(cls, predictions: ArrayLike, targets: ArrayLike) -> RegressionSums:
-        """Make the sums of one batch; both arguments are (n, p) or (n,)."""
+        """Make the sums of a set; both arguments are (n, p) or (n,)."""
         predicted, true = _float64("predictions", predictions), _float64("targets", targets)
         if predicted.shape != true.shape:
             raise ValueError(
                 f"predictions and targets must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
             )
         return cls(len(true), true.sum(0), true.square().sum(0), (true - predicted).square().sum(0))
-
-    def __add__(self, other: RegressionSums) -> RegressionSums:
-        return RegressionSums(
-            self.count + other.count,
-            self.target + other.target,
-            self.target_squared + other.target_squared,
-            self.residual + other.residual,
-        )
-
-    def as_tensor(self) -> Tensor:
-        """Write the sums as one tensor (4, p), float64, which ranks can reduce."""
-        count = torch.full_like(self.target, self.count)
-        return torch.stack([count, self.target, self.target_squared, self.residual])
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> RegressionSums:
-        """Read what ``as_tensor`` wrote."""
-        return cls(round(sums[0, 0].item()), *sums[1:].unbind(0))
 
     def r2_per_parameter(self) -> Tensor:
         """Compute 1 - RSS / TSS (p,), each parameter around its own mean."""
