@@ -210,8 +210,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         if args.epoch_steps or plan.steps_per_epoch:
             check_schedules(args, model, plan)
         rehearse(args, model, plan)
-        blank = blank_views(pipeline, plan.per_device)
-        return Run(recipe, args, config, pipeline, None, plan, blank, checkpoint, notes=notes)
+        grey = blank_views(pipeline, plan.per_device)
+        return Run(recipe, args, config, pipeline, None, plan, grey, checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(source or open_source(recipe), recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
