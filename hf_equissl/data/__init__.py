@@ -6,6 +6,7 @@ from .dataset import EpochSampler, ImageViewDataset, SampleDataset, SkippedImage
 from .decoding import Decoding, decode_image
 from .errors import ImageDecodeError, ImageSourceError, TooManyBadImages, UnknownSplitError
 from .health import SkippedImages
+from .remarks import list_remarks
 from .sources import ImageInfo, ImageSource, load_images
 from .streaming import StreamingViewDataset
 
@@ -24,5 +25,6 @@ __all__ = [
     "TooManyBadImages",
     "UnknownSplitError",
     "decode_image",
+    "list_remarks",
     "load_images",
 ]

@@ -151,7 +151,7 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
             substitute = sample_generator(self.seed, epoch, slot, attempt)
             index = int(substitute.integers(len(self)))
         else:
-            raise hopeless(self.name, skipped)
+            raise give_up(self.name, skipped)
         return complete_sample(self.make(sample, rng), index, skipped, begin)
 
 
@@ -194,8 +194,8 @@ def complete_sample(sample: dict[str, Any], index: int, skipped: list[SkippedIma
     return sample
 
 
-def hopeless(source: str, skipped: list[SkippedImage]) -> ImageDecodeError:
-    """The error when nothing decodes."""
+def give_up(source: str, skipped: list[SkippedImage]) -> ImageDecodeError:
+    """Make the error of a source of which nothing decodes."""
     listed = "; ".join(f"{item.name} ({item.reason})" for item in skipped[:5])
     return ImageDecodeError(
         f"{source}: {len(skipped)} images in a row did not decode. The first: {listed}. "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .depth import as_bytes, mend_planes, stretch, wide_values
+from .depth import as_bytes, read_planes, to_eight_bits, wide_values
 from .errors import ImageDecodeError
 from .metadata import bands_of, transposition_of, without_metadata
 
@@ -74,6 +74,11 @@ class Decoding:
             )
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels is {self.max_pixels}, expected 1 or more.")
+
+    def difference(self) -> dict[str, Any]:
+        """Return what changes pixels and is not as usual, as plain types, for records."""
+        chosen = self.value_range if isinstance(self.value_range, str) else list(self.value_range)
+        return {} if chosen == "full" else {"value_range": chosen}
 
 
 AS_STORED = Decoding()
@@ -147,7 +152,8 @@ def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageDecodeError(
             f"{width} x {height} = {width * height:,} pixels are more than max_pixels = {max_pixels:,}. To read it, "
-            "set data.max_pixels higher; decoding takes 3 bytes for each pixel, in every worker."
+            "set --max_pixels (data.max_pixels of a recipe) higher; decoding takes 3 bytes for each pixel, in every "
+            "worker."
         )
     return image
 
@@ -160,8 +166,11 @@ def used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, floa
     """
     try:
         image = open_image(data, decoding.max_pixels)
-        mend_planes(image)
-        values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+        values = read_planes(image, data)
+        if values is None:
+            values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+        elif image.mode in ("RGBA", "RGBa"):
+            values = values[..., :3]
     except (ImageDecodeError, MemoryError):
         raise
     except Exception as error:  # see ``decode_image``
@@ -211,14 +220,26 @@ def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image
         image.load()
         if "xmp" not in image.info and "transparency" not in image.info:
             return image
-    mend_planes(image)
+    planes = read_planes(image, data)
     values = None
-    if decoding.value_range != "full" and not isinstance(data, np.ndarray):
-        values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
-    image.load()
-    transposition = transposition_of(image)
-    rgb = _to_rgb(image if values is None else _recoloured(image, stretch(values, decoding.value_range)))
+    if planes is not None:
+        transposition = transposition_of(image)  # before pixels are decoded, which would turn those of TIFF
+        image = _from_planes(image.mode, planes, decoding)
+    else:
+        if decoding.value_range != "full" and not isinstance(data, np.ndarray):
+            values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+        image.load()
+        transposition = transposition_of(image)
+    rgb = _to_rgb(image if values is None else _recoloured(image, to_eight_bits(values, decoding.value_range)))
     return rgb if transposition is None else rgb.transpose(transposition)
+
+
+def _from_planes(mode: str, planes: np.ndarray, decoding: Decoding) -> Image.Image:
+    """An image of 8 bits of the 16-bit planes (H, W, bands) of one that was opened in ``mode``."""
+    mode = {3: "RGB", 4: "CMYK" if mode == "CMYK" else "RGBA"}.get(planes.shape[2], "L")
+    colours = to_eight_bits(planes[..., :3] if mode == "RGBA" else planes, decoding.value_range)
+    bands = [*np.moveaxis(colours, -1, 0), *([as_bytes(planes[..., 3])] if mode == "RGBA" else [])]
+    return Image.merge(mode, [Image.fromarray(band) for band in bands]) if len(bands) > 1 else Image.fromarray(bands[0])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,26 +10,31 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from .metadata import one_plane
+
 _PLANAR_CONFIGURATION, _BITS_PER_SAMPLE = 284, 258
 _SEPARATE_PLANES = 2
 # Pillow's names for layouts of 16-bit bands -> those that read the other byte of each value.
 _OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 
 
-def mend_planes(image: Image.Image) -> None:
-    """Let Pillow read a TIFF file of separate uncompressed 16-bit planes, which it takes for planes of 8 bits."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return
+def read_planes(image: Image.Image, content: Any) -> np.ndarray | None:
+    """Read a TIFF file of separate 16-bit planes, of which Pillow reads the wrong bytes, or the high ones alone.
+
+    Args:
+        image: Opened, not yet decoded.
+        content: The file.
+
+    Returns:
+        Stored values (H, W, bands), uint16, as many bands as ``image`` has; ``None`` of other images.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not isinstance(content, bytes):
+        return None
     tags: Any = image.tag_v2
-    separate = tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and set(tags.get(_BITS_PER_SAMPLE, ())) == {16}
-    if not separate or any(tile.codec_name != "raw" for tile in image.tile):
-        return
-    tiles: Any = image.tile
-    little = tags.prefix == b"II"
-    if image.mode.startswith("I;16"):  # one plane
-        image.tile = [tile._replace(args=(image.mode, *tile.args[1:])) for tile in tiles]
-        return
-    image.tile = [tile._replace(args=(tile.args[0] + (";16L" if little else ";16B"), *tile.args[1:])) for tile in tiles]
+    if tags.get(_PLANAR_CONFIGURATION) != _SEPARATE_PLANES or set(tags.get(_BITS_PER_SAMPLE, ())) != {16}:
+        return None
+    planes = [one_plane(content, number) for number in range(len(image.getbands()))]
+    return np.stack([_native(np.asarray(Image.open(io.BytesIO(plane), formats=["TIFF"]))) for plane in planes], axis=-1)
 
 
 def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
@@ -44,17 +50,23 @@ def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.nda
         (H, W) of a grey image, (H, W, 3) of a coloured one; ``None`` where there are no more than 8 bits.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image)
-        return values.astype(values.dtype.newbyteorder("="), copy=False)
-    if image.mode not in ("RGB", "RGBA", "RGBX") or not any(
-        ";16" in _layout(tile) for tile in getattr(image, "tile", ())
-    ):
+        return _native(np.asarray(image))
+    tiles: Any = getattr(image, "tile", ())
+    if image.mode not in ("RGB", "RGBA", "RGBX") or not any(";16" in _layout(tile) for tile in tiles):
         return None
     again: Any = reopen()
-    mend_planes(again)
-    again.tile = [_with_other_byte(tile) for tile in again.tile]
-    high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
+    if _layout(tiles[0]).startswith("LA"):  # grey with transparency: four bytes, as those of 8-bit RGBA
+        again.tile = [_with_layout(tile, "RGBA") for tile in again.tile]
+        high, low = np.asarray(again)[..., :2].astype(np.uint16).transpose(2, 0, 1)
+    else:
+        again.tile = [_with_other_byte(tile) for tile in again.tile]
+        high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
     return high << 8 | low
+
+
+def to_eight_bits(values: np.ndarray, value_range: str | tuple[float, float]) -> np.ndarray:
+    """Map stored values to uint8 by the range that was chosen; ``decode_image`` says the rule of "full"."""
+    return as_bytes(values) if value_range == "full" else stretch(values, value_range)
 
 
 def stretch(values: np.ndarray, value_range: str | tuple[float, float]) -> np.ndarray:
@@ -97,7 +109,13 @@ def _layout(tile: TiffImagePlugin.ImageFile._Tile) -> str:
 
 def _with_other_byte(tile: TiffImagePlugin.ImageFile._Tile) -> TiffImagePlugin.ImageFile._Tile:
     layout = _layout(tile)
-    if layout.startswith("LA"):  # grey with transparency has one layout only: the high byte stands for both
-        return tile
-    other = layout[:-4] + _OTHER_BYTE.get(layout[-4:], layout[-4:])
-    return tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)
+    return _with_layout(tile, layout[:-4] + _OTHER_BYTE.get(layout[-4:], layout[-4:]))
+
+
+def _with_layout(tile: TiffImagePlugin.ImageFile._Tile, layout: str) -> TiffImagePlugin.ImageFile._Tile:
+    return tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout)
+
+
+def _native(values: np.ndarray) -> np.ndarray:
+    """Numbers in the machine's byte order."""
+    return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -50,6 +50,11 @@ class SkippedImages:
         """Distinct bad files among the images seen."""
         return self.count / max(1, self._distinct_seen())
 
+    def take_from(self, batch: dict[str, Any], judge: bool = True) -> None:
+        """Take ``skipped`` out of a batch, where no device needs it, and ``update``; leave a batch without as it is."""
+        if "skipped" in batch:
+            self.update(batch.pop("skipped"), seen=len(batch["index"]), judge=judge)
+
     def update(self, skipped: Iterable[SkippedImage], seen: int, judge: bool = True) -> None:
         """Add one batch.
 

@@ -29,7 +29,10 @@ _TIFF_TAGS = {
     *(325, 332, 334, 338, 339, 347, 512, 513, 514, 519, 520, 521, 529, 530, 531, 532),
 }
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
-_SAMPLES_PER_PIXEL, _BITS_PER_SAMPLE = 277, 258
+_SAMPLES_PER_PIXEL, _BITS_PER_SAMPLE, _EXTRA_SAMPLES = 277, 258, 338
+# What a file of one plane says in place of one of several: of the latter two, the first number stays.
+_ONE_PLANE = {_SAMPLES_PER_PIXEL: 1, 262: 1, 284: 1, _BITS_PER_SAMPLE: None, 339: None}
+_TIFF_PLACES = {273, 279, 324, 325}  # of strips or tiles: offsets and lengths, those of the first plane first
 
 
 def transposition_of(image: Image.Image) -> Image.Transpose | None:
@@ -66,17 +69,44 @@ def bands_of(content: bytes) -> tuple[int, int] | None:
     """Read how many bands a TIFF file has, and how many bits each; ``None`` of another kind of file."""
     if not content.startswith((b"II*\x00", b"MM\x00*")):
         return None
-    order = "<" if content[:1] == b"I" else ">"
     found = {_SAMPLES_PER_PIXEL: 1, _BITS_PER_SAMPLE: 1}
     try:
         for tag, kind, count, place in _tiff_entries(content):
             if tag in found and kind in _TIFF_INTEGERS:
-                size = struct.calcsize(_TIFF_INTEGERS[kind]) * count
-                where = place if size <= 4 else struct.unpack_from(order + "I", content, place)[0]
-                found[tag] = struct.unpack_from(order + _TIFF_INTEGERS[kind], content, where)[0]
+                found[tag] = _tiff_numbers(content, kind, count, place)[0]
     except struct.error:
         return None
     return found[_SAMPLES_PER_PIXEL], found[_BITS_PER_SAMPLE]
+
+
+def one_plane(content: bytes, plane: int) -> bytes:
+    """Make a grey TIFF file of one plane of a file whose bands lie in separate planes.
+
+    Its directory stands behind the old content, so that all offsets stay true.
+
+    Raises:
+        struct.error: The file is cut off.
+    """
+    order = "<" if content[:1] == b"I" else ">"
+    bands = (bands_of(content) or (1, 16))[0]
+    file, entries = bytearray(content + bytes(len(content) % 2)), []
+    for tag, kind, count, place in _tiff_entries(content):
+        numbers = _tiff_numbers(content, kind, count, place) if tag in _ONE_PLANE or tag in _TIFF_PLACES else ()
+        entry = content[place - 8 : place + 4]
+        if tag in _ONE_PLANE:
+            number = _ONE_PLANE[tag] or numbers[0]
+            entry = struct.pack(order + "HHIHH", tag, 3, 1, number, 0)
+        elif tag in _TIFF_PLACES:
+            each = count // bands
+            chosen = struct.pack(f"{order}{each}I", *numbers[plane * each : (plane + 1) * each])
+            if each > 1:
+                chosen, offset = struct.pack(order + "I", len(file)), chosen
+                file += offset
+            entry = struct.pack(order + "HHI", tag, 4, each) + chosen
+        if tag not in (_EXTRA_SAMPLES, _ORIENTATION):
+            entries.append(entry)
+    file[4:8] = struct.pack(order + "I", len(file))
+    return bytes(file + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4))
 
 
 def _bare_png(content: bytes) -> bytes:
@@ -140,3 +170,11 @@ def _tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
     for number in range(struct.unpack_from(order + "H", content, directory)[0]):
         place = directory + 2 + 12 * number
         yield *struct.unpack_from(order + "HHI", content, place), place + 8
+
+
+def _tiff_numbers(content: bytes, kind: int, count: int, place: int) -> tuple[int, ...]:
+    """The numbers of an entry, which stand in it if they fit."""
+    order = "<" if content[:1] == b"I" else ">"
+    layout = f"{order}{count}{_TIFF_INTEGERS[kind]}"
+    where = place if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", content, place)[0]
+    return struct.unpack_from(layout, content, where)

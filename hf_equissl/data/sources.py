@@ -20,12 +20,11 @@ from ..utils.files import expand_home
 from ..utils.redaction import redact
 from ..views.base import Item
 from .columns import find_image_column, find_more_columns
-from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file, used_range
+from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError
 from .image_folders import real_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
-from .metadata import bands_of
 from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
@@ -226,31 +225,6 @@ class ImageSource:
             except ImageDecodeError:
                 total.update(b"none")
         return total.hexdigest()
-
-    def first_notes(self, count: int = 8) -> tuple[str, ...]:
-        """Say what of the first images is used in another way than people expect: few of 16 bits, more than 3 bands."""
-        deep, bands = [], 0
-        for row in self._first(count):
-            try:
-                content = self.content(row)
-                used = used_range(content, self.decoding)
-                bands = max(bands, (bands_of(content) or (0, 0))[0])
-            except ImageDecodeError:
-                continue
-            if used is not None:
-                deep.append(used)
-        notes = []
-        high = max((high for _, high in deep), default=65535.0)
-        if self.decoding.value_range == "full" and high < 32768:
-            low = min(low for low, _ in deep)
-            notes.append(
-                f"warning: the first images have 16 bits per band and use only {low:.0f} to {high:.0f} of 0 to 65535: "
-                f"they become almost black. Set data.value_range to auto, or to the range of the "
-                f"sensor, such as [0, {2 ** int(high).bit_length() - 1}]"
-            )
-        if bands > 4:
-            notes.append(f"warning: the first images have up to {bands} bands; only red, green and blue are used")
-        return tuple(notes)
 
     def describe(self) -> str:
         """One line for people."""

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..views.base import Item
 from ..views.pipelines import ViewPipeline
-from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, hopeless, image_digest
+from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, give_up, image_digest
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
@@ -163,7 +163,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
                     name = self.source.item_name(row, f"{self.shards[read.shard].name}, row {read.number}")
                     skipped.append(SkippedImage(name, str(error)))
                     if len(skipped) >= MAX_ATTEMPTS:
-                        raise hopeless(self.source.name, skipped) from error
+                        raise give_up(self.source.name, skipped) from error
                     continue
                 digest = image_digest(content)
                 item = Item((image,), label=self.source.label(row))
@@ -172,7 +172,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
                 yield sample | {"position": position}
                 good, skipped, begin = good + 1, [], time.perf_counter()
             if skipped and not good and not start:
-                raise hopeless(self.source.name, skipped)
+                raise give_up(self.source.name, skipped)
             if not self.repeat:
                 return
             empty = 0 if good or start else empty + 1

@@ -140,6 +140,7 @@ class Evaluator(ABC):
             "image_size": encoder.image_size,
             **({} if side == encoder.image_size else {"resized_side": side}),
             "encoder_precision": encoder.precision,
+            **self.data.train.decoding.difference(),
             "train_split": self.data.train.split,
             "train_images": len(self.data.train),
             "test_images": len(test or self.data.test),

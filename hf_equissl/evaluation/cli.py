@@ -15,9 +15,12 @@ from ..utils.devices import choose_device, precision_lines
 from ..utils.files import expand_home
 from ..utils.options import (
     MAX_BAD_SHARE,
+    NUM_WORKERS,
+    REVISION,
     SOURCE_OPTIONS,
     SPLIT_OPTIONS,
     STREAMING,
+    TRUST_REMOTE_CODE,
     Option,
     add_options,
     read_options,
@@ -62,7 +65,7 @@ _DATA_OPTIONS = (
     *SOURCE_OPTIONS,
     STREAMING,
     MAX_BAD_SHARE,
-    Option("--num_workers", "processes that decode; default: 0", "N", type=int),
+    NUM_WORKERS,
 )
 ENCODER_OPTIONS = (
     Option(
@@ -76,8 +79,8 @@ ENCODER_OPTIONS = (
     ),
     Option("--batch_size", "images per pass; default: 256", "N", type=int),
     Option("--device", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu", "NAME"),
-    Option("--revision", "of encoders from the Hub", "NAME"),
-    Option("--trust_remote_code", "let code beside the weights run"),
+    REVISION,
+    TRUST_REMOTE_CODE,
 )
 
 

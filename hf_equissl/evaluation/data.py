@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import ImageSource, load_images
+from ..data import ImageSource, list_remarks, load_images
 from ..data.labels import match_classes
 from ..data.splits import choose_rows, hold_out, load_test_split
 from .images import ImageSet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -134,6 +137,7 @@ def load_evaluation_data(
             raise ValueError(f"--further_test {' '.join(named)}: expected a source, or a source and a split.")
     train = load_images(source, split=train_split, **source_options)
     test = load_test_split(source, train_split, test_split, source_options)
+    _say_remarks(train, *([test[0]] if test else []))
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "cache_bytes": cache_bytes,
@@ -177,8 +181,14 @@ def _further_test(
     """
     named = load_test_split(source, "", split, load)
     images, split = named or (load_images(source, **load), "train")
+    _say_remarks(images)
     judged = match_classes(images, train.classes, train.name)
     return image_set(judged, source, split, limit, subset_seed, **options)
+
+
+def _say_remarks(*sources: ImageSource) -> None:
+    for line in dict.fromkeys(line for source in sources for line in list_remarks(source)):
+        logger.info("%s", line)
 
 
 def image_set(
@@ -193,7 +203,7 @@ def image_set(
             labels,
             dataset,
             split,
-            decode=images.decode,
+            decoding=images.decoding,
             label_hint=images.label_hint,
             **options,
         )
@@ -202,7 +212,7 @@ def image_set(
 
 
 def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
-    options |= {"decode": images.decode, "label_hint": images.label_hint}
+    options |= {"decoding": images.decoding, "label_hint": images.label_hint}
     return ImageSet(_SourceRows(images, rows), _labels(images, rows), dataset, split, **options)
 
 

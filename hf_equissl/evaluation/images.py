@@ -10,12 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data import decode_image
+from ..data import Decoding, decode_image
+from ..data.decoding import AS_STORED
 from ..data.splits import choose_rows
 from ..distributed.signals import guard_workers
 from ..encoders.base_image import base_image
@@ -30,15 +30,15 @@ _PARTS = {"backbone": ("cls", "patches")}
 
 
 class _BaseImages(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, images: Sequence[Any], size: int, decode: Callable[[Any], Image.Image]) -> None:
-        self.images, self.size, self.decode = images, size, decode
+    def __init__(self, images: Sequence[Any], size: int, decoding: Decoding) -> None:
+        self.images, self.size, self.decoding = images, size, decoding
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
         try:
-            return row, base_image(self.decode(self.images[row]), self.size)
+            return row, base_image(decode_image(self.images[row], self.decoding), self.size)
         except (OSError, ValueError) as error:  # ImageDecodeError is one of them; the caller counts and names them
             return row, str(error)
 
@@ -87,7 +87,7 @@ class ImageSet:
         num_workers: Processes that decode.
         max_bad_share: Share of images that may fail to decode.
         progress: Whether passes of an encoder show a bar.
-        decode: Makes an RGB image of a row.
+        decoding: How images become RGB where files leave a choice.
         label_hint: Why there are no labels although something looks like them, and what to do.
     """
 
@@ -99,7 +99,7 @@ class ImageSet:
     num_workers: int = 0
     max_bad_share: float = 0.01
     progress: bool = True
-    decode: Callable[[Any], Image.Image] = decode_image
+    decoding: Decoding = AS_STORED
     label_hint: str = ""
     _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
@@ -167,7 +167,7 @@ class ImageSet:
             return
         keep = len(self) * 3 * size * size <= self.cache_bytes
         loader = DataLoader(
-            _BaseImages(self.images, size, self.decode),
+            _BaseImages(self.images, size, self.decoding),
             batch_size=512,
             num_workers=self.num_workers,
             collate_fn=_identity,

@@ -16,6 +16,17 @@ from ..hub.push import account
 from ..utils.commands import command_parser, log_plainly, path_word, say, stop, typed_command
 from ..utils.devices import precision_lines
 from ..utils.files import readable_size
+from ..utils.options import (
+    MAX_BAD_SHARE,
+    REVISION,
+    SOURCE_OPTIONS,
+    STREAMING,
+    SUBFOLDER,
+    TRUST_REMOTE_CODE,
+    Option,
+    add_options,
+    read_options,
+)
 from .card import write_card
 from .processes import Processes
 from .push import push_features
@@ -53,6 +64,59 @@ examples:
 """
 
 
+RUN = (
+    Option("--encoder", "folder or Hub id that AutoModel loads", "PATH_OR_ID", type=path_word, required=True),
+    Option(
+        "--data",
+        "Hub id, folder of images, parquet, tar, save_to_disk folder",
+        "SOURCE",
+        type=path_word,
+        required=True,
+    ),
+    Option("--output_dir", "data/, extraction.json and README.md go here", "DIR", type=path_word, required=True),
+    Option("--split", "default: train; several splits, one command each, may share a folder", "NAME"),
+    Option(
+        "--features",
+        f"among {', '.join((*FEATURES, PATCH_TOKENS))}; default: cls patches. patches: their mean; backbone: "
+        "[cls ; patches]; invariant..., equivariant...: parts of the stem (EquiSSL encoders)",
+        "NAME",
+        nargs="+",
+    ),
+    Option("--dtype", f"in which features are stored: {' or '.join(DTYPES)}; default: float32", "NAME"),
+    Option("--format", f"{' or '.join(FORMATS)}; default: parquet", "NAME", setting="file_format"),
+    Option(
+        "--shard_size",
+        "images per shard, the least that is computed again after an interruption; default: 10000, fewer where a "
+        "shard would exceed 500 MB; with --streaming a shard is what the source has as a shard",
+        "N",
+        type=int,
+    ),
+    Option("--limit", "only the first N images", "N", type=int),
+)
+DRY_RUN = Option("--dry_run", "print the plan, write nothing", default=False)
+SOURCE = (
+    *SOURCE_OPTIONS,
+    Option("--data_revision", "branch, tag or commit of a Hub data set", "NAME", setting="revision"),
+    STREAMING,
+)
+DATA = (
+    MAX_BAD_SHARE,
+    Option("--num_workers", "processes that decode, per process; default: by the cores, <= 32", "N", type=int),
+)
+ENCODER = (
+    Option("--image_size", "resize and crop to this; default: as its processor does", "PIXELS", type=int),
+    Option("--precision", f"{', '.join(PRECISIONS)} (autocast; auto: of the device); default: fp32", "NAME"),
+    Option("--batch_size", "images per pass; default: 256", "N", type=int),
+    Option("--device", "cpu, cuda, cuda:1, ...; default: cuda if there is one; each process its own", "NAME"),
+)
+LOAD = (REVISION, SUBFOLDER, TRUST_REMOTE_CODE)
+PUBLISHING = (
+    Option("--push_to_hub", "upload the finished folder as a data set", default=False),
+    Option("--repo_id", "where", "OWNER/NAME"),
+    Option("--private", "make a new repository private", default=False),
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all options with their help."""
     parser = command_parser(
@@ -60,63 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
         usage="extract_features.py --encoder PATH_OR_ID --data SOURCE --output_dir DIR [options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--encoder", required=True, type=path_word, metavar="PATH_OR_ID", help="folder or Hub id that AutoModel loads")
-    add(
-        "--data",
-        required=True,
-        type=path_word,
-        metavar="SOURCE",
-        help="Hub id, folder of images, parquet, tar, save_to_disk folder",
-    )
-    add(
-        "--output_dir",
-        required=True,
-        type=path_word,
-        metavar="DIR",
-        help="data/, extraction.json and README.md go here",
-    )
-    add("--split", metavar="NAME", help="default: train; several splits, one command each, may share a folder")
-    add(
-        "--features",
-        nargs="+",
-        metavar="NAME",
-        help=f"among {', '.join((*FEATURES, PATCH_TOKENS))}; default: cls patches. patches: their mean; backbone: "
-        "[cls ; patches]; invariant..., equivariant...: parts of the stem (EquiSSL encoders)",
-    )
-    add("--dtype", metavar="NAME", help=f"in which features are stored: {' or '.join(DTYPES)}; default: float32")
-    add("--format", dest="file_format", metavar="NAME", help=f"{' or '.join(FORMATS)}; default: parquet")
-    add(
-        "--shard_size",
-        type=int,
-        metavar="N",
-        help="images per shard, the least that is computed again after an interruption; default: 10000, fewer where a "
-        "shard would exceed 500 MB; with --streaming a shard is what the source has as a shard",
-    )
-    add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--dry_run", action="store_true", help="print the plan, write nothing")
-    add = parser.add_argument_group("data").add_argument
-    add("--image_column", metavar="NAME", help="default: found by its type")
-    add("--label_column", metavar="NAME", help="default: found by its type")
-    add("--config_name", metavar="NAME", help="configuration of a Hub data set")
-    add("--data_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
-    add("--streaming", action="store_true", help="read shards where they are, nothing is downloaded or converted")
-    add("--max_bad_share", type=float, metavar="SHARE", help="of images that may fail to decode; default: 0.01")
-    add("--num_workers", type=int, metavar="N", help="processes that decode, per process; default: by the cores, <= 32")
-    add = parser.add_argument_group("encoder").add_argument
-    add("--image_size", type=int, metavar="PIXELS", help="resize and crop to this; default: as its processor does")
-    add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (autocast; auto: of the device); default: fp32")
-    add("--batch_size", type=int, metavar="N", help="images per pass; default: 256")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda if there is one; each process its own")
-    add("--revision", metavar="NAME", help="branch, tag or commit of an encoder from the Hub")
-    add("--subfolder", metavar="NAME", help="of the encoder's folder or repository, e.g. native")
-    add("--trust_remote_code", action="store_true", help="let code beside the weights run")
-    add = parser.add_argument_group("publishing").add_argument
-    add("--push_to_hub", action="store_true", help="upload the finished folder as a data set")
-    add("--repo_id", metavar="OWNER/NAME", help="where")
-    add("--private", action="store_true", help="make a new repository private")
+    add_options(parser, (*RUN, DRY_RUN))
+    add_options(parser.add_argument_group("data"), (*SOURCE, *DATA))
+    add_options(parser.add_argument_group("encoder"), (*ENCODER, *LOAD))
+    add_options(parser.add_argument_group("publishing"), PUBLISHING)
     return parser
 
 
@@ -127,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for what can be mended before anything is computed, 1 for an extraction that stopped, 130
         if interrupted.
     """
-    options = vars(build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
     command = typed_command("extract_features.py", argv)
     log_plainly()
     try:
@@ -135,17 +147,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExtractionError as error:
         return stop(error, code=2)
     try:
-        return _run(processes, options, command)
+        return _run(processes, arguments, command)
     except KeyboardInterrupt:
         return stop("the same command goes on, finished shards are kept.", code=130, word="interrupted")
 
 
-def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
-    dry_run = options.pop("dry_run", False)
+def _run(processes: Processes, arguments: argparse.Namespace, command: str) -> int:
+    dry_run = read_options(arguments, [DRY_RUN])["dry_run"]
     work, plan = None, {}
     if processes.is_main:  # what is wrong is said once, and downloads and conversions happen once
         try:
-            settings, publish = _settings(options)
+            settings, publish = _settings(arguments)
             work = prepare(settings, processes.device(settings.device))
             plan = _plan(work, command, processes, dry_run)
         except (ValueError, OSError, ImportError, ExtractionError) as error:
@@ -155,7 +167,7 @@ def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
         if "error" in plan or dry_run:
             return plan.get("error", 0)
         if work is None:
-            settings, publish = _settings(options, check_hub=False)
+            settings, publish = _settings(arguments, check_hub=False)
             work = prepare(settings, processes.device(settings.device))
             _check_same_sight(work, plan)
         workers = work.settings.workers(processes.local_count)
@@ -176,31 +188,26 @@ def _run(processes: Processes, options: dict[str, Any], command: str) -> int:
     return 0
 
 
-def _settings(options: dict[str, Any], check_hub: bool = True) -> tuple[ExtractionSettings, dict[str, Any]]:
+def _settings(arguments: argparse.Namespace, check_hub: bool = True) -> tuple[ExtractionSettings, dict[str, Any]]:
     """Read the settings, and what ``push_features`` needs; the latter empty where nothing is published."""
-    options = dict(options)
-    publish = {name: options.pop(name, None) for name in ("push_to_hub", "repo_id", "private")}
-    names = {"image_column": "column", "data_revision": "revision"}
-    source = {
-        names.get(name, name): options.pop(name)
-        for name in ("image_column", "label_column", "config_name", "data_revision", "streaming")
-        if name in options
-    }
-    encoder = ("revision", "subfolder", "trust_remote_code")
-    load: dict[str, Any] = {name: options.pop(name) for name in encoder if name in options}
+    options = read_options(arguments, (*RUN, *DATA, *ENCODER))
     if "features" in options:
         options["features"] = tuple(options["features"])
-    settings = keep_precision(ExtractionSettings(**options, source_options=source, load_options=load))
+    settings = ExtractionSettings(
+        **options, source_options=read_options(arguments, SOURCE), load_options=read_options(arguments, LOAD)
+    )
+    settings = keep_precision(settings)
+    publish = read_options(arguments, PUBLISHING)
     if not publish.pop("push_to_hub"):
         for name, value in publish.items():
             if value:
                 raise ValueError(f"--{name} belongs to --push_to_hub.")
         return settings, {}
-    if not is_hub_id(publish["repo_id"]):
-        raise ValueError(f"--push_to_hub: --repo_id is {publish['repo_id']!r}, expected OWNER/NAME.")
+    if not is_hub_id(repo_id := publish.get("repo_id", "")):
+        raise ValueError(f"--push_to_hub: --repo_id is {repo_id!r}, expected OWNER/NAME.")
     if check_hub:
-        account(publish["repo_id"])
-    return settings, {"repo_id": publish["repo_id"], "private": bool(publish["private"])}
+        account(repo_id)
+    return settings, publish
 
 
 def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import ImageDecodeError, ImageSource, load_images
+from ..data import ImageDecodeError, ImageSource, list_remarks, load_images
 from ..data.labels import match_classes
 from ..encoders.frozen import FrozenEncoder
 from ..utils.files import readable_size
@@ -178,7 +178,7 @@ class Extraction:
         }
         if remaining and (idle := self._idle(processes, max(1, workers))):
             lines["warning"] = idle
-        return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+        return "\n".join([*(f"{key:<10}{value}" for key, value in lines.items()), *list_remarks(self.source)])
 
     def _idle(self, processes: int, workers: int) -> str | None:
         """Say who will have nothing to do, and what helps; ``None`` where there are shards for all."""
@@ -234,6 +234,7 @@ def prepare(settings: ExtractionSettings, device: str | None = None) -> Extracti
             "encoder_digest": encoder.digest(),
             "precision": encoder.precision,
             "preprocessing": preprocessing.settings,
+            **source.decoding.difference(),
             "features": {name: list(shape) for name, shape in shapes.items()},
             "dtype": settings.dtype,
             "format": settings.file_format,

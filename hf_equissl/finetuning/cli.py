@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
 from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, say, stop, typed_command
+from ..utils.options import (
+    MAX_BAD_SHARE,
+    NUM_WORKERS,
+    REVISION,
+    SOURCE_OPTIONS,
+    SPLIT_OPTIONS,
+    SUBFOLDER,
+    TRUST_REMOTE_CODE,
+    Option,
+    add_options,
+    read_options,
+)
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 
 _DESCRIPTION = """\
@@ -52,6 +66,90 @@ examples:
 """
 
 
+def _read_bf16(text: str) -> bool | str:
+    values: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+    if text not in values:
+        raise ValueError(f"expected auto, true or false, got {text}")
+    return values[text]
+
+
+RUN = (
+    Option("--encoder", "folder or Hub id of the encoder", "PATH_OR_ID", type=path_word),
+    Option("--data", "Hub id, folder, parquet, ...; with labels (one sub-folder per class)", "SOURCE", type=path_word),
+    Option("--task", "what to fine-tune for (below); default: classification", "NAME"),
+    Option("--set", "options of the task, as YAML", "NAME=VALUE", setting="task_options", nargs="+"),
+    Option("--method", f"{', '.join(METHODS)} (below); default: lora", "METHOD"),
+    Option("--output_dir", "checkpoints, results and the finished model/ or adapter/ go here", "DIR", type=path_word),
+    Option(
+        "--resume",
+        "auto (default): go on from the newest checkpoint in DIR, if any",
+        "auto|never|PATH",
+        type=path_word,
+        default="auto",
+    ),
+    Option("--compare", "train nothing: one table over the results in these folders", "DIR", type=path_word, nargs="+"),
+)
+# Title of a group -> its options; the settings that they give are fields of ``FineTuningSettings``.
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "encoder": (
+        Option("--pooling", f"what the head reads: {', '.join(POOLINGS)}; default: of its config", "NAME"),
+        Option("--image_size", "default: of the image processor beside the encoder", "PIXELS", type=int),
+        Option("--drop_path", "stochastic depth in training; default: 0", "P", type=float),
+        REVISION,
+        SUBFOLDER,
+        TRUST_REMOTE_CODE,
+    ),
+    "data": (
+        *SPLIT_OPTIONS,
+        *(replace(option, setting="") for option in SOURCE_OPTIONS),
+        MAX_BAD_SHARE,
+        NUM_WORKERS,
+        Option("--crop_scale", "area of crops; default: 0.08 1, small 0.35 1", ("LOW", "HIGH"), type=float, nargs=2),
+        Option("--no_flip", "do not mirror training images", setting="flip", switched=False),
+    ),
+    "training": (
+        Option("--epochs", "default: 10", "N", type=float),
+        Option("--batch_size", "per process; default: 128", "N", type=int),
+        Option("--accumulation", "micro-batches per step; default: 1", "N", type=int),
+        Option(
+            "--learning_rate",
+            "default: the method's (below); a small encoder may want 3 times that",
+            "X",
+            type=float,
+        ),
+        Option("--weight_decay", "default: the method's", "X", type=float),
+        Option("--layer_decay", "learning rate of a block relative to the next; default: method's", "X", type=float),
+        Option("--label_smoothing", "default: the method's", "X", type=float),
+        Option("--warmup", "of the steps; default: 0.05", "SHARE", type=float),
+        Option("--seed", "default: 0", "N", type=int),
+        Option(
+            "--bf16",
+            "train under bfloat16 autocast; default: auto, where the device has units for it",
+            "auto|true|false",
+            type=_read_bf16,
+            nargs="?",
+            default="auto",
+        ),
+        Option("--eval_steps", "measure every N steps; default: after each epoch", "N", type=int),
+        Option("--save_steps", "checkpoint every N steps; default: after each epoch", "N", type=int),
+        Option("--keep", "weights that are saved and quoted; default: last", choices=KEEPS),
+    ),
+    "adapters": (
+        Option("--lora_rank", "rank of the matrices; default: 8", "N", type=int),
+        Option("--lora_alpha", "adapters count alpha / rank; default: 16", "N", type=int),
+        Option("--lora_dropout", "default: 0", "P", type=float),
+        Option("--target_modules", "full names of layers; default: all linear maps of all blocks", "REGEX"),
+    ),
+}
+PUBLISHING = (
+    Option("--merge", "also write merged/: a plain model that needs no PEFT"),
+    Option("--push_to_hub", "publish the adapter, the merged model with --merge, or the model"),
+    Option("--repo_id", "where", "OWNER/NAME"),
+    Option("--private", "make a new repository private"),
+    Option("--base_id", "Hub id under which the encoder is published, if it was given by path", "OWNER/NAME"),
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all options with their help."""
     methods = "\n".join(
@@ -67,121 +165,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"{_TASKS}\nmethods:\n{methods}\n\n{_EXAMPLES}\n{_EXIT_CODES}",
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--encoder", type=path_word, metavar="PATH_OR_ID", help="folder or Hub id of the encoder")
-    add(
-        "--data",
-        type=path_word,
-        metavar="SOURCE",
-        help="Hub id, folder, parquet, ...; with labels (one sub-folder per class)",
-    )
-    add("--task", metavar="NAME", help="what to fine-tune for (below); default: classification")
-    add("--set", dest="task_options", nargs="+", metavar="NAME=VALUE", help="options of the task, as YAML")
-    add("--method", metavar="METHOD", help=f"{', '.join(METHODS)} (below); default: lora")
-    add(
-        "--output_dir",
-        type=path_word,
-        metavar="DIR",
-        help="checkpoints, results and the finished model/ or adapter/ go here",
-    )
-    add(
-        "--resume",
-        type=path_word,
-        metavar="auto|never|PATH",
-        help="auto (default): go on from the newest checkpoint in DIR, if any",
-    )
-    add(
-        "--compare",
-        nargs="+",
-        type=path_word,
-        metavar="DIR",
-        help="train nothing: one table over the results in these folders",
-    )
-    _add_encoder_options(parser.add_argument_group("encoder").add_argument)
-    _add_data_options(parser.add_argument_group("data").add_argument)
-    _add_training_options(parser.add_argument_group("training").add_argument)
-    add = parser.add_argument_group("adapters").add_argument
-    add("--lora_rank", type=int, metavar="N", help="rank of the matrices; default: 8")
-    add("--lora_alpha", type=int, metavar="N", help="adapters count alpha / rank; default: 16")
-    add("--lora_dropout", type=float, metavar="P", help="default: 0")
-    add("--target_modules", metavar="REGEX", help="full names of layers; default: all linear maps of all blocks")
-    add("--merge", action="store_true", help="also write merged/: a plain model that needs no PEFT")
-    add = parser.add_argument_group("publishing").add_argument
-    add("--push_to_hub", action="store_true", help="publish the adapter, the merged model with --merge, or the model")
-    add("--repo_id", metavar="OWNER/NAME", help="where")
-    add("--private", action="store_true", help="make a new repository private")
-    add("--base_id", metavar="OWNER/NAME", help="Hub id under which the encoder is published, if it was given by path")
+    add_options(parser, RUN)
+    for title, options in OPTIONS.items():
+        add_options(parser.add_argument_group(title), options)
+    add_options(parser.add_argument_group("publishing"), PUBLISHING)
     return parser
-
-
-def _add_encoder_options(add: Any) -> None:
-    add("--pooling", metavar="NAME", help=f"what the head reads: {', '.join(POOLINGS)}; default: of its config")
-    add("--image_size", type=int, metavar="PIXELS", help="default: of the image processor beside the encoder")
-    add("--drop_path", type=float, metavar="P", help="stochastic depth in training; default: 0")
-    add("--revision", metavar="NAME", help="of an encoder from the Hub")
-    add("--subfolder", metavar="NAME", help="of its repository, e.g. native")
-    add("--trust_remote_code", action="store_true", help="let code beside the weights run")
-
-
-def _add_data_options(add: Any) -> None:
-    add("--train_split", metavar="NAME", help="default: train")
-    add("--test_split", metavar="NAME", help="default: test, validation or val; without one, a tenth is held out")
-    add("--train_images", type=int, metavar="N", help="fixed random subset; default: all")
-    add("--test_images", type=int, metavar="N", help="likewise")
-    add("--image_column", metavar="NAME", help="default: found by its type")
-    add("--label_column", metavar="NAME", help="default: found by its type")
-    add("--config_name", metavar="NAME", help="configuration of a Hub data set")
-    add("--max_bad_share", type=float, metavar="SHARE", help="of images that may fail to decode; default: 0.01")
-    add("--num_workers", type=int, metavar="N", help="processes that decode; default: 0")
-    add(
-        "--crop_scale",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="area of crops; default: 0.08 1, small 0.35 1",
-    )
-    add("--no_flip", dest="flip", action="store_false", help="do not mirror training images")
-
-
-def _add_training_options(add: Any) -> None:
-    add("--epochs", type=float, metavar="N", help="default: 10")
-    add("--batch_size", type=int, metavar="N", help="per process; default: 128")
-    add("--accumulation", type=int, metavar="N", help="micro-batches per step; default: 1")
-    add(
-        "--learning_rate",
-        type=float,
-        metavar="X",
-        help="default: the method's (below); a small encoder may want 3 times that",
-    )
-    add("--weight_decay", type=float, metavar="X", help="default: the method's")
-    add(
-        "--layer_decay",
-        type=float,
-        metavar="X",
-        help="learning rate of a block relative to the next; default: method's",
-    )
-    add("--label_smoothing", type=float, metavar="X", help="default: the method's")
-    add("--warmup", type=float, metavar="SHARE", help="of the steps; default: 0.05")
-    add("--seed", type=int, metavar="N", help="default: 0")
-    add(
-        "--bf16",
-        nargs="?",
-        const=True,
-        type=_read_bf16,
-        default="auto",
-        metavar="auto|true|false",
-        help="train under bfloat16 autocast; default: auto, where the device has units for it",
-    )
-    add("--eval_steps", type=int, metavar="N", help="measure every N steps; default: after each epoch")
-    add("--save_steps", type=int, metavar="N", help="checkpoint every N steps; default: after each epoch")
-    add("--keep", choices=KEEPS, help="weights that are saved and quoted; default: last")
-
-
-def _read_bf16(text: str) -> bool | str:
-    values: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
-    if text not in values:
-        raise argparse.ArgumentTypeError(f"expected auto, true or false, got {text}")
-    return values[text]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 75 if it was asked to by
         SIGTERM, SIGUSR1 or SIGHUP, 130 if interrupted.
     """
-    options = vars(build_parser().parse_args(argv))
+    declared = (*RUN, *chain.from_iterable(OPTIONS.values()), *PUBLISHING)
+    options = read_options(build_parser().parse_args(argv), declared)
     command = typed_command("finetune.py", argv)
     log_plainly()
     try:
@@ -212,7 +201,7 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     if "compare" in options:
         say(compare(options["compare"]))
         return 0
-    resume = options.pop("resume", "auto")
+    resume = options.pop("resume")
     publish = {name: options.pop(name, None) for name in ("merge", "push_to_hub", "repo_id", "private")}
     for name in ("encoder", "data", "output_dir"):
         if not options.get(name):

@@ -69,6 +69,7 @@ class FineTuningRun:
         return "\n".join(
             [
                 *precision_lines(args.precision, args.device),
+                *splits.remarks,
                 f"{settings.method}: {method}; {trained:,} of {total:,} weights are trained ({trained / total:.2%}); "
                 f"the head reads {self.description.pooling}",
                 f"{len(splits.train)} training images, {len(splits.test)} test images ({splits.test_split}){classes}, "

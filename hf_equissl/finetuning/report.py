@@ -94,6 +94,7 @@ def protocol(run: FineTuningRun) -> dict[str, Any]:
         "weights": f"{settings.keep} step",
         "precision": "bf16" if settings.bf16 else "fp32",
         "image_size": run.description.image_size,
+        **({} if settings.value_range in (None, "full") else {"value_range": settings.to_dict()["value_range"]}),
         "train_split": run.splits.train_split,
         "train_images": len(run.splits.train),
         "test_images": len(run.splits.test),

@@ -17,13 +17,14 @@ POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")
 KEEPS = ("last", "best")
 # The base learning rates hold at this global batch and grow with its square root, as suits Adam.
 REFERENCE_BATCH = 256
-# Of these the trained weights are independent: a run may be continued with other values.
+# Of these the trained weights are independent, but for images that are left out: a run may go on with other values.
 _NOT_IDENTITY = (
     "output_dir",
     "num_workers",
     "eval_steps",
     "save_steps",
     "max_bad_share",
+    "max_pixels",
     "trust_remote_code",
     "base_id",
 )
@@ -89,6 +90,7 @@ class FineTuningSettings:
         train_split, test_split: Names; no ``test_split``: test, validation or val, else a tenth is held out.
         train_images, test_images: Use fixed random subsets of this size; ``None``: all.
         image_column, label_column, config_name: What the data set calls them, where it cannot be found out.
+        value_range, max_pixels: How images are decoded, see ``hf_equissl.data.Decoding``; ``None``: its default.
         max_bad_share: Share of images that may fail to decode.
         num_workers: Processes that decode.
         epochs: Passes over the training images.
@@ -131,6 +133,8 @@ class FineTuningSettings:
     image_column: str | None = None
     label_column: str | None = None
     config_name: str | None = None
+    value_range: str | tuple[float, float] | None = None
+    max_pixels: int | None = None
     max_bad_share: float = 0.01
     num_workers: int = 0
     epochs: float = 10.0
@@ -210,6 +214,18 @@ class FineTuningSettings:
         """Where in its repository the encoder lies, for ``from_pretrained``."""
         given = {"revision": self.revision, "subfolder": self.subfolder}
         return {name: value for name, value in given.items() if value}
+
+    @property
+    def source_options(self) -> dict[str, Any]:
+        """How the images are read, for ``load_images``."""
+        given = {
+            "column": self.image_column,
+            "label_column": self.label_column,
+            "config_name": self.config_name,
+            "value_range": self.value_range,
+            "max_pixels": self.max_pixels,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def base(self) -> str:

@@ -119,9 +119,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "pixel_values" in inputs:  # ready: prediction_step and compute_loss both come here
             return inputs
-        skipped = inputs.pop("skipped", None)
-        if skipped is not None:
-            self.skipped_images.update(skipped, seen=len(inputs["index"]), judge=self.args.world_size == 1)
+        self.skipped_images.take_from(inputs, judge=self.args.world_size == 1)
         batch = super()._prepare_inputs(inputs)
         with torch.no_grad():
             return self.task.to_inputs(batch)

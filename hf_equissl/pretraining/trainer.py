@@ -203,8 +203,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     # ---- data ----
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        alone = self.args.world_size == 1
-        self.skipped_images.update(inputs.pop("skipped"), seen=len(inputs["index"]), judge=alone)
+        self.skipped_images.take_from(inputs, judge=self.args.world_size == 1)
         batch = super()._prepare_inputs(inputs)
         with torch.no_grad():
             return {"views": self.pipeline(batch)}

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
 from ..checkpoints import ENCODER_FOLDER, Manifest, newest_checkpoint
-from ..data import ImageSource, SkippedImages, StreamingViewDataset
+from ..data import ImageSource, SkippedImages, StreamingViewDataset, list_remarks
 from ..distributed.agreement import first_message
 from ..distributed.collectives import is_main_process
 from ..distributed.signals import Signals, remove_marker
@@ -216,7 +216,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
     if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
         notes += (note,)
-    notes += tuple(f"note: {line}" for line in dataset.source.notes) + dataset.source.first_notes()
+    notes += list_remarks(dataset.source)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)

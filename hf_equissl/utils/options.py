@@ -28,6 +28,8 @@ class Option:
         choices: The words that are allowed; empty for all.
         repeated: Whether the option may be given several times, each value an entry of a list.
         default: The setting where the option is not given; ``None``: there is none, and who is set has a default.
+        switched: The setting of a switch that is given, or of an option that takes words and is given without.
+        required: Whether the command ends without it.
     """
 
     flag: str
@@ -39,6 +41,8 @@ class Option:
     choices: tuple[str, ...] = ()
     repeated: bool = False
     default: Any = None
+    switched: Any = True
+    required: bool = False
 
     @property
     def key(self) -> str:
@@ -49,10 +53,12 @@ class Option:
         """Declare the option. Where it is not given, the parsed arguments have no such name."""
         rest: dict[str, Any] = {"dest": self.flag.lstrip("-"), "default": argparse.SUPPRESS, "help": self.help}
         if self.metavar is None and not self.choices:
-            group.add_argument(self.flag, action="store_true", **rest)
+            group.add_argument(self.flag, action="store_const", const=self.switched, **rest)
             return
         rest |= {"metavar": self.metavar, "type": _with_its_text(self.type), "nargs": self.nargs}
         rest |= {"choices": self.choices} if self.choices else {}
+        rest |= {"const": self.switched} if self.nargs == "?" else {}
+        rest |= {"required": True} if self.required else {}
         group.add_argument(self.flag, action="append" if self.repeated else "store", **rest)
 
 
@@ -90,17 +96,45 @@ def read_options(arguments: argparse.Namespace, options: Iterable[Option]) -> di
     return {key: value for key, value in found.items() if value is not None}
 
 
+def read_value_range(word: str) -> Any:
+    """Read ``full``, ``auto`` or two numbers, ``[0, 4095]`` or ``0,4095``; who decodes says which ones mean something.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if word in ("full", "auto"):
+        return word
+    try:
+        low, high = (float(number) for number in word.strip("[] ").split(","))
+    except ValueError:
+        raise ValueError(f"expected full, auto or two numbers such as [0, 4095], got {word!r}") from None
+    return low, high
+
+
 # How a source of images is read; the settings are those of ``hf_equissl.data.load_images``.
 SOURCE_OPTIONS = (
     Option("--image_column", "default: found by its type", "NAME", setting="column"),
     Option("--label_column", "default: found by its type", "NAME"),
     Option("--config_name", "configuration of a Hub data set", "NAME"),
+    Option(
+        "--value_range",
+        "which stored values of more than 8 bits become black and white: full (of their type; default), auto (each "
+        "image's own), or two numbers, e.g. [0,4095]",
+        "RANGE",
+        type=read_value_range,
+    ),
+    Option("--max_pixels", "larger images are refused; default: 178956970", "N", type=int),
 )
 STREAMING = Option("--streaming", "read the source as a stream, shard by shard: nothing is downloaded or converted")
 MAX_BAD_SHARE = Option(
     "--max_bad_share", "of images that may fail to decode; they are left out and named; default: 0.01", "SHARE",
     type=float,
 )  # fmt: skip
+NUM_WORKERS = Option("--num_workers", "processes that decode; default: 0", "N", type=int)
+# How an encoder is loaded.
+REVISION = Option("--revision", "branch, tag or commit of an encoder from the Hub", "NAME")
+SUBFOLDER = Option("--subfolder", "of the encoder's folder or repository, e.g. native", "NAME")
+TRUST_REMOTE_CODE = Option("--trust_remote_code", "let code beside the weights run")
 # What a probe or a classifier is fitted on and judged by.
 SPLIT_OPTIONS = (
     Option("--train_split", "default: train", "NAME"),

@@ -57,7 +57,14 @@ def write_tar(path: Path, numbers: range) -> Path:
 
 
 def write_tiff(
-    values: np.ndarray, *, planar: bool = False, order: str = "<", compress: bool = False, **tags: bytes
+    values: np.ndarray,
+    *,
+    planar: bool = False,
+    order: str = "<",
+    compress: bool = False,
+    extra: int | None = 0,
+    orientation: int = 1,
+    **tags: bytes,
 ) -> bytes:
     """A TIFF file of (H, W, bands), of one strip, or of one for each plane, which Pillow does not write.
 
@@ -66,6 +73,8 @@ def write_tiff(
         planar: One band after the other.
         order: "<" or ">".
         compress: With Deflate.
+        extra: What bands behind the third are: 0 nothing that is said, 2 transparency; ``None``: the tag is missing.
+        orientation: As in EXIF.
         **tags: ``t282=b"72 dpi"`` is a text under tag 282.
     """
     height, width, bands = values.shape
@@ -80,8 +89,9 @@ def write_tiff(
     shorts = {258: [8 * values.itemsize] * bands, 259: [8 if compress else 1], 262: [2 if bands > 2 else 1]}
     shorts |= {277: [bands], 284: [2 if planar else 1]}
     longs = {256: [width], 257: [height], 273: offsets, 278: [height], 279: [len(strip) for strip in strips]}
-    if bands > 3:
-        shorts[338] = [0] * (bands - 3)
+    if bands > 3 and extra is not None:
+        shorts[338] = [extra] * (bands - 3)
+    shorts |= {274: [orientation]} if orientation != 1 else {}
     fields = {
         tag: (3, len(numbers), struct.pack(f"{order}{len(numbers)}H", *numbers)) for tag, numbers in shorts.items()
     }

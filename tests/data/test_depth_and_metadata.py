@@ -43,6 +43,11 @@ def pixels(data: object, *decoding: object) -> np.ndarray:
         (write_tiff(COLOUR, planar=True), TWELVE_BITS),
         (write_tiff(COLOUR, planar=True, order=">"), TWELVE_BITS),
         (write_tiff(RAMP[..., None], planar=True), TWELVE_BITS[..., :1]),
+        (write_tiff(COLOUR, planar=True, compress=True), TWELVE_BITS),
+        (write_tiff(COLOUR, planar=True, compress=True, order=">"), TWELVE_BITS),
+        (write_tiff(RAMP[..., None], planar=True, compress=True), TWELVE_BITS[..., :1]),
+        (write_tiff(np.concatenate([COLOUR, OPAQUE], axis=-1), planar=True, extra=2), TWELVE_BITS),
+        (write_png(np.concatenate([RAMP[..., None], OPAQUE], axis=-1)), TWELVE_BITS[..., :1]),
     ],
     ids=[
         "grey png",
@@ -56,6 +61,11 @@ def pixels(data: object, *decoding: object) -> np.ndarray:
         "planar",
         "both",
         "one",
+        "planar deflate",
+        "big planar deflate",
+        "one deflate",
+        "planar with alpha",
+        "grey png with alpha",
     ],
 )
 def test_a_range_of_values_fills_eight_bits(content: bytes, expected: np.ndarray, chosen: object) -> None:
@@ -69,6 +79,24 @@ def test_planes_of_16_bits(order: str, compress: bool) -> None:
     together, apart = (write_tiff(values, planar=planar, order=order, compress=compress) for planar in (False, True))
     np.testing.assert_array_equal(pixels(together), values >> 8)
     np.testing.assert_array_equal(pixels(apart), values >> 8)
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_fourth_plane_of_16_bits(extra: int, compress: bool) -> None:
+    values = np.concatenate([COLOUR * 16, RAMP[..., None] * 16], axis=-1)
+    together, apart = (write_tiff(values, planar=each, compress=compress, extra=extra) for each in (False, True))
+    np.testing.assert_array_equal(pixels(apart), pixels(together))
+    assert ((pixels(apart) == COLOUR >> 4).all()) == (extra == 0)  # else it is transparency
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_planes_are_turned_as_other_images(orientation: int) -> None:
+    values = COLOUR[:48] * 16
+    files = [write_tiff(values, planar=planar, orientation=orientation) for planar in (False, True)]
+    for chosen in ("full", "auto"):
+        np.testing.assert_array_equal(*(pixels(content, chosen) for content in files))
+    assert decode_image(files[1]).size == ((64, 48) if orientation < 5 else (48, 64))
 
 
 def test_a_range_beyond_its_ends_and_images_of_eight_bits() -> None:

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hf_equissl.data import ImageSourceError, load_images
+from hf_equissl.data import ImageSourceError, list_remarks, load_images
 
 from .image_files import encode, write_folder, write_tiff
 
@@ -24,10 +25,19 @@ def test_files_of_other_types_are_counted(tmp_path: Path) -> None:
         (folder / f"{number}.CR2").write_bytes(b"raw")
     (note,) = load_images(folder).notes
     assert "8 files of other types (.CR2) are left out" in note
+    for path in folder.glob("*.CR2"):
+        path.rename(path.with_suffix(".HEIC"))
+    heif = find_spec("pillow_heif") is not None
+    (note,) = load_images(folder).notes or ("read",)
+    assert note == "read" if heif else "8 files of other types (.HEIC) are left out (pip install 'hf-equissl[" in note
+    for path in folder.glob("*.HEIC"):
+        path.rename(path.with_suffix(".CR2"))
     (folder / "scan").write_bytes(b"no suffix")
     (folder / "a.txt").write_text("text")
     (note,) = load_images(folder, streaming=True).notes
-    assert "10 files of other types (8 .CR2, 1 no suffix, 1 .txt) are left out" in note or "10 files" in note
+    assert re.fullmatch(
+        r"10 files of other types \(8 \.CR2, 1 (no suffix, 1 \.txt|\.txt, 1 no suffix)\) are left out", note
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.CR2").write_bytes(b"raw")
     with pytest.raises(ImageSourceError, match=r"1 file of other types \(\.CR2\) are left out"):
@@ -92,18 +102,47 @@ def test_names_of_every_kind(streaming: bool, tmp_path: Path) -> None:
         load_images(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
 
 
+def remarks(folder: Path, **options: object) -> str:
+    return "\n".join(list_remarks(load_images(folder, **options)))
+
+
+def one_file(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder
+
+
 def test_the_first_images_say_what_is_used_of_them(tmp_path: Path) -> None:
     values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "a.png").write_bytes(encode(Image.fromarray(values), "PNG"))
-    (note,) = load_images(tmp_path / "deep").first_notes()
-    assert "use only 0 to 4095 of 0 to 65535" in note
-    assert "[0, 4095]" in note
-    assert load_images(tmp_path / "deep", value_range="auto").first_notes() == ()
-    (tmp_path / "deep" / "a.png").write_bytes(encode(Image.fromarray(values * 16), "PNG"))
-    assert load_images(tmp_path / "deep").first_notes() == ()
-    (tmp_path / "bands").mkdir()
-    (tmp_path / "bands" / "a.tif").write_bytes(write_tiff(np.full((8, 8, 5), 9, np.uint8)))
-    (note,) = load_images(tmp_path / "bands").first_notes()
-    assert "5 bands; only red, green and blue are used" in note
-    assert load_images(write_folder(tmp_path / "plain", ["a.jpg"])).first_notes() == ()
+    deep = one_file(tmp_path / "deep", "a.png", encode(Image.fromarray(values), "PNG"))
+    assert "use only 0 to 4095 of 0 to 65535" in remarks(deep)
+    assert "--value_range, or data.value_range of a recipe) to auto" in remarks(deep)
+    assert "[0, 4095]" in remarks(deep)
+    assert remarks(deep, value_range="auto") == ""
+    one_file(deep, "a.png", encode(Image.fromarray(values * 16), "PNG"))
+    assert remarks(deep) == ""
+    planes = write_tiff(np.stack([values] * 3, axis=-1), planar=True, compress=True)
+    assert "use only 0 to 4095" in remarks(one_file(tmp_path / "planes", "a.tif", planes))
+    assert remarks(write_folder(tmp_path / "plain", ["a.jpg"])) == ""
+    one_file(tmp_path / "plain", "b.HEIC.part", b"")
+    assert remarks(tmp_path / "plain") == "note: 1 file of other types (.part) are left out"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (write_tiff(np.full((8, 8, 5), 9, np.uint8)), "5 bands; only red, green and blue are used"),
+        (write_tiff(np.full((8, 8, 4), 9, np.uint8)), "4 bands; only red, green and blue are used"),
+        (
+            write_tiff(np.full((8, 8, 4), 9, np.uint8), extra=2),
+            "4 bands, of which the fourth is taken for transparency",
+        ),
+        (write_tiff(np.full((8, 8, 4), 9, np.uint16), extra=None), "If it is something else, such as near infrared"),
+        (encode(Image.new("CMYK", (8, 8)), "TIFF"), "are CMYK: they are converted to RGB"),
+        (encode(Image.new("CMYK", (8, 8))), "are CMYK"),
+        (encode(Image.new("RGBA", (8, 8)), "PNG"), ""),
+    ],
+)
+def test_more_bands_than_three_are_named_before_training(content: bytes, said: str, tmp_path: Path) -> None:
+    found = remarks(one_file(tmp_path / "set", "a.tif", content))
+    assert said in found if said else not found

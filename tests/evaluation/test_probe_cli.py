@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -122,6 +123,9 @@ def test_overwrite_and_changed_weights_compute_again(
         (["--set", "knn.k=many"], "expected an integer, got 'many'"),
         (["--further_test", "a", "b", "c"], "expected a source, or a source and a split"),
         (["--further_test", "/no/such/data"], "/no/such/data"),
+        (["--value_range", "half"], "--value_range: expected full, auto or two numbers such as [0, 4095], got 'half'"),
+        (["--value_range", "5,5"], "expected full, auto, or two numbers [a, b] with a below b"),
+        (["--max_pixels", "100"], "18 x 18 = 324 pixels are more than max_pixels = 100. To read it, set --max_pixels"),
     ],
 )
 def test_mistakes_end_in_one_line_before_compute(
@@ -240,3 +244,28 @@ def test_a_test_split_without_a_class_is_numbered_as_the_training_split(folder: 
     assert (set(loaded.test.labels.tolist()), loaded.num_classes) == ({1, 2}, 3)
     streams = load_evaluation_data(str(data), streaming=True, progress=False)
     assert streams.test.labels.tolist() == loaded.test.labels.tolist()
+
+
+def test_a_range_of_values_is_used_and_recorded_and_what_is_left_out_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "deep"
+    data.mkdir()
+    for number, path in enumerate(sorted((folder / "flat").glob("*.png"))[:24]):
+        values = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(values * 16).save(data / f"{number}.png")
+    (data / "a.CR2").write_bytes(b"raw")
+    quick = [*arguments(folder, tmp_path / "out"), "--data", str(data), "--evaluators", "effective_rank"]
+    with caplog.at_level("INFO"):
+        cli.main(quick)
+    assert "note: 1 file of other types (.CR2) are left out" in caplog.messages
+    assert any("use only" in message and "--value_range" in message for message in caplog.messages)
+    dark = [record.value for record in load_records(tmp_path / "out" / "results.json")]
+    cli.main([*quick, "--value_range", "[0, 4095]"])
+    found: dict[str, list[float]] = {}
+    for record in load_records(tmp_path / "out" / "results.json"):
+        found.setdefault(str(record.protocol.get("value_range")), []).append(record.value)
+    assert found.keys() == {"None", "[0.0, 4095.0]"}
+    assert found["None"] == dark
+    assert len(found["[0.0, 4095.0]"]) == len(dark)
+    assert found["[0.0, 4095.0]"] != dark

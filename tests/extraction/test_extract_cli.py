@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from huggingface_hub import DatasetCard, HfApi
+from PIL import Image
 
 from hf_equissl.extraction import work
 from hf_equissl.extraction.cli import main
@@ -36,6 +38,8 @@ pytest_plugins = ["tests.hub.fixtures"]
         (["--label_column", "klass"], "there is no label_column 'klass'"),
         (["--device", "gpu"], "--device gpu: not a device"),
         (["--streaming", "--shard_size", "5"], "--shard_size: of a stream, each shard of the source"),
+        (["--value_range", "5,5"], "expected full, auto, or two numbers"),
+        (["--max_pixels", "9"], "pixels are more than max_pixels = 9. To read it, set --max_pixels"),
         (["--private"], "--private belongs to --push_to_hub"),
         (["--push_to_hub", "--repo_id", "nowhere"], "--repo_id is 'nowhere', expected OWNER/NAME"),
     ],
@@ -99,7 +103,33 @@ def test_the_plan_is_printed_and_nothing_written(
     assert "41 images" in plan
     assert "cls 16, patch_tokens 16 x 16; float32, 1.1 KiB per image" in plan
     assert "4, of 12 images, parquet" in plan
+    assert "of other types" not in plan
     assert not (tmp_path / "out").exists()
+
+
+def test_a_range_of_values_is_used_and_recorded_and_what_is_left_out_is_said(
+    tmp_path: Path, extract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "deep"
+    data.mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).integers(0, 4096, (20, 20), dtype=np.uint16)
+        Image.fromarray(values).save(data / f"{number}.png")
+    (data / "a.HEIC.txt").write_bytes(b"text")
+    features = []
+    for name, more in (("full", []), ("set", ["--value_range", "0,4095"])):
+        folder = extract(tmp_path / name, *more, data=data)
+        features.append(
+            datasets.load_dataset("parquet", data_dir=str(folder / "data"), cache_dir=tmp_path)["train"]["cls"]
+        )
+        record = json.loads((folder / "extraction.json").read_text())
+        assert record["encoding"].get("value_range") == ([0.0, 4095.0] if more else None)
+        said = capsys.readouterr().out
+        assert "note: 1 file of other types (.txt) are left out" in said
+        assert ("become almost black" in said) == (not more)
+    assert features[0] != features[1]
+    extract(tmp_path / "set", data=data, code=2)
+    assert "value_range" in capsys.readouterr().err
 
 
 def test_too_small_a_disk_is_noticed_first(

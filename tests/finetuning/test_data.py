@@ -16,6 +16,7 @@ from hf_equissl.data import TooManyBadImages
 from hf_equissl.finetuning import FineTuningSettings, prepare, train
 from hf_equissl.finetuning.run import build_trainer
 from hf_equissl.finetuning.tasks.labelled_images import load_labelled_images
+from tests.data.image_files import encode, picture
 
 from .conftest import save
 
@@ -54,6 +55,17 @@ def test_integer_labels_count_from_zero(tmp_path: Path) -> None:
     table(tmp_path, "train", [0, 1, 2, 1])
     table(tmp_path, "test", [2, 0])
     assert loaded(tmp_path).classes == ("0", "1", "2")
+
+
+def test_classes_may_be_texts(tmp_path: Path) -> None:
+    """As in a table of file names and names of classes, of which the test split has one."""
+    for split, names in (("train", ["dog", "cat", "dog", "cat"]), ("test", ["dog"])):
+        images = [encode(picture(number)) for number in range(len(names))]
+        datasets.Dataset.from_dict({"image": images, "label": names}).to_parquet(tmp_path / f"{split}.parquet")
+    found = loaded(tmp_path)
+    assert found.classes == ("cat", "dog")
+    assert [found.train.read(index)["label"] for index in range(4)] == [1, 0, 1, 0]
+    assert found.test.read(0)["label"] == 1
 
 
 @pytest.mark.parametrize(
@@ -161,3 +173,17 @@ def test_images_that_do_not_decode(settings: Any, flags: str, tmp_path: Path, ca
     truth = [("blue", "green", "red").index(file.parent.name) for file in files]
     kept = [number for number, file in enumerate(files) if file.read_bytes() != b"no image"]
     assert metrics["eval_top1"] == pytest.approx(np.mean([predicted[n] == truth[n] for n in kept]))
+
+
+def test_values_are_read_as_asked_and_what_is_left_out_is_said(flags: str, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(flags, tmp_path / "data"))
+    for path in data.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
+    (data / "train" / "red" / "a.dng").write_bytes(b"raw")
+    dark, bright = loaded(data), loaded(data, value_range=[0, 4095], max_pixels=10_000)
+    assert [line.partition(":")[0] for line in dark.remarks] == ["note", "warning"]
+    assert bright.remarks == ("note: 1 file of other types (.dng) are left out",)
+    first, second = (np.asarray(part.train.read(0)["image"]).astype(float) for part in (dark, bright))
+    assert abs(second - 16 * first).max() < 17
+    with pytest.raises(ValueError, match="max_pixels = 9"):
+        loaded(data, max_pixels=9)

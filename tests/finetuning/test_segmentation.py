@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -321,3 +322,21 @@ def test_camvid(shared_data: Path, encoders: dict[str, str], tmp_path: Path) -> 
     miou, _ = train(run)
     assert 0 <= miou.value < 1
     assert (miou.split, miou.protocol["test_images"]) == ("validation", 3)
+
+
+def test_what_lies_beside_images_and_masks_is_said(make: Any, shapes: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shapes, tmp_path / "data"))
+    (data / "images" / "train" / "9.CR2").write_bytes(b"raw")
+    (data / "masks" / "val" / "0.json").write_text("{}")
+    name = os.fsdecode(b"\xff")
+    for kind in ("images", "masks"):
+        shutil.copy(data / kind / "train" / "0.png", data / kind / "train" / f"{name}.png")
+    splits = SegmentationTask().load(make(data=str(data)))
+    assert len(splits.train) == 9
+    assert [splits.train.read(index)["mask"].shape for index in range(9)] == [(40, 48)] * 9
+    assert splits.remarks == (
+        "note: images/train: 1 file of other types (.CR2) are left out",
+        "note: masks/val: 1 file of other types (.json) are left out",
+    )
+    with pytest.raises(ValueError, match="max_pixels = 9"):
+        SegmentationTask().load(make(data=str(data), max_pixels=9))

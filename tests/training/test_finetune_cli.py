@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import load_records, save_records
-from hf_equissl.finetuning import adapters, cli, load_finetuned
+from hf_equissl.finetuning import FineTuningSettings, adapters, cli, load_finetuned
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.utils.options import read_options
 from tests import processes
 from tests.distributed import launching
 
@@ -55,6 +57,31 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
     _, found, message = message.partition("error: ")  # a progress bar may stand before it
     assert found
     return message
+
+
+def test_options_give_settings() -> None:
+    declared = (*cli.RUN, *chain.from_iterable(cli.OPTIONS.values()))
+    assert {option.key for option in declared} - {"resume", "compare"} <= {
+        item.name for item in fields(FineTuningSettings)
+    }
+
+    def read(line: str) -> dict[str, object]:
+        return read_options(cli.build_parser().parse_args(line.split()), declared)
+
+    assert read("") == {"resume": "auto", "bf16": "auto"}
+    given = read(
+        "--no_flip --bf16 --crop_scale 0.5 1 --value_range 0,4095 --image_column x --set a=1 b=2 --resume never"
+    )
+    assert given == {
+        "flip": False,
+        "bf16": True,
+        "crop_scale": [0.5, 1.0],
+        "value_range": (0.0, 4095.0),
+        "image_column": "x",
+        "task_options": ["a=1", "b=2"],
+        "resume": "no",
+    }
+    assert read("--bf16 false --value_range [1,2]")["bf16"] is False
 
 
 def test_the_script_trains_merges_and_resumes(folder: Path, tmp_path: Path) -> None:

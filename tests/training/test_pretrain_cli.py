@@ -67,6 +67,24 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return message
 
 
+def test_what_is_left_out_is_said_before_the_first_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(8):
+        Image.fromarray(np.full((32, 32), 4000 + index, np.uint16)).save(data / f"{index}.png")
+        (data / f"{index}.ARW").write_bytes(b"raw")
+    words = ["--recipe", str(recipe), "--data", str(data)]
+    for more in (["--dry_run"], ["--output_dir", str(tmp_path / "run")]):
+        assert pretrain.main([*words, *more]) == 0
+        out = capsys.readouterr().out
+        assert "note: 8 files of other types (.ARW) are left out" in out
+        assert "use only 4000 to 4007 of 0 to 65535" in out
+    assert pretrain.main([*words, "--dry_run", "--data.value_range", "[0, 4095]"]) == 0
+    assert "use only" not in capsys.readouterr().out
+
+
 def test_train_export_resume(images: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     words = ["--recipe", str(recipe), "--data", str(images), "--output_dir", str(output)]

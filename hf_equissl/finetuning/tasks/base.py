@@ -65,6 +65,7 @@ class Splits:
         train, test: The samples.
         train_split, test_split: What they are called, for records.
         classes: Names, in the order of the labels; empty where a task has none.
+        remarks: What people should know of the data before training, one line each.
     """
 
     train: Samples
@@ -72,6 +73,7 @@ class Splits:
     train_split: str
     test_split: str
     classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Step(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data import ImageSource, load_images
+from ...data import ImageSource, list_remarks, load_images
 from ...data.labels import match_classes
 from ...data.splits import choose_rows, hold_out, load_test_split, take_rows
 from ..settings import FineTuningSettings
@@ -50,6 +50,10 @@ class Sources:
     train_split: str
     test_split: str
 
+    def remarks(self) -> tuple[str, ...]:
+        """List what people should know of the images before training; see ``list_remarks``."""
+        return tuple(dict.fromkeys(line for source in (self.train, self.test) for line in list_remarks(source)))
+
     def limited(self, settings: FineTuningSettings) -> Sources:
         """Choose the subsets that were asked for, and decode the first images of both.
 
@@ -75,12 +79,7 @@ def load_sources(settings: FineTuningSettings, more_columns: Mapping[str, Sequen
     Raises:
         ValueError: source, split or column do not exist.
     """
-    options: dict[str, Any] = {
-        "column": settings.image_column,
-        "label_column": settings.label_column,
-        "config_name": settings.config_name,
-        "more_columns": more_columns,
-    }
+    options = {**settings.source_options, "more_columns": more_columns}
     train = load_images(settings.data, split=settings.train_split, **options)
     test = load_test_split(settings.data, settings.train_split, settings.test_split, options)
     return both_splits(train, test, settings)
@@ -106,7 +105,8 @@ def load_labelled_images(settings: FineTuningSettings) -> Splits:
     sources = replace(sources, test=match_classes(sources.test, sources.train.classes, sources.train.name))
     classes = _classes(sources.train, sources.test)
     found = sources.limited(settings)
-    return Splits(SourceSamples(found.train), SourceSamples(found.test), found.train_split, found.test_split, classes)
+    train, test = SourceSamples(found.train), SourceSamples(found.test)
+    return Splits(train, test, found.train_split, found.test_split, classes, found.remarks())
 
 
 def labels_of(source: ImageSource) -> np.ndarray:

@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ...data import ImageDecodeError, ImageSource
-from ...data.columns import IMAGE_SUFFIXES
-from ...data.decoding import open_image
+from ...data import Decoding, ImageDecodeError, ImageSource
+from ...data.decoding import MAX_PIXELS, open_image
+from ...data.image_folders import scan_folder, shown, stored_path
 from ...data.splits import TEST_SPLITS
 from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
@@ -46,14 +46,14 @@ class Labels:
     ignore_index: int
     reduce_labels: bool = False
 
-    def read(self, data: Any) -> np.ndarray:
+    def read(self, data: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Decode a mask: int32 (H, W), 0 to the number of classes - 1, and ``IGNORED``.
 
         Raises:
             ImageDecodeError: it does not decode, holds colours, or a number that is no class.
         """
         try:
-            image = open_image(data)
+            image = open_image(data, max_pixels)
             if image.mode not in _NUMBERS:
                 raise ImageDecodeError(
                     f"The mask is {image.mode}; expected one channel, or a palette, whose values number classes."
@@ -92,7 +92,8 @@ class MaskedSamples(SourceSamples):
             ImageDecodeError: one of the two does not decode, or they differ in size.
         """
         row = self.source.row(index)
-        image, mask = super().read(index)["image"], self.labels.read(self.masks.content(row))
+        image = super().read(index)["image"]
+        mask = self.labels.read(self.masks.content(row), self.source.decoding.max_pixels)
         if image.size != mask.shape[::-1]:
             raise ImageDecodeError(
                 f"The image has {image.width} x {image.height} pixels and its mask {mask.shape[1]} x {mask.shape[0]}."
@@ -129,13 +130,15 @@ def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) ->
     pairs = _pairs(root) if root.is_dir() else {}
     if not pairs:
         return load_sources(settings, {"mask": columns})
+    given = settings.source_options
+    decoding = Decoding(**{name: given[name] for name in ("value_range", "max_pixels") if name in given})
     wanted = _split_of(settings.train_split, pairs, root)
-    train = _source(root, wanted, pairs)
+    train = _source(root, wanted, pairs, decoding)
     if settings.test_split is not None:
         name: str | None = _split_of(settings.test_split, pairs, root)
     else:
         name = next((split for split in TEST_SPLITS if split in pairs and split != wanted), None)
-    test = None if name is None else (_source(root, name, pairs), settings.test_split or name)
+    test = None if name is None else (_source(root, name, pairs, decoding), settings.test_split or name)
     return both_splits(train, test, settings)
 
 
@@ -190,28 +193,30 @@ def _split_of(name: str, pairs: dict[str, tuple[Path, Path]], root: Path) -> str
     return wanted
 
 
-def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]]) -> ImageSource:
+def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]], decoding: Decoding) -> ImageSource:
     """List the images of a split with their masks: the same path below both folders, but for the suffix."""
-    images, masks = (_files(root / folder) for folder in pairs[split])
+    scans = [scan_folder(root / folder, {}) for folder in pairs[split]]
+    images, masks = ({os.path.splitext(file)[0]: file for file in scan.images} for scan in scans)
     if missing := sorted(images.keys() - masks.keys()):
         raise ValueError(
             f"{root}: {len(missing)} of {len(images)} images in {pairs[split][0]} have no mask in {pairs[split][1]}, "
-            f"e.g. {images[missing[0]].name}. A mask is called as its image, up to the suffix."
+            f"e.g. {shown(os.path.basename(images[missing[0]]))}. A mask is called as its image, up to the suffix."
         )
     if not images:
-        raise ValueError(f"{root}: {pairs[split][0]} holds no images.")
+        raise ValueError(f"{root}: {pairs[split][0]} holds no images." + "".join(f" {s}." for s in scans[0].left_out()))
     names = sorted(images)
     rows = {
-        "image": [os.path.relpath(images[name], root) for name in names],
-        "mask": [os.path.relpath(masks[name], root) for name in names],
+        column: [stored_path(str(folder / files[name])) for name in names]
+        for column, folder, files in zip(("image", "mask"), pairs[split], (images, masks), strict=True)
     }
-    return ImageSource(datasets.Dataset.from_dict(rows), f"{root} ({split})", "image", root=root, more={"mask": "mask"})
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Find the image files below a folder, by their path in it without the suffix."""
-    return {
-        os.path.relpath(path.with_suffix(""), folder): path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    }
+    return ImageSource(
+        datasets.Dataset.from_dict(rows),
+        f"{root} ({split})",
+        "image",
+        root=root,
+        more={"mask": "mask"},
+        decoding=decoding,
+        notes=tuple(
+            f"{folder}: {line}" for folder, scan in zip(pairs[split], scans, strict=True) for line in scan.left_out()
+        ),
+    )

@@ -108,7 +108,7 @@ class SegmentationTask(DenseTask):
         train, test = MaskedSamples(sources.train, labels), MaskedSamples(sources.test, labels)
         for samples in (train, test):
             samples.check()
-        return Splits(train, test, sources.train_split, sources.test_split, classes)
+        return Splits(train, test, sources.train_split, sources.test_split, classes, sources.remarks())
 
     def blank(self) -> dict[str, Any]:
         """Return a black image of which no pixel counts."""
