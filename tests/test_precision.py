@@ -67,7 +67,7 @@ def test_no_default_asks_for_it(without_bf16: None, tmp_path: Path) -> None:
     words = ["--encoder", "x", "--data", "x", "--output_dir", "x"]
     read = read_options(probe_cli.build_parser().parse_args(words), probe_cli.ENCODER_OPTIONS)
     assert read["precision"] == "auto"
-    assert finetune_cli.build_parser().parse_args([]).bf16 == "auto"
+    assert finetune_cli.read_arguments([])["bf16"] == "auto"
     assert ExtractionSettings("x", "x", "x").precision == "fp32"
     assert EquiSSLTrainingArguments(str(tmp_path), use_cpu=True).precision == "fp32"
 

@@ -9,6 +9,7 @@ from .health import SkippedImages
 from .remarks import list_remarks
 from .sources import ImageInfo, ImageSource, load_images
 from .streaming import StreamingViewDataset
+from .subsets import Subset
 
 __all__ = [
     "Decoding",
@@ -22,6 +23,7 @@ __all__ = [
     "SkippedImage",
     "SkippedImages",
     "StreamingViewDataset",
+    "Subset",
     "TooManyBadImages",
     "UnknownSplitError",
     "decode_image",

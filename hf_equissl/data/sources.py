@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ from .errors import ImageDecodeError, ImageSourceError
 from .image_folders import real_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
+from .subsets import Subset
 from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
@@ -103,6 +104,19 @@ class ImageSource:
         if self.num_rows is None:
             raise TypeError(f"{self.name} is streamed and has no length. Set training.max_steps.")
         return self.num_rows
+
+    def take(self, rows: np.ndarray) -> ImageSource:
+        """Keep some rows; messages go on naming them by their numbers in the whole.
+
+        Raises:
+            ImageSourceError: It is a stream.
+        """
+        if not isinstance(self.dataset, datasets.Dataset):
+            raise ImageSourceError(f"{self.name} is streamed: rows cannot be chosen by number. Leave out streaming.")
+        if len(rows) == len(self):
+            return self
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return replace(self, dataset=self.dataset.select(rows), numbers=numbers)
 
     def row(self, index: int) -> dict[str, Any]:
         """One row."""
@@ -250,6 +264,7 @@ def load_images(
     more_columns: Mapping[str, Sequence[str]] | None = None,
     value_range: str | tuple[float, float] = "full",
     max_pixels: int = MAX_PIXELS,
+    subset: Mapping[str, Any] | None = None,
 ) -> ImageSource:
     """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
 
@@ -277,13 +292,15 @@ def load_images(
         more_columns: What else is read of each row, such as a mask -> how its column may be called; the first one that
             exists is taken. Images in it are not decoded, and it is not mistaken for ``column``.
         value_range, max_pixels: How images are decoded, see ``Decoding``.
+        subset: Take a part of the rows alone: the fields of a ``Subset``, such as ``{"share": 0.8}``. Not of a stream.
 
     Raises:
         ImageSourceError: Source, split or column do not exist, leave a choice open, or cannot be read; or there are no
             images.
-        ValueError: ``value_range`` or ``max_pixels`` mean nothing.
+        ValueError: ``value_range``, ``max_pixels`` or ``subset`` mean nothing.
     """
     decoding = Decoding(value_range, max_pixels)
+    chosen = None if subset is None else Subset(**subset)
     try:
         source = expand_home(source)
     except ValueError as error:
@@ -322,7 +339,7 @@ def load_images(
                 raise ImageSourceError(f"{name}: {error}") from error
             label_column, label_hint = None, f"The {error}"
     classes = (rows.features or features)[label_column] if label_column else None
-    return ImageSource(
+    whole = ImageSource(
         dataset=rows,
         name=name,
         image_column=image_column,
@@ -336,6 +353,26 @@ def load_images(
         label_hint=label_hint,
         notes=opened.notes,
     )
+    return whole if chosen is None else _take_subset(whole, chosen)
+
+
+def _take_subset(source: ImageSource, subset: Subset) -> ImageSource:
+    """Take a part of the rows.
+
+    Raises:
+        ImageSourceError: It is a stream, has no labels although the choice needs them, or nothing is left.
+    """
+    labels = None
+    if subset.stratified:
+        if source.label_column is None or source.streaming:
+            why = source.label_hint or "There is no column of labels."
+            raise ImageSourceError(f"{source.name}: subset.stratified needs the classes of all images. {why}")
+        labels = source.dataset.select_columns([source.label_column])[:][source.label_column]
+    rows = subset.rows(0 if source.streaming else len(source), labels)
+    taken = replace(source.take(rows), name=f"{source.name[:-1]}, {subset.describe()})")
+    if not len(taken):
+        raise ImageSourceError(f"{taken.name}: no image of {len(source)} is left.")
+    return taken
 
 
 def _features_and_first_rows(rows: Rows, name: str) -> tuple[datasets.Features, list[dict[str, Any]]]:

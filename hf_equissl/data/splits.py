@@ -1,17 +1,16 @@
-"""Which images of a source are taken: its test split, fixed random subsets, and a part that is held out."""
+"""What is judged by: the test split of a source, or a part that is held out."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import datasets
 import numpy as np
 
 from .errors import UnknownSplitError
 from .sources import ImageSource, load_images
+from .subsets import SUBSET_SEED
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +19,6 @@ TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
 HELD_OUT = 0.1
 # Fewer than these left to fit on, after some were held out, is a slip and no measurement.
 FEWEST_TRAIN_IMAGES = 10
-# Of subsets and of what is held out, where nothing else is said: probes and fine-tuning take the same images.
-SUBSET_SEED = 0
 
 
 def load_test_split(
@@ -48,13 +45,6 @@ def load_test_split(
                 logger.debug("No %s split: %s", split, error)
     logger.info("%s has no test split: a part of %s is held out.", source, train_split)
     return None
-
-
-def choose_rows(count: int, limit: int | None, seed: int = SUBSET_SEED) -> np.ndarray:
-    """Choose a fixed random subset of ``limit`` of ``count`` rows, in ascending order; all where there are no more."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def hold_out(
@@ -84,17 +74,3 @@ def hold_out(
     if count < 1:
         raise ValueError(f"{source.name} has {total} image(s): too few to hold some out for testing.")
     return np.sort(order[count:][:train_images]), np.sort(order[:count])
-
-
-def take_rows(source: ImageSource, rows: np.ndarray) -> ImageSource:
-    """Keep some rows of a source; messages go on naming them by their numbers in the whole.
-
-    Raises:
-        TypeError: It is a stream.
-    """
-    if not isinstance(source.dataset, datasets.Dataset):
-        raise TypeError(f"{source.name} is streamed: its rows cannot be chosen by number.")
-    if len(rows) == len(source):
-        return source
-    numbers = rows if source.numbers is None else source.numbers[rows]
-    return replace(source, dataset=source.dataset.select(rows), numbers=numbers)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..data import ImageSource, list_remarks, load_images
 from ..data.labels import match_classes
-from ..data.splits import choose_rows, hold_out, load_test_split
+from ..data.splits import hold_out, load_test_split
+from ..data.subsets import choose_rows
 from .images import ImageSet
 
 logger = logging.getLogger(__name__)

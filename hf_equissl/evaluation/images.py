@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data import Decoding, decode_image
 from ..data.decoding import AS_STORED
-from ..data.splits import choose_rows
+from ..data.subsets import choose_rows
 from ..distributed.signals import guard_workers
 from ..encoders.base_image import base_image
 from ..encoders.frozen import FrozenEncoder

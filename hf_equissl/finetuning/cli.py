@@ -172,6 +172,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read a command line: fields of ``FineTuningSettings``, and what is done with the run."""
+    declared = (*RUN, *chain.from_iterable(OPTIONS.values()), *PUBLISHING)
+    return read_options(build_parser().parse_args(argv), declared)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -179,8 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 75 if it was asked to by
         SIGTERM, SIGUSR1 or SIGHUP, 130 if interrupted.
     """
-    declared = (*RUN, *chain.from_iterable(OPTIONS.values()), *PUBLISHING)
-    options = read_options(build_parser().parse_args(argv), declared)
+    options = read_arguments(argv)
     command = typed_command("finetune.py", argv)
     log_plainly()
     try:

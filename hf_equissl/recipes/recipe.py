@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..data import Decoding, load_images
+from ..data import Decoding, Subset, load_images
 from ..modeling import EquiSSLConfig
 from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, Objective, takes_facts, weight_of
 from ..pretraining.argument_checks import check_effect
@@ -378,6 +378,10 @@ def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
     with naming_section("data"):
         Decoding(**{key: data[key] for key in ("value_range", "max_pixels") if key in data})
+    if (subset := data.get("subset")) is not None:
+        data["subset"] = check_arguments(subset, Subset, "data.subset")
+        with naming_section("data.subset"):
+            Subset(**data["subset"])
     if data.get("num_images", 1) < 1:
         raise RecipeError(f"data.num_images: expected 1 or more, got {data['num_images']}.")
     return data

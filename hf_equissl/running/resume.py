@@ -24,7 +24,7 @@ from .precision import keep_precision
 # The sections of a recipe that its weights follow from; a checkpoint continues only a run that agrees in them.
 _IDENTITY = ("model", "objectives", "views")
 # Which images, in which order, and what becomes black and white in them; a fingerprint compares the files themselves.
-_IDENTITY_DATA = {"split": "train", "streaming": False, "value_range": "full"}
+_IDENTITY_DATA: dict[str, Any] = {"split": "train", "streaming": False, "value_range": "full", "subset": None}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_equissl.data import ImageSource, ImageSourceError, load_images
+from hf_equissl.data import ImageSource, ImageSourceError, Subset, load_images
 from hf_equissl.data.labels import match_classes
-from hf_equissl.data.splits import choose_rows, hold_out, take_rows
+from hf_equissl.data.splits import hold_out
+from hf_equissl.data.subsets import choose_rows
 
 from .image_files import encode, picture, write_folder, write_members
 
@@ -119,7 +120,7 @@ def test_chosen_rows_are_fixed_and_named_by_their_numbers_in_the_whole(tmp_path:
     np.testing.assert_array_equal(chosen, choose_rows(40, 10))
     assert choose_rows(40, 10, seed=1).tolist() != chosen.tolist()
     assert choose_rows(40, 50).tolist() == list(range(40))
-    part = take_rows(take_rows(source, chosen), np.array([2, 5]))
+    part = source.take(chosen).take(np.array([2, 5]))
     for place, number in enumerate((chosen[2], chosen[5])):
         assert part.content(part.row(place)) == source.content(source.row(int(number)))
         assert part.item_name(part.row(place), place).endswith(f"row {number}")
@@ -131,5 +132,47 @@ def test_chosen_rows_are_fixed_and_named_by_their_numbers_in_the_whole(tmp_path:
         hold_out(source, None, 31)
     with pytest.raises(ValueError, match="streamed and has no test split"):
         hold_out(load_images(tmp_path / "train.parquet", streaming=True), None, None)
-    with pytest.raises(TypeError, match="cannot be chosen by number"):
-        take_rows(load_images(tmp_path / "train.parquet", streaming=True), chosen)
+    with pytest.raises(ImageSourceError, match="cannot be chosen by number"):
+        load_images(tmp_path / "train.parquet", streaming=True, subset={"share": 0.5})
+
+
+def test_a_subset_and_its_rest_are_the_whole(tmp_path: Path) -> None:
+    names = ["ant"] * 30 + ["bee"] * 10
+    text_columns(tmp_path, "train", names)
+    whole = load_images(tmp_path / "train.parquet")
+    for given in ({"share": 0.8}, {"images": 32}, {"share": 0.8, "stratified": True}, {"share": 0.8, "seed": 3}):
+        first, rest = (load_images(tmp_path / "train.parquet", subset={**given, "part": p}) for p in ("first", "rest"))
+        assert (len(first), len(rest)) == (32, 8)
+        numbers = sorted([*first.numbers.tolist(), *rest.numbers.tolist()])
+        assert numbers == list(range(40))
+        assert [row["image"] for row in first.dataset] == [whole.content(whole.row(n)) for n in first.numbers.tolist()]
+        counts = [[part.label(row) for row in part.dataset].count(1) for part in (first, rest)]
+        assert sum(counts) == 10
+        assert counts == [8, 2] or "stratified" not in given
+    np.testing.assert_array_equal(
+        load_images(tmp_path / "train.parquet", subset={"images": 7}).numbers, choose_rows(40, 7)
+    )
+    assert first.fingerprint() != rest.fingerprint()
+    assert "0.8 of the images, seed 3" in first.name
+    assert len(load_images(tmp_path / "train.parquet", subset={"images": 90})) == 40
+    with pytest.raises(ImageSourceError, match="no image of 40 is left"):
+        load_images(tmp_path / "train.parquet", subset={"images": 90, "part": "rest"})
+    write_folder(tmp_path / "flat", ["a.jpg", "b.jpg"])
+    with pytest.raises(ImageSourceError, match="stratified needs the classes"):
+        load_images(tmp_path / "flat", subset={"share": 0.5, "stratified": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "either share or images"),
+        ({"share": 0.5, "images": 3}, "either share or images"),
+        ({"share": 1.5}, "share: expected a number between 0 and 1, got 1.5"),
+        ({"images": 0}, "images: expected 1 or more"),
+        ({"share": 0.5, "part": "second"}, "part: expected first or rest, got 'second'"),
+        ({"share": 0.5, "seed": -1}, "seed: expected 0 or more"),
+    ],
+)
+def test_subsets_that_mean_nothing(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Subset(**given)

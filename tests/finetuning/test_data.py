@@ -181,7 +181,7 @@ def test_values_are_read_as_asked_and_what_is_left_out_is_said(flags: str, tmp_p
         Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
     (data / "train" / "red" / "a.dng").write_bytes(b"raw")
     dark, bright = loaded(data), loaded(data, value_range=[0, 4095], max_pixels=10_000)
-    assert [line.partition(":")[0] for line in dark.remarks] == ["note", "warning"]
+    assert [line.partition(":")[0] for line in dark.remarks] == ["note", "warning", "warning"]  # one for each split
     assert bright.remarks == ("note: 1 file of other types (.dng) are left out",)
     first, second = (np.asarray(part.train.read(0)["image"]).astype(float) for part in (dark, bright))
     assert abs(second - 16 * first).max() < 17

@@ -197,6 +197,8 @@ training: {max_steps: 2, epoch_steps: 2, use_cpu: true}
         ({"training.grad_clipping": "module"}, "max_grad_norm 0 clips nothing"),
         ({"training.teacher_momentum": 1.5}, "teacher_momentum must be between 0 and 1"),
         ({"data.num_images": 0}, "data.num_images: expected 1 or more"),
+        ({"data.subset": {"share": 2}}, "data.subset: share: expected a number between 0 and 1, got 2"),
+        ({"data.subset": {"shares": 0.5}}, "shares"),
     ],
 )
 def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) -> None:

@@ -18,7 +18,6 @@ from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import load_records, save_records
 from hf_equissl.finetuning import FineTuningSettings, adapters, cli, load_finetuned
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
-from hf_equissl.utils.options import read_options
 from tests import processes
 from tests.distributed import launching
 
@@ -60,18 +59,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
 
 
 def test_options_give_settings() -> None:
-    declared = (*cli.RUN, *chain.from_iterable(cli.OPTIONS.values()))
-    assert {option.key for option in declared} - {"resume", "compare"} <= {
-        item.name for item in fields(FineTuningSettings)
+    known = {item.name for item in fields(FineTuningSettings)}
+    assert {option.key for option in (*cli.RUN, *chain.from_iterable(cli.OPTIONS.values()))} - known == {
+        "resume",
+        "compare",
     }
-
-    def read(line: str) -> dict[str, object]:
-        return read_options(cli.build_parser().parse_args(line.split()), declared)
-
-    assert read("") == {"resume": "auto", "bf16": "auto"}
-    given = read(
-        "--no_flip --bf16 --crop_scale 0.5 1 --value_range 0,4095 --image_column x --set a=1 b=2 --resume never"
-    )
+    assert cli.read_arguments([]) == {"resume": "auto", "bf16": "auto"}
+    words = "--no_flip --bf16 --crop_scale 0.5 1 --value_range 0,4095 --image_column x --set a=1 b=2 --resume never"
+    given = cli.read_arguments(words.split())
     assert given == {
         "flip": False,
         "bf16": True,
@@ -79,9 +74,13 @@ def test_options_give_settings() -> None:
         "value_range": (0.0, 4095.0),
         "image_column": "x",
         "task_options": ["a=1", "b=2"],
-        "resume": "no",
+        "resume": "never",
     }
-    assert read("--bf16 false --value_range [1,2]")["bf16"] is False
+    assert cli.read_arguments(["--bf16", "false", "--value_range", "[1, 2]"]) == {
+        "bf16": False,
+        "value_range": (1.0, 2.0),
+        "resume": "auto",
+    }
 
 
 def test_the_script_trains_merges_and_resumes(folder: Path, tmp_path: Path) -> None:

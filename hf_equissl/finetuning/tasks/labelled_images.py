@@ -10,7 +10,8 @@ import numpy as np
 
 from ...data import ImageSource, list_remarks, load_images
 from ...data.labels import match_classes
-from ...data.splits import choose_rows, hold_out, load_test_split, take_rows
+from ...data.splits import hold_out, load_test_split
+from ...data.subsets import choose_rows
 from ..settings import FineTuningSettings
 from .base import Samples, Splits
 
@@ -61,7 +62,7 @@ class Sources:
             ImageDecodeError: none of them decodes.
         """
         train, test = (
-            take_rows(source, choose_rows(len(source), limit))
+            source.take(choose_rows(len(source), limit))
             for source, limit in ((self.train, settings.train_images), (self.test, settings.test_images))
         )
         for source in (train, test):
@@ -90,7 +91,7 @@ def both_splits(train: ImageSource, test: tuple[ImageSource, str] | None, settin
     name = settings.train_split
     if test is not None:
         return Sources(train, test[0], name, test[1])
-    kept, held_out = (take_rows(train, rows) for rows in hold_out(train, settings.train_images, settings.test_images))
+    kept, held_out = (train.take(rows) for rows in hold_out(train, settings.train_images, settings.test_images))
     return Sources(kept, held_out, f"{name} (without held-out)", f"{name} (held-out)")
 
 

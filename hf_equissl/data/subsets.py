@@ -1,0 +1,78 @@
+"""A fixed random part of the rows of a source: one rule for pretraining, probes and fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Where nothing else is said: probes and fine-tuning take the same images.
+SUBSET_SEED = 0
+PARTS = ("first", "rest")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Which rows of a source are taken, in their own order.
+
+    ``share: 0.8`` and ``share: 0.8, part: rest`` are two parts of one whole, such as 80 % to train on and 20 % to judge
+    by.
+
+    Attributes:
+        share: Of the rows, between 0 and 1.
+        images: How many, in place of a share.
+        part: "first" for those that are drawn, "rest" for the others.
+        seed: Of the draw.
+        stratified: Draw the same share of each class.
+
+    Raises:
+        ValueError: A value means nothing.
+    """
+
+    share: float | None = None
+    images: int | None = None
+    part: str = "first"
+    seed: int = SUBSET_SEED
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        """Check all."""
+        if (self.share is None) == (self.images is None):
+            raise ValueError(f"expected either share or images, got share {self.share} and images {self.images}.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share: expected a number between 0 and 1, got {self.share}.")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images: expected 1 or more, got {self.images}.")
+        if self.part not in PARTS:
+            raise ValueError(f"part: expected {' or '.join(PARTS)}, got {self.part!r}.")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}.")
+
+    def describe(self) -> str:
+        """Return a few words for names of sources."""
+        size = f"{self.images} images" if self.images is not None else f"{self.share:.6g} of the images"
+        classes = " of each class" if self.stratified else ""
+        return f"{'all but ' if self.part == 'rest' else ''}{size}{classes}, seed {self.seed}"
+
+    def rows(self, count: int, labels: Sequence[int | None] | None = None) -> np.ndarray:
+        """Choose among ``count`` rows; ascending.
+
+        Args:
+            count: Rows that there are.
+            labels: Their classes, for a stratified choice.
+        """
+        order = np.random.default_rng(self.seed).permutation(count)
+        share = self.share if self.images is None else min(1.0, self.images / max(1, count))
+        if self.stratified and labels is not None:
+            classes = np.array([-1 if label is None else label for label in labels])[order]
+            groups = [order[classes == number] for number in np.unique(classes)]
+        else:
+            groups = [order]
+        halves = [np.split(group, [round((share or 0.0) * len(group))]) for group in groups]
+        return np.sort(np.concatenate([half[PARTS.index(self.part)] for half in halves]))
+
+
+def choose_rows(count: int, limit: int | None, seed: int = SUBSET_SEED) -> np.ndarray:
+    """Choose a fixed random subset of ``limit`` of ``count`` rows, ascending; all where there are no more."""
+    return np.arange(count) if limit is None or limit >= count else Subset(images=limit, seed=seed).rows(count)
