@@ -28,75 +28,50 @@ transformation mean nothing to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-from ..data import Decoding, Subset, load_images
+from ..data import load_images
 from ..modeling import EquiSSLConfig
-from ..objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES, Objective, takes_facts, weight_of
-from ..pretraining.argument_checks import check_effect
+from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Objective, takes_facts
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
-from ..utils.coercion import check_arguments, coerce, hints_of, parameters_of
+from ..utils.coercion import coerce
 from ..utils.files import write_text
 from ..utils.plain_values import check_plain
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import dump_yaml
-from ..utils.suggestions import RecipeError, check_keys, check_known
+from ..utils.suggestions import RecipeError, check_keys
 from ..utils.versions import __version__
-from ..views import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformation
+from ..views import build_transformation
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
 from .imports import import_modules
-from .monitor_settings import MonitorSettings
 from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, check_processes, expand_paths, resolve_recipe
+from .sections import (
+    DATA_KEYS,
+    ObjectivesSection,
+    ViewsSection,
+    check_data,
+    check_model,
+    check_monitor,
+    check_objectives,
+    check_training,
+    check_views,
+    naming_section,
+)
 
 if TYPE_CHECKING:
     from ..data import ImageSource
     from ..views.base import TransformationFamily
-    from ..views.facts import ViewFacts
     from ..views.needs import Needs
-from ..views.pipelines import ViewPipeline
+    from ..views.pipelines import ViewPipeline
 
-# Keys of the section `data` beside the arguments of `load_images`.
-_DATA_KEYS = {"max_bad_share": float, "shuffle_buffer": int, "num_images": int}
-# Keys of the section `model` beside the fields of the encoder's config; the last one is not stored with the encoder.
-_MODEL_KEYS = {**dict.fromkeys(INIT_KEYS, str | None), "preset": str, "attn_implementation": str}
-_HUB_STRATEGIES = ("end", "every_save")
 # How the recipe begins that a run keeps in its folder.
 KEPT_RECIPE = "# As run by hf_equissl"
-_NOT_IN_RECIPES = {
-    "hub_always_push": "A save during a running upload is left to the next one.",
-    "output_dir": "Give the folder with --output_dir.",
-    "resume_from_checkpoint": "Use --resume.",
-    "hub_token": "A recipe is stored with each run and must hold no secret. Log in with `hf auth login`.",
-    "learning_rate_and_base": "`learning_rate` would be replaced by `base_learning_rate`. Set one of them to null.",
-}
-
-
-@dataclass(frozen=True)
-class ObjectivesSection:
-    """One invariance objective and any number of equivariance objectives, each ``{"name", **keyword arguments}``."""
-
-    invariance: dict[str, Any]
-    equivariance: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ViewsSection:
-    """The base method's augmentation pipeline, the transformation family g (``None``: no g), the normalisation."""
-
-    pipeline: dict[str, Any]
-    transformation: dict[str, Any] | None = None
-    image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
-    image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
 
 
 @dataclass(frozen=True)
@@ -162,12 +137,12 @@ class Recipe:
         recipe = cls(
             **{"name": "recipe", **top},
             imports=imports,
-            model=_check_model(as_mapping(raw["model"], "model")),
-            objectives=_check_objectives(as_mapping(raw["objectives"], "objectives")),
-            views=_check_views(as_mapping(raw["views"], "views")),
-            data=_check_data(as_mapping(raw.get("data"), "data")),
-            training=_check_training(as_mapping(raw.get("training"), "training")),
-            monitor=_check_monitor(as_mapping(raw.get("monitor"), "monitor")),
+            model=check_model(as_mapping(raw["model"], "model")),
+            objectives=check_objectives(as_mapping(raw["objectives"], "objectives")),
+            views=check_views(as_mapping(raw["views"], "views")),
+            data=check_data(as_mapping(raw.get("data"), "data")),
+            training=check_training(as_mapping(raw.get("training"), "training")),
+            monitor=check_monitor(as_mapping(raw.get("monitor"), "monitor")),
             given=frozenset(given),
         )
         if "init_from" not in recipe.model:  # the sizes of an encoder to start from are not known yet
@@ -280,7 +255,7 @@ class Recipe:
     @property
     def source_arguments(self) -> dict[str, Any]:
         """Arguments of ``load_images``: the section ``data`` without what it says beside them."""
-        return {key: value for key, value in self.data.items() if key not in _DATA_KEYS}
+        return {key: value for key, value in self.data.items() if key not in DATA_KEYS}
 
     @property
     def expected_images(self) -> int | None:
@@ -298,138 +273,7 @@ class Recipe:
             return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
 
 
-def _check_model(raw: dict[str, Any]) -> dict[str, Any]:
-    hints = encoder_fields() | _MODEL_KEYS
-    check_keys(raw, hints, "model")
-    model = {key: coerce(value, hints[key], f"model.{key}") for key, value in raw.items()}
-    model = {key: value for key, value in model.items() if key not in INIT_KEYS or value not in (None, "")}
-    if (alone := model.keys() & set(INIT_KEYS)) and "init_from" not in model:
-        raise RecipeError(f"model.{min(alone)}: there is no model.init_from (--init_from) that it would belong to.")
-    return model
-
-
-def encoder_fields() -> dict[str, Any]:
-    """List the fields of an encoder's config that a recipe may set, with their types.
-
-    Left out are decoders, which belong to the objectives, and what only classifiers and backbones read.
-    """
-    others = ("decoder_", "num_intermediate_images", "pooling", "apply_layernorm", "reshape_", "equissl_version", "_")
-    return {key: kind for key, kind in hints_of(EquiSSLConfig).items() if not key.startswith(others)}
-
-
-def _check_entry(
-    raw: Any, registry: Mapping[str, Any], where: str, skip: Sequence[str] = (), beside: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Check ``{"name": key of registry, **arguments of its constructor}``; drops the keys ``beside`` those."""
-    entry = as_mapping(raw, where)
-    name = _check_name(entry, registry, where)
-    own = ("name", *beside)
-    # With all keys, so that a misspelt `weight` finds its neighbour.
-    check_keys(entry, (*own, *parameters_of(registry[name], skip=skip)), f"{where} ({name})")
-    arguments = {key: value for key, value in entry.items() if key not in own}
-    return {"name": name} | check_arguments(arguments, registry[name], f"{where} ({name})", skip=skip)
-
-
-def _check_name(entry: dict[str, Any], registry: Mapping[str, Any], where: str) -> str:
-    if "name" not in entry:
-        raise RecipeError(f"{where}: `name` must be given, one of {', '.join(sorted(registry))}.")
-    name: str = coerce(entry["name"], str, f"{where}.name")
-    check_known(name, sorted(registry), f"{where}.name")
-    return name
-
-
-def _check_objectives(raw: dict[str, Any]) -> ObjectivesSection:
-    check_keys(raw, [f.name for f in fields(ObjectivesSection)], "objectives")
-    entries = []
-    listed = [] if raw.get("equivariance") is None else coerce(raw["equivariance"], list, "objectives.equivariance")
-    for index, item in enumerate(listed):
-        where = f"objectives.equivariance.{index}"
-        entry = _check_entry(item, EQUIVARIANCE_OBJECTIVES, where, skip=FILLED_IN, beside=("weight", "views"))
-        weight = coerce(weight_of(item), float, f"{where}.weight")
-        views = {"views": coerce(item["views"], Literal["keep"], f"{where}.views")} if "views" in item else {}
-        entries.append({"name": entry.pop("name"), "weight": weight, **views, **entry})
-    invariance = _check_entry(raw.get("invariance"), INVARIANCE_OBJECTIVES, "objectives.invariance", skip=FILLED_IN)
-    return ObjectivesSection(invariance, entries)
-
-
-def _check_views(raw: dict[str, Any]) -> ViewsSection:
-    check_keys(raw, [f.name for f in fields(ViewsSection)], "views")
-    pipeline = as_mapping(raw.get("pipeline"), "views.pipeline")
-    name = _check_name(pipeline, PIPELINES, "views.pipeline")
-    with naming_section("views.pipeline"):
-        settings = {key: value for key, value in pipeline.items() if key != "name"}
-        PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
-    family = raw.get("transformation")
-    if family is not None:
-        family = _check_entry(family, TRANSFORMATIONS | SPECIAL_TRANSFORMATIONS, "views.transformation")
-    hints = get_type_hints(ViewsSection)
-    numbers = {k: coerce(raw[k], hints[k], f"views.{k}") for k in ("image_mean", "image_std") if k in raw}
-    return ViewsSection(pipeline, family, **numbers)
-
-
-def _check_data(raw: dict[str, Any]) -> dict[str, Any]:
-    hints = {name: parameter.annotation for name, parameter in parameters_of(load_images).items()}
-    hints |= {**_DATA_KEYS, "source": str | None}  # a shipped recipe may leave the source to --data
-    check_keys(raw, hints, "data")
-    data = {key: coerce(value, hints[key], f"data.{key}") for key, value in raw.items()}
-    if not 0 <= data.get("max_bad_share", 0.0) <= 1:
-        raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
-    if data.get("shuffle_buffer", 0) < 0:
-        raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
-    with naming_section("data"):
-        Decoding(**{key: data[key] for key in ("value_range", "max_pixels") if key in data})
-    if (subset := data.get("subset")) is not None:
-        data["subset"] = check_arguments(subset, Subset, "data.subset")
-        with naming_section("data.subset"):
-            Subset(**data["subset"])
-    if data.get("num_images", 1) < 1:
-        raise RecipeError(f"data.num_images: expected 1 or more, got {data['num_images']}.")
-    return data
-
-
-def _check_training(raw: dict[str, Any]) -> dict[str, Any]:
-    hints = get_type_hints(EquiSSLTrainingArguments)
-    for key in raw.keys() & _NOT_IN_RECIPES.keys():
-        raise RecipeError(f"training: {key!r} does not belong into a recipe. {_NOT_IN_RECIPES[key]}")
-    valid = [item.name for item in fields(EquiSSLTrainingArguments) if item.init and item.name not in _NOT_IN_RECIPES]
-    check_keys(raw, valid, "training")
-    if (strategy := raw.get("hub_strategy", "end")) not in _HUB_STRATEGIES:
-        raise RecipeError(f"training.hub_strategy: expected one of {', '.join(_HUB_STRATEGIES)}, got {strategy!r}.")
-    if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
-        raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
-    training = {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
-    with naming_section("training"):
-        check_effect(training, EquiSSLTrainingArguments)
-    return training
-
-
-def _check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
-    settings = check_arguments(raw, MonitorSettings, "monitor")
-    with naming_section("monitor"):
-        MonitorSettings(**settings)
-    if settings and "every_steps" not in settings:  # null is a way to switch it off
-        name = min(settings)
-        raise RecipeError(
-            f"monitor.{name}: nothing is measured without monitor.every_steps. Set it, e.g. to 500, or leave this out."
-        )
-    return settings
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-@contextmanager
-def naming_section(where: str) -> Iterator[None]:
-    """Let errors of constructors name the section that they come from."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except StrictDataclassError as error:  # wraps what a check raised in a second sentence about the check's name
-        raise RecipeError(f"{where}: {error.__cause__ or error}") from error
-    except Exception as error:  # of libraries, too, which raise what they like
-        said = str(error) if isinstance(error, ValueError | TypeError | ImportError) else repr(error)
-        raise RecipeError(f"{where}: {said}") from error

@@ -25,7 +25,9 @@ from ..encoders.upstream import is_upstream_file
 from ..hub.pretraining_state import load_pretraining_state
 from ..modeling import EquiSSLConfig, EquiSSLModel
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
-from ..recipes.recipe import INIT_KEYS, Recipe, encoder_fields
+from ..recipes.overrides import INIT_KEYS
+from ..recipes.recipe import Recipe
+from ..recipes.sections import encoder_fields
 from ..utils.hub_waits import limit_waiting
 from ..utils.load_errors import explain_load_errors
 from ..utils.suggestions import RecipeError

@@ -53,7 +53,8 @@ from ..evaluation.resident import ResidentImages
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..recipes.monitor_settings import MonitorSettings
-from ..recipes.recipe import Recipe, naming_section
+from ..recipes.recipe import Recipe
+from ..recipes.sections import naming_section
 from ..utils.feature_statistics import effective_rank, feature_std
 from ..utils.figures import plot_losses
 from ..utils.files import readable_size, write_text

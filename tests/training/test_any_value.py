@@ -22,7 +22,7 @@ from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE
 from hf_equissl.pretraining import argument_checks
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.recipes.monitor_settings import MonitorSettings
-from hf_equissl.recipes.recipe import encoder_fields
+from hf_equissl.recipes.sections import encoder_fields
 from hf_equissl.training import convert, plan, pretrain, probe, sweep
 from hf_equissl.utils.coercion import parameters_of
 from hf_equissl.views import TRANSFORMATIONS
