@@ -118,7 +118,7 @@ class SIEObjective(Objective):
         self.covariance_weight, self.prediction_variance_weight = covariance_weight, prediction_variance_weight
         self.append_one = append_one
         self.pooling = pooling
-        self.expander: Projector = Projector(config.equivariant_size, expander_sizes)
+        self.expander: Projector = Projector(config.equivariant_size or 0, expander_sizes)
         num_inputs = len(facts.parameter_names) + append_one
         self.predictor = HyperPredictor(num_inputs, self.expander.out_features, deep=hypernetwork == "deep")
 
