@@ -15,6 +15,8 @@ from .base_image import resized_side
 
 # Files of a saved encoder, sharded ones and stock types included.
 _SAVED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model*.json", "*_equissl.py")
+# What desktops leave in folders that were looked at.
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def image_processor(image_size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> BitImageProcessorPil:
@@ -42,7 +44,7 @@ def check_replaceable(directory: str | Path, also: Sequence[str] = ()) -> None:
     if directory.is_file():
         raise ValueError(f"{directory} is a file. Name a folder for the encoder.")
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.is_symlink() or not path.is_file() or not any(map(path.match, (*_SAVED, *also))):
+        if path.is_symlink() or not path.is_file() or not any(map(path.match, (*_SAVED, *_LITTER, *also))):
             raise ValueError(
                 f"{directory} holds {path.name}, which is no part of a saved encoder and would be deleted with the "
                 "folder. Move it away, or name a new folder."

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, newest_checkpoint
+from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, MANIFEST, list_checkpoints, newest_checkpoint
 from ..encoders.loading import read_image_settings
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
@@ -68,7 +68,8 @@ class RunFolder:
         """Read a run's folder.
 
         Raises:
-            ValueError: It is not a folder, holds no complete checkpoint, or a file in it is damaged.
+            ValueError: It is not a folder, holds no complete checkpoint, or a file in it is damaged; a newer checkpoint
+                is damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -79,6 +80,7 @@ class RunFolder:
         if found is None:
             raise ValueError(_no_checkpoint(path))
         checkpoint = Path(found)
+        _refuse_older(checkpoint)
         state = _json(checkpoint / "trainer_state.json")
         config = _json(checkpoint / "config.json")
         if config.get("model_type") != EquiSSLPreTrainingConfig.model_type:
@@ -168,6 +170,18 @@ class RunFolder:
                 "normalisation of the images is not known. Continue the run for a step, which writes run.json."
             )
         return settings["image_mean"], settings["image_std"]
+
+
+def _refuse_older(checkpoint: Path) -> None:
+    """Refuse to publish ``checkpoint`` in the place of a newer one that was complete once and is damaged."""
+    for newer in reversed(list_checkpoints(checkpoint.parent)):
+        if newer == checkpoint:
+            return
+        if (newer / MANIFEST).is_file():
+            raise ValueError(
+                f"{newer} is damaged (the warning says where), and {checkpoint.name} would be published in its place. "
+                f"Train on from {checkpoint.name} with the run's command, or delete {newer.name} to publish that."
+            )
 
 
 def _no_checkpoint(path: Path) -> str:

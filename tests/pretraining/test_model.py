@@ -11,6 +11,7 @@ from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTraini
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import prepare
 from hf_equissl.views.base import Views
+from tests.objectives.helpers import FACTS, make_views
 
 ENCODER = {
     "hidden_size": 32,
@@ -27,7 +28,7 @@ VICREG = {"name": "vicreg", "expander_sizes": [32, 32]}
 def make_model(equivariance: list[dict], seed: int = 0) -> EquiSSLForPreTraining:
     torch.manual_seed(seed)
     config = EquiSSLPreTrainingConfig(
-        encoder=EquiSSLConfig(**ENCODER), invariance=dict(VICREG), equivariance=equivariance
+        encoder=EquiSSLConfig(**ENCODER), invariance=dict(VICREG), equivariance=equivariance, facts=FACTS.to_dict()
     )
     return EquiSSLForPreTraining(config)
 
@@ -42,8 +43,10 @@ def views() -> Views:
 
 
 @pytest.mark.parametrize("name", EQUIVARIANCE_OBJECTIVES)
-def test_loss_is_the_weighted_sum_of_its_parts(name: str, views: Views) -> None:
-    output = make_model([{"name": name, "weight": 2.5}])(views)
+def test_loss_is_the_weighted_sum_of_its_parts(name: str) -> None:
+    model = make_model([{"name": name, "weight": 2.5}])
+    views = make_views(model.needs)
+    output = model(views)
     parts = [value for key, value in output.logs.items() if key.startswith("loss_")]
     assert len(parts) == 2
     torch.testing.assert_close(sum(parts), output.loss.detach())
