@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a server imports; each begins as a fork of the one before.
 BARE = ("torch", "datasets", "accelerate")
 WITHOUT_US = (*BARE, "transformers.trainer")
-PRELOADED = (*WITHOUT_US, "hf_equissl.running.run")
-# The last one is imported when a run begins, and with it the whole of torch.compile.
-WITH_DEEPSPEED = (*PRELOADED, "deepspeed", "deepspeed.runtime.zero.muon.original_muon")
+# accelerate imports DeepSpeed, where it is installed, in every run.
+DEEPSPEED = ("deepspeed",) if find_spec("deepspeed") else ()
+PRELOADED = (*WITHOUT_US, *DEEPSPEED, "hf_equissl.running.run")
+# The last one is imported when a run under DeepSpeed begins, and with it the whole of torch.compile.
+WITH_DEEPSPEED = (*PRELOADED, "deepspeed.runtime.zero.muon.original_muon")
 FORK_OF = {WITHOUT_US: BARE, PRELOADED: WITHOUT_US, WITH_DEEPSPEED: PRELOADED}
 # Variables with these beginnings are read while Python or a library is imported or loaded. (KMP_ ones, too, but they
 # say how the threads of a process share cores, and ours have one.)

@@ -13,7 +13,7 @@ from hf_equissl.data.throughput import LOG_KEYS
 from tests.distributed import launching
 from tests.distributed.test_resume import kill_9
 
-STEPS = 10
+STEPS = 6
 OPTIONS = [
     "--recipe", "cifar10_vicreg_rot", "--data.streaming", "true", "--data.shuffle_buffer", "20",
     "--training.per_device_train_batch_size", "8", "--training.max_steps", str(STEPS), "--training.save_steps", "4",

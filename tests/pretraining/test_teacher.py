@@ -21,7 +21,7 @@ def make_model(name: str, reconstruction: bool = True, **encoder) -> EquiSSLForP
     config = EquiSSLPreTrainingConfig(
         encoder=tiny_config(**encoder),
         invariance={"name": name, **HEAD},
-        equivariance=[{"name": "reconstruction"}] if reconstruction else [],
+        equivariance=[{"name": "reconstruction", "decoder_widths": [16, 16, 16]}] if reconstruction else [],
     )
     return EquiSSLForPreTraining(config).train()
 

@@ -52,7 +52,7 @@ def make_trainer(
     config = EquiSSLPreTrainingConfig(
         encoder=EquiSSLConfig(**ENCODER),
         invariance={"name": base, **objective},
-        equivariance=[{"name": "reconstruction", "weight": 5.0}],
+        equivariance=[{"name": "reconstruction", "weight": 5.0, "decoder_widths": [16, 16, 16]}],
     )
     model = EquiSSLForPreTraining(config)
     pipeline = build_pipeline(
