@@ -25,6 +25,8 @@ MARKER_FILE = "PREEMPTED"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last one: the terminal is gone
 # A scheduler signals every process of a job, and a launcher among them passes it on: that is one request.
 ONE_REQUEST_SECONDS = 5.0
+# Processes that become the parent of those whose own has ended.
+_ADOPTERS = ("systemd", "init", "tini", "dumb-init", "slurmstepd", "containerd-shim", "docker-init")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _BORN = os.getpid(), os.getppid()  # before anything takes time
 # Seconds that a process goes on without its launcher: before training there is nothing to save, in training there is.
@@ -177,14 +179,20 @@ def listen_to_launcher() -> None:
 
 
 def _is_launcher(pid: int) -> bool:
-    """Whether the parent of a process of torchrun may be torchrun: not where another one has adopted the process."""
+    """Whether the parent of a process of torchrun may be torchrun or its script, and is not what adopts orphans."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True  # what else sets our variables is known to nobody
+    if pid == 1:
+        # In a container torchrun itself may be process 1.
+        return any(word in _read_process(pid, "cmdline") for word in ("python", "torch", "accelerate"))
+    return _read_process(pid, "comm").strip() not in _ADOPTERS
+
+
+def _read_process(pid: int, what: str) -> str:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return True  # hidden from us
-    return any(word in command for word in (b"python", b"torch", b"accelerate"))
+        return "python" if what == "cmdline" else ""  # hidden from us
 
 
 def _outlive(parent: int) -> None:

@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .redaction import redact
@@ -59,7 +59,11 @@ def move_into_place(source: Path, target: Path) -> None:
     if target.is_symlink():
         raise FileExistsError(f"{target} is a link and would be replaced. Delete it, or name another folder.")
     share(source)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".old-{target.name}-") as aside:
+    with tempfile.TemporaryDirectory(
+        dir=target.parent,
+        prefix=f".old-{target.name}-",
+        ignore_cleanup_errors=True,  # NFS keeps what is open elsewhere
+    ) as aside:
         if target.exists():
             target.rename(Path(aside, target.name))
         source.rename(target)
@@ -74,7 +78,8 @@ def share(path: Path) -> None:
     rights = 0o666 & ~umask()
     for entry in path.rglob("*") if path.is_dir() else [path]:
         if entry.is_file() and not entry.is_symlink() and stat.S_IMODE(entry.stat().st_mode) & 0o666 != rights:
-            entry.chmod(rights | (stat.S_IMODE(entry.stat().st_mode) & 0o111))
+            with suppress(OSError):  # file systems that are mounted with rights of their own refuse it
+                entry.chmod(rights | (stat.S_IMODE(entry.stat().st_mode) & 0o111))
 
 
 def umask() -> int:

@@ -71,6 +71,16 @@ def test_a_killed_launcher_leaves_nothing_behind(when: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_script_may_stand_between() -> None:
+    """As in ``torchrun --no-python ./bind_cores.sh``."""
+    code = RANK.format(before="").replace("time.sleep(100)", "pass")
+    words = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "0", "CODE": code, "PYTHON": sys.executable}
+    script = ["bash", "-c", '"$PYTHON" -c "$CODE"; exit $?']
+    done = subprocess.run(script, env=words, capture_output=True, text=True, timeout=limit(60), check=False)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["listens"]), done.stderr
+
+
 def test_a_hang_up_is_a_request_to_stop_unless_nohup_started_the_run() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # this may run under nohup itself
     try:

@@ -81,3 +81,18 @@ def test_rights_follow_the_umask(tmp_path: Path, mask: int) -> None:
         os.umask(before)
     for path in tmp_path.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask
+
+
+def test_rights_that_a_file_system_keeps_to_itself_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    files.write_text(tmp_path / "a.json", "{}")
+    with files.staging_folder(tmp_path / "model") as staging:
+        (staging / "a").touch(mode=0o600)
+        files.move_into_place(staging, tmp_path / "model")
+    assert (tmp_path / "a.json").read_text() == "{}"
+    assert (tmp_path / "model" / "a").is_file()
