@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 _CHUNK = 1 << 22
 # What a file has been read as, by what changes when it is written to: each is read once by a process.
 _KNOWN: dict[tuple[int, ...], str] = {}
+_PARSED: dict[tuple[int, ...], str | None] = {}
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, str]:
@@ -50,8 +51,7 @@ def find_damage(folder: Path, names: list[str], known: Mapping[str, str]) -> str
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        about = os.fstat(file.fileno())
-        key = (about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size)
+        key = _state(os.fstat(file.fileno()))
         if key not in _KNOWN:
             value = 0
             while chunk := file.read(_CHUNK):
@@ -60,8 +60,23 @@ def _checksum(path: Path) -> str:
         return _KNOWN[key]
 
 
+def _state(about: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written to."""
+    return about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size
+
+
 def _parse_error(path: Path) -> str | None:
     """Why a file is not of the type that its name says; ``None`` for a whole one, and for types that nobody knows."""
+    try:
+        key = _state(path.stat())
+        if key not in _PARSED:
+            _PARSED[key] = _parse(path)
+        return _PARSED[key]
+    except OSError as error:  # which may be over the next time
+        return str(error) or type(error).__name__
+
+
+def _parse(path: Path) -> str | None:
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
@@ -72,6 +87,6 @@ def _parse_error(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:  # as torch saves, with a checksum of each part
                 if (part := archive.testzip()) is not None:
                     return f"{part} in it is not what was written"
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, SafetensorError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         return str(error) or type(error).__name__
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -190,8 +191,15 @@ def _check_compilation(args: EquiSSLTrainingArguments) -> None:
         for name in ("torch_compile_mode", "torch_compile_backend"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name} is set, and torch_compile is false. Set it to true, or leave {name} out.")
-    elif args.torch_compile_backend in (None, "inductor") and not shutil.which("c++") and not shutil.which("g++"):
-        raise ValueError("torch_compile needs a C++ compiler, and there is none. Install g++, or set it to false.")
+    elif args.torch_compile_backend in (None, "inductor") and not any(map(shutil.which, _compilers())):
+        raise ValueError(
+            "torch_compile needs a C++ compiler, and there is none. Install g++ or clang++, name yours in CXX, or set "
+            "torch_compile to false."
+        )
+
+
+def _compilers() -> list[str]:
+    return [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
 
 
 def _backends() -> list[str]:

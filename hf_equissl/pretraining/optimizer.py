@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 _BLOCK = re.compile(r"student\.encoder\.layer\.(\d+)\.")
 _PROJECTIONS = re.compile(r"\.[qkv]_proj\.")
-_KERNELS = ("foreach", "fused", "capturable", "differentiable")
+# What settings of a run say in an optimizer's groups, beside the learning rate. Whatever else stands there is how it
+# keeps its state, or state itself (schedule-free optimizers count their steps there), which a checkpoint brings.
+_OF_SETTINGS = ("betas", "eps", "weight_decay", "momentum", "trust_coefficient", "warmup_steps")
 CLIP_EPSILON = 1e-6  # of iBOT's and of PyTorch's rule
 
 
@@ -215,8 +217,9 @@ def need_own_groups(args: EquiSSLTrainingArguments) -> list[str]:
 
 def own_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Note the settings of each group of a new optimizer, before anything is loaded into it."""
+    kept = (*_OF_SETTINGS, *(field.name for field in fields(ParameterGroup)))
     return [
-        {key: value for key, value in group.items() if key != "params"} | {"lr": group.get("initial_lr", group["lr"])}
+        {"lr": float(group.get("initial_lr", group["lr"])), **{key: group[key] for key in kept if key in group}}
         for group in optimizer.param_groups
     ]
 
@@ -224,11 +227,11 @@ def own_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 def keep_own_settings(optimizer: Optimizer, scheduler: LRScheduler, own: list[dict[str, Any]]) -> None:
     """Set a resumed optimizer and its schedule back to its ``own`` settings: its checkpoint brings those of its time.
 
-    The same settings leave every bit as it was. Which kernel is used (``fused`` and the like) stays as it was loaded:
-    the state is laid out for it.
+    The same settings leave every bit as it was. Which kernel is used (``fused`` and the like) stays as it was loaded,
+    since the state is laid out for it, and so does state that an optimizer keeps in its groups.
     """
     for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update({key: value for key, value in settings.items() if key not in ("lr", *_KERNELS)})
+        group.update({key: value for key, value in settings.items() if key != "lr"})
         group["initial_lr"] = settings["lr"]
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = [settings["lr"] for settings in own]

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from ..data import load_images
 from ..modeling import EquiSSLConfig
 from ..objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, Objective, takes_facts
+from ..pretraining.argument_checks import WITHOUT_EFFECT
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.coercion import coerce
@@ -112,6 +113,11 @@ class Recipe:
         overrides = overrides or {}
         raw = resolve_recipe(Path(path), overrides, [Path(folder) for folder in search])
         return cls.from_dict(raw, str(path), overrides)
+
+    @classmethod
+    def load_kept(cls, path: str | Path) -> Recipe:
+        """Read the recipe that a run keeps, of an earlier version too: what it need not have said is passed over."""
+        return cls.from_dict(drop_without_effect(resolve_recipe(Path(path), {}, [])), str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], origin: str = "recipe", given: Iterable[str] = ()) -> Recipe:
@@ -271,6 +277,14 @@ class Recipe:
         """Build the arguments of the run, with ``extra`` in place of the recipe's."""
         with naming_section("training"):
             return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
+
+
+def drop_without_effect(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out training settings without effect in a recipe's plain data: earlier versions took what is refused."""
+    if not raw.get("training"):
+        return dict(raw)
+    training = as_mapping(raw["training"], "training")
+    return {**raw, "training": {key: value for key, value in training.items() if key not in WITHOUT_EFFECT}}
 
 
 def _plain(value: Any) -> Any:

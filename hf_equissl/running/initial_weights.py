@@ -220,7 +220,7 @@ def _read_pretraining_state(source: str, options: dict[str, Any]) -> InitialWeig
         state = load_pretraining_state(source, dtype=torch.float32, **options)
     objectives = {name: objective for name, _, objective in _objectives(state)}
     recipe = _find_recipe(source, options)
-    views = None if recipe is None else Recipe.load(recipe).views
+    views = None if recipe is None else Recipe.load_kept(recipe).views
     normalisation = None if views is None else (views.image_mean, views.image_std)
     return InitialWeights(state.student, state.teacher, objectives, normalisation)
 

@@ -9,8 +9,10 @@ import torch
 
 from ..checkpoints import ENCODER_FOLDER, newest_checkpoint
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..recipes.overrides import as_mapping
 from ..recipes.recipe import Recipe
 from ..utils.devices import choose_precision, precision_lines
+from ..utils.strict_yaml import load_yaml
 
 
 def keep_precision(recipe: Recipe, folder: str | Path) -> Recipe:
@@ -22,8 +24,10 @@ def keep_precision(recipe: Recipe, folder: str | Path) -> Recipe:
     has_results = newest_checkpoint(folder) is not None or (Path(folder) / ENCODER_FOLDER).is_dir()
     if not leaves_precision_open(recipe) or not stored.is_file() or not has_results:
         return recipe
-    before = Recipe.load(stored).training.get("bf16", False)
-    return replace(recipe, training={**recipe.training, "bf16": before})
+    # Only this: the rest may be of a version that took what is refused now.
+    before = as_mapping(load_yaml(stored.read_text(encoding="utf-8"), str(stored)), str(stored))
+    began_in = as_mapping(before.get("training"), "training").get("bf16", False)
+    return replace(recipe, training={**recipe.training, "bf16": began_in})
 
 
 def assume_precision(recipe: Recipe) -> Recipe:

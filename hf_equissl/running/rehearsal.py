@@ -61,15 +61,30 @@ def _small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTrainin
     if chooses_own_groups(kind, given):  # it has taken the model's parameters, which are none
         return torch.optim.SGD([_small_parameter(args)], lr=args.learning_rate)
     for name, value in optim_arguments(args).items() if args.optim != LARS_NAME else ():
-        others = copy.copy(args)
-        others.optim_args = ",".join(f"{key}={text}" for key, text in optim_arguments(args).items() if key != name)
-        if choose_optimizer(model, others)[1] == given:
+        if not _is_read(name, args, model, given):
             raise ValueError(f"optim_args: {name}={value} changes nothing in {_word(args.optim)}. Leave it out.")
     if args.optim_target_modules is not None:
         raise ValueError(f"optim_target_modules changes nothing in {_word(args.optim)}. Leave it out.")
     groups = [{**group, "params": [_small_parameter(args)]} for group in optimizer_groups(model, args)]
     optimizer: torch.optim.Optimizer = kind(groups, **given)
     return optimizer
+
+
+def _is_read(name: str, args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, given: dict[str, Any]) -> bool:
+    """Whether the optimizer reads ``name`` of ``optim_args``: another word in its place fails, or gives another one.
+
+    Without ``name`` it may be the same one, since its default may be repeated.
+    """
+    pairs = optim_arguments(args)
+    for tried in ({key: value for key, value in pairs.items() if key != name}, {**pairs, name: "no_such_word"}):
+        others = copy.copy(args)
+        others.optim_args = ",".join(f"{key}={value}" for key, value in tried.items())
+        try:
+            if choose_optimizer(model, others)[1] != given:
+                return True
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return True
+    return False
 
 
 def _small_parameter(args: EquiSSLTrainingArguments) -> torch.nn.Parameter:
@@ -109,7 +124,8 @@ def _try_kernels(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -
             encoder = type(model.student)._from_config(config, attn_implementation=kernel).to(args.device).train()
             side = config.patch_side
             pixels = torch.zeros(1, config.num_channels, *(side * count for count in config.grid_size))
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+            half = torch.float16 if args.fp16 else torch.bfloat16
+            with torch.autocast(args.device.type, half, enabled=bool(args.fp16 or args.bf16)):
                 encoder(pixels.to(args.device)).last_hidden_state.float().sum().backward()
     if args.torch_compile and args.torch_compile_backend != "inductor":
         with refusing(f"training.torch_compile_backend {args.torch_compile_backend!r} does not run here"):

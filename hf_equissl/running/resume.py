@@ -13,7 +13,7 @@ from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord
 from ..recipes.overrides import as_mapping, expand_paths
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, drop_without_effect
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
@@ -59,7 +59,8 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     if not (stored.is_file() and encoder.is_file()):
         return False
     recipe = keep_precision(_adopt_as_stored(recipe, Path(folder)) or recipe, folder)
-    return encoder.stat().st_mtime >= stored.stat().st_mtime and _stored(stored) == redact_values(recipe.to_dict())
+    asked = drop_without_effect(redact_values(recipe.to_dict()))
+    return encoder.stat().st_mtime >= stored.stat().st_mtime and drop_without_effect(_stored(stored)) == asked
 
 
 def find_start(
@@ -93,7 +94,7 @@ def _adopt_as_stored(recipe: Recipe, folder: Path) -> Recipe | None:
     """Repeat what ``adopt_encoder`` did for the run in ``folder``; ``None`` if that started from something else."""
     if recipe.model.get("init_from") is None or not (folder / "recipe.yaml").is_file():
         return None
-    before = Recipe.load(folder / "recipe.yaml")
+    before = Recipe.load_kept(folder / "recipe.yaml")
     asked, used = redact_values(recipe.model), before.model
     revision = used.get("init_revision")
     same = all(asked.get(key) == used.get(key) for key in ("init_from", "init_subfolder"))

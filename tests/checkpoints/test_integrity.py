@@ -19,7 +19,7 @@ from hf_equissl.checkpoints import (
     newest_checkpoint,
     read_checkpoint_weights,
 )
-from hf_equissl.checkpoints.integrity import checksums
+from hf_equissl.checkpoints.integrity import checksums, find_damage
 from hf_equissl.distributed.engines import Engine
 from tests.hub.tiny_run import copy_of, run
 from tests.running.test_changes import go_on
@@ -91,6 +91,20 @@ def test_earlier_checkpoints_have_to_parse(name: str, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     with pytest.raises(IncompleteCheckpointError, match="is damaged"):
         Manifest.read(tmp_path / "checkpoint-20", verify=True)
+
+
+def test_earlier_checkpoints_are_parsed_once(tmp_path: Path) -> None:
+    """What a file's times say is unchanged is not read again; a damage that shows in them is found all the same."""
+    path = write(tmp_path / "checkpoint-3", known=False) / "optimizer.pt"
+    assert find_damage(path.parent, ["optimizer.pt"], {}) is None
+    about = path.stat()
+    path.write_bytes(b"\x00" * about.st_size)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert find_damage(path.parent, ["optimizer.pt"], {}) is None
+    overwrite(path, b"\x00" * about.st_size)
+    assert "is damaged" in str(find_damage(path.parent, ["optimizer.pt"], {}))
+    path.unlink()
+    assert "No such file" in str(find_damage(path.parent, ["optimizer.pt"], {}))
 
 
 @pytest.mark.parametrize(

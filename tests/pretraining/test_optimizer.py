@@ -19,8 +19,10 @@ from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTraini
 from hf_equissl.pretraining.optimizer import (
     clip_gradients,
     clipping_parts,
+    keep_own_settings,
     module_of,
     optimizer_groups,
+    own_settings,
     parameter_rules,
 )
 from hf_equissl.recipes.recipe import Recipe
@@ -121,6 +123,32 @@ def test_separate_heads_hold_both_prototypes(tmp_path: Path) -> None:
     held = {rule.name for rule in rules if rule.group.last_layer}
     layers = ("prototypes", "patch_prototypes")
     assert held == {f"invariance.head.{layer}.{part}" for layer in layers for part in ("direction", "gain")}
+
+
+def test_a_resumed_optimizer_keeps_its_state_and_takes_new_settings() -> None:
+    """Optimizers without a schedule keep state in their groups, as ``schedulefree`` does."""
+
+    def build(lr: float, decay: float) -> Any:
+        group = {"params": [torch.nn.Parameter(torch.zeros(2))], "lr_multiplier": lr, "decayed": decay > 0}
+        optimizer = torch.optim.AdamW([group], lr=torch.tensor(lr), betas=(lr, 0.9), weight_decay=decay, foreach=False)
+        optimizer.param_groups[0].update(k=0, weight_sum=0.0, lr_max=-1.0, train_mode=False)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    (before, _), (resumed, scheduler) = build(0.25, 0.0), build(0.5, 0.125)
+    state = {"k": 7, "weight_sum": 3.0, "lr_max": 0.25, "train_mode": True}
+    before.param_groups[0].update(state)
+    own = own_settings(resumed)
+    resumed.load_state_dict(before.state_dict())
+    keep_own_settings(resumed, scheduler, own)
+    (group,) = resumed.param_groups
+    assert {key: group[key] for key in state} == state
+    assert (group["betas"], group["weight_decay"], group["lr_multiplier"], group["decayed"]) == (
+        (0.5, 0.9),
+        0.125,
+        0.5,
+        True,
+    )
+    assert [(type(group[key]), group[key]) for key in ("lr", "initial_lr")] == [(float, 0.5)] * 2
 
 
 def test_names_within_wrappers() -> None:

@@ -8,6 +8,7 @@ the encoder after step 4, ``published`` what ``training/push_to_hub.py --output_
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from transformers import AutoModel
 
 from hf_equissl import EquiSSLForPreTraining, Recipe
 from hf_equissl.hub import build_repository
+from hf_equissl.running.initial_weights import load_initial_weights
+from hf_equissl.running.precision import keep_precision
+from hf_equissl.running.resume import is_finished
 from hf_equissl.running.run import prepare, pretrain
 
 WRITTEN = Path(__file__).resolve().parents[1] / "written_before"
@@ -47,6 +51,23 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(earlier_run: Path) -> None:
     assert missed < 1e-4 * way  # less than 1 % of the way, since CPUs round differently
     build_repository(earlier_run, earlier_run.parent / "published", repo_id="lab/tiny", parts=["encoder"])
     assert (earlier_run.parent / "published" / "config.json").is_file()
+
+
+def test_a_recipe_with_what_is_refused_now(earlier_run: Path) -> None:
+    path = earlier_run / "recipe.yaml"
+    asked = Recipe.load(path, {"training.bf16": "auto"})
+    refused = "training: {do_train: true, eval_strategy: steps, auto_find_batch_size: true, "
+    path.write_text(path.read_text().replace("training: {", refused))
+    assert Path(str(prepare(asked, earlier_run).checkpoint)).name == "checkpoint-2"
+    assert keep_precision(asked, earlier_run).training["bf16"] is False
+    assert not is_finished(asked, earlier_run)
+    shutil.copytree(WRITTEN / "run" / "encoder", earlier_run / "encoder", copy_function=shutil.copyfile)
+    assert is_finished(asked, earlier_run)
+    initial = load_initial_weights(replace(asked, model={"init_from": str(earlier_run / "checkpoint-2")}))
+    assert initial.normalisation == (asked.views.image_mean, asked.views.image_std)
+    begun = replace(asked, model={**asked.model, "init_from": "gone"})
+    path.write_text(path.read_text().replace("model: {", "model: {init_from: gone, "))
+    assert is_finished(begun, earlier_run) is False  # since the file is younger than the encoder
 
 
 def test_a_published_repository_loads_whole_and_in_part() -> None:

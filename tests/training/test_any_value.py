@@ -11,11 +11,14 @@ import signal
 import threading
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import trainer_optimizer
+from transformers.training_args import OptimizerNames
 
 from hf_equissl.data import load_images
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, FILLED_IN, INVARIANCE_OBJECTIVES
@@ -182,6 +185,34 @@ def test_settings_that_training_alone_would_find(
     assert not list(output.glob("checkpoint-*"))
     assert not (output / "encoder").exists()
     assert expected in answer(pretrain, ["--recipe", str(recipe), "--dry_run", *pairs], capsys)
+
+
+@pytest.mark.parametrize("words", ["optim_args=momentum=0.5", "optim_args=momentum=0.9", "optim_args=nesterov=1"])
+def test_a_default_may_be_repeated(
+    words: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an optimizer that fills in defaults, as transformers does for those of other packages."""
+
+    def with_default(context: Any) -> Any:
+        return torch.optim.SGD, {"lr": 0.1, "momentum": float(context.optim_args.get("momentum", 0.5))}
+
+    monkeypatch.setitem(trainer_optimizer._OPTIMIZER_HANDLERS, OptimizerNames.SGD, with_default)
+    expected = "nesterov=1 changes nothing" if "nesterov" in words else ""
+    code = pretrain.main(["--recipe", str(recipe), "--dry_run", "--training.optim=sgd", f"--training.{words}"])
+    assert (code, expected in capsys.readouterr().err) == (2 if expected else 0, True)
+
+
+@pytest.mark.parametrize(("found", "named"), [("clang++", None), ("g++-14", "g++-14"), ("c++", None), (None, "g++-14")])
+def test_any_compiler_compiles(
+    found: str | None, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", named) if named else monkeypatch.delenv("CXX", raising=False)
+    if found:
+        (tmp_path / found).touch(mode=0o755)
+    build: Any = EquiSSLTrainingArguments
+    with nullcontext() if found else pytest.raises(ValueError, match="needs a C"):
+        build(str(tmp_path), use_cpu=True, torch_compile=True)
 
 
 def test_every_number_of_the_arguments_has_a_range() -> None:
