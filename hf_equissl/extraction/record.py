@@ -99,9 +99,10 @@ def check_same(work: Extraction) -> None:
     record = read_extraction(folder)
     if not record:
         return
-    before = {**record["encoding"], **record["splits"].get(work.settings.split_name, {}).get("selection", {})}
-    now = {**work.encoding, **work.selection}
-    flat_before, flat_now = _flat(before), _flat({key: now.get(key) for key in before})
+    selection = record["splits"].get(work.settings.split_name, {}).get("selection", {})
+    usual = {"value_range": "full"}  # is not written down
+    flat_before = _flat({**usual, **record["encoding"], **selection})
+    flat_now = _flat({**usual, **work.encoding, **{key: work.selection.get(key) for key in selection}})
     for key in flat_before | flat_now:
         if flat_before.get(key) != flat_now.get(key):
             raise ExtractionError(

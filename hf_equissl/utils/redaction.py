@@ -24,6 +24,11 @@ FORMS = {
     "an API key": re.compile(r"\bsk-(?=[\w-]*\d)[\w-]{20,}"),
     "a signed web token": re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
     "a bearer token": re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=-]{16,}", re.IGNORECASE),
+    "a login in a header": re.compile(
+        r"(?:(?<=authorization: basic )|(?<=authorization[\"']: [\"']basic )|(?<=authorization[\"']:[\"']basic )"
+        r"|(?<=authorization[:=]basic ))[\w+/-]{6,}={0,2}",
+        re.IGNORECASE,
+    ),
     "a private key": re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
 }
 # Names of values that are secrets; "mask_token" is not one of them. The ends of words that are never anything else:
@@ -33,9 +38,10 @@ _ALWAYS = (
 )
 _WITH = r"hub|hf|access|auth|api|session|security|refresh|bearer|oauth|sas"
 _NAME = rf"(?:[\w.-]{{0,60}}(?:{_ALWAYS})|(?:[\w.-]{{0,60}}[.-])?(?:(?:{_WITH})_)?(?:token|sig|signature|sas|pwd))"
-SECRET_NAME = re.compile(rf"^(?:{_NAME}|(?:[\w.-]{{0,60}}[.-])?key)$", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"^(?:{_NAME}|(?:[\w.-]{{0,60}}[.-])?(?:key|authorization))$", re.IGNORECASE)
 _CERTAIN = re.compile(_NAME, re.IGNORECASE)
-_IN_YAML = re.compile(rf"[\w.-]{{0,60}}(?:{_ALWAYS}|(?:{_WITH})_token)", re.IGNORECASE)
+# Those that are called so for no other reason; "key" or "token" alone may name a metric or a word.
+_SURE = re.compile(rf"[\w.-]{{0,60}}(?:{_ALWAYS}|(?:{_WITH})_token)", re.IGNORECASE)
 # name=value; "name": "value" of JSON; a line `name: value` of YAML. Only how the name ends: see _is_assigned.
 _ASSIGNED = re.compile(
     rf"(?P<end>{_ALWAYS}|token|signature|sig|sas|pwd)(?P<sign>=[\"']?|[\"']\s{{0,9}}:\s{{0,9}}(?=[\"'])|:[ \t]+)"
@@ -43,6 +49,11 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _NOTHING = re.compile(r"null|none|true|false|~|\*+|<[^>]*>|\$\{?\w+\}?|(?:www\.)?removed|", re.IGNORECASE)
+# Gaps to fill in, as instructions have them: hf_..., YOUR_TOKEN, my-api-key, sk-xxxx.
+_GAP = re.compile(
+    r"(?:[a-z]{2,9}[_-])?(?:[\w-]{0,12}(?:\.{3,}|…)[\w-]{0,8}|(?:your|my)[a-z_ -]*|x{3,}|<[^>]*>)|removed",
+    re.IGNORECASE,
+)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s\"'<>`]*")
 # A password with a slash, as keys of AWS have; no port.
 _SLASHED = re.compile(r"[^/:@]+:(?!:|\d+(?:/|$))[^@]*@")
@@ -92,7 +103,7 @@ def find_secret(text: str) -> str | None:
     Less is named here than ``redact`` removes: an address may end in ``?id=12`` for good reasons.
     """
     for kind, form in FORMS.items():
-        if form.search(text):
+        if any(not _GAP.fullmatch(found[0]) for found in form.finditer(text)):
             return kind
     for found in _ADDRESS.finditer(text):
         for piece in _pieces(found[0]):
@@ -100,7 +111,7 @@ def find_secret(text: str) -> str | None:
                 return "an address with a password"
             for part in _PARTS.finditer(piece.partition("?")[2]):
                 name, _, value = part[0].partition("=")
-                if SECRET_NAME.search(name) and not _HARMLESS.fullmatch(value):
+                if SECRET_NAME.search(name) and not _HARMLESS.fullmatch(value) and _is_value(name, value):
                     return "a signed address"
     return next((f"a {kind}" for kind in _assigned(text)), None)
 
@@ -111,7 +122,7 @@ def find_secret_in(values: Any) -> str | None:
         return find_secret(values)
     if isinstance(values, Mapping):
         for key, item in values.items():
-            if isinstance(item, str) and SECRET_NAME.search(str(key)) and _is_value(item, quoted=True):
+            if isinstance(item, str) and SECRET_NAME.search(str(key)) and _is_value(str(key), item):
                 return f"a value called {key}"
         values = [*values, *values.values()]
     found = map(find_secret_in, values) if isinstance(values, (list, tuple)) else ()
@@ -128,12 +139,13 @@ def redact_messages() -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
-        with suppress(TypeError, ValueError):  # arguments that do not fit, which logging reports by itself
+        with suppress(Exception):  # a call that is wrong, which logging reports by itself
             said = made.getMessage()
             if (clean := redact(said)) != said:
                 made.msg, made.args = clean, ()
-        if made.exc_info and made.exc_info[0] is not None:
-            made.exc_text = redact("".join(traceback.format_exception(*made.exc_info)).rstrip())
+        with suppress(Exception):
+            if made.exc_info and made.exc_info[0] is not None:
+                made.exc_text = redact("".join(traceback.format_exception(*made.exc_info)).rstrip())
         return made
 
     record.redacts = True  # type: ignore[attr-defined]
@@ -161,7 +173,7 @@ def _user_of(piece: str) -> str:
 def _is_login(user: str) -> bool:
     name, colon, password = user.removesuffix("@").partition(":")
     if colon:
-        return not _NOTHING.fullmatch(password) and not password.startswith(("{", "$"))
+        return not (_NOTHING.fullmatch(password) or _GAP.fullmatch(password)) and not password.startswith(("{", "$"))
     return len(name) >= 16 and bool(re.search(r"\d", name))
 
 
@@ -183,22 +195,23 @@ def _without_value(part: re.Match[str]) -> str:
     return f"{name}={value if _HARMLESS.fullmatch(value) else REMOVED}"
 
 
-def _is_assigned(found: re.Match[str]) -> bool:
-    """Whether the whole name before a value, and how both stand there, say that the value is a secret."""
+def _secret_name(found: re.Match[str]) -> str:
+    """Return the whole name before a value; empty unless it, and how both stand there, say that this is a secret."""
     line = found.string[max(0, found.start() - 80) : found.end("end")].rpartition("\n")[2]
     name = re.search(r"[\w.-]{0,80}$", line)[0]  # type: ignore[index]  # finds nothing at least
     before = line[: len(line) - len(name)]
     if found["sign"][0] in "\"'":
-        return before[-1:] == found["sign"][0] and bool(_CERTAIN.fullmatch(name))
+        return name if before[-1:] == found["sign"][0] and _CERTAIN.fullmatch(name) else ""
+    name = name.lstrip("-")
     if found["sign"][0] == ":":
-        return before.strip(" \t-") == "" and bool(_IN_YAML.fullmatch(name.lstrip("-")))
-    return bool(_CERTAIN.fullmatch(name.lstrip("-")))
+        return name if before.strip(" \t-") == "" and _SURE.fullmatch(name) else ""
+    return name if _CERTAIN.fullmatch(name) else ""
 
 
 def _without_assigned(found: re.Match[str]) -> str:
     value = found["value"]
     quote = value[0] if value[0] in "\"'" else ""
-    if not _is_assigned(found) or _NOTHING.fullmatch(value.strip("\"'")):
+    if not _secret_name(found) or _NOTHING.fullmatch(value.strip("\"'")):
         return found[0]
     return f"{found['end']}{found['sign']}{quote}{REMOVED}{quote}"
 
@@ -207,15 +220,16 @@ def _assigned(text: str) -> Iterator[str]:
     for found in _ASSIGNED.finditer(text):
         value = found["value"]
         quoted = value[0] in "\"'" or found["sign"][-1] in "\"'"
-        if _is_assigned(found) and _is_value(value.strip("\"'"), quoted):
+        if (name := _secret_name(found)) and _is_value(name, value.strip("\"'"), quoted):
             yield f"value called {found['end']}"
 
 
-def _is_value(value: str, quoted: bool) -> bool:
+def _is_value(name: str, value: str, quoted: bool = True) -> bool:
     """Whether a value that is called a secret is one, and no name of a variable or gap to fill in."""
-    if _NOTHING.fullmatch(value) or len(value) < 4:
+    if _NOTHING.fullmatch(value) or _GAP.fullmatch(value) or len(value) < 4:
         return False
-    return quoted or (len(value) > 5 and bool(re.search(r"\d", value)))
+    sure = bool(_SURE.fullmatch(name))
+    return (sure and quoted) or (len(value) >= (6 if sure else 8) and bool(re.search(r"\d", value)))
 
 
 def read_json_lines(text: str) -> list[Any] | None:

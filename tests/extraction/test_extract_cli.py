@@ -129,7 +129,9 @@ def test_a_range_of_values_is_used_and_recorded_and_what_is_left_out_is_said(
         assert ("become almost black" in said) == (not more)
     assert features[0] != features[1]
     extract(tmp_path / "set", data=data, code=2)
-    assert "value_range" in capsys.readouterr().err
+    assert "value_range = [0.0, 4095.0], and this command says 'full'" in capsys.readouterr().err
+    extract(tmp_path / "full", "--value_range", "0,4095", data=data, code=2)
+    assert "value_range = 'full', and this command says [0.0, 4095.0]" in capsys.readouterr().err
 
 
 def test_too_small_a_disk_is_noticed_first(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
+from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from hf_equissl.encoders import save_encoder, save_native
@@ -380,6 +381,14 @@ def test_describe(repository: Path) -> None:
     assert text.endswith(CARD)
     size = (repository / "figures" / "loss.png").stat().st_size
     assert f"{size} bytes  figures/loss.png" in text
+
+
+def test_a_client_that_somebody_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = _http.default_client_factory
+    for factory in (default, lambda: default()):
+        monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", factory)
+        hub_waits.limit_waiting.__wrapped__()
+        assert (_http._GLOBAL_CLIENT_FACTORY is factory) == (factory is not default)
 
 
 def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:

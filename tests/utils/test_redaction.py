@@ -34,6 +34,16 @@ HARMLESS = (
     '{"mask_token": "[MASK]", "hub_token": null, "password": ""}',
 )
 
+# Removed to be safe, and no reason to refuse a publication.
+GAPS = (
+    '{"key": "accuracy"}',
+    '{"token": "the cat", "sig": "p<5", "api_key": "your-api-key"}',
+    'login(token="hf_..."), login(token="YOUR_TOKEN"), login(token="hf_xxxxxxxxxxxxxxxxxxxxxxxx")',
+    'api_key="your-api-key" password="my password" client_secret="xxxx" token="<your token>" secret="…"',
+    "https://me:your_password@host/a, https://host/a?key=accuracy&token=YOUR_TOKEN",
+    "Basic training of a model; Authorization: Basic <base64>; authorization: basic xxxxxxxx",
+)
+
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_every_form_is_removed_and_found(secret: str) -> None:
@@ -54,6 +64,30 @@ def test_every_form_is_removed_and_found(secret: str) -> None:
 def test_what_is_none_stays(text: str) -> None:
     assert redact(text) == text
     assert find_secret(text) is None
+
+
+@pytest.mark.parametrize("text", GAPS)
+def test_gaps_to_fill_in_and_names_of_other_things_are_no_secrets(text: str) -> None:
+    assert find_secret(text) is None
+    if text.startswith("{"):
+        assert find_secret_in([json.loads(text)]) is None
+
+
+@pytest.mark.parametrize(
+    "text", ['token="a1b2c3d4"', 'x(pwd="hunter2hunter")', 'password="abcd"', '{"hub_token": "abcd"}']
+)
+def test_what_is_filled_in_is_found(text: str) -> None:
+    assert str(find_secret(text)).startswith("a value called ")
+
+
+@pytest.mark.parametrize("around", ["Authorization: {}", '{{"Authorization": "{}"}}', "curl -H 'authorization: {}' x"])
+def test_a_login_in_a_header(around: str) -> None:
+    text = around.format("Basic YWRhOmh1bnRlcg==")
+    assert find_secret(text) == "a login in a header"
+    assert redact(text) == around.format("Basic removed")
+    assert find_secret(redact(text)) is None
+    assert find_secret_in({"Authorization": "Basic YWRhOmh1bnRlcjI="}) == "a value called Authorization"
+    assert redact_values({"Authorization": "Basic YWRhOmh1bnRlcg=="}) == {}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +148,24 @@ def test_nothing_is_repeated_to_people(
     assert "OSError" in said.err
     assert "OSError" in caplog.text
     assert left_in(said.out + said.err + caplog.text) == []
+
+
+def test_a_wrong_call_of_a_logger_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __str__(self) -> str:
+            raise KeyError("no text")
+
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger = logging.Logger("somebody")
+    logger.addHandler(logging.StreamHandler())
+    before = logging.getLogRecordFactory()
+    try:
+        redact_messages()
+        logger.error("It is %s", Broken())
+        logger.error("It is %s %s", 1)
+        logger.error("It is", exc_info=("no", "error"))  # type: ignore[arg-type]
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 def test_long_lines_take_no_long_time() -> None:
