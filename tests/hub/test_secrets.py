@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_equissl.checkpoints import Manifest
 from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import ResultRecord, load_records, save_records
 from hf_equissl.hub import PublishError, build_repository, check_publishable
@@ -51,10 +52,13 @@ def _give_away(run: Path) -> None:
     record["versions"]["torch"] = ALL
     (run / "run.json").write_text(json.dumps(record))
     (checkpoint,) = run.glob("checkpoint-4")
+    manifest = Manifest.read(checkpoint)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["log_history"] += [{"step": 4, "loss": 1.0, "loss_ssl": 1.0, "loss_note": 2.0, "note": ALL}]
     state |= {"trial_name": ALL}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    size = (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    files = {**manifest.files, "trainer_state.json": size}
+    replace(manifest, files=files, checksums={}).write(checkpoint)  # such a version wrote no checksums
 
 
 def test_no_secret_is_published_wherever_it_stood(run: Path, photo_folder: Path, tmp_path: Path) -> None:
