@@ -37,7 +37,7 @@ class Subset:
     stratified: bool = False
 
     def __post_init__(self) -> None:
-        """Check all."""
+        """Refuse values that choose no images."""
         if (self.share is None) == (self.images is None):
             raise ValueError(f"expected either share or images, got share {self.share} and images {self.images}.")
         if self.share is not None and not 0 < self.share < 1:

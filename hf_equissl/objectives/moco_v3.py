@@ -85,7 +85,7 @@ class MoCoV3Objective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """A teacher."""
+        """Ask for a teacher, whose projections are the keys."""
         return Needs(teacher=True)
 
     @torch.no_grad()

@@ -83,7 +83,7 @@ class TeacherTemperature:
 
     @property
     def start(self) -> float:
-        """Value at the start."""
+        """Return the value at the first step."""
         return self.warmup if self.warmup_epochs > 0 else self.final
 
     def at(self, progress: TrainingProgress) -> float:

@@ -124,7 +124,7 @@ class SIEObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """The parameters of g."""
+        """Ask for the parameters of g, which the predictor is told."""
         return Needs(parameters=True)
 
     def check_batch(self, images: int, processes: int) -> None:

@@ -65,7 +65,7 @@ class SupervisedObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Class labels."""
+        """Ask for the classes of the images."""
         return Needs(labels=True)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:

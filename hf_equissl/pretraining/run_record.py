@@ -46,7 +46,7 @@ class SettingChange:
 
     @property
     def text(self) -> str:
-        """The change in words."""
+        """Describe the change, with the step from which it holds."""
         return f"after step {self.step} {self.setting} is {_written(self.after)} instead of {_written(self.before)}"
 
 
