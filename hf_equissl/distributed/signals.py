@@ -149,12 +149,18 @@ def guard_workers(loader: Any) -> Any:
     return loader
 
 
-def kill_workers() -> None:
-    """End the workers that ignore signals, for which Python would wait for ever at its exit.
+def forget_workers() -> None:
+    """Let the deaths of workers go unheard from now on, since the run ends.
 
-    Nobody is told of their deaths: at an exit torch's handler would raise wherever Python happens to be.
+    torch's handler raises for each of them, wherever Python happens to be: in what explains the first one, too.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def kill_workers() -> None:
+    """End the workers that ignore signals, for which Python would wait for ever at its exit."""
+    forget_workers()
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -19,7 +19,7 @@ import torch
 from ..checkpoints import CheckpointError, newest_checkpoint
 from ..data import ImageDecodeError, TooManyBadImages
 from ..distributed.agreement import answer_others, end_process, gather_objects, lost_a_process, speaks_for_all
-from ..distributed.signals import STOP_SIGNALS
+from ..distributed.signals import STOP_SIGNALS, forget_workers
 from ..hub.publishable import PublishError
 from ..pretraining.loss_history import NonFiniteLossError
 from ..utils.files import readable_size
@@ -66,6 +66,7 @@ def explain_stops(output_dir: str | Path | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        forget_workers()
         if lost_a_process(error):
             raise LostProcessError(_lost_process(error, output_dir)) from error
         if _is_loader(error):
