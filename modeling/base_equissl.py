@@ -104,7 +104,7 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
 
 
 class EquiSSLEncoder(EquiSSLPreTrainedModel):
-    """The blocks of the ViT."""
+    """Run embedded patches through the blocks of the ViT, and return their tokens."""
 
     def __init__(self, config: EquiSSLConfig) -> None:
         super().__init__(config)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import TransformationFamily
-from .uniform import as_float_images, check_draws, check_number
+from .uniform import as_float_images, check_draws, check_no_path, check_number
 
 
 class FlipFamily(TransformationFamily):
@@ -33,17 +33,14 @@ class FlipFamily(TransformationFamily):
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
         """Flip images (B, C, H, W) by parameters (B, 1) at fractions (F,) of 0 and 1 -> (B, F, C, H, W).
 
-        Fractions on another device are not checked, which would wait for it: the pipeline checks them when it is built.
-
         Raises:
-            ValueError: a fraction strictly between 0 and 1.
+            ValueError: As ``check_no_path``.
         """
-        between = [value for value in fractions.tolist() if 0 < value < 1] if fractions.device.type == "cpu" else []
-        if between:
-            raise ValueError(
-                f"fractions {between} of a flip: flips have no intermediate images. Take fractions 0 and 1 only; to "
-                "train on flips, use the objective cross_attention_reconstruction, which needs none."
-            )
+        check_no_path(
+            fractions,
+            "a flip: flips have no intermediate images. Take fractions 0 and 1 only; to "
+            "train on flips, use the objective cross_attention_reconstruction, which needs none.",
+        )
         images = as_float_images(images)
         fractions = fractions.to(images.device, torch.float32, non_blocking=True)
         flipped = (parameters.float() * fractions > 0.5)[:, :, None, None, None]  # (B, F, 1, 1, 1)

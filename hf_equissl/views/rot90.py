@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import TransformationFamily
-from .uniform import as_float_images, check_draws, check_number
+from .uniform import as_float_images, check_draws, check_no_path, check_number
 
 TURNS = 4
 
@@ -41,17 +41,13 @@ class Rot90Family(TransformationFamily):
     def path(self, images: Tensor, parameters: Tensor, fractions: Tensor) -> Tensor:
         """Turn images (B, C, H, W) by parameters (B, 1) at fractions (F,) of 0 and 1 -> (B, F, C, H, W).
 
-        Fractions on another device are not checked, which would wait for it: the pipeline checks them when it is built.
-
         Raises:
-            ValueError: a fraction strictly between 0 and 1.
+            ValueError: As ``check_no_path``.
         """
-        between = [value for value in fractions.tolist() if 0 < value < 1] if fractions.device.type == "cpu" else []
-        if between:
-            raise ValueError(
-                f"fractions {between} of quarter turns: they have no intermediate images. Take fractions 0 and 1 only, "
-                "or the family rotation."
-            )
+        check_no_path(
+            fractions,
+            "quarter turns: they have no intermediate images. Take fractions 0 and 1 only, or the family rotation.",
+        )
         images = as_float_images(images)
         fractions = fractions.to(images.device, torch.float32, non_blocking=True)
         turns = (parameters.float() * fractions)[:, :, None, None, None]  # (B, F, 1, 1, 1)

@@ -61,6 +61,23 @@ def at_fractions(parameters: Tensor, fractions: Tensor) -> Tensor:
     return parameters.float()[:, None] * fractions[None, :, None]
 
 
+def check_no_path(fractions: Tensor, reason: str) -> None:
+    """Refuse fractions strictly between 0 and 1 of a family without intermediate images.
+
+    Fractions on another device are not checked, which would wait for it: the pipeline checks them when it is built.
+
+    Args:
+        fractions: (F,).
+        reason: Which family it is and what to do, after "fractions [0.5] of ".
+
+    Raises:
+        ValueError: There are some.
+    """
+    between = [value for value in fractions.tolist() if 0 < value < 1] if fractions.device.type == "cpu" else []
+    if between:
+        raise ValueError(f"fractions {between} of {reason}")
+
+
 def check_draws(draws: Tensor, num_draws: int) -> Tensor:
     """Return ``draws`` in fp32. Raises ValueError unless their shape is (B, num_draws)."""
     if draws.dim() != 2 or draws.shape[1] != num_draws:
