@@ -102,7 +102,7 @@ def match_classes(source: ImageSource, classes: Sequence[str], whose: str) -> Im
             fn_kwargs={"column": column, "own": own, "numbers": numbers, "where": source.name, "whose": whose},
         )
     else:
-        values = rows.select_columns([column])[:][column]
+        values = source.labels() or []
         _refuse_others(values, own, numbers, source.name, whose)
         values = [value if value is None or value < 0 else numbers[value] for value in values]
         renumbered = rows.remove_columns(column).add_column(column, values, feature=feature)

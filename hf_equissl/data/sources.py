@@ -25,7 +25,7 @@ from .errors import ImageDecodeError, ImageSourceError
 from .image_folders import real_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
-from .subsets import Subset
+from .subsets import Subset, take_subset
 from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
@@ -169,6 +169,12 @@ class ImageSource:
     def label(self, row: Mapping[str, Any]) -> int | None:
         """Return a row's class, ``None`` where it has none."""
         return row[self.label_column] if self.label_column else None
+
+    def labels(self) -> list[int | None] | None:
+        """Read the class of every row without touching the images; ``None`` where there are none. Not of a stream."""
+        if self.label_column is None:
+            return None
+        return self.dataset.select_columns([self.label_column])[:][self.label_column]
 
     def item_name(self, row: Mapping[str, Any], place: int | str | None = None) -> str:
         """Return what messages call a row's image, as no other is called.
@@ -353,26 +359,7 @@ def load_images(
         label_hint=label_hint,
         notes=opened.notes,
     )
-    return whole if chosen is None else _take_subset(whole, chosen)
-
-
-def _take_subset(source: ImageSource, subset: Subset) -> ImageSource:
-    """Take a part of the rows.
-
-    Raises:
-        ImageSourceError: It is a stream, has no labels although the choice needs them, or nothing is left.
-    """
-    labels = None
-    if subset.stratified:
-        if source.label_column is None or source.streaming:
-            why = source.label_hint or "There is no column of labels."
-            raise ImageSourceError(f"{source.name}: subset.stratified needs the classes of all images. {why}")
-        labels = source.dataset.select_columns([source.label_column])[:][source.label_column]
-    rows = subset.rows(0 if source.streaming else len(source), labels)
-    taken = replace(source.take(rows), name=f"{source.name[:-1]}, {subset.describe()})")
-    if not len(taken):
-        raise ImageSourceError(f"{taken.name}: no image of {len(source)} is left.")
-    return taken
+    return whole if chosen is None else take_subset(whole, chosen)
 
 
 def _features_and_first_rows(rows: Rows, name: str) -> tuple[datasets.Features, list[dict[str, Any]]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .errors import UnknownSplitError
+from .remarks import list_remarks
 from .sources import ImageSource, load_images
-from .subsets import SUBSET_SEED
+from .subsets import SUBSET_SEED, choose_rows
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,84 @@ TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
 HELD_OUT = 0.1
 # Fewer than these left to fit on, after some were held out, is a slip and no measurement.
 FEWEST_TRAIN_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class SourceSplits:
+    """What is fitted on, and what is judged by.
+
+    Attributes:
+        train, test: The sources.
+        train_split, test_split: What they are called, for records.
+    """
+
+    train: ImageSource
+    test: ImageSource
+    train_split: str
+    test_split: str
+
+    def remarks(self) -> tuple[str, ...]:
+        """List what people should know of the images of both; see ``list_remarks``."""
+        return tuple(dict.fromkeys(line for source in (self.train, self.test) for line in list_remarks(source)))
+
+    def limit(self, train_images: int | None, test_images: int | None) -> SourceSplits:
+        """Choose fixed random subsets of these sizes, ``None`` for all, and decode the first images of both.
+
+        Raises:
+            ImageDecodeError: None of them decodes.
+        """
+        train, test = (
+            source.take(choose_rows(len(source), limit))
+            for source, limit in ((self.train, train_images), (self.test, test_images))
+        )
+        for source in (train, test):
+            source.check()
+        return replace(self, train=train, test=test)
+
+
+def load_splits(
+    source: str,
+    train_split: str,
+    test_split: str | None,
+    train_images: int | None,
+    test_images: int | None,
+    options: Mapping[str, Any],
+    seed: int = SUBSET_SEED,
+) -> SourceSplits:
+    """Load both splits of a source; without a test split, a part of the training split is held out.
+
+    Args:
+        source: As in ``load_images``.
+        train_split, test_split: Names; the latter as in ``load_test_split``.
+        train_images, test_images: How many of each there will be, where some are held out, as in ``hold_out``.
+        options: Further arguments of ``load_images``.
+        seed: Seed of what is held out.
+
+    Raises:
+        ValueError: As ``load_images``, ``load_test_split`` and ``hold_out``.
+    """
+    train = load_images(source, split=train_split, **options)
+    test = load_test_split(source, train_split, test_split, options)
+    return pair_splits(train, test, train_split, train_images, test_images, seed)
+
+
+def pair_splits(
+    train: ImageSource,
+    test: tuple[ImageSource, str] | None,
+    train_split: str,
+    train_images: int | None,
+    test_images: int | None,
+    seed: int = SUBSET_SEED,
+) -> SourceSplits:
+    """Pair the training split with the test split (and its name) or, where there is none, with a part held out of it.
+
+    Raises:
+        ValueError: As ``hold_out``.
+    """
+    if test is not None:
+        return SourceSplits(train, test[0], train_split, test[1])
+    kept, held_out = (train.take(rows) for rows in hold_out(train, train_images, test_images, seed))
+    return SourceSplits(kept, held_out, f"{train_split} (without held-out)", f"{train_split} (held-out)")
 
 
 def load_test_split(

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .errors import ImageSourceError
+
+if TYPE_CHECKING:
+    from .sources import ImageSource
 
 # Where nothing else is said: probes and fine-tuning take the same images.
 SUBSET_SEED = 0
@@ -76,3 +82,22 @@ class Subset:
 def choose_rows(count: int, limit: int | None, seed: int = SUBSET_SEED) -> np.ndarray:
     """Choose a fixed random subset of ``limit`` of ``count`` rows, ascending; all where there are no more."""
     return np.arange(count) if limit is None or limit >= count else Subset(images=limit, seed=seed).rows(count)
+
+
+def take_subset(source: ImageSource, subset: Subset) -> ImageSource:
+    """Take a part of the rows of a source.
+
+    Raises:
+        ImageSourceError: It is a stream, has no labels although the choice needs them, or nothing is left.
+    """
+    labels = None
+    if subset.stratified and not source.streaming:
+        labels = source.labels()
+    if subset.stratified and labels is None:
+        why = source.label_hint or "There is no column of labels."
+        raise ImageSourceError(f"{source.name}: subset.stratified needs the classes of all images. {why}")
+    rows = subset.rows(0 if source.streaming else len(source), labels)
+    taken = replace(source.take(rows), name=f"{source.name[:-1]}, {subset.describe()})")
+    if not len(taken):
+        raise ImageSourceError(f"{taken.name}: no image of {len(source)} is left.")
+    return taken

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from transformers.utils import logging
@@ -18,32 +20,28 @@ LOG_KEYS = ("images_per_second", "data_wait", "loader_images_per_second")
 # Share of the time above which waiting is worth a word, and log lines in a row above it that are worth a warning.
 NOTABLE_WAIT = 0.1
 PATIENCE = 3
+T = TypeVar("T")
 
 
-class Throughput:
-    """Counts between two log lines. Nothing is exchanged between processes, nor the device waited for, in between.
+class DataWait:
+    """Measures for how long a device stands still for its data, from the first batch on.
 
     On an accelerator, which works on while the host already asks for the next batch, only the time counts in which the
     device had nothing left to do: that between an event before the request and one after it.
 
     Args:
-        device: Where training runs.
-        workers: ``dataloader_num_workers``.
+        device: Device that the data are for.
     """
 
-    def __init__(self, device: torch.device, workers: int) -> None:
-        self.device, self.workers = device, workers
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._begin: float | None = None
-        self._waits_in_a_row, self._warned = 0, False
-        self._clear()
-
-    def _clear(self) -> None:
-        self._images, self._loader_seconds, self._waited = 0, 0.0, 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._waited = 0.0
+        self._events: deque[tuple[torch.Event, torch.Event]] = deque()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the request for a step's batches. The first, for which workers start, is not counted."""
+        """Measure a request for data. The first, for which workers start, is not counted."""
         before, start = self._event(), time.perf_counter()
         yield
         after, end = self._event(), time.perf_counter()
@@ -51,8 +49,32 @@ class Throughput:
             self._begin = end
         elif before is not None and after is not None:
             self._events.append((before, after))
+            self._collect()
         else:
             self._waited += end - start
+
+    def over(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the same batches, and measure the time for which each is waited for."""
+        source = iter(batches)
+        while True:
+            with self.waiting():
+                batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
+
+    def take(self) -> tuple[float, float]:
+        """Return the seconds since the last call or the first batch, and those of waiting in them; begin anew.
+
+        It waits for the device to pass the last request: call it when the result of the last batch was read.
+        """
+        if self._events:
+            self._events[-1][1].synchronize()
+        now = time.perf_counter()
+        self._collect()
+        elapsed, waited = 0.0 if self._begin is None else now - self._begin, self._waited
+        self._begin, self._waited = now, 0.0
+        return elapsed, waited
 
     def _event(self) -> torch.Event | None:
         if self.device.type == "cpu":
@@ -61,13 +83,34 @@ class Throughput:
         event.record()
         return event
 
+    def _collect(self) -> None:
+        """Add up the times between events that the device has passed, which would pile up."""
+        while self._events and self._events[0][1].query():
+            before, after = self._events.popleft()
+            self._waited += before.elapsed_time(after) / 1000
+
+
+class Throughput(DataWait):
+    """Counts between two log lines. Nothing is exchanged between processes, nor the device waited for, in between.
+
+    Args:
+        device: Device that trains.
+        workers: ``dataloader_num_workers``.
+    """
+
+    def __init__(self, device: torch.device, workers: int) -> None:
+        super().__init__(device)
+        self.workers = workers
+        self._waits_in_a_row, self._warned = 0, False
+        self._images, self._loader_seconds = 0, 0.0
+
     def add(self, images: int, seconds: float) -> None:
         """Count one batch that is trained on, for which a worker was busy for ``seconds``."""
         self._images += images
         self._loader_seconds += seconds
 
     def drain(self) -> dict[str, float]:
-        """Rates since the last call, for a log line. All processes have to call it, after the step's loss was read.
+        """Compute rates since the last call, for a log line. All processes call it, after the step's loss was read.
 
         Returns:
             ``images_per_second``: trained on by all processes, with everything that happens between two log lines.
@@ -77,21 +120,18 @@ class Throughput:
         """
         if self._begin is None or not self._images:
             return {}
-        now = time.perf_counter()
-        elapsed = now - self._begin
-        waited = self._waited + sum(before.elapsed_time(after) for before, after in self._events) / 1000
+        elapsed, waited = self.take()
         loader = self._images * max(1, self.workers) / max(self._loader_seconds, 1e-9)
         here = torch.tensor([[self._images / elapsed, waited / elapsed, loader]], device=self.device)
         with torch.no_grad():
             rate, wait, capacity = gather(here).unbind(1)
         values = rate.sum().item(), wait.max().item(), capacity.sum().item()
-        self._begin = now
-        self._clear()
+        self._images, self._loader_seconds = 0, 0.0
         self._warn(*values)
         return dict(zip(LOG_KEYS, values, strict=True))
 
     def _warn(self, rate: float, wait: float, capacity: float) -> None:
-        """Once, when the wait persists."""
+        """Warn once, when the wait persists."""
         self._waits_in_a_row = self._waits_in_a_row + 1 if wait > NOTABLE_WAIT else 0
         if self._warned or self._waits_in_a_row < PATIENCE:
             return

@@ -16,7 +16,7 @@ from .metrics import Metric
 from .protocols import PROTOCOLS
 from .r2_plot import plot_r2
 from .registry import EVALUATORS, build_evaluator
-from .report import as_logs, markdown_table, plain_table
+from .report import markdown_table, plain_table
 from .results import ResultRecord, load_records, merge_records, save_records
 from .transformation_regression import TransformationRegressionEvaluator
 
@@ -33,7 +33,6 @@ __all__ = [
     "Plot",
     "ResultRecord",
     "TransformationRegressionEvaluator",
-    "as_logs",
     "build_evaluator",
     "image_set",
     "load_evaluation_data",

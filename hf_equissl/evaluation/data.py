@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..data import ImageSource, list_remarks, load_images
 from ..data.labels import match_classes
-from ..data.splits import hold_out, load_test_split
+from ..data.splits import load_splits, load_test_split
 from ..data.subsets import choose_rows
 from .images import ImageSet
 
@@ -61,27 +59,10 @@ class EvaluationData:
         return int(labels.max()) + 1
 
 
-class _SourceRows(Sequence[Any]):
-    """Encoded images of some rows of a source, read when they are asked for."""
+class _SourceImages(Sequence[Any]):
+    """Encoded images of a source, read when they are asked for; of a stream, those of its first ``rows``, kept."""
 
-    def __init__(self, source: ImageSource, rows: np.ndarray) -> None:
-        self.source, self.rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: Any) -> Any:
-        return self.source.content(self.source.row(int(self.rows[position])))
-
-    def item_name(self, position: int) -> str:
-        row = int(self.rows[position])
-        return self.source.item_name(self.source.row(row), row)
-
-
-class _StreamedRows(Sequence[Any]):
-    """Encoded images of the first rows of a stream, which are kept."""
-
-    def __init__(self, source: ImageSource, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, source: ImageSource, rows: Any) -> None:
         self.source, self.rows = source, rows
 
     def __len__(self) -> int:
@@ -136,9 +117,8 @@ def load_evaluation_data(
     for named in further_tests:
         if len(named) not in (1, 2):
             raise ValueError(f"--further_test {' '.join(named)}: expected a source, or a source and a split.")
-    train = load_images(source, split=train_split, **source_options)
-    test = load_test_split(source, train_split, test_split, source_options)
-    _say_remarks(train, *([test[0]] if test else []))
+    sources = load_splits(source, train_split, test_split, train_images, test_images, source_options, seed=subset_seed)
+    _say_remarks(sources.remarks())
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "cache_bytes": cache_bytes,
@@ -147,20 +127,13 @@ def load_evaluation_data(
     }
     shared = {name: value for name, value in source_options.items() if name != "config_name"}
     others = tuple(
-        _further_test(train, *named, limit=test_images, subset_seed=subset_seed, load=shared, **options)
+        _further_test(sources.train, *named, limit=test_images, subset_seed=subset_seed, load=shared, **options)
         for named in further_tests
     )
-    if test is not None:
-        judged = match_classes(test[0], train.classes, train.name)
-        return EvaluationData(
-            image_set(train, source, train_split, train_images, subset_seed, **options),
-            image_set(judged, source, test[1], test_images, subset_seed, **options),
-            others,
-        )
-    kept, held_out = hold_out(train, train_images, test_images, subset_seed)
+    judged = match_classes(sources.test, sources.train.classes, sources.train.name)
     return EvaluationData(
-        _of_rows(train, kept, source, f"{train_split} (without held-out)", **options),
-        _of_rows(train, held_out, source, f"{train_split} (held-out)", **options),
+        image_set(sources.train, source, sources.train_split, train_images, subset_seed, **options),
+        image_set(judged, source, sources.test_split, test_images, subset_seed, **options),
         others,
     )
 
@@ -182,13 +155,13 @@ def _further_test(
     """
     named = load_test_split(source, "", split, load)
     images, split = named or (load_images(source, **load), "train")
-    _say_remarks(images)
+    _say_remarks(list_remarks(images))
     judged = match_classes(images, train.classes, train.name)
     return image_set(judged, source, split, limit, subset_seed, **options)
 
 
-def _say_remarks(*sources: ImageSource) -> None:
-    for line in dict.fromkeys(line for source in sources for line in list_remarks(source)):
+def _say_remarks(lines: Sequence[str]) -> None:
+    for line in lines:
         logger.info("%s", line)
 
 
@@ -196,35 +169,20 @@ def image_set(
     images: ImageSource, dataset: str, split: str, limit: int | None = None, subset_seed: int = 0, **options: Any
 ) -> ImageSet:
     """Make the ``ImageSet`` of a source, or of ``limit`` fixed random images of it (of a stream: the first ones)."""
+    rows: Any
     if images.streaming:
-        first = list(islice(iter(images.dataset), limit))
-        labels = None if images.label_column is None else _as_labels([images.label(row) for row in first])
-        return ImageSet(
-            _StreamedRows(images, first),
-            labels,
-            dataset,
-            split,
-            decoding=images.decoding,
-            label_hint=images.label_hint,
-            **options,
-        )
-    rows = choose_rows(len(images), limit, subset_seed)
-    return _of_rows(images, rows, dataset, split, **options)
-
-
-def _of_rows(images: ImageSource, rows: np.ndarray, dataset: str, split: str, **options: Any) -> ImageSet:
-    options |= {"decoding": images.decoding, "label_hint": images.label_hint}
-    return ImageSet(_SourceRows(images, rows), _labels(images, rows), dataset, split, **options)
-
-
-def _labels(images: ImageSource, rows: np.ndarray) -> Tensor | None:
-    """Read the labels of some rows, without touching the images."""
-    if images.label_column is None:
-        return None
-    values = images.dataset.select_columns([images.label_column])[:][images.label_column]
-    return _as_labels(values)[torch.from_numpy(rows)]
-
-
-def _as_labels(values: Sequence[int | None]) -> Tensor:
-    """Write missing labels as -1, the sign for "unlabelled" in public data sets."""
-    return torch.tensor([-1 if value is None else int(value) for value in values])
+        rows = list(islice(iter(images.dataset), limit))
+        labels = None if images.label_column is None else [images.label(row) for row in rows]
+    else:
+        images = images.take(choose_rows(len(images), limit, subset_seed))
+        rows, labels = images.dataset, images.labels()
+    return ImageSet(
+        _SourceImages(images, rows),
+        # -1 is the sign for "unlabelled" in public data sets.
+        None if labels is None else torch.tensor([-1 if label is None else label for label in labels]),
+        dataset,
+        split,
+        decoding=images.decoding,
+        label_hint=images.label_hint,
+        **options,
+    )

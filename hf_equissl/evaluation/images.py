@@ -101,7 +101,6 @@ class ImageSet:
     progress: bool = True
     decoding: Decoding = AS_STORED
     label_hint: str = ""
-    _parent: tuple[ImageSet, Tensor] | None = field(default=None, repr=False)
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
     _features: WeakKeyDictionary[FrozenEncoder, dict[str, Any]] = field(default_factory=WeakKeyDictionary, repr=False)
     # Names of bad files that were logged; shared with subsets, so that none is logged twice.
@@ -126,18 +125,17 @@ class ImageSet:
         return self.labels is not None and bool((self.labels >= 0).all())
 
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
-        """Draw ``limit`` fixed random images; return itself if it has no more. What is known of the whole is reused."""
+        """Draw ``limit`` fixed random images; return itself if it has no more."""
         if limit is None or limit >= len(self):
             return self
         return self.part(torch.from_numpy(choose_rows(len(self), limit, seed)))
 
     def part(self, rows: Tensor) -> ImageSet:
-        """Select the images of some ``rows`` (m,), ascending. What is known of the whole is reused."""
+        """Select the images of some ``rows`` (m,), ascending."""
         return replace(
             self,
             images=_Part(self.images, rows.tolist()),
             labels=None if self.labels is None else self.labels[rows],
-            _parent=(self, rows),
             _pixels={},
             _features=WeakKeyDictionary(),
         )
@@ -160,8 +158,6 @@ class ImageSet:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows (b,) and base images (b, 3, size, size) uint8, in order, without those that do not decode."""
-        if size not in self._pixels and self._parent is not None and size in self._parent[0]._pixels:
-            self._pixels[size] = self._part_of_pixels(size)
         if size in self._pixels:
             yield from self._pixels[size]
             return
@@ -186,14 +182,6 @@ class ImageSet:
         self._report(bad)
         if keep:
             self._pixels[size] = kept
-
-    def _part_of_pixels(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """Return this subset's share of its parent's decoded images, with its own row numbers."""
-        parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
-        rows = torch.cat([index for index, _ in parent._pixels[size]])
-        pixels = [batch[torch.isin(index, chosen)] for index, batch in parent._pixels[size]]
-        own = torch.searchsorted(chosen, rows[torch.isin(rows, chosen)])
-        return list(zip(own.split([len(batch) for batch in pixels]), pixels, strict=True))
 
     def _report(self, bad: Mapping[int, str]) -> None:
         """Name the images that do not decode (row -> reason), or raise where there are too many."""
@@ -250,23 +238,11 @@ class ImageSet:
         stored = self._features.get(encoder)
         if stored is None or stored["version"] != encoder.version:
             stored = self._features[encoder] = {"version": encoder.version, "parts": {}}
-            if self._parent is not None:
-                stored.update(self._part_of_features(encoder))
         missing = [name for name in self._needed(names) if name not in stored["parts"]]
         if missing:
             stored["rows"], made = self.encode(encoder, missing)
             stored["parts"].update(made)
         return stored["rows"], self._compose(stored["parts"], names)
-
-    def _part_of_features(self, encoder: FrozenEncoder) -> dict[str, Any]:
-        """Return this subset's share of the features that its parent has of this encoder."""
-        parent, chosen = self._parent  # type: ignore[misc]  # the caller has looked
-        known = parent._features.get(encoder)
-        if known is None or known["version"] != encoder.version or not known["parts"]:
-            return {}
-        mine = torch.isin(known["rows"], chosen)
-        parts = {name: value[mine] for name, value in known["parts"].items()}
-        return {"rows": torch.searchsorted(chosen, known["rows"][mine]), "parts": parts}
 
     @staticmethod
     def _needed(names: Sequence[str]) -> list[str]:

@@ -31,25 +31,9 @@ class R2Metric(evaluate.Metric):
         )
 
     def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
-        sums = metrics.RegressionSums.of(predictions, references)
-        return {"r2": sums.r2_per_parameter().mean().item(), "r2_scalar": sums.r2_scalar()}
-
-
-class Top1AccuracyMetric(evaluate.Metric):
-    """``{"top1", "mean_per_class"}`` of predicted and true class ids."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of samples whose predicted class is the true one.",
-            citation="",
-            inputs_description="predictions, references: one class id per sample.",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-        )
-
-    def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
         return {
-            "top1": metrics.top1_accuracy(predictions, references),
-            "mean_per_class": metrics.mean_per_class_accuracy(predictions, references),
+            "r2": metrics.r2_per_parameter(predictions, references).mean().item(),
+            "r2_scalar": metrics.r2_scalar(predictions, references),
         }
 
 

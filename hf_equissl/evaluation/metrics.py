@@ -68,78 +68,36 @@ def _float64(name: str, values: ArrayLike) -> Tensor:
     return tensor
 
 
-@dataclass
-class RegressionSums:
-    """Sums over samples from which both forms of R2 follow exactly, each of width p in float64.
-
-    Targets are expected to be of order one, as ``TransformationFamily.targets`` makes them: the variance comes from a
-    difference of sums, which loses digits when the mean is far larger than the spread.
-
-    Attributes:
-        count: Number of samples n.
-        target: Sum of t per parameter.
-        target_squared: Sum of t^2 per parameter.
-        residual: Sum of (t - prediction)^2 per parameter (RSS).
-    """
-
-    count: int
-    target: Tensor
-    target_squared: Tensor
-    residual: Tensor
-
-    @classmethod
-    def of(cls, predictions: ArrayLike, targets: ArrayLike) -> RegressionSums:
-        """Make the sums of a set; both arguments are (n, p) or (n,)."""
-        predicted, true = _float64("predictions", predictions), _float64("targets", targets)
-        if predicted.shape != true.shape:
-            raise ValueError(
-                f"predictions and targets must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
-            )
-        return cls(len(true), true.sum(0), true.square().sum(0), (true - predicted).square().sum(0))
-
-    def r2_per_parameter(self) -> Tensor:
-        """Compute 1 - RSS / TSS (p,), each parameter around its own mean."""
-        total = self.target_squared - self.target.square() / max(self.count, 1)
-        return 1 - self.residual / self._checked(total)
-
-    def r2_scalar(self) -> float:
-        """Compute 1 - RSS / TSS over all entries around one scalar mean, the form of SIE's code."""
-        entries = max(self.count * len(self.target), 1)
-        total = self.target_squared.sum() - self.target.sum().square() / entries
-        return (1 - self.residual.sum() / self._checked(total[None])[0]).item()
-
-    def _checked(self, total: Tensor) -> Tensor:
-        # Rounding of the two sums leaves a little where the targets are constant: compare with their size.
-        constant = total <= 1e-12 * self.target_squared.max().clamp_min(1e-300)
-        if self.count < 2 or bool(constant.any()):
-            raise ValueError(
-                f"R2 is undefined: {self.count} sample(s), and targets must vary in every parameter "
-                f"(sums of squares around the mean: {total.tolist()}). Evaluate on more images."
-            )
-        return total
-
-
 def r2_per_parameter(predictions: ArrayLike, targets: ArrayLike) -> Tensor:
-    """Compute R2 of each parameter around its own mean: (n, p), (n, p) -> (p,) float64.
+    """Compute R2 of each parameter around its own mean, 1 - RSS / TSS: (n, p), (n, p) -> (p,) float64.
 
     Raises:
         ValueError: if shapes differ, or if a target does not vary.
     """
-    return RegressionSums.of(predictions, targets).r2_per_parameter()
-
-
-def r2_mean(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Average ``r2_per_parameter`` over parameters: the primary number of the transformation probes."""
-    return r2_per_parameter(predictions, targets).mean().item()
+    predicted, true = _float64("predictions", predictions), _float64("targets", targets)
+    if predicted.shape != true.shape:
+        raise ValueError(
+            f"predictions and targets must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
+        )
+    total = (true - true.mean(0)).square().sum(0)
+    # Rounding leaves a little where the targets are constant: compare with their size.
+    constant = total <= 1e-12 * true.square().sum(0).max().clamp_min(1e-300)
+    if len(true) < 2 or bool(constant.any()):
+        raise ValueError(
+            f"R2 is undefined: {len(true)} sample(s), and targets must vary in every parameter "
+            f"(sums of squares around the mean: {total.tolist()}). Evaluate on more images."
+        )
+    return 1 - (true - predicted).square().sum(0) / total
 
 
 def r2_scalar(predictions: ArrayLike, targets: ArrayLike) -> float:
     """Compute R2 with one mean over all target entries: 1 - sum (t - p)^2 / sum (t - mean_all(t))^2.
 
     The form of SIE's code (https://github.com/facebookresearch/SIE), for comparison with figures published there.
-    With one parameter it equals ``r2_mean``; with several of unequal mean or variance it does not.
+    With one parameter it equals ``r2_per_parameter``; with several of unequal mean or variance it does not.
     """
-    return RegressionSums.of(predictions, targets).r2_scalar()
+    flat = (torch.as_tensor(values).flatten() for values in (predictions, targets))
+    return r2_per_parameter(*flat).item()
 
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import replacing
+from ..utils.figures import make_figure, save_figure
 from .metrics import R2
 from .results import ResultRecord, merge_records
 
@@ -33,17 +33,13 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
         ImportError: without matplotlib.
         ValueError: without any R2.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'hf-equissl[plots]'.") from error
     chosen = [record for record in merge_records(records) if record.metric == R2.name]
     if not chosen:
         raise ValueError("There is no R2 among these records: run the transformation_regression evaluator.")
     names = [(record.encoder, record.features) for record in chosen]
     labels = _short_labels(list(dict.fromkeys(names)))
     groups = list(dict.fromkeys(record.task + fill_of(record) for record in chosen))
-    figure = Figure(figsize=(max(5.0, 1.2 + 0.35 * len(groups) * (1 + len(labels))), 4.0), layout="constrained")
+    figure = make_figure((max(5.0, 1.2 + 0.35 * len(groups) * (1 + len(labels))), 4.0))
     axes = figure.add_subplot()
     width, lowest = 0.8 / len(labels), [0.0]
     for position, (name, label) in enumerate(labels.items()):
@@ -60,10 +56,7 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize="small")
-    if path is not None:
-        with replacing(Path(path)) as staging:
-            figure.savefig(staging, dpi=150)
-    return figure
+    return save_figure(figure, path)
 
 
 def describe_r2(records: Sequence[ResultRecord]) -> str:

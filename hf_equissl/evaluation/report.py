@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,21 +92,3 @@ def _words(value: Any) -> str:
         arguments = [f"{name}={item}" for name, item in value.items() if name not in ("class", "ranges")]
         return f"{value['class']}({', '.join(arguments)})"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def as_logs(records: Sequence[ResultRecord], prefix: str = "eval_") -> dict[str, float]:
-    """Turn records of one encoder and test set into flat numbers for a logger.
-
-    Names are ``{prefix}{metric}_{task}_{features}`` for evaluators of several related tasks and
-    ``{prefix}{evaluator}_{metric}_{features}`` for others, e.g. ``eval_r2_rotation_backbone``, ``eval_knn_top1_cls``.
-    ``{prefix}{metric}`` is the mean of a primary metric over related tasks, e.g. ``eval_r2``.
-    """
-    logs: dict[str, float] = {}
-    related: dict[str, list[float]] = {}
-    for record in records:
-        has_related_tasks = evaluator_of(record).has_related_tasks
-        stem = f"{record.metric}_{record.task}" if has_related_tasks else f"{record.evaluator}_{record.metric}"
-        logs[f"{prefix}{stem}_{record.features}"] = record.value
-        if has_related_tasks and record.primary:
-            related.setdefault(record.metric, []).append(record.value)
-    return logs | {f"{prefix}{metric}": statistics.fmean(values) for metric, values in related.items()}

@@ -15,18 +15,11 @@ from typing import Any
 from ..utils.files import write_text
 from ..utils.redaction import redact_values
 from ..utils.versions import library_versions
-from . import metrics
-from .metrics import Metric
+from .metrics import EFFECTIVE_RANK, FEATURE_STD, R2, R2_SCALAR, TOP1, TOP5, Metric
 
 FORMAT_VERSION = 1
 # Metrics of records that were written before records said what theirs is.
-_BEFORE = {
-    metric.name: metric
-    for metric in (
-        *(metrics.TOP1, metrics.TOP5, metrics.R2, metrics.R2_SCALAR),
-        *(metrics.EFFECTIVE_RANK, metrics.FEATURE_STD),
-    )
-}
+_BEFORE = {metric.name: metric for metric in (TOP1, TOP5, R2, R2_SCALAR, EFFECTIVE_RANK, FEATURE_STD)}
 # What records of hf_equissl.finetuning name as their evaluator.
 FINE_TUNING = "finetune"
 

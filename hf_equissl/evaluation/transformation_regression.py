@@ -20,7 +20,7 @@ from ..views.base import TransformationFamily
 from .base import Evaluator, Plot
 from .data import EvaluationData
 from .images import ImageSet
-from .metrics import R2, R2_SCALAR, Metric, RegressionSums
+from .metrics import R2, R2_SCALAR, Metric, r2_per_parameter, r2_scalar
 from .probes import RegressionProbe, feature_statistics
 from .r2_plot import describe_r2, fill_of, plot_r2
 from .results import ResultRecord
@@ -192,7 +192,7 @@ class TransformationRegressionEvaluator(Evaluator):
         family = self.families[task]
         for part in self.data.tests:
             all_targets = family.targets(self.parameters(task, len(part), _TEST_DRAW))
-            RegressionSums.of(all_targets, all_targets).r2_per_parameter()  # raises now if R2 will be undefined
+            r2_per_parameter(all_targets, all_targets)  # raises now if R2 will be undefined
         tests = [self._test_pairs(encoder, part, task) for part in self.data.tests]
         train_rows, train_first = self.train.features(encoder, self.features)
         scalings = {name: feature_statistics(value) for name, value in train_first.items()}
@@ -215,11 +215,11 @@ class TransformationRegressionEvaluator(Evaluator):
         for part, (test_first, test_second, test_targets) in zip(self.data.tests, tests, strict=True):
             for name in self.features:
                 pair = scaled(name, test_first[name]), scaled(name, test_second[name])
-                sums = [RegressionSums.of(probes[name, seed].predict(*pair), test_targets) for seed in seeds]
-                per_parameter = [value.r2_per_parameter() for value in sums]
+                predictions = [probes[name, seed].predict(*pair) for seed in seeds]
+                per_parameter = [r2_per_parameter(predicted, test_targets) for predicted in predictions]
                 values = {
                     R2.name: [value.mean().item() for value in per_parameter],
-                    R2_SCALAR.name: [value.r2_scalar() for value in sums],
+                    R2_SCALAR.name: [r2_scalar(predicted, test_targets) for predicted in predictions],
                 }
                 details = {
                     f"{R2.name}_{parameter}": [value[column].item() for value in per_parameter]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -91,57 +89,3 @@ def with_features(
         if begun is None:
             return
         behind = begun
-
-
-class DataWait:
-    """Measures the share of time in which the encoder waited for images, from the first batch on.
-
-    As in ``data.throughput``, only the time counts in which the device had nothing left to do: an accelerator still
-    works while the host asks for the next batch.
-
-    Args:
-        device: Device of the encoder.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._begin: float | None = None
-        self._waited = 0.0
-        self._events: deque[tuple[torch.Event, torch.Event]] = deque()
-
-    def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the same batches, and measure the time for which each is waited for."""
-        source = iter(batches)
-        while True:
-            before, start = self._event(), time.perf_counter()
-            batch = next(source, None)
-            after, end = self._event(), time.perf_counter()
-            if batch is None:
-                return
-            if self._begin is None:  # for the first one, workers start
-                self._begin = end
-            elif before is not None and after is not None:
-                self._events.append((before, after))
-                self._collect()
-            else:
-                self._waited += end - start
-            yield batch
-
-    def share(self) -> float:
-        """Compute the share until now; call it when the features of all batches have been fetched."""
-        self._collect()
-        elapsed = time.perf_counter() - self._begin if self._begin is not None else 0.0
-        return self._waited / elapsed if elapsed else 0.0
-
-    def _event(self) -> torch.Event | None:
-        if self._device.type == "cpu":
-            return None
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event
-
-    def _collect(self) -> None:
-        """Add up the events that the device has passed, which would pile up in a long extraction."""
-        while self._events and self._events[0][1].query():
-            before, after = self._events.popleft()
-            self._waited += before.elapsed_time(after) / 1000

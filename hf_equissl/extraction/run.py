@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .pipeline import DataWait, Result, with_features
+from ..data.throughput import DataWait
+from .pipeline import Result, with_features
 from .reading import Batch, Shard, image_batches
 from .record import check_bad_share
 from .settings import ExtractionError
@@ -90,7 +91,8 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
                 share.images += len(batch.index)
                 _report(work, share, batch)
                 bar.update(len(batch.index) + len(batch.skipped))
-            share.data_wait = wait.share()
+            elapsed, waited = wait.take()
+            share.data_wait = waited / elapsed if elapsed else 0.0
             for write in waiting:
                 write.result()
         except BaseException as error:

@@ -238,7 +238,7 @@ def load_finetuned(
     if not adapter:
         if base is not None:
             raise ValueError(f"{source} is a whole model, not an adapter: leave base out.")
-        path = _description_file(source, subfolder=subfolder, **hub_options)
+        path = find_beside(source, DESCRIPTION_FILE, subfolder=subfolder, **hub_options)
         task = make_task("classification", {}) if path is None else Description.load(path).make_task()
         model = task.load_trained(source, trust_remote_code=trust_remote_code, **place).eval()
         _check_finite(model, source)
@@ -265,7 +265,7 @@ def read_description(source: str, *, subfolder: str = "", **hub_options: Any) ->
     Raises:
         LoadError: there is none.
     """
-    path = _description_file(source, subfolder=subfolder, **hub_options)
+    path = find_beside(source, DESCRIPTION_FILE, subfolder=subfolder, **hub_options)
     if path is None:
         raise LoadError(
             f"{source} holds no {DESCRIPTION_FILE}, which says what the adapter belongs to: it was not made by "
@@ -274,10 +274,11 @@ def read_description(source: str, *, subfolder: str = "", **hub_options: Any) ->
     return Description.load(path)
 
 
-def _description_file(source: str, **place: Any) -> str | None:
+def find_beside(source: str, name: str, **place: Any) -> str | None:
+    """Find a file beside the weights of a folder or repository; ``None`` where there is none or it is out of reach."""
     return cached_file(
         source,
-        DESCRIPTION_FILE,
+        name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCardData
 from ..evaluation.results import ResultRecord
 from ..hub.card.metadata import eval_result
 from ..hub.card.writer import write
-from ..hub.privacy import is_hub_id, public_command, public_source
+from ..hub.privacy import is_hub_id, public_source
 from ..utils.files import write_text
 from .adapters import Description
 from .report import comparison_table
@@ -24,19 +23,6 @@ _CLASSES_SHOWN = 20
 _VERBS = {"image-classification": "classify", "image-segmentation": "segment"}
 
 
-def public_records(records: Sequence[ResultRecord], base: str) -> list[ResultRecord]:
-    """Return records as others may read them: no path of this machine, the encoder called ``base``."""
-    return [
-        replace(
-            record,
-            dataset=public_source(record.dataset),
-            encoder=base,
-            command=None if record.command is None else public_command(record.command, {record.encoder: base}),
-        )
-        for record in records
-    ]
-
-
 def write_card(
     folder: Path, description: Description, records: Sequence[ResultRecord], name: str | None = None
 ) -> None:
@@ -45,7 +31,7 @@ def write_card(
     Args:
         folder: Where the weights are.
         description: Theirs.
-        records: As ``public_records`` gives them; may be empty.
+        records: As ``public_record`` makes them; may be empty.
         name: Hub id under which they will be found; default: the folder's name.
     """
     base, name = public_source(description.base), name or folder.name

@@ -16,12 +16,9 @@ from ..utils.load_errors import explain_load_errors, read_config
 
 # What the heads of stock classes read, for records; ours say it in their config.
 _STOCK_POOLING = {"dinov2": "cls_patches", "dinov2_with_registers": "cls_patches", "vit": "cls", "ijepa": "patches"}
-# Parts of an encoder that no classifier reads.
-_UNREAD = ("decoder.", "pooler.")
 # Weights whose absence from a checkpoint does no harm: no logit depends on them, or the head is to be new.
 _UNUSED = ("mask_token", "pooler")
 _NEW = ("classifier", *_UNUSED)
-_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 
 
 def load_classifier(
@@ -142,8 +139,3 @@ def check_report(source: str, model: PreTrainedModel, report: dict[str, Any], ne
 def pooling_of(config: Any) -> str:
     """Name what the head reads, for records."""
     return getattr(config, "pooling", None) or _STOCK_POOLING.get(config.model_type, "pooled")
-
-
-def architecture_of(config: Any) -> dict[str, Any]:
-    """Return what decides whether weights of one encoder fit another."""
-    return {name: getattr(config, name, None) for name in _ARCHITECTURE}

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor
-from transformers.utils import cached_file
 
 from ..encoders.export import check_replaceable
-from ..evaluation.results import ResultRecord, load_records, save_records
+from ..evaluation.results import load_records, save_records
 from ..utils.files import move_into_place, staging_folder
 from ..utils.load_errors import explain_load_errors
-from .adapters import is_adapter, load_finetuned, read_description
+from .adapters import find_beside, is_adapter, load_finetuned, read_description
 from .card import write_card
 from .prepared import FineTuningRun
 from .report import RESULTS
@@ -42,7 +41,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
     place = {name: value for name, value in options.items() if name != "trust_remote_code"}
     if not is_adapter(adapter, **place):
         raise ValueError(f"{adapter} holds no adapter (adapter_config.json): there is nothing to merge.")
-    description, records = read_description(adapter, **place), _results_beside(adapter, place)
+    description, results = read_description(adapter, **place), find_beside(adapter, RESULTS, **place)
+    records = [] if results is None else load_records(results)
     with explain_load_errors(adapter, "image processor", config_name="preprocessor_config.json", **place):
         processor = AutoImageProcessor.from_pretrained(adapter, trust_remote_code=False, **place)
     model: Any = load_finetuned(adapter, base, merge=True, **options)
@@ -54,19 +54,6 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
         write_card(staging, description, records, name=directory.name)
         move_into_place(staging, directory)
     return directory
-
-
-def _results_beside(source: str, place: dict[str, Any]) -> list[ResultRecord]:
-    """Load the records beside an adapter; none where there are none."""
-    path = cached_file(
-        source,
-        RESULTS,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-        **place,
-    )
-    return [] if path is None else load_records(path)
 
 
 def publish(

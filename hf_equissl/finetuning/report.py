@@ -12,7 +12,7 @@ from ..evaluation.results import FINE_TUNING, ResultRecord, load_records
 from ..hub.privacy import public_source
 from ..pretraining.run_record import RunRecord
 from ..utils.figures import plot_losses
-from ..utils.files import write_text
+from ..utils.files import readable_size, write_text
 from ..utils.markdown import plain, table
 from .settings import METHODS
 from .tasks import TASKS
@@ -151,11 +151,12 @@ def _cost(record: ResultRecord) -> list[str]:
     trained, total = record.protocol["trained_parameters"], record.protocol["parameters"]
     seconds = sum(record.details["seconds"]) / len(record.seeds)
     size = max(record.details["saved_bytes"])
-    return [f"{trained:,} ({trained / total:.2%})", _size(size), f"{record.protocol['epochs']:g}", f"{seconds:.0f}"]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+    return [
+        f"{trained:,} ({trained / total:.2%})",
+        readable_size(size),
+        f"{record.protocol['epochs']:g}",
+        f"{seconds:.0f}",
+    ]
 
 
 def compare(folders: Sequence[str]) -> str:

@@ -10,17 +10,17 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from ..checkpoints import IncompleteCheckpointError, Manifest, newest_checkpoint
+from ..checkpoints import Manifest, newest_checkpoint
 from ..data import SkippedImages
 from ..distributed.collectives import is_main_process
 from ..distributed.engines import Engine, asked_engine
 from ..distributed.signals import Signals, remove_marker
 from ..encoders.frozen import FrozenEncoder
 from ..evaluation.results import ResultRecord, save_records
-from ..hub.privacy import public_source
+from ..hub.privacy import public_record, public_source
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecordCallback, new_record
-from ..running.checks import check_agreement
+from ..running.checks import check_agreement, read_named_checkpoint
 from ..running.output_folder import (
     check_output_folder,
     check_result_folder,
@@ -33,7 +33,7 @@ from ..running.preemption import PreemptionCallback
 from ..running.stops import explain_stops
 from ..utils.files import move_into_place, staging_folder, write_text
 from .adapters import add_adapters, check_peft, describe
-from .card import public_records, write_card
+from .card import write_card
 from .classifier import commit_of
 from .prepared import FineTuningRun
 from .report import RESULTS, make_records, plot_curves, write_table
@@ -157,7 +157,8 @@ def _train(run: FineTuningRun, command: str | None, signals: Signals, output: Pa
         save_model(run)
         records = make_records(run, trainer.state.log_history, metrics, command)
         save_records(records, output / RESULTS)
-        public = public_records(records, public_source(run.description.base))
+        base = public_source(run.description.base)
+        public = [public_record(record, base, public_source(record.dataset)) for record in records]
         save_records(public, run.folder / RESULTS)
         write_card(run.folder, run.description, public)
         write_table(records, output)
@@ -262,12 +263,7 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
         if found:
             raise ValueError(f"--resume never: {output} holds {Path(found).name} already. Name a new --output_dir.")
         return None
-    try:
-        Manifest.read(resume, verify=True)
-    except IncompleteCheckpointError as error:
-        raise ValueError(
-            f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
-        ) from error
+    read_named_checkpoint(resume)
     _check_same_run(settings, Path(resume).parent)
     return resume
 

@@ -168,12 +168,10 @@ class FineTuningSettings:
         for name in ("weight_decay", "layer_decay"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(METHODS[self.method], name))
-        for name in ("train_images", "test_images", "image_size", "eval_steps", "save_steps", "batch_size"):
+        counts = ("train_images", "test_images", "image_size", "eval_steps", "save_steps", "batch_size")
+        for name in (*counts, "accumulation", "lora_rank"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name}: expected 1 or more, got {value}.")
-        for name in ("accumulation", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: expected 1 or more, got {getattr(self, name)}.")
         for name in ("epochs", "lora_alpha", "learning_rate", "layer_decay"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name}: expected more than 0, got {value}.")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.redaction import SECRET_NAME, redact, without_secrets
+
+if TYPE_CHECKING:
+    from ..evaluation.results import ResultRecord
 
 # How a path begins: at the root, in a home folder, in a folder above, or on another drive; not as "https://" does.
 _START = r"(?:file:/+|~[\w.-]*/|/|\.\./|[A-Za-z]:[\\/])"
@@ -71,3 +75,16 @@ def public_command(command: str, names: Mapping[str, str] | None = None) -> str:
 def _public_word(word: str) -> str:
     script = re.search(r"(?:^|/)(training/\w+\.py)$", word)  # where our scripts lie in a checkout
     return script[1] if script else public_text(word)
+
+
+def public_record(record: ResultRecord, encoder: str, dataset: str) -> ResultRecord:
+    """Return a record as others may read it: encoder and data set called so, and no path of this machine."""
+    names = {record.encoder: encoder, record.dataset: dataset}
+    return replace(
+        record,
+        encoder=encoder,
+        dataset=dataset,
+        command=None if record.command is None else public_command(record.command, names),
+        protocol=public_values(record.protocol),
+        details=public_values(record.details),
+    )

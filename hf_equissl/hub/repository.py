@@ -6,7 +6,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .card.figures import draw_figures
 from .card.snippets import run_snippets, snippets
 from .card.text import CardFacts, public_recipe, render_card
 from .pretraining_state import load_pretraining_state
-from .privacy import is_hub_id, last_component, public_command, public_source, public_values
+from .privacy import is_hub_id, last_component, public_record, public_source
 from .run_folder import RECIPE_FILE, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -226,21 +226,7 @@ def _public_records(
         )
     if others:
         logger.warning("Left out of the card: results of other encoders, %s.", ", ".join(others))
-    found = []
-    for record in ours:
-        data = names(record.dataset)
-        command = record.command and public_command(record.command, {record.encoder: repo_id, record.dataset: data})
-        found.append(
-            replace(
-                record,
-                encoder=repo_id,
-                dataset=data,
-                command=command,
-                protocol=public_values(record.protocol),
-                details=public_values(record.details),
-            )
-        )
-    return merge_records(found)
+    return merge_records(public_record(record, repo_id, names(record.dataset)) for record in ours)
 
 
 def _write_weights(

@@ -99,9 +99,7 @@ class RunFolder:
             epoch=state.get("epoch"),
             history=tuple(redact_values(state.get("log_history", ()))),
             arguments=_changed(_json(arguments)) if arguments.is_file() else {},
-            recipe=redact_values(load_yaml(recipe.read_text(encoding="utf-8"), str(recipe)))
-            if recipe.is_file()
-            else None,
+            recipe=_recipe(recipe) if recipe.is_file() else None,
             record=RunRecord.load(path) if record.is_file() else None,
         )
 

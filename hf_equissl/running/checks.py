@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints import IncompleteCheckpointError, Manifest
 from ..distributed.agreement import gather_objects
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
@@ -45,6 +46,20 @@ def check_agreement(output_dir: str | Path | None, checkpoint: str | None, preci
         raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
     if len({name for each in told for name in each.values()}) > 1:
         raise RecipeError("bf16 is auto, and not all of this launch's devices have bf16: say true or false.")
+
+
+def read_named_checkpoint(resume: str) -> Manifest:
+    """Read the manifest of the checkpoint that ``--resume`` names, and all its files.
+
+    Raises:
+        RecipeError: It is not complete, or no checkpoint.
+    """
+    try:
+        return Manifest.read(resume, verify=True)
+    except IncompleteCheckpointError as error:
+        raise RecipeError(
+            f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
+        ) from error
 
 
 def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:

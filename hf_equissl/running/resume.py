@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import ENCODER_FOLDER, IncompleteCheckpointError, Manifest, checkpoint_step, newest_checkpoint
+from ..checkpoints import ENCODER_FOLDER, Manifest, checkpoint_step, newest_checkpoint
 from ..data import ImageSource
 from ..distributed.engines import Engine, asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
@@ -18,6 +18,7 @@ from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
 from .changes import KEPT
+from .checks import read_named_checkpoint
 from .initial_weights import InitialWeights, adopt_encoder, load_initial_weights
 from .precision import keep_precision
 
@@ -124,15 +125,10 @@ def find_checkpoint(recipe: Recipe, output_dir: str | Path, resume: str, launch:
         return None
     chosen = found
     if resume != "auto":
-        try:
-            Manifest.read(resume, verify=True)
-        except IncompleteCheckpointError as error:
-            raise RecipeError(
-                f"--resume {resume}: no complete checkpoint: {error}. Use auto, never or a folder checkpoint-N."
-            ) from error
+        named = read_named_checkpoint(resume)
         _check_same_run(recipe, Path(resume).parent, launch)
         chosen = str(Path(resume))
-        if found and checkpoint_step(found) > Manifest.read(resume).step:
+        if found and checkpoint_step(found) > named.step:
             raise RecipeError(
                 f"--resume {resume}: {output_dir} holds {Path(found).name}, which is further. Name a new --output_dir "
                 "to start a branch from the older checkpoint, or --resume auto to go on."

@@ -66,7 +66,7 @@ def plot_losses(
     """
     columns = min(columns or len(panels), len(panels))
     rows = -(-len(panels) // columns)
-    figure = _new_figure((4.6 * columns, 3.4 * rows))
+    figure = make_figure((4.6 * columns, 3.4 * rows))
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -83,7 +83,7 @@ def plot_losses(
         axes.margins(x=0.02)
         axes.legend(fontsize="small", frameon=False)
         _tidy(axes)
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_image_grid(
@@ -113,7 +113,7 @@ def plot_image_grid(
     left = LABEL_INCHES if row_labels is not None else GAP_INCHES
     width = left + len(columns) * CELL_INCHES + (len(groups) - 1) * GROUP_GAP_INCHES + GAP_INCHES
     height = HEADING_INCHES + count * CELL_INCHES + GAP_INCHES
-    figure = _new_figure((width, height), layout="none")
+    figure = make_figure((width, height), layout="none")
     for heading, group in groups.items():
         middle = left + (len(group) * CELL_INCHES - GAP_INCHES) / 2
         figure.text(middle / width, 1 - 0.16 / height, heading, ha="center", va="center", weight="bold", size="medium")
@@ -132,10 +132,15 @@ def plot_image_grid(
                     )
             left += CELL_INCHES
         left += GROUP_GAP_INCHES
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
-def _new_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
+def make_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
+    """Make an empty figure of so many inches.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
@@ -143,7 +148,8 @@ def _new_figure(size: tuple[float, float], layout: str = "constrained") -> Any:
     return Figure(figsize=size, layout=layout)  # type: ignore[arg-type]
 
 
-def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+def save_figure(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+    """Write a figure to ``path``, whose suffix gives the format, if there is one; returns the figure."""
     if path is not None:
         with replacing(Path(path)) as staging:
             figure.savefig(staging, dpi=DPI)

@@ -16,7 +16,6 @@ def test_two_forms_of_r2_by_hand() -> None:
     predictions = torch.tensor([[1.0, 10.0], [2.0, 10.0], [3.0, 10.0]])
     # Column 1: RSS 1 + 0 + 1, TSS 4 + 0 + 4. Column 2: RSS = TSS = 0.5, as the prediction is its mean.
     assert metrics.r2_per_parameter(predictions, targets).tolist() == pytest.approx([0.75, 0.0])
-    assert metrics.r2_mean(predictions, targets) == pytest.approx(0.375)
     # One mean, 6, over all entries: TSS = 36 + 16 + 4 + 16 + 20.25 + 12.25 = 104.5, RSS = 2.5.
     assert metrics.r2_scalar(predictions, targets) == pytest.approx(1 - 2.5 / 104.5)
 
@@ -33,14 +32,16 @@ def test_r2_equals_torchmetrics() -> None:
 def test_one_parameter_makes_both_forms_equal() -> None:
     targets = torch.linspace(-1, 1, 20)
     predictions = 0.7 * targets + 0.1
-    assert metrics.r2_mean(predictions, targets) == pytest.approx(metrics.r2_scalar(predictions, targets))
+    assert metrics.r2_per_parameter(predictions, targets).item() == pytest.approx(
+        metrics.r2_scalar(predictions, targets)
+    )
 
 
 def test_r2_of_what_does_not_vary_is_an_error() -> None:
     with pytest.raises(ValueError, match="undefined"):
-        metrics.r2_mean(torch.zeros(5), torch.full((5,), 0.3))
+        metrics.r2_per_parameter(torch.zeros(5), torch.full((5,), 0.3))
     with pytest.raises(ValueError, match="one shape"):
-        metrics.r2_mean(torch.zeros(5), torch.zeros(6))
+        metrics.r2_per_parameter(torch.zeros(5), torch.zeros(6))
 
 
 def test_accuracies_equal_torchmetrics() -> None:
@@ -63,17 +64,17 @@ import socket
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = refuse
 import evaluate
-from hf_equissl.evaluation.metric_modules import R2Metric, Top1AccuracyMetric
+from hf_equissl.evaluation.metric_modules import R2Metric, TopKAccuracyMetric
 t = [[0.0, 10.0], [2.0, 10.5], [4.0, 9.5]]; p = [[1.0, 10.0], [2.0, 10.0], [3.0, 10.0]]
 r = R2Metric().compute(predictions=p, references=t)
 assert abs(r["r2"] - 0.375) < 1e-9 and abs(r["r2_scalar"] - (1 - 2.5 / 104.5)) < 1e-9, r
 metric = R2Metric()
 metric.add_batch(predictions=p[:2], references=t[:2]); metric.add_batch(predictions=p[2:], references=t[2:])
 assert metric.compute() == r
-a = Top1AccuracyMetric().compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2])
+a = TopKAccuracyMetric().compute(predictions=[[0], [1], [1], [2]], references=[0, 1, 2, 2])
 assert a == {"top1": 0.75, "mean_per_class": (1 + 1 + 0.5) / 3}, a
-both = evaluate.combine([Top1AccuracyMetric(), Top1AccuracyMetric()])
-assert any(value == 0.75 for value in both.compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2]).values())
+both = evaluate.combine([TopKAccuracyMetric(), TopKAccuracyMetric()])
+assert any(value == 0.75 for value in both.compute(predictions=[[0], [1], [1], [2]], references=[0, 1, 2, 2]).values())
 """
     done = processes.run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr

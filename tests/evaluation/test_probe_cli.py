@@ -208,8 +208,8 @@ def test_held_out_and_subsets_are_fixed_and_disjoint(folder: Path) -> None:
     data = load_evaluation_data(str(folder / "flat"), progress=False)
     again = load_evaluation_data(str(folder / "flat"), progress=False)
     assert (len(data.train), len(data.test)) == (76, 8)
-    assert data.test.images.rows.tolist() == again.test.images.rows.tolist()
-    assert not set(data.train.images.rows) & set(data.test.images.rows)
+    assert [*data.test.images] == [*again.test.images]
+    assert not {*data.train.images} & {*data.test.images}
     small = load_evaluation_data(str(folder / "images"), train_images=10, test_images=5, progress=False)
     assert (len(small.train), len(small.test), small.test.split) == (10, 5, "test")
     assert small.train.labels is not None

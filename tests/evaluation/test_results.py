@@ -9,7 +9,6 @@ import pytest
 
 from hf_equissl.evaluation import (
     ResultRecord,
-    as_logs,
     load_records,
     markdown_table,
     merge_records,
@@ -111,10 +110,6 @@ def test_tables_and_logs() -> None:
     assert "r2_scalar" in plain_table(
         [record(**two), record(**{**two, "details": {}, "values": (0.1, 0.2)}, metric="r2_scalar")]
     )
-    logs = as_logs(records[:3] + records[4:5])
-    assert logs["eval_r2_rotation_backbone"] == pytest.approx(0.6)
-    assert logs["eval_knn_top1_cls"] == pytest.approx(0.456)
-    assert logs["eval_r2"] == pytest.approx(0.4)
 
 
 def test_plot_shows_encoders_side_by_side(tmp_path: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ...data import ImageSource, list_remarks, load_images
+from ...data import ImageSource
 from ...data.labels import match_classes
-from ...data.splits import hold_out, load_test_split
-from ...data.subsets import choose_rows
+from ...data.splits import SourceSplits, load_splits
 from ..settings import FineTuningSettings
 from .base import Samples, Splits
 
@@ -37,40 +36,7 @@ class SourceSamples(Samples):
         return self.source.item_name(self.source.row(index), index)
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Both splits, not streamed.
-
-    Attributes:
-        train, test: The sources.
-        train_split, test_split: What they are called, for records.
-    """
-
-    train: ImageSource
-    test: ImageSource
-    train_split: str
-    test_split: str
-
-    def remarks(self) -> tuple[str, ...]:
-        """List what people should know of the images before training; see ``list_remarks``."""
-        return tuple(dict.fromkeys(line for source in (self.train, self.test) for line in list_remarks(source)))
-
-    def limited(self, settings: FineTuningSettings) -> Sources:
-        """Choose the subsets that were asked for, and decode the first images of both.
-
-        Raises:
-            ImageDecodeError: none of them decodes.
-        """
-        train, test = (
-            source.take(choose_rows(len(source), limit))
-            for source, limit in ((self.train, settings.train_images), (self.test, settings.test_images))
-        )
-        for source in (train, test):
-            source.check()
-        return replace(self, train=train, test=test)
-
-
-def load_sources(settings: FineTuningSettings, more_columns: Mapping[str, Sequence[str]] | None = None) -> Sources:
+def load_sources(settings: FineTuningSettings, more_columns: Mapping[str, Sequence[str]] | None = None) -> SourceSplits:
     """Open both splits of ``settings.data``; without a test split, a tenth is held out.
 
     Args:
@@ -80,19 +46,14 @@ def load_sources(settings: FineTuningSettings, more_columns: Mapping[str, Sequen
     Raises:
         ValueError: source, split or column do not exist.
     """
-    options = {**settings.source_options, "more_columns": more_columns}
-    train = load_images(settings.data, split=settings.train_split, **options)
-    test = load_test_split(settings.data, settings.train_split, settings.test_split, options)
-    return both_splits(train, test, settings)
-
-
-def both_splits(train: ImageSource, test: tuple[ImageSource, str] | None, settings: FineTuningSettings) -> Sources:
-    """Return the training split and the test split; where there is none, a part of the former is held out."""
-    name = settings.train_split
-    if test is not None:
-        return Sources(train, test[0], name, test[1])
-    kept, held_out = (train.take(rows) for rows in hold_out(train, settings.train_images, settings.test_images))
-    return Sources(kept, held_out, f"{name} (without held-out)", f"{name} (held-out)")
+    return load_splits(
+        settings.data,
+        settings.train_split,
+        settings.test_split,
+        settings.train_images,
+        settings.test_images,
+        {**settings.source_options, "more_columns": more_columns},
+    )
 
 
 def load_labelled_images(settings: FineTuningSettings) -> Splits:
@@ -105,7 +66,7 @@ def load_labelled_images(settings: FineTuningSettings) -> Splits:
     sources = load_sources(settings)
     sources = replace(sources, test=match_classes(sources.test, sources.train.classes, sources.train.name))
     classes = _classes(sources.train, sources.test)
-    found = sources.limited(settings)
+    found = sources.limit(settings.train_images, settings.test_images)
     train, test = SourceSamples(found.train), SourceSamples(found.test)
     return Splits(train, test, found.train_split, found.test_split, classes, found.remarks())
 
@@ -116,7 +77,8 @@ def labels_of(source: ImageSource) -> np.ndarray:
     Raises:
         ValueError: there are none, or images without one.
     """
-    if source.label_column is None:
+    values = source.labels()
+    if values is None:
         raise ValueError(
             f"{source.name} has no labels, which fine-tuning needs. "
             + (
@@ -124,7 +86,6 @@ def labels_of(source: ImageSource) -> np.ndarray:
                 or "Name the column with --label_column, or give a folder with one sub-folder per class."
             )
         )
-    values = source.dataset.select_columns([source.label_column])[:][source.label_column]
     labels = np.array([-1 if value is None else int(value) for value in values])
     if (missing := int((labels < 0).sum())) > 0:
         raise ValueError(

@@ -16,10 +16,10 @@ import numpy as np
 from ...data import Decoding, ImageDecodeError, ImageSource
 from ...data.decoding import MAX_PIXELS, open_image
 from ...data.image_folders import scan_folder, shown, stored_path
-from ...data.splits import TEST_SPLITS
+from ...data.splits import TEST_SPLITS, SourceSplits, pair_splits
 from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
-from .labelled_images import Sources, SourceSamples, both_splits, load_sources
+from .labelled_images import SourceSamples, load_sources
 
 # Of a pixel that counts neither for the loss nor for metrics, once a mask is read.
 IGNORED = -100
@@ -116,7 +116,7 @@ class MaskedSamples(SourceSamples):
         raise ValueError(f"{self.name}: none of the first {len(bad)} masks can be used: {'; '.join(bad)}")
 
 
-def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) -> Sources:
+def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) -> SourceSplits:
     """Open both splits of images with masks; ``source.more["mask"]`` is the column of the latter.
 
     ``settings.data`` is a folder with images and masks in folders of the same form, ``images/train/0.jpg`` and
@@ -139,7 +139,7 @@ def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) ->
     else:
         name = next((split for split in TEST_SPLITS if split in pairs and split != wanted), None)
     test = None if name is None else (_source(root, name, pairs, decoding), settings.test_split or name)
-    return both_splits(train, test, settings)
+    return pair_splits(train, test, settings.train_split, settings.train_images, settings.test_images)
 
 
 def read_classes(data: str) -> tuple[tuple[str, ...] | None, int | None]:

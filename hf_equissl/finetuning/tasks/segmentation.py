@@ -104,7 +104,7 @@ class SegmentationTask(DenseTask):
         given = (self.ignore_index, ignored, IGNORE_INDEX)
         labels = Labels(classes, next(value for value in given if value is not None), self.reduce_labels)
         columns = MASK_COLUMNS if self.mask_column is None else (self.mask_column,)
-        sources = load_masked_sources(settings, columns).limited(settings)
+        sources = load_masked_sources(settings, columns).limit(settings.train_images, settings.test_images)
         train, test = MaskedSamples(sources.train, labels), MaskedSamples(sources.test, labels)
         for samples in (train, test):
             samples.check()
