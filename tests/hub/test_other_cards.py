@@ -14,8 +14,8 @@ from hf_equissl.evaluation.results import ResultRecord
 from hf_equissl.extraction.card import write_card as write_features_card
 from hf_equissl.extraction.push import _public
 from hf_equissl.finetuning.adapters import Description
-from hf_equissl.finetuning.card import public_records
 from hf_equissl.finetuning.card import write_card as write_finetuned_card
+from hf_equissl.hub.privacy import public_record, public_source
 from tests.utils.secrets import ALL, left_in
 from tests.utils.test_markdown import HOSTILE
 
@@ -80,7 +80,7 @@ def finetuned_card(folder: Path, word: str, adapter: bool = False) -> str:
         details={"seconds": [1.0], "saved_bytes": [10]},
         command=shlex.join(["python", "x.py", "--data", word]),
     )
-    write_finetuned_card(folder, description, public_records([record], word), name=word)
+    write_finetuned_card(folder, description, [public_record(record, word, public_source(record.dataset))], name=word)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
