@@ -32,7 +32,7 @@ class R2Metric(evaluate.Metric):
 
     def _compute(self, *, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
         return {
-            "r2": metrics.r2_per_parameter(predictions, references).mean().item(),
+            "r2": metrics.r2_mean(predictions, references),
             "r2_scalar": metrics.r2_scalar(predictions, references),
         }
 

@@ -90,6 +90,11 @@ def r2_per_parameter(predictions: ArrayLike, targets: ArrayLike) -> Tensor:
     return 1 - (true - predicted).square().sum(0) / total
 
 
+def r2_mean(predictions: ArrayLike, targets: ArrayLike) -> float:
+    """Average ``r2_per_parameter`` over parameters: the primary number of the transformation probes."""
+    return r2_per_parameter(predictions, targets).mean().item()
+
+
 def r2_scalar(predictions: ArrayLike, targets: ArrayLike) -> float:
     """Compute R2 with one mean over all target entries: 1 - sum (t - p)^2 / sum (t - mean_all(t))^2.
 
