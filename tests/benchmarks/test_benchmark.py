@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_equissl.benchmarking.overhead import (
+from benchmarks import benchmark
+from benchmarks.overhead import (
     BASE,
     EQUIVARIANCE,
     EQUIVARIANCE_BACKWARD,
@@ -27,10 +28,9 @@ from hf_equissl.benchmarking.overhead import (
     plain_crops,
     synthetic_images,
 )
-from hf_equissl.benchmarking.timing import take_turns
+from benchmarks.timing import take_turns
 from hf_equissl.data import ImageViewDataset
 from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.training import benchmark
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
