@@ -16,6 +16,7 @@ from .dinov2 import DINOv2Objective
 from .essl import ESSLObjective
 from .ibot import IBOTObjective
 from .moco_v3 import MoCoV3Objective
+from .parameter_regression import ParameterRegressionObjective
 from .reconstruction import ReconstructionObjective
 from .sie import SIEObjective
 from .simclr import SimCLRObjective
@@ -40,6 +41,7 @@ __all__ = [
     "LossOutput",
     "MoCoV3Objective",
     "Objective",
+    "ParameterRegressionObjective",
     "Reach",
     "ReconstructionObjective",
     "SIEObjective",
@@ -61,6 +63,7 @@ INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
         "dinov2": DINOv2Objective,
         "ibot": IBOTObjective,
         "moco_v3": MoCoV3Objective,
+        "parameter_regression": ParameterRegressionObjective,
         "simclr": SimCLRObjective,
         "supervised": SupervisedObjective,
         "vicreg": VICRegObjective,
