@@ -33,7 +33,7 @@ class ParameterRegressionObjective(Objective):
     usual probe (facebookresearch/SIE), here with the encoder behind it.
 
     h_1 and h_2 (B, D) are CLS rows of the first and the last global crop, of which the stem takes d_inv dimensions;
-    theta (B, p) are g's parameters scaled to about [-1, 1], phi is an MLP with ReLU. The gradient needs nothing of other
+    theta (B, p) are g's parameters scaled to about [-1, 1], phi is an MLP with ReLU. Nothing is exchanged between
     processes. As with SIE, theta is all that leads from view 1 to view 2 only with the pipeline ``center``.
 
     Args:

@@ -12,13 +12,12 @@ import pytest
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, build_objective
+from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import Run, build_training, prepare
 from hf_equissl.utils.suggestions import RecipeError
-from hf_equissl.views.needs import Needs
 
-from .helpers import FACTS, own, tiny_config
+from .helpers import own
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 # Drop path draws from the generator of PyTorch, which a resumed run has to find where it was.
