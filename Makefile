@@ -12,12 +12,13 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: help quickstart test test-fast style typecheck clean
+.PHONY: help quickstart test test-fast style docs clean
 help:
 	@echo "make quickstart   pretrain twice on photographs, probe, draw; results in $(OUTPUT)/"
 	@echo "make test         the whole test suite (ARGS='-k vicreg' to choose)"
 	@echo "make test-fast    its quick part: no launches, no scripts"
 	@echo "make style        ruff and mypy"
+	@echo "make docs         the documentation, in docs/_build"
 
 $(BIN)/.ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,5 +40,8 @@ style: $(BIN)/.ready-dev
 	rm -rf .typecheck build && $(BIN)/python -m pip install --quiet --no-deps --target .typecheck .
 	$(BIN)/mypy
 
+docs: $(BIN)/.ready-dev
+	$(BIN)/python -m sphinx --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
+
 clean:
-	rm -rf $(VENV) .typecheck build dist *.egg-info
+	rm -rf $(VENV) .typecheck build dist docs/_build docs/_made *.egg-info

@@ -275,6 +275,7 @@ def load_images(
     """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
 
     ``source`` is one of
+
     - a data set on the Hub (``owner/name``),
     - a folder of images: flat, or one sub-folder per class (then there are labels), with or without ``train``, ``val``,
       ``test`` above; only paths are listed, nothing is copied,

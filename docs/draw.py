@@ -1,0 +1,120 @@
+"""Pictures and tables of the documentation, made from the code that they show.
+
+python docs/draw.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def draw_all(folder: Path) -> None:
+    """Write every picture and table into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipes(folder / "recipes.md")
+    draw_paths(folder / "paths.png")
+    draw_house(folder / "house.png")
+
+
+def write_recipes(path: Path) -> None:
+    """Write one row per shipped recipe: name, what it is, objectives, transformation, model, steps or epochs."""
+    from hf_equissl.recipes.overrides import read_recipe
+
+    lines = ["| recipe | what it is | objectives | transformation |", "|---|---|---|---|"]
+    for file in sorted((ROOT / "training/recipes").glob("*.yaml")):
+        raw = yaml.safe_load(file.read_text())
+        if "sweep" in raw:
+            lines.append(f"| `{file.stem}` | {raw['description']} | sweep | |")
+            continue
+        values = read_recipe(file, [file.parent])
+        objectives = values["objectives"]
+        terms = [objectives["invariance"]["name"], *(term["name"] for term in objectives.get("equivariance") or [])]
+        lines.append(f"| `{file.stem}` | {values['description']} | {' + '.join(terms)} | {_transformation(values)} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _transformation(values: dict[str, Any]) -> str:
+    chosen = values["views"].get("transformation")
+    if not chosen:
+        return ""
+    return str(chosen["name"]) + "".join(f", {family['name']}" for family in chosen.get("families", ()))
+
+
+def photograph(side: int = 160) -> torch.Tensor:
+    """Load scikit-image's cat as (1, 3, side, side) in [0, 1]."""
+    from skimage import data
+
+    image = Image.fromarray(data.chelsea()).crop((75, 0, 375, 300)).resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def draw_paths(path: Path) -> None:
+    """Draw the images between u and g(u) for four families: what the decoders have to paint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from hf_equissl.views import ColorJitterFamily, GaussianBlurFamily, RotationFamily, TranslationFamily
+
+    rows = {
+        "rotation, 36°": (RotationFamily(), [36.0]),
+        "colour jitter": (ColorJitterFamily(), [0.3, -0.2, 0.3, 0.08]),
+        "blur, sigma 2": (GaussianBlurFamily(), [2.0]),
+        "translation": (TranslationFamily(max_shift=10), [10.0, -8.0]),
+    }
+    titles = ("u", "1/3 of the way", "2/3 of the way", "view 2 = g(u)")
+    figure, axes = pyplot.subplots(len(rows), 4, figsize=(7, 7.2))
+    for row, (name, (family, parameters)) in zip(axes, rows.items(), strict=True):
+        images = family.path(photograph(), torch.tensor([parameters]), torch.tensor([0, 1 / 3, 2 / 3, 1]))[0]
+        for axis, image, title in zip(row, images, titles, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row is axes[0]:
+                axis.set_title(title, fontsize=10)
+        row[0].set_ylabel(name, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_house(path: Path) -> None:
+    """Draw the rooms on their floors; whoever stands higher may import what stands lower."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from tests.test_architecture import FLOORS
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.6))
+    for level, rooms in enumerate(FLOORS):
+        for place, room in enumerate(rooms):
+            x = (place + 0.5) / len(rooms)
+            axis.text(
+                x, level, room, ha="center", va="center", fontsize=10, family="monospace",
+                bbox={"boxstyle": "round,pad=0.35", "facecolor": "#e8eef7", "edgecolor": "#4a6fa5"},
+            )  # fmt: skip
+    axis.annotate("", xy=(-0.03, -0.3), xytext=(-0.03, len(FLOORS) - 0.7), arrowprops={"arrowstyle": "->"})
+    axis.text(-0.05, (len(FLOORS) - 1) / 2, "may import", rotation=90, ha="right", va="center", fontsize=9)
+    axis.set_xlim(-0.1, 1.02)
+    axis.set_ylim(-0.6, len(FLOORS) - 0.4)
+    axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "_made")
