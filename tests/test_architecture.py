@@ -24,7 +24,7 @@ FLOORS = (
     ("recipes", "hub"),
     ("planning", "extraction"),
     ("running",),
-    ("finetuning",),
+    ("finetuning", "benchmarking"),
     ("training",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -72,8 +72,11 @@ ARROWS: dict[str, set[str]] = {
         "utils",
         "views",
     },
+    "benchmarking": {"data", "distributed", "objectives", "pretraining", "recipes", "running", "utils", "views"},
     "training": {
+        "benchmarking",
         "checkpoints",
+        "data",
         "distributed",
         "encoders",
         "evaluation",

@@ -1,4 +1,4 @@
-"""``benchmarks/scaling.py`` as it is, on CPUs with any engine: its launches come back to this file."""
+"""``training/scaling.py`` as it is, on CPUs with any engine: its launches come back to this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import scaling
+from hf_equissl.training import scaling
 from tests.distributed.cpu import allow_fsdp2_on_cpu
 
 if __name__ == "__main__":

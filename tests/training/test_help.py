@@ -9,12 +9,11 @@ import pytest
 
 from tests import processes
 
-ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).resolve().parents[2] / "training"
 NO_SCRIPTS = {"__init__", "pace", "photographs", "recipe_options", "side_by_side"}
 # Script -> words that its help must have beside "examples:".
 WORDS = {
-    "benchmarks/benchmark": ("--recipe", "--repeats"),
-    "benchmarks/scaling": ("--processes", "--engines"),
+    "benchmark": ("--recipe", "--repeats"),
     "convert": ("--output_dir", "--native"),
     "extract_features": ("--encoder", "--shard_size"),
     "finetune": ("DoRA", "--lora_rank", "layer decay 0.75"),
@@ -26,19 +25,18 @@ WORDS = {
     "probe": ("color_jitter", "transformation_regression", "--fill"),
     "push_to_hub": ("--repo_id", "--dry_run"),
     "quickstart": ("--output_dir", "--steps"),
+    "scaling": ("--processes", "--engines"),
     "sweep": ("--only", "--list"),
 }
 
 
 def test_all_scripts_are_asked() -> None:
-    asked = {script for script in WORDS if "/" not in script}
-    assert {path.stem for path in (ROOT / "training").glob("*.py")} - NO_SCRIPTS == asked
+    assert {path.stem for path in FOLDER.glob("*.py")} - NO_SCRIPTS == set(WORDS)
 
 
 @pytest.mark.parametrize("script", WORDS)
 def test_help(script: str, tmp_path: Path) -> None:
-    path = f"{script}.py" if "/" in script else f"training/{script}.py"
-    done = processes.run([sys.executable, str(ROOT / path), "--help"], cwd=tmp_path)
+    done = processes.run([sys.executable, str(FOLDER / f"{script}.py"), "--help"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
     assert not [word for word in WORDS[script] if word not in done.stdout]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import benchmark, scaling
 from hf_equissl.evaluation import cli as probe
 from hf_equissl.extraction import cli as extract
 from hf_equissl.extraction.settings import ExtractionSettings
@@ -16,7 +15,7 @@ from hf_equissl.finetuning.settings import FineTuningSettings
 from hf_equissl.recipes.overrides import PATH_KEYS
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.recipes.sweep import read_sweep
-from hf_equissl.training import convert, plan, pretrain, push_to_hub, quickstart, sweep
+from hf_equissl.training import benchmark, convert, plan, pretrain, push_to_hub, quickstart, scaling, sweep
 from tests.training.test_pretrain_cli import TINY
 
 PARSERS = {

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import benchmark
-from benchmarks.overhead import (
+from hf_equissl.benchmarking.overhead import (
     BASE,
     EQUIVARIANCE,
     EQUIVARIANCE_BACKWARD,
@@ -28,9 +27,10 @@ from benchmarks.overhead import (
     plain_crops,
     synthetic_images,
 )
-from benchmarks.timing import take_turns
+from hf_equissl.benchmarking.timing import take_turns
 from hf_equissl.data import ImageViewDataset
 from hf_equissl.recipes.recipe import Recipe
+from hf_equissl.training import benchmark
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,

@@ -12,11 +12,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.distributed import TCPStore
 
-from benchmarks import scaling
-from benchmarks.launches import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
-from benchmarks.step_clock import STEP, TASK, Steps, Task, collective_share, measure
+from hf_equissl.benchmarking.scaling import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
+from hf_equissl.benchmarking.step_clock import STEP, TASK, Steps, Task, collective_share, measure
 from hf_equissl.distributed.engines import Engine
 from hf_equissl.recipes.recipe import Recipe
+from hf_equissl.training import scaling
 from hf_equissl.training.side_by_side import ENVIRONMENT
 from hf_equissl.utils.suggestions import RecipeError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hf_equissl.utils.devices import describe_cpu, synchronize
-from hf_equissl.utils.versions import __version__
+from ..utils.devices import describe_cpu, synchronize
+from ..utils.versions import __version__
 
 
 class Stopwatch:
@@ -91,7 +91,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "hf_equissl": __version__,
         **{name: version(name) for name in packages},
-        "commit": _commit(Path(__file__).resolve().parents[1]),
+        "commit": _commit(Path(__file__).resolve().parents[2]),
     }
 
 

@@ -19,9 +19,7 @@ from hf_equissl.utils.commands import check_at_least, command_parser, path_word,
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a script that is launched by its path finds only what lies beside it
-CONFIGS = ROOT / "training" / "accelerate_configs"
+CONFIGS = Path(__file__).resolve().parent / "accelerate_configs"
 QUIET = 0.95  # of a core's time, for a process that waits for nothing
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -47,8 +45,8 @@ efficiency + sharing + exposed = 1. They are medians of the rounds, the smallest
 those are far apart, something else runs on the machine.
 
 examples:
-  python benchmarks/scaling.py --recipe vits16_vicreg_rot --engines ddp fsdp2 --processes 2 4 8 --batch_size 64
-  python benchmarks/scaling.py --recipe cifar10_vicreg_rot --processes 2 --batch_size 32 --output_dir runs/scaling
+  python training/scaling.py --recipe vits16_vicreg_rot --engines ddp fsdp2 --processes 2 4 8 --batch_size 64
+  python training/scaling.py --recipe cifar10_vicreg_rot --processes 2 --batch_size 32 --output_dir runs/scaling
 """
 
 
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     except ValueError as error:
         return stop(error, code=2)
 
-    from benchmarks import launches, step_clock
+    from hf_equissl.benchmarking import scaling, step_clock
     from hf_equissl.distributed.agreement import end_process
 
     try:
@@ -82,16 +80,16 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
             say(f"\nWritten to {path}")
     except (ValueError, OSError) as error:
         return stop(error, code=2)
-    except launches.MeasurementError as error:
+    except scaling.MeasurementError as error:
         return stop(error, code=1)
     return 0
 
 
 def _read(options: argparse.Namespace, overrides: dict[str, Any], task: Any) -> tuple[Any, Any]:
     """Read the recipe as it is measured, and the steps."""
-    from benchmarks.launches import settings
-    from benchmarks.overhead import check_random_weights
-    from benchmarks.step_clock import Steps
+    from hf_equissl.benchmarking.overhead import check_random_weights
+    from hf_equissl.benchmarking.scaling import settings
+    from hf_equissl.benchmarking.step_clock import Steps
 
     check_at_least(options, batch_size=1, steps=1, warmup=1, profiled=0, repeats=1, processes=1)
     steps = Steps(options.warmup, options.steps, options.profiled)
@@ -125,8 +123,8 @@ def _measure(
     recipe: Any, steps: Any, options: argparse.Namespace, script: Path, words: Sequence[str]
 ) -> dict[str, Any]:
     """Measure all that was asked for, and print it as it comes."""
-    from benchmarks import launches
-    from benchmarks.timing import environment
+    from hf_equissl.benchmarking import scaling
+    from hf_equissl.benchmarking.timing import environment
     from hf_equissl.distributed.engines import Engine
     from hf_equissl.training.side_by_side import ENVIRONMENT
     from hf_equissl.utils.devices import choose_device
@@ -134,7 +132,7 @@ def _measure(
     device = choose_device("auto")
     args = recipe.build_training_arguments("unused")
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    wanted = launches.setups([Engine(name) for name in dict.fromkeys(options.engines)], options.processes)
+    wanted = scaling.setups([Engine(name) for name in dict.fromkeys(options.engines)], options.processes)
     report: dict[str, Any] = {
         "recipe": recipe.name,
         "settings": {
@@ -152,10 +150,10 @@ def _measure(
         files = None
         if options.data is None:
             count = options.batch_size * max(setup.count for setup in wanted) * args.gradient_accumulation_steps
-            files = launches.write_images(Path(folder) / "images", count, recipe.build_encoder_config().image_size)
-        launcher = launches.Launcher(script, words, CONFIGS, Path(folder), files, ENVIRONMENT, say)
-        results = launches.measure_rounds(launcher, wanted, options.repeats)
-    report["setups"] = launches.summarize(results, images)
+            files = scaling.write_images(Path(folder) / "images", count, recipe.build_encoder_config().image_size)
+        launcher = scaling.Launcher(script, words, CONFIGS, Path(folder), files, ENVIRONMENT, say)
+        results = scaling.measure_rounds(launcher, wanted, options.repeats)
+    report["setups"] = scaling.summarize(results, images)
     say("\n".join(_table(report["setups"])))
     return report
 

@@ -25,24 +25,24 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.timing import Stopwatch, take_turns, timed
-from hf_equissl.data import ImageSource, ImageViewDataset
-from hf_equissl.data.decoding import ImageDecodeError
-from hf_equissl.data.randomness import sample_generator
-from hf_equissl.objectives import weight_of
-from hf_equissl.objectives.progress import TrainingProgress
-from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
-from hf_equissl.pretraining.model import EquiSSLForPreTraining
-from hf_equissl.pretraining.optimizer import clip_gradients, clipping_parts, optimizer_groups
-from hf_equissl.pretraining.schedules import teacher_momentum
-from hf_equissl.pretraining.trainer import EquiSSLTrainer
-from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.utils.devices import resident_peak
-from hf_equissl.utils.suggestions import RecipeError
-from hf_equissl.views.base import Item, map_tensors
-from hf_equissl.views.collator import ViewCollator
-from hf_equissl.views.cropping import Box
-from hf_equissl.views.pipelines import ViewPipeline
+from ..data import ImageSource, ImageViewDataset
+from ..data.decoding import ImageDecodeError
+from ..data.randomness import sample_generator
+from ..objectives import weight_of
+from ..objectives.progress import TrainingProgress
+from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
+from ..pretraining.optimizer import clip_gradients, clipping_parts, optimizer_groups
+from ..pretraining.schedules import teacher_momentum
+from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.recipe import Recipe
+from ..utils.devices import resident_peak
+from ..utils.suggestions import RecipeError
+from ..views.base import Item, map_tensors
+from ..views.collator import ViewCollator
+from ..views.cropping import Box
+from ..views.pipelines import ViewPipeline
+from .timing import Stopwatch, take_turns, timed
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)

@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from benchmarks.overhead import synthetic_images
-from benchmarks.step_clock import PATIENCE, TASK, Steps, Task
-from benchmarks.timing import take_turns
-from hf_equissl.distributed.engines import Engine
-from hf_equissl.utils.suggestions import RecipeError
+from ..distributed.engines import Engine
+from ..utils.suggestions import RecipeError
+from .overhead import synthetic_images
+from .step_clock import PATIENCE, TASK, Steps, Task
+from .timing import take_turns
 
 CONFIGS = {engine: engine.value for engine in (Engine.DDP, Engine.FSDP2)} | {
     engine: f"deepspeed_{engine.value}" for engine in (Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)

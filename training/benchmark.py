@@ -13,8 +13,6 @@ from hf_equissl.training.recipe_options import add_import, load_recipe, parse_wo
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launched by its path, it finds what lies beside it
-
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
 another recipe (views, forward, backward, optimizer; in turns, on one device). With --data also time the loader
@@ -27,8 +25,8 @@ Threads: at most the real cores; one gives the steadiest ratios. Where other pro
 with one thread the ratio of processor times stays good.
 
 examples:
-  python benchmarks/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
-  python benchmarks/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
+  python training/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
+  python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
 """
 
 
@@ -53,19 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all that was asked for, and print it as it comes."""
-    from benchmarks import overhead
-    from benchmarks.timing import environment
+    from hf_equissl.benchmarking import overhead as benchmark
+    from hf_equissl.benchmarking.timing import environment
     from hf_equissl.data import ImageViewDataset
     from hf_equissl.utils.devices import choose_device, choose_precision
 
     device = choose_device(options.device)
     source = None if options.data is None else recipe.build_source()
     if source is None:
-        images = overhead.synthetic_images(options.batch_size, recipe.build_encoder_config().image_size)
+        images = benchmark.synthetic_images(options.batch_size, recipe.build_encoder_config().image_size)
     else:
-        images = overhead.first_images(source, options.batch_size)
-    recipes = overhead.both_recipes(recipe, base)
-    sides = overhead.build_sides(recipes, options.batch_size, device, images)
+        images = benchmark.first_images(source, options.batch_size)
+    recipes = benchmark.both_recipes(recipe, base)
+    sides = benchmark.build_sides(recipes, options.batch_size, device, images)
     report: dict[str, Any] = {
         "recipe": recipe.name,
         "base": f"{recipe.name} with lambda = 0" if base is None else base.name,
@@ -82,15 +80,15 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
     }
     say(_header(report))
     for dtype in options.dtype or dict.fromkeys(("fp32", choose_precision("auto", device))):
-        timing = overhead.time_steps(sides, dtype, options.repeats)
+        timing = benchmark.time_steps(sides, dtype, options.repeats)
         timing["peak_memory_mib"] = (
-            overhead.peak_memory(recipes, sides, dtype) if options.memory else "not asked for (--memory)"
+            benchmark.peak_memory(recipes, sides, dtype) if options.memory else "not asked for (--memory)"
         )
         report["steps"][dtype] = timing
         say("\n".join([*_step_lines(dtype, timing), _paper_line(recipe.objectives.invariance["name"])]))
     if source is not None:
-        dataset = ImageViewDataset(source, sides[overhead.FULL].pipeline, seed=0)
-        report["loader"] = overhead.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
+        dataset = ImageViewDataset(source, sides[benchmark.FULL].pipeline, seed=0)
+        report["loader"] = benchmark.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
         say(_loader_line(report["loader"]))
     return report
 
@@ -109,7 +107,7 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
-    from benchmarks.overhead import BASE, EQUIVARIANCE_BACKWARD, FULL, PARTS
+    from hf_equissl.benchmarking.overhead import BASE, EQUIVARIANCE_BACKWARD, FULL, PARTS
 
     base, full = timing["sides"][BASE], timing["sides"][FULL]
     rows = [("step, median", "wall"), ("step, fastest", "wall_min"), ("step, processor time", "cpu")]
@@ -139,7 +137,7 @@ def _step_lines(dtype: str, timing: dict[str, Any]) -> Iterator[str]:
 
 
 def _paper_line(method: str) -> str:
-    from benchmarks.overhead import PAPER_OVERHEADS
+    from hf_equissl.benchmarking.overhead import PAPER_OVERHEADS
 
     if method not in PAPER_OVERHEADS:
         return f"  the paper states no overhead for {method}"

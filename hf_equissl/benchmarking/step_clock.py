@@ -1,4 +1,4 @@
-"""The measured side of ``launches``: a process that trains as it is told, and a clock for its steps."""
+"""The measured side of ``scaling``: a process that trains as it is told, and a clock for its steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
-from hf_equissl.distributed.engines import Engine, running_engine
-from hf_equissl.pretraining.trainer import EquiSSLTrainer
-from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.running.run import build_training, prepare
-from hf_equissl.utils.devices import synchronize, usable_cores
-from hf_equissl.utils.suggestions import RecipeError
+from ..distributed.engines import Engine, running_engine
+from ..pretraining.trainer import EquiSSLTrainer
+from ..recipes.recipe import Recipe
+from ..running.run import build_training, prepare
+from ..utils.devices import synchronize, usable_cores
+from ..utils.suggestions import RecipeError
 
 TASK = "EQUISSL_SCALING_TASK"  # environment variable: what a launched process has to measure
 PATIENCE = timedelta(hours=1)  # with which processes wait for each other; data sets may be slow to open
