@@ -44,4 +44,4 @@ docs: $(BIN)/.ready-dev
 	$(BIN)/python -m sphinx --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
 
 clean:
-	rm -rf $(VENV) .typecheck build dist docs/_build docs/_made *.egg-info
+	rm -rf $(VENV) .typecheck build dist docs/_build *.egg-info

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from draw import draw_all  # noqa: E402
-
 project = "hf-equissl"
 author = "The hf-equissl authors"
 copyright = author
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -28,8 +20,3 @@ napoleon_use_ivar = True
 # Docstrings name classes of other packages in prose; only what autodoc itself writes must resolve.
 nitpicky = False
 suppress_warnings = ["config.cache"]
-
-
-def setup(app: object) -> None:
-    """Draw the pictures and write the tables that pages include, before anything is read."""
-    draw_all(HERE / "_made")

@@ -1,6 +1,6 @@
-"""Pictures and tables of the documentation, made from the code that they show.
+"""Pictures and tables of the documentation, made from the code that they show. Run it after a change of either.
 
-python docs/draw.py [FOLDER]
+python docs/draw.py
 """
 
 from __future__ import annotations
@@ -14,20 +14,30 @@ import torch
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 
-def draw_all(folder: Path) -> None:
-    """Write every picture and table into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipes(folder / "recipes.md")
-    draw_paths(folder / "paths.png")
-    draw_house(folder / "house.png")
+RECIPES_HEAD = """\
+# Recipes
+
+All that ship, in `training/recipes/`. Each file names the source of its values and the command that runs it. The table
+is made from the files by `python docs/draw.py`.
+
+"""
 
 
-def write_recipes(path: Path) -> None:
-    """Write one row per shipped recipe: name, what it is, objectives, transformation, model, steps or epochs."""
+def main() -> None:
+    """Write every picture and table into the folder of this file."""
+    (HERE / "recipes.md").write_text(list_recipes())
+    (HERE / "pictures").mkdir(exist_ok=True)
+    draw_paths(HERE / "pictures" / "paths.png")
+    draw_house(HERE / "pictures" / "house.png")
+
+
+def list_recipes() -> str:
+    """Make a page with one row per shipped recipe: name, what it is, objectives and transformation."""
     from hf_equissl.recipes.overrides import read_recipe
 
     lines = ["| recipe | what it is | objectives | transformation |", "|---|---|---|---|"]
@@ -40,7 +50,7 @@ def write_recipes(path: Path) -> None:
         objectives = values["objectives"]
         terms = [objectives["invariance"]["name"], *(term["name"] for term in objectives.get("equivariance") or [])]
         lines.append(f"| `{file.stem}` | {values['description']} | {' + '.join(terms)} | {_transformation(values)} |")
-    path.write_text("\n".join(lines) + "\n")
+    return RECIPES_HEAD + "\n".join(lines) + "\n"
 
 
 def _transformation(values: dict[str, Any]) -> str:
@@ -75,14 +85,14 @@ def draw_paths(path: Path) -> None:
     }
     titles = ("u", "1/3 of the way", "2/3 of the way", "view 2 = g(u)")
     figure, axes = pyplot.subplots(len(rows), 4, figsize=(7, 7.2))
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=10)
     for row, (name, (family, parameters)) in zip(axes, rows.items(), strict=True):
         images = family.path(photograph(), torch.tensor([parameters]), torch.tensor([0, 1 / 3, 2 / 3, 1]))[0]
-        for axis, image, title in zip(row, images, titles, strict=True):
+        for axis, image in zip(row, images, strict=True):
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
-                axis.set_title(title, fontsize=10)
         row[0].set_ylabel(name, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -117,4 +127,4 @@ def draw_house(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "_made")
+    main()
