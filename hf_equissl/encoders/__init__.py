@@ -14,6 +14,7 @@ __all__ = [
     "FrozenEncoder",
     "convert_encoder",
     "load_encoder",
+    "open_frozen",
     "save_encoder",
     "save_native",
     "to_native",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .frozen import FEATURES, FrozenEncoder
     from .loading import load_encoder
     from .native import save_native, to_native
+    from .references import open_frozen
 
 __getattr__, __dir__ = import_when_used(
     __name__,
@@ -34,6 +36,7 @@ __getattr__, __dir__ = import_when_used(
         "FrozenEncoder": "frozen",
         "convert_encoder": "convert",
         "load_encoder": "loading",
+        "open_frozen": "references",
         "save_encoder": "export",
         "save_native": "native",
         "to_native": "native",

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.devices import Precision, choose_precision
 from ..utils.hostile import check_image_settings
+from .block_features import BLOCK_FEATURES, final_norm, last_cls_tokens
 from .loading import load_encoder, read_image_settings
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, "invariant" and "equivariant"
 # that of a slice, of which the names that follow are the halves.
 FEATURES = (
-    *("cls", "patches", "backbone", "invariant", "equivariant"),
+    *("cls", "patches", "backbone", *BLOCK_FEATURES, "invariant", "equivariant"),
     *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
 )
 # All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
@@ -49,6 +51,7 @@ class FrozenEncoder:
         cls: The CLS token after the final norm, D.
         patches: The mean of the patch tokens after the final norm, D.
         backbone: [cls ; patches], 2 D.
+        cls_4, cls_4_patches: The CLS tokens of the last 4 blocks after the final norm, 4 D; these and ``patches``, 5 D.
         invariant, equivariant: [CLS ; mean patch] of that slice of the linear stem (EquiSSL encoders), twice its width.
         invariant_cls, invariant_patches, equivariant_cls, equivariant_patches: One half of these.
 
@@ -109,7 +112,10 @@ class FrozenEncoder:
         if image_size is not None:
             self._check_patches()
         self._digest: tuple[tuple[int, ...], str] | None = None
-        self._inputs = set(inspect.signature(self.module.forward).parameters)
+        inputs = inspect.signature(self.module.forward).parameters
+        self._inputs = set(inputs)
+        takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in inputs.values())
+        self._gives_states = takes_more or "output_hidden_states" in inputs
 
     def _setting(self, name: str) -> Any:
         return getattr(getattr(self.module, "config", self.module), name, None)
@@ -133,14 +139,24 @@ class FrozenEncoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        tensor = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def backbone_parts(self) -> tuple[str, ...]:
+        """What ``backbone`` is put together of: of a module that says ``gives_vectors``, that vector once."""
+        return ("cls",) if getattr(self.module, "gives_vectors", False) else ("cls", "patches")
 
     @property
     def feature_names(self) -> tuple[str, ...]:
         """The features that this encoder has."""
         stem = callable(getattr(self.module, "stem", None)) and self._setting("equivariant_size")
-        return FEATURES if stem else FEATURES[:3]
+        blocks = final_norm(self.module) is not None and self._setting("num_hidden_layers")
+        return (
+            *FEATURES[:3],
+            *(BLOCK_FEATURES if blocks else ()),
+            *(FEATURES[3 + len(BLOCK_FEATURES) :] if stem else ()),
+        )
 
     def check_features(self, names: Sequence[str], *, tokens: bool = False) -> None:
         """Raise ``ValueError`` for names that this encoder does not have; ``tokens`` allows ``patch_tokens``, too."""
@@ -212,10 +228,15 @@ class FrozenEncoder:
         self.check_features(names, tokens=True)
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            cls, patches, tokens = self._read(pixel_values)
+            of_blocks = any(name in BLOCK_FEATURES for name in names)
+            output = self._forward(pixel_values, **({"output_hidden_states": True} if of_blocks else {}))
+            cls, patches, tokens = self._read(output, pixel_values)
             made = {"cls": cls, "patches": patches}
+            if of_blocks:
+                made["cls_4"] = self._last_cls_tokens(output, pixel_values)
+                made["cls_4_patches"] = torch.cat([made["cls_4"], patches], 1)
             if "backbone" in names:
-                made["backbone"] = torch.cat([cls, patches], 1)
+                made["backbone"] = torch.cat([made[part] for part in self.backbone_parts], 1)
             if PATCH_TOKENS in names:
                 if tokens is None:
                     raise ValueError(f"{self.name} gives one vector per image: it has no {PATCH_TOKENS}.")
@@ -254,14 +275,9 @@ class FrozenEncoder:
             ValueError: the encoder gives one vector per image, or has no such layer.
             NonFiniteFeaturesError: when features are not finite.
         """
-        last_alone = set(layers) == {-1}
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            output = self._forward(pixel_values, **({} if last_alone else {"output_hidden_states": True}))
-            states = getattr(output, "feature_maps", None)  # of a backbone its chosen stages
-            if states is None:
-                earlier = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
-                states = (*(earlier or (None,))[:-1], _last_state(output))
+            states = self._hidden_states(pixel_values, all_of_them=set(layers) != {-1})
             if any(not -len(states) <= layer < len(states) for layer in layers):
                 raise ValueError(
                     f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
@@ -272,7 +288,25 @@ class FrozenEncoder:
 
     def check_maps(self) -> None:
         """Raise ``ValueError`` where the encoder has no maps; found out by one pass over one black image."""
-        self.maps(torch.zeros(1, len(self.image_mean), self.image_size, self.image_size))
+        self.maps(self._black_image())
+
+    def count_layers(self) -> int:
+        """Count the layers that ``maps`` can give, the input of the first block among them, by a pass."""
+        with self.frozen():
+            return len(self._hidden_states(self._black_image(), all_of_them=True))
+
+    def _black_image(self) -> Tensor:
+        return torch.zeros(1, len(self.image_mean), self.image_size, self.image_size)
+
+    def _hidden_states(self, pixel_values: Tensor, *, all_of_them: bool) -> tuple[Any, ...]:
+        """Run once; return the states after each layer, the last one after the final norm, or that one alone."""
+        asked = all_of_them and self._gives_states
+        output = self._forward(pixel_values, **({"output_hidden_states": True} if asked else {}))
+        states = getattr(output, "feature_maps", None)  # of a backbone its chosen stages
+        if states is not None:
+            return tuple(states)
+        earlier = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
+        return (*(earlier or (None,))[:-1], _last_state(output))
 
     def _as_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
         """Lay tokens (B, T, D) out in the grid of their patches, (B, D, rows, columns); return a map as it is."""
@@ -308,9 +342,14 @@ class FrozenEncoder:
         rows, columns = pixel_values.shape[-2:]
         return (rows // patch) * (columns // patch) if patch else None
 
-    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run once and return CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
-        tokens = _last_state(self._forward(pixel_values))
+    def _last_cls_tokens(self, output: Any, pixel_values: Tensor) -> Tensor:
+        norm, num_patches = final_norm(self.module), self._num_patches(pixel_values)
+        assert norm is not None  # ``check_features`` has looked
+        return last_cls_tokens(output.hidden_states, norm, num_patches or 0, _last_state(output))
+
+    def _read(self, output: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
+        tokens = _last_state(output)
         if tokens.ndim == 2:
             return tokens, tokens, None
         if tokens.ndim == 4:

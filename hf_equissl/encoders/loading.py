@@ -32,13 +32,7 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
             missing: features of half-initialised networks would be reported as if they meant something.
     """
     options = {"trust_remote_code": trust_remote_code, **hub_options}
-    config = read_config(source, what="encoder", **options)
-    keywords = {}
-    if type(config) in AutoModel._model_mapping:
-        model_class: Any = AutoModel._model_mapping[type(config)]
-        _check_reads_images(model_class, source)
-        if "add_pooling_layer" in inspect.signature(model_class).parameters:
-            keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
+    config, keywords = _architecture(source, options)
     with explain_load_errors(source, **options):
         model, report = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True, **options, **keywords
@@ -51,6 +45,37 @@ def load_encoder(source: str | Path, *, trust_remote_code: bool = False, **hub_o
             "this is not a checkpoint of that encoder. Give the folder that holds the exported encoder."
         )
     return model
+
+
+def untrained_encoder(
+    source: str | Path, *, seed: int = 0, trust_remote_code: bool = False, **hub_options: Any
+) -> nn.Module:
+    """Make an encoder of the architecture that ``source`` describes, with random weights of ``seed``, in float32.
+
+    The weights there are not read. The caller's random numbers stay as they are.
+
+    Raises:
+        LoadError: there is no config, or it describes no encoder of images.
+    """
+    options = {"trust_remote_code": trust_remote_code, **hub_options}
+    config, keywords = _architecture(source, options)
+    with explain_load_errors(source, **options), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code, **keywords)
+    _check_reads_images(type(model), source)
+    return model
+
+
+def _architecture(source: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read the config, and what the class of the encoder is built with besides."""
+    config = read_config(source, what="encoder", **options)
+    keywords: dict[str, Any] = {}
+    if type(config) in AutoModel._model_mapping:
+        model_class: Any = AutoModel._model_mapping[type(config)]
+        _check_reads_images(model_class, source)
+        if "add_pooling_layer" in inspect.signature(model_class).parameters:
+            keywords["add_pooling_layer"] = False  # it would be random where the checkpoint has none, and is not used
+    return config, keywords
 
 
 def _check_reads_images(model_class: type[nn.Module], source: str | Path) -> None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from .base import Evaluator, Plot
 from .data import EvaluationData, image_set, load_evaluation_data
 from .effective_rank import EffectiveRankEvaluator
+from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
 from .images import ImageSet
 from .knn import KNNEvaluator
+from .lie_derivative import LieDerivativeEvaluator
 from .linear import LinearEvaluator
+from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
 from .metrics import Metric
 from .protocols import PROTOCOLS
 from .r2_plot import plot_r2
@@ -23,15 +26,20 @@ from .transformation_regression import TransformationRegressionEvaluator
 __all__ = [
     "EVALUATORS",
     "PROTOCOLS",
+    "DINOv2LinearEvaluator",
     "EffectiveRankEvaluator",
+    "EquivarianceEvaluator",
     "EvaluationData",
     "Evaluator",
     "ImageSet",
     "KNNEvaluator",
+    "LayerwiseEquivarianceEvaluator",
+    "LieDerivativeEvaluator",
     "LinearEvaluator",
     "Metric",
     "Plot",
     "ResultRecord",
+    "SERLinearEvaluator",
     "TransformationRegressionEvaluator",
     "build_evaluator",
     "image_set",

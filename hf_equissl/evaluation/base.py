@@ -108,6 +108,13 @@ class Evaluator(ABC):
         """Return what tells a record apart in a table from others of its task, e.g. " [reflect]"; often nothing."""
         return ""
 
+    def features_of(self, encoder: FrozenEncoder) -> tuple[str, ...]:
+        """List the kinds of features that are read of this encoder, the primary one first.
+
+        Those of an encoder that gives one vector per image are all the same: it is measured once.
+        """
+        return self.features if len(encoder.backbone_parts) > 1 else self.features[:1]
+
     @property
     def recorded(self) -> tuple[Metric, ...]:
         """Those of ``metrics`` that are recorded on these data."""
@@ -128,7 +135,7 @@ class Evaluator(ABC):
 
     def check(self, encoder: FrozenEncoder) -> None:
         """Raise ``ValueError`` where ``encoder`` lacks what is read."""
-        encoder.check_features(self.features)
+        encoder.check_features(self.features_of(encoder))
         if self.needs_tokens:
             encoder.check_maps()
 
@@ -178,7 +185,7 @@ class Evaluator(ABC):
                 features=features,
                 values=tuple(float(value) for value in numbers),
                 seeds=tuple(seeds),
-                primary=metric == primary and features == self.features[0] and test is self.data.test,
+                primary=metric == primary and features == self.features_of(encoder)[0] and test is self.data.test,
                 dataset=test.dataset,
                 split=test.split,
                 protocol=self.protocol(encoder, task, test),
@@ -199,7 +206,7 @@ class Evaluator(ABC):
         return [
             record.key
             for test in self.data.tests
-            for features in self.features
+            for features in self.features_of(encoder)
             for record in self.records(encoder, task, features, nothing, [0], test=test)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -38,9 +39,11 @@ class ClassificationEvaluator(Evaluator):
         """Top-1, and top-5 where that says something."""
         return self.metrics if self.data.num_classes > _FEW_CLASSES else self.metrics[:1]
 
-    def labelled_features(self, encoder: FrozenEncoder, images: ImageSet) -> tuple[dict[str, Tensor], Tensor]:
+    def labelled_features(
+        self, encoder: FrozenEncoder, images: ImageSet, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the features of the images that decode, name -> (m, D), and their labels (m,)."""
-        rows, features = images.features(encoder, self.features)
+        rows, features = images.features(encoder, names)
         return features, images.require_labels(type(self).__name__)[rows]
 
     def accuracies(self, scores: Tensor, labels: Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders.frozen import FrozenEncoder
+from ..encoders.references import is_raw_pixels, open_frozen, split_untrained
 from ..utils.commands import command_parser, end_bars, log_plainly, path_word, say, typed_command
 from ..utils.devices import choose_device, precision_lines
 from ..utils.files import expand_home
@@ -44,6 +45,10 @@ _EXAMPLES = """\
 examples:
   # four transformations, linear probe and kNN on a labelled set, three seeds
   python training/probe.py --encoder runs/equissl --data uoft-cs/cifar10 --output_dir results
+
+  # what raw pixels and random weights say, which every R2 should be read beside
+  python training/probe.py --encoder runs/equissl --encoder untrained:runs/equissl --encoder raw_pixels \\
+      --data uoft-cs/cifar10 --fill circle --output_dir results
 
   # two encoders side by side; black corners hidden by reflection; no labels needed
   python training/probe.py --encoder runs/equissl --encoder facebook/dinov2-small --data my_photos/ \\
@@ -94,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=path_word,
         metavar="PATH_OR_ID",
-        help="folder or Hub id that AutoModel loads; repeat for several encoders",
+        help="folder or Hub id that AutoModel loads; untrained:PATH_OR_ID for its architecture with random weights "
+        "(untrained@1:PATH_OR_ID for seed 1), raw_pixels for the image itself; repeat for several encoders",
     )
     add(
         "--data",
@@ -176,11 +182,28 @@ def distinct_encoders(sources: Sequence[str]) -> list[str]:
     """List each encoder once: ``runs/x``, ``runs/x/`` and the full path are one folder."""
     found: dict[str, str] = {}
     for source in sources:
-        is_folder = os.path.isdir(source)
-        found.setdefault(
-            os.path.realpath(source) if is_folder else source, os.path.normpath(source) if is_folder else source
-        )
+        path, seed = split_untrained(source) or (source, None)
+        path = expand_home(path)
+        is_folder = os.path.isdir(path) and not is_raw_pixels(path)
+        real, named = (os.path.realpath(path), os.path.normpath(path)) if is_folder else (path, path)
+        prefix = "" if seed is None else f"untrained@{seed}:" if seed else "untrained:"
+        found.setdefault(prefix + real, prefix + named)
     return list(found.values())
+
+
+def open_encoders(sources: Sequence[str], **options: Any) -> list[FrozenEncoder]:
+    """Open each encoder once; raw pixels get the image size of the others where none is given.
+
+    Raises:
+        ValueError: an encoder cannot be opened, or the others' sizes differ.
+    """
+    named = distinct_encoders(sources)
+    opened = {source: open_frozen(source, **options) for source in named if not is_raw_pixels(source)}
+    sizes = {encoder.image_size for encoder in opened.values()}
+    if len(sizes) > 1 and len(opened) < len(named) and "image_size" not in options:
+        raise ValueError(f"raw_pixels: the other encoders see images of {sorted(sizes)} pixels. Give --image_size.")
+    size = options.pop("image_size", None) or next(iter(sizes), None)
+    return [opened.get(source) or open_frozen(source, image_size=size, **options) for source in named]
 
 
 def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
@@ -196,7 +219,7 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     options = read_options(arguments, ENCODER_OPTIONS)
     if "device" in options:
         options["device"] = str(choose_device(options["device"]))
-    encoders = [FrozenEncoder(source, **options) for source in distinct_encoders(arguments.encoder)]
+    encoders = open_encoders(arguments.encoder, **options)
     say("\n".join(precision_lines(encoders[0].precision, encoders[0].device)))
     chosen = load_data(arguments)
     # The evaluators of every encoder are made first: what is wrong with the last one shows before the first one runs.
@@ -206,8 +229,15 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
         evaluators = []
         for name, data in chosen:
             given = read_options(arguments, EVALUATORS[name].options) | settings.get(name, {})
-            evaluators.append(build_evaluator(name, data, protocol=protocol, **given))
-            evaluators[-1].check(encoder)
+            evaluator = build_evaluator(name, data, protocol=protocol, **given)
+            try:
+                evaluator.check(encoder)
+            except ValueError as error:
+                if arguments.evaluators is not None or not evaluator.needs_tokens:
+                    raise
+                logger.info("%s is not run for %s: %s", name, encoder.name, error)
+                continue
+            evaluators.append(evaluator)
         work.append((encoder, evaluators))
     records: list[ResultRecord] = []
     for encoder, evaluators in work:

@@ -46,11 +46,11 @@ class EffectiveRankEvaluator(Evaluator):
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Measure once per kind of features and test set."""
-        encoder.check_features(self.features)
+        encoder.check_features(self.features_of(encoder))
         records = []
         for part in self.data.tests:
-            _, features = part.features(encoder, self.features)
-            for name in self.features:
+            _, features = part.features(encoder, self.features_of(encoder))
+            for name in self.features_of(encoder):
                 values = {
                     EFFECTIVE_RANK.name: [float(effective_rank(features[name]))],
                     FEATURE_STD.name: [float(feature_std(features[name]))],

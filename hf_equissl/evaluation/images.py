@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Bad files that an error message lists.
 _LISTED = 10
-# What is computed and kept; "backbone" is put together from the first two when it is asked for.
-_PARTS = {"backbone": ("cls", "patches")}
 
 
 class _BaseImages(Dataset[tuple[int, Tensor | str]]):
@@ -219,7 +217,7 @@ class ImageSet:
             Rows (m,) of the images that decode, and name -> (m, .) float32 on the CPU.
         """
         rows: list[Tensor] = []
-        parts: dict[str, list[Tensor]] = {name: [] for name in self._needed(names)}
+        parts: dict[str, list[Tensor]] = {name: [] for name in _needed(encoder, names)}
         with tqdm(total=len(self), unit="img", leave=False, disable=not self.progress, desc=self.split) as bar:
             for index, pixels in self.batches(encoder.image_size):
                 rows.append(index)
@@ -231,26 +229,29 @@ class ImageSet:
                     for name, value in encoder.encode(chunk, tuple(parts)).items():
                         parts[name].append(value)
                     bar.update(len(chunk))
-        return torch.cat(rows), self._compose({name: torch.cat(values) for name, values in parts.items()}, names)
+        return torch.cat(rows), _compose(encoder, {name: torch.cat(values) for name, values in parts.items()}, names)
 
     def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change."""
         stored = self._features.get(encoder)
         if stored is None or stored["version"] != encoder.version:
             stored = self._features[encoder] = {"version": encoder.version, "parts": {}}
-        missing = [name for name in self._needed(names) if name not in stored["parts"]]
+        missing = [name for name in _needed(encoder, names) if name not in stored["parts"]]
         if missing:
             stored["rows"], made = self.encode(encoder, missing)
             stored["parts"].update(made)
-        return stored["rows"], self._compose(stored["parts"], names)
+        return stored["rows"], _compose(encoder, stored["parts"], names)
 
-    @staticmethod
-    def _needed(names: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys(part for name in names for part in _PARTS.get(name, (name,))))
 
-    @staticmethod
-    def _compose(parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        return {
-            name: torch.cat([parts[part] for part in _PARTS[name]], 1) if name in _PARTS else parts[name]
-            for name in names
-        }
+def _needed(encoder: FrozenEncoder, names: Sequence[str]) -> list[str]:
+    """List what is computed and kept for ``names``: "backbone" is put together from its parts when it is asked for."""
+    return list(dict.fromkeys(part for name in names for part in _parts(encoder, name)))
+
+
+def _parts(encoder: FrozenEncoder, name: str) -> tuple[str, ...]:
+    return encoder.backbone_parts if name == "backbone" else (name,)
+
+
+def _compose(encoder: FrozenEncoder, parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    chosen = {name: [parts[part] for part in _parts(encoder, name)] for name in names}
+    return {name: values[0] if len(values) == 1 else torch.cat(values, 1) for name, values in chosen.items()}

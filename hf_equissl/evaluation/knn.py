@@ -79,13 +79,13 @@ class KNNEvaluator(ClassificationEvaluator):
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Vote once per kind of features and test set."""
-        encoder.check_features(self.features)
-        train, train_labels = self.labelled_features(encoder, self.data.train)
+        encoder.check_features(self.features_of(encoder))
+        train, train_labels = self.labelled_features(encoder, self.data.train, self.features_of(encoder))
         classes = self.data.num_classes
         records = []
         for part in self.data.tests:
-            test, labels = self.labelled_features(encoder, part)
-            for name in self.features:
+            test, labels = self.labelled_features(encoder, part, self.features_of(encoder))
+            for name in self.features_of(encoder):
                 scores = knn_votes(
                     train[name],
                     train_labels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class RegressionProbe:
         return torch.cat([self.mlp(torch.cat(pair, 1).to(self.device)).cpu() for pair in pairs])
 
 
-def fit_linear_adamw(
+def fit_linear_steps(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -102,12 +103,14 @@ def fit_linear_adamw(
     seed: int,
     epochs: int,
     batch_size: int,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 0.0,
+    iterations: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Fit linear classifiers on fixed features, one per learning rate, side by side on the same batches.
 
-    AdamW, cosine to 0 per step, weights from N(0, 0.01), biases 0; cross-entropy.
+    AdamW, or SGD with momentum 0.9; cosine to 0 per step, weights from N(0, 0.01), biases 0; cross-entropy.
 
     Args:
         features: (n, D) float32.
@@ -117,7 +120,9 @@ def fit_linear_adamw(
         seed: Seed of the initial weights (the same for all learning rates) and of the order of the batches.
         epochs: Passes over the features.
         batch_size: Samples per step.
+        optimizer: "adamw" or "sgd".
         weight_decay: Decay of the weights, not of the biases.
+        iterations: Steps in place of ``epochs``.
         device: Where to fit.
 
     Returns:
@@ -131,24 +136,29 @@ def fit_linear_adamw(
     for rate, weight, bias in zip(learning_rates, weights, biases, strict=True):
         groups.append({"params": [weight], "lr": rate, "base": rate, "weight_decay": weight_decay})
         groups.append({"params": [bias], "lr": rate, "base": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
+    stepper: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=1.0, fused=True)
+        if optimizer == "adamw"
+        else torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    )
     size = min(batch_size, len(features))
     steps = len(features) // size
-    for epoch in range(epochs):
+    total = iterations or epochs * steps
+    for epoch in range(-(-total // steps)):
         order = seeded_permutation(len(features), seed, epoch)
-        for step in range(steps):
+        for step in range(min(steps, total - epoch * steps)):
             rows = order[step * size : (step + 1) * size]
-            progress = (epoch * steps + step) / (epochs * steps)
-            for group in optimizer.param_groups:
+            progress = (epoch * steps + step) / total
+            for group in stepper.param_groups:
                 group["lr"] = group["base"] * 0.5 * (1 + math.cos(math.pi * progress))
             # One product for all: the classifiers share their inputs, and their gradients do not mix.
             logits = F.linear(features[rows].to(device), torch.cat([*weights]), torch.cat([*biases]))
             logits = logits.view(size * len(weights), num_classes)
             expected = labels[rows].to(device).repeat_interleave(len(weights))
             loss = F.cross_entropy(logits, expected, reduction="sum") / size
-            optimizer.zero_grad()
+            stepper.zero_grad()
             loss.backward()
-            optimizer.step()
+            stepper.step()
     return torch.stack([w.detach().cpu() for w in weights]), torch.stack([b.detach().cpu() for b in biases])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..utils.figures import make_figure, save_figure
 from .metrics import R2
-from .results import ResultRecord, merge_records
+from .results import ResultRecord, column_titles, merge_records
 
 
 def fill_of(record: ResultRecord) -> str:
@@ -20,7 +20,7 @@ def fill_of(record: ResultRecord) -> str:
 
 
 def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None = None) -> Any:
-    """Draw R2 per family as bars, one group per family and one bar per encoder and kind of features.
+    """Draw R2 per family as bars, one group per family and protocol and one bar per encoder and kind of features.
 
     Args:
         records: Those with another metric than "r2" are passed over.
@@ -38,13 +38,14 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
         raise ValueError("There is no R2 among these records: run the transformation_regression evaluator.")
     names = [(record.encoder, record.features) for record in chosen]
     labels = _short_labels(list(dict.fromkeys(names)))
-    groups = list(dict.fromkeys(record.task + fill_of(record) for record in chosen))
+    titles = column_titles(chosen, lambda record: record.task + fill_of(record))
+    groups = list(titles.values())
     figure = make_figure((max(5.0, 1.2 + 0.35 * len(groups) * (1 + len(labels))), 4.0))
     axes = figure.add_subplot()
     width, lowest = 0.8 / len(labels), [0.0]
     for position, (name, label) in enumerate(labels.items()):
         mine = [record for record in chosen if (record.encoder, record.features) == name]
-        left = [groups.index(record.task + fill_of(record)) + (position + 0.5) * width - 0.4 for record in mine]
+        left = [groups.index(titles[record.comparability]) + (position + 0.5) * width - 0.4 for record in mine]
         # Far below zero says no more than below zero, and would flatten the rest.
         heights = [max(record.value, -0.1) for record in mine]
         lowest += heights

@@ -10,8 +10,11 @@ from ..utils.suggestions import check_known
 from .base import Evaluator
 from .data import EvaluationData
 from .effective_rank import EffectiveRankEvaluator
+from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
 from .knn import KNNEvaluator
+from .lie_derivative import LieDerivativeEvaluator
 from .linear import LinearEvaluator
+from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
 from .protocols import PROTOCOLS
 from .results import ResultRecord
 from .transformation_regression import TransformationRegressionEvaluator
@@ -22,7 +25,12 @@ EVALUATORS = Registry(
     Evaluator,
     {
         "transformation_regression": TransformationRegressionEvaluator,
+        "equivariance": EquivarianceEvaluator,
+        "equivariance_by_block": LayerwiseEquivarianceEvaluator,
+        "lie_derivative": LieDerivativeEvaluator,
         "linear": LinearEvaluator,
+        "linear_ser": SERLinearEvaluator,
+        "linear_dinov2": DINOv2LinearEvaluator,
         "knn": KNNEvaluator,
         "effective_rank": EffectiveRankEvaluator,
     },

@@ -8,28 +8,24 @@ from typing import Any
 
 from ..utils.markdown import plain, table
 from .registry import EVALUATORS, evaluator_of
-from .results import ResultRecord, merge_records
+from .results import ResultRecord, column_titles, merge_records
 
 
 def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[str]]]:
     """Lay records out as header and rows: one row per encoder and kind of features, one column per task and metric.
 
     Values as their metric shows them; with several seeds as mean +- standard deviation. A metric that cards do not list
-    is left out where it repeats one that they do. Test sets are named where there are several. Records of one encoder
-    that differ only in protocol get columns of their own, numbered from the second one on.
+    is left out where it repeats one that they do. Test sets are named where there are several. Numbers that may not be
+    compared (``ResultRecord.comparability``) never share a column: those of one title are numbered from the second on.
     """
-    merged = [record for record in merge_records(records) if not _repeats(record, records)]
-    order = {name: position for position, name in enumerate(EVALUATORS)}
-    merged.sort(key=lambda record: (order.get(record.evaluator, len(order)), record.about.hub_type is None))
-    places = {(record.dataset, record.split) for record in merged}
+    merged = _shown(records)
+    titles = _titles(merged)
     columns: list[str] = []
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for record in merged:
         row = cells.setdefault((record.encoder, record.features), {})
-        title = record.name + evaluator_of(record).variant(record)
-        if len(places) > 1:
-            title += f" ({Path(record.dataset).name}, {record.split})"
-        column, number = title, 2
+        title = column = titles[record.comparability]
+        number = 2  # other weights under the name of the same encoder
         while column in row:
             column, number = f"{title} ({number})", number + 1
         if column not in columns:
@@ -39,6 +35,24 @@ def table_rows(records: Sequence[ResultRecord]) -> tuple[list[str], list[list[st
         [encoder, features, *(row.get(column, "") for column in columns)] for (encoder, features), row in cells.items()
     ]
     return ["encoder", "features", *columns], sorted(rows, key=lambda row: row[0])
+
+
+def _shown(records: Sequence[ResultRecord]) -> list[ResultRecord]:
+    """Merge records, leave out what repeats others, and sort them as columns of a table."""
+    merged = [record for record in merge_records(records) if not _repeats(record, records)]
+    order = {name: position for position, name in enumerate(EVALUATORS)}
+    return sorted(merged, key=lambda record: (order.get(record.evaluator, len(order)), record.about.hub_type is None))
+
+
+def _titles(records: Sequence[ResultRecord]) -> dict[str, str]:
+    """Name the column of each ``comparability``, with the test set where there are several."""
+    several = len({(record.dataset, record.split) for record in records}) > 1
+
+    def title(record: ResultRecord) -> str:
+        place = f" ({Path(record.dataset).name}, {record.split})" if several else ""
+        return record.name + evaluator_of(record).variant(record) + place
+
+    return column_titles(records, title)
 
 
 def _repeats(record: ResultRecord, records: Sequence[ResultRecord]) -> bool:
@@ -75,15 +89,17 @@ def markdown_table(records: Sequence[ResultRecord]) -> str:
 
 
 def protocol_notes(records: Sequence[ResultRecord]) -> str:
-    """List data set, seeds and protocol of each measurement that cards list, one Markdown item each."""
-    listed = [record for record in merge_records(records) if record.about.hub_type is not None]
-    return "\n".join(dict.fromkeys(_note(record) for record in listed))
+    """List data set, seeds and protocol of each column that cards list, one Markdown item each."""
+    shown = _shown(records)
+    titles = _titles(shown)
+    listed = [record for record in shown if record.about.hub_type is not None]
+    return "\n".join(dict.fromkeys(_note(record, titles[record.comparability]) for record in listed))
 
 
-def _note(record: ResultRecord) -> str:
+def _note(record: ResultRecord, title: str) -> str:
     settings = ", ".join(f"{key} {_words(value)}" for key, value in record.protocol.items() if value is not None)
     where = f"{record.dataset} ({record.split})"
-    return f"- {plain(f'{record.name}: {where}, {len(record.seeds)} seed(s); {settings}')}."
+    return f"- {plain(f'{title}: {where}, {len(record.seeds)} seed(s); {settings}')}."
 
 
 def _words(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,10 @@ from .metrics import EFFECTIVE_RANK, FEATURE_STD, R2, R2_SCALAR, TOP1, TOP5, Met
 FORMAT_VERSION = 1
 # Metrics of records that were written before records said what theirs is.
 _BEFORE = {metric.name: metric for metric in (TOP1, TOP5, R2, R2_SCALAR, EFFECTIVE_RANK, FEATURE_STD)}
+# Properties that ``to_dict`` writes down, too.
+_DERIVED = ("value", "std", "comparability")
+# Entries of a protocol that follow from the encoder: what they say of two encoders may differ.
+_OF_THE_ENCODER = {"trained_parameters", "parameters"}
 # What records of hf_equissl.finetuning name as their evaluator.
 FINE_TUNING = "finetune"
 
@@ -113,6 +118,17 @@ class ResultRecord:
         parts = (self.evaluator, self.task, self.metric, self.features, self.dataset, self.split, self.encoder)
         return json.dumps([*parts, self.encoder_digest, _plain(self.protocol)], sort_keys=True)
 
+    @property
+    def comparability(self) -> str:
+        """Digest of all that can change the number but the encoder, its features, the seeds and library versions.
+
+        Numbers of equal digests may be compared; others may not, and stand in columns of their own.
+        """
+        parts = (self.evaluator, self.task, self.metric, self.dataset, self.split)
+        protocol = {name: value for name, value in self.protocol.items() if name not in _OF_THE_ENCODER}
+        text = json.dumps([*parts, _plain(protocol)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def merge(self, other: ResultRecord) -> ResultRecord:
         """Add the seeds of ``other`` to this record; where both have a seed, ``other`` wins."""
         if self.key != other.key:
@@ -132,14 +148,14 @@ class ResultRecord:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Turn the record into plain types, with ``value`` and ``std`` spelled out for readers of the file."""
-        return {"value": self.value, "std": self.std, **_plain(asdict(self))}
+        """Turn the record into plain types, with what follows from them spelled out for readers of the file."""
+        return {**{name: getattr(self, name) for name in _DERIVED}, **_plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> ResultRecord:
         """Read what ``to_dict`` wrote."""
         names = {item.name for item in fields(cls)}
-        unknown = set(entry) - names - {"value", "std"}
+        unknown = set(entry) - names - set(_DERIVED)
         if unknown:
             raise ValueError(f"Unknown fields in a result record: {sorted(unknown)}.")
         given = {name: entry[name] for name in names if name in entry}
@@ -160,6 +176,19 @@ def merge_records(records: Iterable[ResultRecord]) -> list[ResultRecord]:
     for record in records:
         merged[record.key] = merged[record.key].merge(record) if record.key in merged else record
     return list(merged.values())
+
+
+def column_titles(records: Iterable[ResultRecord], title: Callable[[ResultRecord], str]) -> dict[str, str]:
+    """Name one column per ``comparability``: its title, numbered from the second on where unlike ones share it."""
+    named: dict[str, str] = {}
+    for record in records:
+        if record.comparability not in named:
+            first = label = title(record)
+            number = 2
+            while label in named.values():
+                label, number = f"{first} ({number})", number + 1
+            named[record.comparability] = label
+    return named
 
 
 def save_records(records: Iterable[ResultRecord], path: str | os.PathLike[str]) -> None:

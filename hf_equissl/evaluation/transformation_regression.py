@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..encoders.frozen import FEATURES, FrozenEncoder
@@ -18,12 +19,14 @@ from ..utils.options import Option
 from ..views import TRANSFORMATIONS, build_transformation
 from ..views.base import TransformationFamily
 from .base import Evaluator, Plot
+from .circular_mask import CIRCLE, DiskFamily
 from .data import EvaluationData
 from .images import ImageSet
-from .metrics import R2, R2_SCALAR, Metric, r2_per_parameter, r2_scalar
-from .probes import RegressionProbe, feature_statistics
+from .metrics import R2, R2_FEW_SHOT, R2_LINEAR, R2_SCALAR, Metric, r2_mean, r2_per_parameter, r2_scalar
+from .probes import RegressionProbe, feature_statistics, seeded_permutation
 from .r2_plot import describe_r2, fill_of, plot_r2
 from .results import ResultRecord
+from .ridge import PENALTIES, fit_ridge
 
 DEFAULT_FAMILIES = ("rotation", "color_jitter", "gaussian_blur", "translation")
 # Draws for the test images are one fixed set, whatever the seeds of the heads.
@@ -54,17 +57,22 @@ class TransformationRegressionEvaluator(Evaluator):
     - ``standardize`` shifts and scales every feature dimension by the mean and standard deviation of the training
       images I. Encoders and slices of their stem differ in scale, and Adam's step does not.
 
-    Records: ``r2``, the mean over parameters of R2 (primary; each parameter's in ``details``), and ``r2_scalar``, with
-    one mean over all entries as in SIE's code.
+    Records: ``r2``, the mean over parameters of R2 (primary; each parameter's in ``details``), ``r2_scalar``, with one
+    mean over all entries as in SIE's code, and two of probes with little capacity: ``r2_linear``, ridge regression of
+    theta on the pair, and ``r2_few_shot``, the same on few pairs, which the seed draws. An MLP on many images reads
+    much off raw pixels, too: an R2 says something about an encoder beside that of ``raw_pixels`` and of the untrained
+    encoder (``open_frozen``), and the less a probe can learn by itself, the more.
 
     The encoder runs once over I for all families and once over g(I) per family and draw, for all kinds of features
     and all seeds together.
     """
 
     name: ClassVar[str] = "transformation_regression"
-    metrics: ClassVar[tuple[Metric, ...]] = (R2, R2_SCALAR)
+    metrics: ClassVar[tuple[Metric, ...]] = (R2, R2_SCALAR, R2_LINEAR, R2_FEW_SHOT)
     unmeasured: ClassVar[str] = "what the features keep of transformations"
-    reading: ClassVar[str] = "R2: 1 is perfect, 0 knows nothing."
+    reading: ClassVar[str] = (
+        "R2: 1 is perfect, 0 knows nothing; r2_linear is of a linear probe, r2_few_shot of few images."
+    )
     has_related_tasks: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = (
         Option(
@@ -77,8 +85,9 @@ class TransformationRegressionEvaluator(Evaluator):
         ),
         Option(
             "--fill",
-            "outside of turned or shifted images; black corners give angles away, reflect does not; default: zeros",
-            choices=("zeros", "reflect", "border"),
+            "outside of turned or shifted images: zeros (default; black corners give angles away), reflect, border, or "
+            "circle: both images are seen through the disk that is never left empty",
+            choices=("zeros", "reflect", "border", CIRCLE),
         ),
         Option(
             "--features",
@@ -111,6 +120,8 @@ class TransformationRegressionEvaluator(Evaluator):
         learning_rate: float = 1e-3,
         hidden_width: int = 1024,
         standardize: bool = True,
+        linear_images: int = 5000,
+        few_shot_images: int = 100,
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
         fill: str | None = None,
         family_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -131,10 +142,14 @@ class TransformationRegressionEvaluator(Evaluator):
             learning_rate: Adam's, at the start.
             hidden_width: Width of both hidden layers.
             standardize: Whether features are standardised.
+            linear_images: The most pairs that the linear probe is fitted on, one draw of each image.
+            few_shot_images: Pairs that the linear probe of few images is fitted on.
             precision: "bf16" fits the probe under bfloat16 autocast, "auto" where the encoder's device has units for
                 it; the probe predicts in float32.
-            fill: "zeros" or "reflect" outside the image, for the families that have it. Black corners and edges tell
-                how far an image was turned or shifted: "reflect" is the control. ``None``: the family's default.
+            fill: "zeros", "reflect" or "border" outside the image, for the families that have it; "circle" shows both
+                images through the disk that such a family never leaves empty (``DiskFamily``). Black corners and edges
+                tell how far an image was turned or shifted: "reflect" and "circle" are the controls. ``None``: the
+                family's default.
             family_options: Further keyword arguments by family name.
             draw_seed: Seed of all theta.
             progress: Whether to show a bar.
@@ -145,6 +160,10 @@ class TransformationRegressionEvaluator(Evaluator):
         if epochs < 1 or batch_size < 1 or (num_draws is not None and num_draws < 1):
             raise ValueError(
                 f"epochs, batch_size and num_draws must be at least 1, got {epochs}, {batch_size}, {num_draws}."
+            )
+        if linear_images < 1 or few_shot_images < 1:
+            raise ValueError(
+                f"linear_images and few_shot_images must be at least 1, got {linear_images} and {few_shot_images}."
             )
         if isinstance(families, Mapping):
             self.families = dict(families)
@@ -158,6 +177,8 @@ class TransformationRegressionEvaluator(Evaluator):
         self.epochs, self.num_draws = epochs, min(num_draws or epochs, epochs)
         self.batch_size, self.learning_rate, self.hidden_width = batch_size, learning_rate, hidden_width
         self.standardize, self.precision, self.draw_seed, self.progress = standardize, precision, draw_seed, progress
+        self.linear_images = min(linear_images, len(self.train))
+        self.few_shot_images = min(few_shot_images, len(self.train))
 
     @classmethod
     def variant(cls, record: ResultRecord) -> str:
@@ -177,6 +198,9 @@ class TransformationRegressionEvaluator(Evaluator):
             "optimizer": "adam",
             "hidden_width": self.hidden_width,
             "standardize": self.standardize,
+            "linear_images": self.linear_images,
+            "few_shot_images": self.few_shot_images,
+            "ridge_penalties": list(PENALTIES),
             "probe_precision": self.precision,
             "draw_seed": self.draw_seed,
         }
@@ -188,13 +212,13 @@ class TransformationRegressionEvaluator(Evaluator):
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Fit the probes of one family, and judge them on every test set."""
-        encoder.check_features(self.features)
+        encoder.check_features(self.features_of(encoder))
         family = self.families[task]
         for part in self.data.tests:
             all_targets = family.targets(self.parameters(task, len(part), _TEST_DRAW))
             r2_per_parameter(all_targets, all_targets)  # raises now if R2 will be undefined
         tests = [self._test_pairs(encoder, part, task) for part in self.data.tests]
-        train_rows, train_first = self.train.features(encoder, self.features)
+        train_rows, train_first = self._base(encoder, self.train, task)
         scalings = {name: feature_statistics(value) for name, value in train_first.items()}
 
         def scaled(name: str, value: Tensor) -> Tensor:
@@ -204,16 +228,19 @@ class TransformationRegressionEvaluator(Evaluator):
         first = {name: scaled(name, value) for name, value in train_first.items()}
         probes = {
             (name, seed): self._probe(encoder, 2 * first[name].shape[1], family, seed)
-            for name in self.features
+            for name in self.features_of(encoder)
             for seed in seeds
         }
+        linear: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}
         for draw, features in self._epochs(encoder, task, scaled):
             targets = family.targets(self.parameters(task, len(self.train), draw)[train_rows])
+            for name in self.features_of(encoder) if not linear else ():
+                linear[name] = self._linear(torch.cat([first[name], features[name]], 1), targets, seeds)
             for (name, _), probe in probes.items():
                 probe.fit_epoch(first[name], features[name], targets)
         records = []
         for part, (test_first, test_second, test_targets) in zip(self.data.tests, tests, strict=True):
-            for name in self.features:
+            for name in self.features_of(encoder):
                 pair = scaled(name, test_first[name]), scaled(name, test_second[name])
                 predictions = [probes[name, seed].predict(*pair) for seed in seeds]
                 per_parameter = [r2_per_parameter(predicted, test_targets) for predicted in predictions]
@@ -221,6 +248,8 @@ class TransformationRegressionEvaluator(Evaluator):
                     R2.name: [value.mean().item() for value in per_parameter],
                     R2_SCALAR.name: [r2_scalar(predicted, test_targets) for predicted in predictions],
                 }
+                for metric, fits in zip((R2_LINEAR, R2_FEW_SHOT), linear[name], strict=True):
+                    values[metric.name] = [r2_mean(F.linear(torch.cat(pair, 1), *fit), test_targets) for fit in fits]
                 details = {
                     f"{R2.name}_{parameter}": [value[column].item() for value in per_parameter]
                     for column, parameter in enumerate(family.parameter_names)
@@ -232,9 +261,26 @@ class TransformationRegressionEvaluator(Evaluator):
         self, encoder: FrozenEncoder, images: ImageSet, task: str
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Compute features of I and of g(I), and the targets, for the images of a test set that decode."""
-        rows, first = images.features(encoder, self.features)
+        rows, first = self._base(encoder, images, task)
         _, second = self._transformed(encoder, images, task, _TEST_DRAW)
         return first, second, self.families[task].targets(self.parameters(task, len(images), _TEST_DRAW))[rows]
+
+    def _base(self, encoder: FrozenEncoder, images: ImageSet, task: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute features of I, through the disk where g(I) is seen through one: rows (m,), name -> (m, .)."""
+        family = self.families[task]
+        if isinstance(family, DiskFamily):
+            return images.encode(encoder, self.features_of(encoder), lambda pixels, _: family.mask(pixels))
+        return images.features(encoder, self.features_of(encoder))
+
+    def _linear(self, pairs: Tensor, targets: Tensor, seeds: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Fit the linear probe, the same for each seed, and that of few images: two lists of weights and biases."""
+        count = len(targets)
+        chosen = seeded_permutation(count, 0)[: self.linear_images]
+        few = [seeded_permutation(count, 1, seed)[: self.few_shot_images] for seed in seeds]
+        return [
+            [fit_ridge(pairs[chosen], targets[chosen])] * len(few),
+            [fit_ridge(pairs[rows], targets[rows]) for rows in few],
+        ]
 
     def parameters(self, task: str, count: int, draw: int) -> Tensor:
         """Draw parameters for all images of a set, (count, p): a function of (draw_seed, family, draw)."""
@@ -265,7 +311,7 @@ class TransformationRegressionEvaluator(Evaluator):
         def change(pixels: Tensor, rows: Tensor) -> Tensor:
             return family.apply(pixels, parameters[rows].to(pixels.device))
 
-        return images.encode(encoder, self.features, change)
+        return images.encode(encoder, self.features_of(encoder), change)
 
     def _epochs(self, encoder: FrozenEncoder, task: str, scaled: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Draw and scaled training features of g(I) for each epoch; draws that come again are kept."""
@@ -284,14 +330,17 @@ class TransformationRegressionEvaluator(Evaluator):
 def _build_family(name: str, fill: str | None, options: Mapping[str, Any]) -> TransformationFamily:
     """Build a family of the registry, with ``fill`` where it has one."""
     family = TRANSFORMATIONS.get(name)
-    keywords = dict(options)
-    if family is not None and fill is not None and "fill" in inspect.signature(family).parameters:
-        keywords.setdefault("fill", fill)
-    return build_transformation(name, **keywords)
+    if fill is None or family is None or "fill" not in inspect.signature(family).parameters:
+        return build_transformation(name, **options)
+    if fill == CIRCLE:
+        return DiskFamily(build_transformation(name, **{**options, "fill": "zeros"}))
+    return build_transformation(name, **{"fill": fill, **options})
 
 
 def describe_family(family: TransformationFamily) -> dict[str, Any]:
     """Describe a family by its class and settings, as plain types."""
+    if isinstance(family, DiskFamily):
+        return {**describe_family(family.family), "fill": CIRCLE}
     names = [item.name for item in fields(family)] if is_dataclass(family) else list(vars(family))
     plain: dict[str, Any] = {"class": type(family).__name__}
     for name in names:

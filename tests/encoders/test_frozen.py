@@ -77,6 +77,26 @@ def test_public_encoders_through_automodel(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(made["cls"], tokens[:, 0] if prefix else patches, atol=1e-5)
     assert torch.equal(made["backbone"], torch.cat([made["cls"], made["patches"]], 1))
     assert made["cls"].std() > 0.01
+    with torch.no_grad():
+        states = model(PIXELS, **options, output_hidden_states=True).hidden_states[1:]
+        read = [model.layernorm(state) for state in states]
+    expected = torch.cat(
+        [state[:, 0] if prefix else state.mean(1) for state in read], 1
+    )  # two blocks are all there are
+    found = encoder.features(PIXELS, ("cls_4", "cls_4_patches"))
+    assert torch.allclose(found["cls_4"], expected, atol=1e-5)
+    assert torch.equal(found["cls_4_patches"], torch.cat([found["cls_4"], made["patches"]], 1))
+
+
+def test_blocks_before_a_late_cls_give_no_patch_in_its_place() -> None:
+    torch.manual_seed(0)
+    sizes = {**TINY, "num_hidden_layers": 5}
+    late = FrozenEncoder(EquiSSLModel(EquiSSLConfig(**sizes, cls_insertion_layer=3)), image_size=16)
+    made = late.features(PIXELS, ("cls_4", "cls"))
+    assert made["cls_4"].shape == (3, 2 * 16)  # of blocks 4 and 5
+    assert torch.allclose(made["cls_4"][:, 16:], made["cls"], atol=1e-5)
+    early = FrozenEncoder(EquiSSLModel(EquiSSLConfig(**sizes)), image_size=16)
+    assert early.features(PIXELS, ("cls_4",))["cls_4"].shape == (3, 4 * 16)
 
 
 def test_mae_is_unmasked_and_its_ratio_comes_back(tmp_path: Path) -> None:
@@ -114,7 +134,9 @@ def test_equissl_slices(tmp_path: Path) -> None:
     for part in ("invariant", "equivariant"):
         whole = getattr(output, f"{part}_features")
         assert torch.allclose(made[part], torch.cat([whole[:, 0], whole[:, 1:].mean(1)], 1), atol=1e-5)
-    assert FrozenEncoder(EquiSSLModel(EquiSSLConfig(**TINY))).feature_names == ("cls", "patches", "backbone")
+    plain = FrozenEncoder(EquiSSLModel(EquiSSLConfig(**TINY)))
+    assert plain.feature_names == ("cls", "patches", "backbone", "cls_4", "cls_4_patches")
+    assert FrozenEncoder(nn.Flatten(), image_size=16).feature_names == ("cls", "patches", "backbone")
 
 
 def test_weights_modes_and_gradients_are_left_alone() -> None:

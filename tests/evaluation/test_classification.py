@@ -4,13 +4,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.evaluation import EvaluationData, ImageSet, KNNEvaluator, LinearEvaluator, build_evaluator
 from hf_equissl.evaluation.knn import knn_votes
-from hf_equissl.evaluation.probes import fit_linear_adamw, fit_linear_lbfgs
+from hf_equissl.evaluation.probes import fit_linear_lbfgs, fit_linear_steps
 
-from .conftest import coloured
+from .conftest import PixelEncoder, coloured
 
 
 @pytest.mark.parametrize("solver", ["adamw", "lbfgs"])
@@ -37,6 +38,57 @@ def test_knn(colours: EvaluationData, pixels_8: FrozenEncoder) -> None:
     assert [(record.metric, record.features) for record in records if record.primary] == [("top1", "cls")]
     assert records[0].value > 0.95
     assert records[0].to_dict()["values"] == evaluator(pixels_8)[0].to_dict()["values"]
+
+
+@pytest.fixture
+def tokens_8() -> FrozenEncoder:
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=4
+    )
+    return FrozenEncoder(Dinov2Model(config), image_size=8)
+
+
+def test_linear_protocols_of_ser_and_dinov2(colours: EvaluationData, tokens_8: FrozenEncoder) -> None:
+    ser = build_evaluator("linear_ser", colours, epochs=20, batch_size=64)
+    ser.check(tokens_8)
+    record = ser(tokens_8)[0]
+    assert (record.features, record.metric, record.protocol["solver"]) == ("cls_4", "top1", "sgd")
+    assert record.value > 0.3  # of twelve classes
+    assert record.details["chosen"][0] in (1.0, 3.0, 10.0)
+    dinov2 = build_evaluator("linear_dinov2", colours, iterations=40, batch_size=128, seeds=2)
+    dinov2.check(tokens_8)
+    records = dinov2(tokens_8)
+    best = records[0]
+    assert [(record.features, record.metric) for record in records] == [("best_of_4", "top1"), ("best_of_4", "top5")]
+    assert set(best.details["features"]) <= set(dinov2.features)
+    # The choice is that of the held-out images: no kind alone did better on them.
+    alone = dinov2.fit(tokens_8, dinov2.features, (0, 1))
+    for position, seed in enumerate((0, 1)):
+        assert best.details["held_out"][position] == max(alone[name, seed].held_out for name in dinov2.features)
+        chosen = alone[best.details["features"][position], seed]
+        assert best.details["chosen"][position] == chosen.chosen
+    assert not dinov2.missing_seeds(tokens_8, "classification", records)
+    with pytest.raises(ValueError, match="has no features"):
+        build_evaluator("linear_ser", colours).check(FrozenEncoder(PixelEncoder(), image_size=8))
+
+
+def test_sgd_equals_a_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 4, (40,), generator=generator)
+    settings = {"seed": 7, "epochs": 9, "batch_size": 40, "optimizer": "sgd", "iterations": 4}
+    weight, _ = fit_linear_steps(features, labels, 4, (0.5,), **settings)
+    layer = torch.nn.Linear(5, 4)
+    start = torch.randn(4, 5, generator=torch.Generator().manual_seed(7)) * 0.01
+    layer.load_state_dict({"weight": start, "bias": torch.zeros(4)})
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(features), labels).backward()
+        optimizer.step()
+        schedule.step()
+    assert torch.allclose(weight[0], layer.weight, atol=1e-5)
 
 
 def test_knn_votes_by_hand() -> None:
@@ -81,10 +133,10 @@ def test_side_by_side_equals_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(90, 5, generator=generator), torch.randint(0, 4, (90,), generator=generator)
     settings = {"seed": 3, "epochs": 3, "batch_size": 30}
-    weights, biases = fit_linear_adamw(features, labels, 4, (1e-3, 1e-1), **settings)
+    weights, biases = fit_linear_steps(features, labels, 4, (1e-3, 1e-1), **settings)
     assert not torch.allclose(weights[0], weights[1])
     for position, rate in enumerate((1e-3, 1e-1)):
-        weight, bias = fit_linear_adamw(features, labels, 4, (rate,), **settings)
+        weight, bias = fit_linear_steps(features, labels, 4, (rate,), **settings)
         assert torch.allclose(weight[0], weights[position], atol=1e-5)
         assert torch.allclose(bias[0], biases[position], atol=1e-5)
 
@@ -92,7 +144,7 @@ def test_side_by_side_equals_one_by_one() -> None:
 def test_adamw_equals_a_plain_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 4, (40,), generator=generator)
-    weight, bias = fit_linear_adamw(features, labels, 4, (1e-2,), seed=7, epochs=4, batch_size=40)
+    weight, bias = fit_linear_steps(features, labels, 4, (1e-2,), seed=7, epochs=4, batch_size=40)
     layer = torch.nn.Linear(5, 4)
     start = torch.randn(4, 5, generator=torch.Generator().manual_seed(7)) * 0.01
     layer.load_state_dict({"weight": start, "bias": torch.zeros(4)})

@@ -125,7 +125,7 @@ def test_an_evaluator_from_outside_is_run_recorded_shown_and_published(
     assert 0 < own[0].value < 40  # the numbers are there to be read; without features the error is about 52
     assert "brightness mean_error (images, test)" in shown
     assert f"{own[0].value:.1f} levels" in shown
-    assert "brightness mean_error: " in (tmp_path / "results.md").read_text()
+    assert "brightness mean_error (images, test): " in (tmp_path / "results.md").read_text()
 
     head = card_data(
         repo_id="lab/tiny", license="mit", objectives=["vicreg"], data=None, base_model=None, records=records
@@ -160,7 +160,7 @@ def test_records_show_their_metric_where_the_evaluator_is_unknown(folder: Path, 
 def test_it_runs_by_default_only_on_its_own_kind_of_data(registered: None, folder: Path) -> None:
     plain = EvaluationData.load(str(folder / "images"), progress=False)
     applying = [name for name, evaluator in EVALUATORS.items() if evaluator.applies_to(plain)]
-    assert applying == ["transformation_regression", "effective_rank"]  # no labels, no numbers
+    assert applying == ["transformation_regression", "equivariance", "effective_rank"]  # no labels, no numbers
     assert BrightnessEvaluator.applies_to(BrightnessData.load(str(folder / "images"), progress=False))
 
 

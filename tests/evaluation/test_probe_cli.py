@@ -61,6 +61,7 @@ def test_command_line_end_to_end_and_resume(folder: Path, tmp_path: Path) -> Non
     assert {(record.evaluator, record.task) for record in records} == {
         ("transformation_regression", "rotation"),
         ("transformation_regression", "flip"),
+        *((("equivariance", task)) for task in ("rotation", "hflip", "scale")),
         ("linear", "classification"),
         ("knn", "classification"),
         ("effective_rank", "representation"),
@@ -147,7 +148,7 @@ def test_flat_folder_needs_no_labels_until_they_are_asked_for(
     assert "LinearEvaluator needs labels" in capsys.readouterr().err
     cli.main(flat)
     records = load_records(tmp_path / "results.json")
-    assert {record.evaluator for record in records} == {"effective_rank", "transformation_regression"}
+    assert {record.evaluator for record in records} == {"effective_rank", "equivariance", "transformation_regression"}
     assert {record.split for record in records} == {"train (held-out)"}
 
 

@@ -16,6 +16,7 @@ from hf_equissl.evaluation import (
     plot_r2,
     save_records,
 )
+from hf_equissl.evaluation.report import table_rows
 
 
 def record(**changes: object) -> ResultRecord:
@@ -110,6 +111,27 @@ def test_tables_and_logs() -> None:
     assert "r2_scalar" in plain_table(
         [record(**two), record(**{**two, "details": {}, "values": (0.1, 0.2)}, metric="r2_scalar")]
     )
+
+
+def test_numbers_that_may_not_be_compared_never_share_a_column() -> None:
+    other = {"encoder": "runs/b", "encoder_digest": "9"}
+    alike = [record(), replace(record(), **other, seeds=(5, 6), features="cls", command="else", date="then")]
+    assert len({each.comparability for each in alike}) == 1
+    header, rows = table_rows(alike)
+    assert [len(header), [row[2] for row in rows]] == [3, ["0.6000 +- 0.1414"] * 2]
+    for change in ({"protocol": {"epochs": 9}}, {"split": "other"}, {"dataset": "else"}, {"evaluator": "mine"}):
+        unlike = [record(), replace(record(), **{**other, **change})]
+        assert len({each.comparability for each in unlike}) == 2, change
+        header, rows = table_rows(unlike)
+        assert len(header) == 4, change
+        assert [[bool(cell) for cell in row[2:]] for row in rows] == [[True, False], [False, True]]
+    # What follows from the encoder does not part them; each column is explained under its own name.
+    sizes = [record(protocol={"parameters": 1}), replace(record(protocol={"parameters": 2}), **other)]
+    assert len(table_rows(sizes)[0]) == 3
+    longer = {**record().protocol, "epochs": 9}
+    text = markdown_table([record(), replace(record(protocol=longer), **other)]).replace("\\", "")
+    assert "rotation r2 [zeros] (2): photos (test), 2 seed(s); epochs 9" in text
+    assert record().to_dict()["comparability"] == record().comparability
 
 
 def test_plot_shows_encoders_side_by_side(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Linear probes as SER and DINOv2 describe theirs, beside ``LinearEvaluator``: run when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from ..encoders.frozen import FrozenEncoder
+from ..utils.options import Option
+from .data import EvaluationData
+from .linear import LinearEvaluator
+from .results import ResultRecord
+
+SER_RATES = (1.0, 3.0, 10.0)
+# The thirteen of facebookresearch/dinov2, dinov2/eval/linear.py.
+DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+# One and four blocks, each without and with the mean patch of the last one.
+DINOV2_FEATURES = ("cls", "backbone", "cls_4", "cls_4_patches")
+
+
+class SERLinearEvaluator(LinearEvaluator):
+    """The linear protocol of SER (https://arxiv.org/abs/2603.06693), on features that are stored once.
+
+    CLS of the last 4 blocks, each through the final norm, 1,536 numbers of a ViT-S; fewer blocks where CLS enters later
+    (``last_cls_tokens``). SGD, momentum 0.9, no weight decay, batch 2048, learning rate 1, 3 or 10 per 256 samples,
+    cosine, 50 epochs, weights from N(0, 0.01). As in theirs the rate is chosen on held-out training images.
+
+    Theirs trains on random crops and flips; here every image has one feature vector, its base image's.
+    """
+
+    name: ClassVar[str] = "linear_ser"
+    unmeasured: ClassVar[str] = ""
+    options: ClassVar[tuple[Option, ...]] = ()
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(
+        self,
+        data: EvaluationData,
+        *,
+        features: Sequence[str] = ("cls_4",),
+        seeds: int | Sequence[int] = 1,
+        epochs: int = 50,
+        batch_size: int = 2048,
+        candidates: Sequence[float] = SER_RATES,
+    ) -> None:
+        """Check the settings, which are those of ``LinearEvaluator``."""
+        super().__init__(
+            data,
+            features=features,
+            seeds=seeds,
+            solver="sgd",
+            epochs=epochs,
+            batch_size=batch_size,
+            candidates=candidates,
+        )
+
+    @classmethod
+    def applies_to(cls, data: EvaluationData) -> bool:
+        """Return ``False``: one linear probe is enough unless this one is asked for."""
+        return False
+
+
+class DINOv2LinearEvaluator(LinearEvaluator):
+    """The linear protocol of DINOv2 (https://github.com/facebookresearch/dinov2), on features that are stored once.
+
+    Thirteen learning rates times four kinds of features: CLS of the last block or of the last four, each with and
+    without the mean patch of the last one. SGD, momentum 0.9, no weight decay, batch 1024, 12,500 steps, cosine. The
+    best of the 52 classifiers counts; it is chosen on held-out training images, not on the test images as in theirs,
+    which therefore report slightly more. Theirs trains on random crops and flips, too.
+    """
+
+    name: ClassVar[str] = "linear_dinov2"
+    unmeasured: ClassVar[str] = ""
+    options: ClassVar[tuple[Option, ...]] = ()
+    # 52 classifiers of 12,500 steps take hours on one CPU core.
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {"iterations": 1250}}
+    best: ClassVar[str] = "best_of_4"
+
+    def __init__(
+        self,
+        data: EvaluationData,
+        *,
+        features: Sequence[str] = DINOV2_FEATURES,
+        seeds: int | Sequence[int] = 1,
+        iterations: int = 12_500,
+        batch_size: int = 1024,
+        candidates: Sequence[float] = DINOV2_RATES,
+    ) -> None:
+        """Check the settings, which are those of ``LinearEvaluator``."""
+        super().__init__(
+            data,
+            features=features,
+            seeds=seeds,
+            solver="sgd",
+            iterations=iterations,
+            batch_size=batch_size,
+            candidates=candidates,
+        )
+
+    @classmethod
+    def applies_to(cls, data: EvaluationData) -> bool:
+        """Return ``False``: one linear probe is enough unless this one is asked for."""
+        return False
+
+    def features_of(self, encoder: FrozenEncoder) -> tuple[str, ...]:
+        """Name the one result: the best kind of features is a part of the choice."""
+        return (self.best,)
+
+    def check(self, encoder: FrozenEncoder) -> None:
+        """Raise ``ValueError`` where the encoder lacks one of the four kinds."""
+        encoder.check_features(self.features)
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """Return the settings of the solver, and the kinds of features to choose from."""
+        return super().settings(task) | {"features": list(self.features)}
+
+    def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
+        """Fit all kinds of features, choose one per seed, and judge it on every test set."""
+        probes = self.fit(encoder, self.features, seeds)
+        chosen = [max(self.features, key=lambda name, seed=seed: probes[name, seed].held_out) for seed in seeds]
+        best = [probes[name, seed] for name, seed in zip(chosen, seeds, strict=True)]
+        records = []
+        for part in self.data.tests:
+            features, labels = self.labelled_features(encoder, part, tuple(dict.fromkeys(chosen)))
+            values, details = self.judge(best, [features[name] for name in chosen], labels)
+            details = details | {"features": chosen, "held_out": [probe.held_out for probe in best]}
+            records += self.records(encoder, task, self.best, values, seeds, details, part)
+        return records
