@@ -1,4 +1,4 @@
-"""Measure what the reconstruction costs per training step, and the loader: see ``--help``."""
+"""Measure what equivariance objectives cost per training step, and the loader: see ``--help``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
+from hf_equissl.recipes.sweep import group_by_system, is_sweep, read_sweep
+from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, load_recipe, parse_words
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
+from hf_equissl.utils.suggestions import RecipeError, check_known
+
+BATCH_SIZE = 32
 
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
-another recipe (views, forward, backward, optimizer; in turns, on one device). With --data also time the loader
-against a plain PIL loop that cuts the same crops."""
+another recipe (views, forward, backward, optimizer; in turns, on one device). Of a sweep, time each system in this way.
+With --data also time the loader against a plain PIL loop that cuts the same crops."""
 
 EPILOG = """\
 On a CPU, first:
@@ -27,6 +31,7 @@ with one thread the ratio of processor times stays good.
 examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
   python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
+  python training/benchmark.py --recipe cifar10_systems --only vicreg_rot sie_all moco_v3_essl
 """
 
 
@@ -34,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
     try:
         options, overrides = parse_words(_parser(), argv)
-        check_at_least(options, batch_size=1, repeats=1, loader_images=1)
+        check_at_least(options, repeats=1, loader_images=1, **({} if options.batch_size is None else {"batch_size": 1}))
         if options.data is not None:
             overrides |= {"data.source": options.data, "data.streaming": False}
-        recipe = load_recipe(options.recipe, overrides)
-        common = {key: value for key, value in overrides.items() if not key.startswith("objectives.")}
-        report = _measure(recipe, options.base and load_recipe(options.base, common), options)
+        if is_sweep(path := find_recipe(options.recipe)):
+            report = _measure_sweep(path, overrides, options)
+        else:
+            report = _measure_recipe(overrides, options)
         if options.output_dir is not None:
             path = Path(options.output_dir) / "benchmark.json"
             write_text(path, json.dumps(report, indent=2) + "\n")
@@ -47,6 +53,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return stop(error, code=2)
     return 0
+
+
+def _measure_recipe(overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one recipe against its base, and print it as it comes."""
+    if options.only is not None:
+        raise RecipeError(f"--only chooses systems of a sweep, and {options.recipe} is a recipe. Leave it out.")
+    recipe = load_recipe(options.recipe, overrides)
+    common = {key: value for key, value in overrides.items() if not key.startswith("objectives.")}
+    options.batch_size = options.batch_size or BATCH_SIZE
+    return _measure(recipe, options.base and load_recipe(options.base, common), options)
+
+
+def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each system of a sweep against its own base, and print them as they come.
+
+    Raises:
+        RecipeError: An option is not for sweeps, or a name is unknown.
+    """
+    from tqdm.auto import tqdm
+
+    from hf_equissl.benchmarking.systems import time_systems
+    from hf_equissl.benchmarking.timing import environment
+    from hf_equissl.recipes.recipe import Recipe
+    from hf_equissl.utils.devices import choose_device, choose_precision
+
+    for name in ("base", "data", "memory"):
+        if getattr(options, name):
+            raise RecipeError(f"--{name} is for one recipe, and {path.stem} is a sweep. Leave it out.")
+    if len(options.dtype or "1") > 1:
+        raise RecipeError("--dtype: of a sweep one precision is measured. Name one.")
+    groups = group_by_system(read_sweep(path, [RECIPES]))
+    for name in options.only or ():
+        check_known(name, groups, "--only")
+    chosen = {name: group[0] for name, group in groups.items() if name in (options.only or groups)}
+    recipes = {
+        name: Recipe.load(member.recipe, member.overrides | overrides, search=[RECIPES])
+        for name, member in chosen.items()
+    }
+    device = choose_device(options.device)
+    dtype = (options.dtype or [choose_precision("auto", device)])[0]
+    report: dict[str, Any] = {
+        "recipe": path.stem,
+        "settings": {"dtype": dtype, "repeats": options.repeats, "images": "synthetic"},
+        "environment": environment(device),
+        "systems": {},
+    }
+    where = report["environment"]
+    say(f"{path.stem}: each system against itself with every lambda = 0, steps in turns; {dtype}")
+    say(f"{where['device']}; {where['cpu']}; threads: {where['threads']}")
+    width = max(map(len, chosen))
+    say(
+        f"{'system':<{width}}{'batch':>7}{'base, ms':>10}{'step, ms':>10}{'more':>9}{'range':>18}{'processor time':>16}"
+    )
+    timings = time_systems(recipes, device, dtype, options.repeats, options.batch_size)
+    for name, timing in tqdm(
+        timings, desc="systems", total=len(recipes), unit="system", disable=not sys.stderr.isatty()
+    ):
+        report["systems"][name] = timing
+        say(f"{name:<{width}}{_system_line(timing)}")
+    return report
+
+
+def _system_line(timing: dict[str, Any]) -> str:
+    line = f"{timing['batch_size']:>7}{1000 * timing['base_wall']:>10.1f}{1000 * timing['wall']:>10.1f}"
+    if "ratios" not in timing:
+        return f"{line}{'a base':>9}"
+    low, high = (100 * (choose(timing["ratios"]) - 1) for choose in (min, max))
+    between = f"{low:+.1f} to {high:+.1f}"
+    return f"{line}{100 * timing['overhead']:>+8.1f}%{between:>18}{100 * timing['cpu_overhead']:>+15.1f}%"
 
 
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,14 +233,22 @@ def _parser() -> argparse.ArgumentParser:
     usage = "benchmark.py --recipe NAME|PATH [options] [--section.key VALUE ...]"
     parser = command_parser("benchmark.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("--recipe", type=path_word, metavar="NAME|PATH", required=True, help="a recipe that ships, or a YAML file")
+    add(
+        "--recipe",
+        type=path_word,
+        metavar="NAME|PATH",
+        required=True,
+        help="a recipe or sweep that ships, or a YAML file",
+    )
     add(
         "--base",
         type=path_word,
         metavar="NAME|PATH",
         help="a recipe to compare with; default: the same with lambda = 0",
     )
-    add("--batch_size", type=int, default=32, metavar="N", help="images per step; default: 32")
+    add("--only", nargs="+", metavar="SYSTEM", help="of a sweep: its members' names without the seed; default: all")
+    text = f"images per step; default: {BATCH_SIZE}, of a sweep each recipe's own per device"
+    add("--batch_size", type=int, metavar="N", help=text)
     add(
         "--dtype",
         nargs="+",

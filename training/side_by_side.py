@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -17,6 +18,8 @@ from hf_equissl.utils.devices import usable_cores
 
 LOG_TAIL = 15  # lines shown of a command that failed
 LOG_SECONDS = 15.0  # between two lines about the progress where no terminal shows it in one
+MOST_SHOWN = 2  # lanes that the progress line names, whatever they do
+WAITING, DONE = "waiting", "done"
 # One thread per command: two wait for each other wherever something else works on one of their cores (measured: steps
 # of 9 s in place of 0.7). Nothing is pinned: the system moves a command to whatever core is free. Large buffers stay
 # with the allocator (glibc's; others ignore this): given back, every step would fault them in again.
@@ -32,6 +35,10 @@ class CommandError(RuntimeError):
     """A command failed. The message holds the end of its output."""
 
 
+class StoppedError(CommandError):
+    """A lane was stopped: its command was ended, or not begun."""
+
+
 @dataclass
 class Lane:
     """Commands that run one after the other.
@@ -44,15 +51,20 @@ class Lane:
         log: Output of the running command.
         process: The running command.
         first_seen: When its bar was first seen to have moved (``time.monotonic``), and how far it was.
+        environment: Variables of its commands beside this process's.
+        stopped: Whether it was stopped; it begins no further command.
     """
 
     title: str
     run: Path
-    stage: str = field(default="waiting", init=False)
+    stage: str = field(default=WAITING, init=False)
     bar: str = field(default="", init=False)
     log: Path | None = field(default=None, init=False)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     first_seen: tuple[float, int] | None = field(default=None, init=False, repr=False)
+    environment: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    stopped: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def call(self, stage: str, script: Path, *words: object, bar: str) -> None:
         """Run a Python script to its end.
@@ -65,27 +77,33 @@ class Lane:
 
         Raises:
             CommandError: If it fails.
+            StoppedError: If the lane was stopped.
         """
         self.run.mkdir(parents=True, exist_ok=True)
         self.log = self.run / f"{script.stem}.log"
         command = [sys.executable, str(script), *map(str, words)]
-        with self.log.open("wb") as file:
-            environment = {**ENVIRONMENT, **os.environ}
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        with self._lock:
+            if self.stopped:
+                raise StoppedError(f"{self.title} was stopped")
+            self.process = start_process(command, self.log, {**ENVIRONMENT, **os.environ, **self.environment})
             self.stage, self.bar, self.first_seen = stage, bar, None
-            code = self.process.wait()
+        code = self.process.wait()
+        if self.stopped:
+            raise StoppedError(f"{self.title} was stopped")
         if code:
             end = "\n".join(self.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LOG_TAIL:])
             raise CommandError(f"{script.name} stopped with code {code} ({self.title}). The end of {self.log}:\n{end}")
 
     def finish(self) -> None:
         """Note that nothing is left to do."""
-        self.stage, self.log = "done", None
+        self.stage, self.log = DONE, None
 
     def stop(self) -> None:
-        """Stop the running command, if any."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        """Stop the running command, if any; it may have something to save first."""
+        with self._lock:
+            self.stopped = True
+            if self.process is not None and self.process.poll() is None:
+                self.process.terminate()
 
     def progress(self) -> str:
         """Say the stage, and how far it is by the last progress bar in the log."""
@@ -117,6 +135,12 @@ class Lane:
         return seconds / steps if seconds >= after and steps >= 3 else None
 
 
+def start_process(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command whose output replaces the file ``log``."""
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
 LaneT = TypeVar("LaneT", bound=Lane)
 
 
@@ -125,19 +149,25 @@ def lanes_at_once(count: int) -> int:
     return min(usable_cores(), count)
 
 
-def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callable[[], None] | None = None) -> None:
+def follow(
+    lanes: Sequence[LaneT],
+    work: Callable[[LaneT], None],
+    watch: Callable[[], str | None] | None = None,
+    at_once: int | None = None,
+) -> None:
     """Do ``work`` for all lanes side by side, or one after the other on a single core, and say how far they are.
 
     Args:
         lanes: What is followed.
         work: All commands of a lane.
-        watch: Called every half second, for people or to stop all by raising.
+        watch: Called every half second, to stop all by raising, or for what it returns to be said with the progress.
+        at_once: How many lanes run side by side; default: ``lanes_at_once``.
 
     Raises:
         CommandError: The first of any lane; the others are stopped, as by anything that ``work`` or ``watch`` raises.
     """
-    start, live, said = time.monotonic(), sys.stdout.isatty(), 0.0
-    with ThreadPoolExecutor(max_workers=lanes_at_once(len(lanes))) as pool:
+    start, live, said, width = time.monotonic(), sys.stdout.isatty(), 0.0, 0
+    with ThreadPoolExecutor(max_workers=at_once or lanes_at_once(len(lanes))) as pool:
         futures: list[Future[None]] = [pool.submit(work, lane) for lane in lanes]
         waiting = set(futures)
         try:
@@ -145,15 +175,13 @@ def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callabl
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if watch is not None:
-                    watch()
+                more = watch() if watch is not None else None
                 if not live and waiting and time.monotonic() - said < LOG_SECONDS:
                     continue
                 said = time.monotonic()
-                text = f"[{clock(time.monotonic() - start)}]  " + "  |  ".join(
-                    f"{lane.title}: {lane.progress()}" for lane in lanes
-                )
-                print(f"\r{text:<78}" if live else text, end="" if live else "\n", flush=True)
+                text = f"[{clock(time.monotonic() - start)}]  {_overview(lanes)}" + (f"  |  {more}" if more else "")
+                width = max(width, len(text), 78)  # else the end of a longer line would stay
+                print(f"\r{text:<{width}}" if live else text, end="" if live else "\n", flush=True)
         finally:
             for future in waiting:
                 future.cancel()
@@ -161,6 +189,15 @@ def follow(lanes: Sequence[LaneT], work: Callable[[LaneT], None], watch: Callabl
                 lane.stop()
             if live:
                 print(flush=True)
+
+
+def _overview(lanes: Sequence[Lane]) -> str:
+    """Say how far the lanes are, of many only those in which something runs."""
+    if len(lanes) <= MOST_SHOWN:
+        return "  |  ".join(f"{lane.title}: {lane.progress()}" for lane in lanes)
+    running = [lane for lane in lanes if lane.stage not in (WAITING, DONE)]
+    done = sum(lane.stage == DONE for lane in lanes)
+    return "  |  ".join([f"{done}/{len(lanes)} done", *(f"{lane.title}: {lane.progress()}" for lane in running)])
 
 
 def clock(seconds: float) -> str:

@@ -42,15 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     try:
         options, overrides = parse_words(_parser(), words[:split])
-        members = _read(options, overrides)
+        members = read_members(options, overrides)
         if options.list:
             say(_listing(members))
             return 0
         if options.dry_run:
-            return _dry_run(members, overrides, options)
-        if options.output_dir is None:
-            raise RecipeError("--output_dir is missing: each run gets a folder in it.")
-        recipes = _load(members, overrides)
+            return dry_run(members, overrides, options)
+        check_output_dir(options)
+        recipes = load_recipes(members, overrides)
     except RecipeError as error:
         return stop(error, code=2)
     try:
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop("the same command goes on from here", code=130, word="stopped")
 
 
-def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> list[Any]:
+def read_members(options: argparse.Namespace, overrides: dict[str, Any]) -> list[Any]:
     """Read the chosen members, and put ``--data`` among the overrides for all of them."""
     from hf_equissl.recipes.sweep import choose, read_sweep
 
@@ -72,7 +71,13 @@ def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> list[Any]:
     return members
 
 
-def _load(members: Sequence[Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def check_output_dir(options: argparse.Namespace) -> None:
+    """Raise ``RecipeError`` where no folder is named."""
+    if options.output_dir is None:
+        raise RecipeError("--output_dir is missing: each run gets a folder in it.")
+
+
+def load_recipes(members: Sequence[Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Load the members' recipes, so that all are checked before the first one runs."""
     from hf_equissl.recipes.recipe import Recipe
 
@@ -105,7 +110,10 @@ def _run_all(
             continue
         say(f"{head}: running in {folder}")
         start = time.monotonic()
-        code = _launch([*LAUNCHER, *launch_options, *_command(member, overrides, folder)], folder / MARKER_FILE)
+        code = _launch(
+            [*LAUNCHER, *launch_options, str(PRETRAIN), *pretrain_words(member, overrides, folder)],
+            folder / MARKER_FILE,
+        )
         minutes = (time.monotonic() - start) / 60
         if code == EXIT_PREEMPTED:
             say(f"{head}: stopped by a signal after {minutes:.1f} min; the same command goes on from here")
@@ -141,28 +149,29 @@ def _launch(words: list[str], marker: Path) -> int:
     return EXIT_PREEMPTED if marker.exists() else code  # the launcher's code is its own
 
 
-def _command(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
+def pretrain_words(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:
+    """Write the words after ``pretrain.py`` that train one member in ``folder``."""
     from hf_equissl.recipes.sweep import Member
 
     dotted = {key: value for key, value in overrides.items() if key != "imports"}
     everywhere = [*Member(member.name, member.recipe, dotted).words, *import_words(overrides)]
-    return [str(PRETRAIN), "--recipe", str(member.recipe), "--output_dir", str(folder), *member.words, *everywhere]
+    return ["--recipe", str(member.recipe), "--output_dir", str(folder), *member.words, *everywhere]
 
 
-def _dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
+def dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
     """Print a line for each run; of a single one all that pretrain.py says."""
     from hf_equissl.running.dry_run import Speed
     from hf_equissl.training import pretrain
 
     if len(members) == 1:
-        _, *words = _command(members[0], overrides, Path(options.output_dir or "") / members[0].name)
+        words = pretrain_words(members[0], overrides, Path(options.output_dir or "") / members[0].name)
         if options.output_dir is None:
             at = words.index("--output_dir")
             del words[at : at + 2]
         say(f"[1/1] {members[0].name}")
         return pretrain.main([*words, "--dry_run"])
     width = max(len(member.name) for member in members)
-    for name, recipe in _load(members, overrides).items():
+    for name, recipe in load_recipes(members, overrides).items():
         try:
             say(f"{name:<{width}}  {_cost_line(recipe)}")
         except RecipeError as error:
@@ -196,15 +205,20 @@ def _parser() -> argparse.ArgumentParser:
     usage = "sweep.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]"
     description = "Run the members of a sweep one after another, each in a folder of its own."
     parser = command_parser("sweep.py", usage=usage, description=description, epilog=EPILOG)
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which runs of which sweep are meant, and where they go."""
     add = parser.add_argument
     add("--recipe", type=path_word, metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
     add("--data", type=path_word, metavar="SOURCE", help="as pretrain.py's, for all runs")
     add("--output_dir", type=path_word, metavar="DIR", help="each run gets the folder DIR/NAME")
     add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
-    add("--only", nargs="+", metavar="NAME", help="these runs alone")
+    add("--only", nargs="+", metavar="NAME", help="these runs alone; a name without its seed: all of its seeds")
     add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")
     add_import(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ BACKWARD, OPTIMIZER, UPDATE = "backward", "optimizer", "teacher update"
 PARTS = (VIEWS, TEACHER, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER, UPDATE)
 EQUIVARIANCE_BACKWARD = "reconstruction backward"
 MIB = 1024**2
+NUM_CLASSES = 10  # of the images, for objectives with labels
 # A step costs what it costs at any point of a run.
 PROGRESS = TrainingProgress(step=0, max_steps=1, steps_per_epoch=1)
 # Output size, filter and box of one PIL resize.
@@ -169,7 +170,8 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
     args = recipe.build_training_arguments(
         "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
     )
-    model = EquiSSLForPreTraining(recipe.build_pretraining_config()).train()
+    classes = NUM_CLASSES if recipe.reads_num_classes else None
+    model = EquiSSLForPreTraining(recipe.build_pretraining_config(classes)).train()
     cast(nn.Module, model).to(device)
     optimizer_class, arguments = EquiSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
     pipeline = recipe.build_pipeline(model.needs)
@@ -221,7 +223,8 @@ def crop_batch(pipeline: ViewPipeline, images: Sequence[Image.Image], batch_size
     samples = []
     for index in range(batch_size):
         rng = sample_generator(0, 0, index)
-        samples.append({**pipeline.crop(Item((images[index % len(images)],)), rng), "index": index})
+        item = Item((images[index % len(images)],), label=index % NUM_CLASSES)
+        samples.append({**pipeline.crop(item, rng), "index": index})
     return ViewCollator(pipeline)(samples)
 
 

@@ -37,6 +37,9 @@ from .overrides import SECTIONS, apply_overrides, as_mapping, find_parent, read_
 MOST_RUNS = 10_000
 _GRIDS = ("cross", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+SEED = "training.seed"
+# As a pattern of names says it, with what stands between it and the rest.
+_SEED_IN_NAME = re.compile(r"[._+-]?(?:seed)?[._+-]?\{seed\}")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Member:
         name: Name of the run and its folder.
         recipe: File of the recipe that it starts from.
         overrides: Dotted key -> value.
+        system: ``name`` without the seed.
     """
 
     name: str
     recipe: Path
     overrides: dict[str, Any]
+    system: str = ""
 
     @property
     def words(self) -> list[str]:
@@ -94,17 +99,40 @@ def read_sweep(path: str | Path, search: Sequence[str | Path] = ()) -> list[Memb
 
 
 def choose(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
-    """Choose the members called ``names``, in the sweep's order; without names, all of them.
+    """Choose the members called ``names``, or of systems called so, in the sweep's order; without names, all of them.
 
     Raises:
         RecipeError: A name does not exist; the nearest one is named.
     """
     known = [member.name for member in members]
+    systems = dict.fromkeys(member.system for member in members)
     for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
+        if name not in known and name not in systems:
+            hint = did_you_mean(name, [*known, *systems])
             raise RecipeError(f"--only {name}: no run of this name.{hint} Runs: {', '.join(known)}.")
-    return [member for member in members if member.name in names or not names]
+    return [member for member in members if not names or member.name in names or member.system in names]
+
+
+def group_by_system(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """Group members that differ in ``training.seed`` alone, by the name of their system, in the sweep's order.
+
+    Raises:
+        RecipeError: Two systems have the same name.
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        group = groups.setdefault(member.system or member.name, [])
+        if group and _but_seed(group[0]) != _but_seed(member):
+            raise RecipeError(
+                f"{group[0].name} and {member.name} differ in more than {SEED}, and without it both are called "
+                f"{member.system!r}. Put what tells them apart into `name`."
+            )
+        group.append(member)
+    return groups
+
+
+def _but_seed(member: Member) -> tuple[Path, dict[str, Any]]:
+    return member.recipe, {key: value for key, value in member.overrides.items() if key != SEED}
 
 
 def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) -> list[Member]:
@@ -129,7 +157,10 @@ def _read_grid(grid: dict[str, Any], where: str, folders: Sequence[str | Path]) 
     for values in combine(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
         apply_overrides(raw, fixed | chosen)  # raises for keys that the recipe does not have
-        members.append(Member(_name(pattern, chosen, where), recipe, fixed | chosen))
+        name, system = _name(pattern, chosen, where), ""
+        if SEED in chosen and (without := _SEED_IN_NAME.sub("", pattern).strip("._+-")):
+            system = _name(without, chosen, where)
+        members.append(Member(name, recipe, fixed | chosen, system or name))
     return members
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hf_equissl.recipes.overrides import parse_overrides, read_recipe
 from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.recipes.sweep import choose, is_sweep, read_sweep
+from hf_equissl.recipes.sweep import choose, group_by_system, is_sweep, read_sweep
 from hf_equissl.utils.suggestions import RecipeError
 
 RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
@@ -49,6 +50,35 @@ def test_cross_and_zip(tmp_path: Path) -> None:
     assert choose(members, []) == members
     with pytest.raises(RecipeError, match=r"--only lr-0.2: .*Did you mean 'lr-0.1'"):
         choose(members, ["lr-0.2"])
+
+
+def test_members_of_a_system_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    path = sweep(
+        tmp_path,
+        """
+  - {name: "deep-{num_hidden_layers}_seed-{seed}", extends: base.yaml,
+     cross: {model.num_hidden_layers: [1, 2], training.seed: [1, 10]}}
+  - {name: "seed-{seed}_slow", extends: base.yaml, set: {training.learning_rate: 0.1}, cross: {training.seed: [1, 2]}}
+  - {name: "{seed}", extends: base.yaml, cross: {training.seed: [3]}}
+  - {name: "lr-{learning_rate}", extends: base.yaml, cross: {training.learning_rate: [0.2]}}
+""",
+    )
+    members = read_sweep(path)
+    groups = {system: [member.name for member in group] for system, group in group_by_system(members).items()}
+    assert groups == {
+        "deep-1": ["deep-1_seed-1", "deep-1_seed-10"],
+        "deep-2": ["deep-2_seed-1", "deep-2_seed-10"],
+        "slow": ["seed-1_slow", "seed-2_slow"],
+        "3": ["3"],
+        "lr-0.2": ["lr-0.2"],
+    }
+    assert [member.name for member in choose(members, ["slow", "deep-1_seed-10"])] == [
+        "deep-1_seed-10",
+        *groups["slow"],
+    ]
+    clash = [*members, replace(members[0], name="deep-1-1", overrides={"training.seed": 5})]
+    with pytest.raises(RecipeError, match="without it both are called 'deep-1'"):
+        group_by_system(clash)
 
 
 def test_the_sensitivity_study_of_the_paper() -> None:

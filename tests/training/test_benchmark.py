@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,40 @@ def test_another_recipe_as_the_base(path: Path, tmp_path: Path, capsys: pytest.C
     assert benchmark.main([*words, "--output_dir", str(tmp_path)]) == 0
     assert "against plain" in capsys.readouterr().out
     assert json.loads((tmp_path / "benchmark.json").read_text())["base"] == "plain"
+
+
+def test_the_systems_of_a_sweep(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One member of each, against itself with lambda = 0; labels are there where they are needed."""
+    (tmp_path / "many.yaml").write_text("""
+sweep:
+  - {name: "rot_seed-{seed}", extends: tiny.yaml, cross: {training.seed: [0, 1]}}
+  - name: "plain_seed-{seed}"
+    extends: tiny.yaml
+    set: {objectives.equivariance: []}
+    cross: {training.seed: [0]}
+  - {name: "{name}", extends: tiny.yaml, cross: {objectives.invariance.name: [supervised]}}
+""")
+    words = ["--recipe", str(tmp_path / "many.yaml"), "--repeats", "2", "--dtype", "fp32", "--device", "cpu"]
+    words += ["--output_dir", str(tmp_path)]
+    assert benchmark.main([*words, "--training.per_device_train_batch_size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"rot +4 +[\d.]+ +[\d.]+ +[+-][\d.]+%", printed)
+    assert re.search(r"plain +4 +[\d.]+ +[\d.]+ +a base", printed)
+    systems = json.loads((tmp_path / "benchmark.json").read_text())["systems"]
+    assert list(systems) == ["rot", "plain", "supervised"]
+    for name in ("rot", "supervised"):
+        timing = systems[name]
+        assert len(timing["ratios"]) == 2
+        assert timing["cpu_overhead"] == pytest.approx(np.median(timing["cpu_ratios"]) - 1)
+        assert timing["wall"] > 0
+    assert "ratios" not in systems["plain"]
+
+    assert benchmark.main([*words, "--only", "plian"]) == 2
+    assert "--only: there is no 'plian'. Did you mean 'plain'" in capsys.readouterr().err
+    assert benchmark.main([*words, "--base", "tiny"]) == 2
+    assert "--base is for one recipe, and many is a sweep" in capsys.readouterr().err
+    assert benchmark.main(["--recipe", str(path), "--only", "rot"]) == 2
+    assert "--only chooses systems of a sweep" in capsys.readouterr().err
 
 
 def test_the_plain_loop_cuts_the_same_crops(path: Path, photo_folder: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from tests import processes
 
 FOLDER = Path(__file__).resolve().parents[2] / "training"
-NO_SCRIPTS = {"__init__", "pace", "photographs", "recipe_options", "side_by_side"}
+NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "side_by_side"}
 # Script -> words that its help must have beside "examples:".
 WORDS = {
     "benchmark": ("--recipe", "--repeats"),
+    "compare": ("--side_by_side", "--finished_only", "--step_repeats"),
     "convert": ("--output_dir", "--native"),
     "extract_features": ("--encoder", "--shard_size"),
     "finetune": ("DoRA", "--lora_rank", "layer decay 0.75"),

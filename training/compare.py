@@ -1,0 +1,345 @@
+"""Train the systems of a sweep, probe each encoder, and put all in one table: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+if find_spec("hf_equissl") is None:
+    sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
+
+from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
+from hf_equissl.training.members import RESULTS, SCRIPTS, MemberLane, expected_end, places
+from hf_equissl.training.recipe_options import RECIPES, find_recipe, import_words, parse_words
+from hf_equissl.training.side_by_side import DONE, CommandError, Lane, StoppedError, follow
+from hf_equissl.training.sweep import (
+    add_options,
+    check_output_dir,
+    dry_run,
+    load_recipes,
+    pretrain_words,
+    read_members,
+)
+from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
+from hf_equissl.utils.files import write_text
+from hf_equissl.utils.suggestions import RecipeError
+
+PROBES, UNTRAINED = "probes", "untrained"
+TABLE, PLOT, COST = "table.md", "table.png", "benchmark.json"  # beside the records of all systems, RESULTS
+FEATURES = ("backbone", "equivariant")
+PROBE_WORDS = (
+    *("--seeds", "1"),
+    *(word for name in ("linear", "knn", "effective_rank") for word in ("--set", f"{name}.features=[backbone]")),
+)
+# Images of up to 64 pixels: about half a minute per family on one core. Others have the probe's own settings.
+SMALL_PROBE_WORDS = (
+    *("--set", "transformation_regression.train_images=5000"),
+    *("--epochs", "12", "--num_draws", "4"),
+)
+
+DESCRIPTION = """\
+Train the systems of a sweep, several side by side, probe each encoder, and write records, a table and a plot: rows are
+systems, values mean and standard deviation over the seeds of training. Members of a sweep that differ in training.seed
+alone are one system."""
+
+EPILOG = f"""\
+DIR/NAME holds each run, as sweep.py leaves it, and its probes; DIR/probes the table ({TABLE}), the records
+({RESULTS}) and the plot ({PLOT}), written anew whenever a member is done.
+Run the same command again to go on: finished runs are skipped, wherever they were trained, an interrupted one resumes,
+what is probed is kept. A member that fails does not stop the others. Ctrl-C and SIGTERM stop all of them; code 75 after
+SIGTERM. Each run is one process here; on several devices train with sweep.py first.
+What stands behind -- goes to probe.py, after these words: {" ".join(PROBE_WORDS)}
+and for images of up to 64 pixels: {" ".join(SMALL_PROBE_WORDS)}
+
+examples:
+  python training/compare.py --recipe cifar10_systems --data uoft-cs/cifar10 --output_dir runs/systems
+  # what is finished by now, with few images, in a table of its own
+  python training/compare.py --recipe cifar10_systems --data uoft-cs/cifar10 --output_dir runs/systems \\
+      --finished_only --probes quick -- --train_images 500 --test_images 500 --epochs 2
+  # two systems without black corners, too; crops and flips beside the four families
+  python training/compare.py --recipe cifar10_systems --data uoft-cs/cifar10 --output_dir runs/systems \\
+      --only vicreg vicreg_rot --fill zeros reflect -- --tests rotation crop flip
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 2 for what can be mended before the first run, 1 if a member failed, 75 after SIGTERM, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    try:
+        options, overrides = parse_words(_parser(), words[:split])
+        check_at_least(options, **({"side_by_side": 1} if options.side_by_side is not None else {}), step_repeats=0)
+        if options.dry_run:
+            return dry_run(read_members(options, overrides), overrides, options)
+        check_output_dir(options)
+        comparison = Comparison(options, overrides, words[split + 1 :])
+        if options.list:
+            say(comparison.listing())
+            return 0
+        comparison.write()
+    except (ValueError, OSError) as error:
+        return stop(error, code=2)
+    try:
+        with Signals() as signals:
+            signals.raises = False
+            return comparison.run(signals)
+    except KeyboardInterrupt:
+        return stop("the same command goes on from here", code=130, word="stopped")
+    except Preempted as stopped:
+        return stop(stopped, code=EXIT_PREEMPTED, word="stopped")
+    except (ValueError, OSError, CommandError) as error:
+        return stop(error, code=1)
+
+
+class Comparison:
+    """All members of a sweep with what is held against them, and the table of those that are probed.
+
+    Args:
+        options: The command's.
+        overrides: Values of the recipe for the chosen members.
+        probe_words: What stands behind ``--``.
+
+    Raises:
+        ValueError: The definition or an option is wrong, or nothing is chosen.
+    """
+
+    def __init__(self, options: argparse.Namespace, overrides: dict[str, Any], probe_words: Sequence[str]) -> None:
+        from hf_equissl.recipes.sweep import group_by_system, read_sweep
+
+        everyone, chosen = read_sweep(find_recipe(options.recipe), [RECIPES]), read_members(options, overrides)
+        self.options, self.overrides, self.probe_words = options, overrides, list(probe_words)
+        self.output, self.probes = Path(options.output_dir), "_".join(filter(None, (PROBES, options.probes)))
+        # Those that are not chosen are rows of the table, too, where they are probed.
+        self.recipes = load_recipes([member for member in everyone if member not in chosen], {})
+        self.recipes |= load_recipes(chosen, overrides)
+        self.systems = group_by_system(everyone)
+        trained = [
+            self._member(member, system, member in chosen)
+            for system, members in self.systems.items()
+            for member in members
+        ]
+        self.lanes = [*(self._untrained(trained) if UNTRAINED in options.references else ()), *trained]
+        self.chosen = [lane for lane in self.lanes if lane.probe]
+        if not self.chosen:
+            raise RecipeError("--finished_only: no chosen member is finished. Leave it out, or wait for one.")
+        for words in self.chosen[0].probe:
+            check_probe_words(words)
+
+    def _member(self, member: Any, system: str, is_chosen: bool) -> MemberLane:
+        from hf_equissl.running.resume import is_finished
+
+        recipe = self.recipes[member.name]
+        lane = self._lane(member.name, system, recipe)
+        lane.train = pretrain_words(member, self.overrides, lane.run)
+        lane.is_trained = is_chosen and is_finished(recipe, lane.run)
+        if is_chosen and (lane.is_trained or not self.options.finished_only):
+            lane.probe = self._probe_commands(lane, recipe)
+        return lane
+
+    def _lane(self, name: str, system: str, recipe: Any) -> MemberLane:
+        from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
+
+        seed = recipe.training.get("seed", EquiSSLTrainingArguments.seed)
+        run = self.output / name
+        return MemberLane(name, run, system=system, seed=seed, probes=run / self.probes)
+
+    def _untrained(self, trained: Sequence[MemberLane]) -> list[MemberLane]:
+        """Make a lane for random weights of each architecture and seed; it is a member of the table like any other."""
+        names: dict[str, str] = {}  # by architecture
+        lanes: dict[str, MemberLane] = {}
+        for member in trained:
+            recipe = self.recipes[member.title]
+            if recipe.model.get("init_from") is not None:
+                continue  # it starts from the weights of another encoder
+            architecture = recipe.build_encoder_config().to_json_string()
+            system = names.setdefault(architecture, f"{UNTRAINED}_{member.system}" if names else UNTRAINED)
+            lane = self._lane(f"{system}_seed-{member.seed}", system, recipe)
+            lane = lanes.setdefault(lane.title, lane)
+            if member.probe and not lane.probe:
+                lane.untrained, lane.probe = recipe, self._probe_commands(lane, recipe)
+        return list(lanes.values())
+
+    def _probe_commands(self, lane: MemberLane, recipe: Any) -> list[list[str]]:
+        """Write the words of the probes of one encoder, one command for each way to fill images.
+
+        Raises:
+            RecipeError: No data set is named.
+        """
+        from hf_equissl.evaluation.protocols import protocol_for
+
+        source, config = recipe.data.get("source"), recipe.build_encoder_config()
+        if not source:
+            raise RecipeError("data.source: no data set is named. Give one with --data.")
+        features = FEATURES if config.feature_size and config.equivariant_size else FEATURES[:1]
+        words = ["--encoder", str(lane.encoder), "--data", str(source), "--output_dir", str(lane.probes)]
+        words += ["--features", *features, *PROBE_WORDS]
+        words += [*(SMALL_PROBE_WORDS if protocol_for(config.image_size) == "small" else ()), *self.probe_words]
+        return [[*words, *(() if fill is None else ("--fill", fill))] for fill in self.options.fill or [None]]
+
+    def listing(self) -> str:
+        """Say of each chosen member how far it is."""
+        width = max(len(lane.title) for lane in self.chosen)
+        lines = [f"{lane.title:<{width}}  {lane.state}" for lane in self.chosen]
+        return "\n".join([*lines, f"{len(lines)} members of {len({lane.system for lane in self.chosen})} systems"])
+
+    def run(self, signals: Signals) -> int:
+        """Train and probe what is missing, several members side by side; returns the exit code.
+
+        Raises:
+            Preempted: A signal asked to stop.
+            ValueError: Two members were probed in different ways.
+            CommandError: The steps cannot be measured.
+        """
+        at_once, devices = places(self.options.side_by_side)
+        free: SimpleQueue[int] = SimpleQueue()
+        for number in range(at_once):
+            free.put(number)
+        for lane in self.chosen:
+            lane.prepare()
+        written = 0
+
+        def work(lane: MemberLane) -> None:
+            number = free.get()
+            try:
+                lane.environment = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+                lane.work()
+            except StoppedError:
+                pass
+            except (CommandError, ValueError, OSError) as error:  # of one member: the others go on
+                lane.failure = str(error)
+                say(f"\n{lane.title} failed, the others go on. {error}")
+            finally:
+                free.put(number)
+                lane.finish()
+
+        def watch() -> str:
+            nonlocal written
+            listen(signals)
+            if (done := sum(lane.stage == DONE for lane in self.chosen)) > written:
+                written = done
+                self.write()
+            return expected_end(self.chosen, at_once)
+
+        say(f"{len(self.chosen)} members, {at_once} side by side; what their commands say: {self.output}/*/*.log")
+        follow(self.chosen, work, watch, at_once)
+        self._measure_steps(signals)
+        say(f"\n{self.write()}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
+        if failed := [lane.title for lane in self.chosen if lane.failure]:
+            return stop(f"{len(failed)} of {len(self.chosen)} members failed: {', '.join(failed)}", code=1)
+        return 0
+
+    def _measure_steps(self, signals: Signals) -> None:
+        """Measure what a step costs, unless that is known of all systems; nothing else runs here meanwhile."""
+        known = self._step_times()
+        wanted = dict.fromkeys(lane.system for lane in self.chosen if lane.train and not lane.failure)
+        if self.options.step_repeats == 0 or known.keys() >= wanted.keys():
+            return
+        from hf_equissl.recipes.sweep import Member
+
+        lane = Lane("steps", self.output / self.probes)
+        words: list[object] = ["--recipe", find_recipe(self.options.recipe), "--repeats", self.options.step_repeats]
+        words += ["--output_dir", lane.run, "--only", *dict.fromkeys([*known, *wanted])]
+        values = {
+            key: value for key, value in self.overrides.items() if key.partition(".")[0] not in ("data", "imports")
+        }
+        words += [*Member("", Path(), values).words, *import_words(self.overrides)]
+
+        def work(lane: Lane) -> None:
+            lane.call("measuring", SCRIPTS / "benchmark.py", *words, bar="systems")
+            lane.finish()
+
+        follow([lane], work, lambda: listen(signals))
+
+    def _step_times(self) -> dict[str, Any]:
+        path = self.output / self.probes / COST
+        return json.loads(path.read_text())["systems"] if path.is_file() else {}
+
+    def write(self) -> str:
+        """Write table, records and plot of all members that are probed by now; returns the table.
+
+        Raises:
+            ValueError: Two members were probed in different ways.
+        """
+        from hf_equissl.evaluation import comparison, load_records, save_records
+
+        measured = [
+            comparison.Measured(lane.system, lane.seed, comparison.newest_encoder(load_records(lane.probes / RESULTS)))
+            for lane in self.lanes
+            if (lane.probes / RESULTS).is_file()
+        ]
+        if not measured:
+            return ""
+        try:
+            merged = comparison.merge_systems(measured)
+        except comparison.UnlikeProtocolsError as error:
+            raise ValueError(f"{error} --probes NAME does so.") from error
+        rows = list(dict.fromkeys(lane.system for lane in self.lanes))
+        folder = self.output / self.probes
+        folder.mkdir(parents=True, exist_ok=True)
+        save_records(merged, folder / RESULTS)
+        write_text(folder / TABLE, comparison.comparison_text(merged, rows, *step_column(self._step_times())))
+        try:
+            comparison.plot_comparison(merged, rows, folder / PLOT)
+        except ImportError as error:
+            say(f"No plot: {error}")
+        return comparison.plain_comparison(merged, rows, step_column(self._step_times())[0])
+
+
+def step_column(times: dict[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Make the table's column of step times relative to the base, and what is said of it; nothing without times."""
+    if not times:
+        return {}, []
+    cells = {system: f"{1 + timing.get('cpu_overhead', 0.0):.2f}" for system, timing in times.items()}
+    note = (
+        "Step: processor time of a training step over that of the same recipe with every lambda = 0, the median of "
+        f"pairs measured in turns ({COST})."
+    )
+    return {"step": cells}, [note]
+
+
+def check_probe_words(words: Sequence[str]) -> None:
+    """End the command with probe.py's own message where it does not understand ``words``."""
+    from hf_equissl.evaluation.cli import build_parser, read_settings
+
+    read_settings(build_parser().parse_args(list(words)).set)
+
+
+def listen(signals: Signals) -> None:
+    """Raise ``Preempted`` once a signal asked to stop."""
+    if signals.received:
+        raise Preempted(f"{signals.received}: the same command goes on from here")
+
+
+def _parser() -> argparse.ArgumentParser:
+    usage = "compare.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]"
+    parser = command_parser("compare.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
+    add_options(parser)
+    add = parser.add_argument
+    add("--side_by_side", type=int, metavar="N", help="members at once; default: one per GPU, or per core without one")
+    add("--finished_only", action="store_true", help="train nothing: probe what is finished")
+    add("--fill", nargs="+", metavar="FILL", help="probe once with each: zeros, reflect; default: zeros")
+    add(
+        "--references",
+        nargs="*",
+        choices=[UNTRAINED],
+        default=[UNTRAINED],
+        help="further rows: untrained, the same encoder with random weights of each seed; without a word: none",
+    )
+    add("--probes", metavar="NAME", help=f"keep these probes apart, in folders {PROBES}_NAME in place of {PROBES}")
+    text = "timed steps of each system and its base, in turns, when all else is done; 0: none; default: 5"
+    add("--step_repeats", type=int, default=5, metavar="N", help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The members of a comparison: what is done for each, what is done already, and when all of them will be."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_equissl.training.side_by_side import DONE, Lane, clock
+from hf_equissl.utils.devices import usable_cores
+from hf_equissl.utils.files import write_text
+
+SCRIPTS = Path(__file__).resolve().parent
+RESULTS, DONE_PROBES = "results.json", "probes.json"  # what probe.py writes, and which of its commands are done
+TRAINING, PROBING = "training", "probing"
+SPEED_SECONDS = 10.0  # of training after which its speed is known
+
+
+@dataclass
+class MemberLane(Lane):
+    """What is done for one member: training, where it is not finished, then probes.
+
+    Attributes:
+        system: Its row of the table.
+        seed: Seed of its training.
+        train: Words of pretrain.py; empty for what is not trained.
+        probe: Words of probe.py, a command each; none where it is only looked up.
+        probes: Folder of its results.
+        is_trained: Whether its encoder is there.
+        untrained: Recipe of the encoder, where it is one of random weights.
+        failure: Why it stands still.
+        seconds: What its training and its probes took.
+    """
+
+    system: str = ""
+    seed: int = 0
+    train: Sequence[str] = ()
+    probe: Sequence[Sequence[str]] = ()
+    probes: Path = Path()
+    is_trained: bool = False
+    untrained: Any = None
+    failure: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> Path:
+        """Folder of the encoder."""
+        return self.run / "encoder"
+
+    def prepare(self) -> None:
+        """Write the encoder, where it is one of random weights, and note what a finished training took."""
+        if self.untrained is not None:
+            from hf_equissl.running.untrained import save_untrained
+
+            made, text = self.run / "architecture.json", self.untrained.build_encoder_config().to_json_string()
+            if not (made.is_file() and made.read_text() == text and self._weights()):
+                save_untrained(self.untrained, self.seed, self.encoder)
+                write_text(made, text)
+        elif self.is_trained:
+            self.seconds[TRAINING] = seconds_of(self.run)
+
+    def work(self) -> None:
+        """Train and probe, but for what is done.
+
+        Raises:
+            CommandError: A command failed, or the lane was stopped.
+        """
+        if self.train and not self.is_trained:
+            self.call(TRAINING, SCRIPTS / "pretrain.py", *self.train, bar="pretraining")
+            self.is_trained, self.seconds[TRAINING] = True, seconds_of(self.run)
+        for words in self.probe:
+            if not self._is_probed(words):
+                start = time.monotonic()
+                self.call(PROBING, SCRIPTS / "probe.py", *words, bar=str(self.encoder))
+                self._note_probe(words, time.monotonic() - start)
+        self.seconds[PROBING] = sum(entry["seconds"] for entry in self._done_probes())
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether all its probes are done, with these words and of this encoder."""
+        return all(map(self._is_probed, self.probe))
+
+    @property
+    def state(self) -> str:
+        """How far it is, in words."""
+        if self.train and not self.is_trained:
+            return "not finished" if self.run.exists() else "not begun"
+        return "probed" if self.is_probed else "trained" if self.train else "not probed"
+
+    def _done_probes(self) -> list[dict[str, Any]]:
+        """Read which commands are done; none where the results are gone."""
+        path = self.probes / DONE_PROBES
+        return json.loads(path.read_text()) if path.is_file() and (self.probes / RESULTS).is_file() else []
+
+    def _is_probed(self, words: Sequence[str]) -> bool:
+        return any(
+            (entry["words"], entry["weights"]) == (list(words), self._weights()) for entry in self._done_probes()
+        )
+
+    def _note_probe(self, words: Sequence[str], seconds: float) -> None:
+        entry = {"words": list(words), "weights": self._weights(), "seconds": round(seconds, 1)}
+        write_text(self.probes / DONE_PROBES, json.dumps([*self._done_probes(), entry], indent=2) + "\n")
+
+    def _weights(self) -> list[int] | None:
+        """Size and time of the weights: another training has others."""
+        try:
+            stat = (self.encoder / "model.safetensors").stat()
+        except OSError:
+            return None
+        return [stat.st_size, stat.st_mtime_ns]
+
+
+def seconds_of(run: Path) -> float:
+    """Read what a training took, in all its starts; 0 where that is not known."""
+    from hf_equissl.pretraining.run_record import RunRecord
+
+    try:
+        return RunRecord.load(run).seconds
+    except (OSError, ValueError):
+        return 0.0
+
+
+def places(asked: int | None) -> tuple[int, list[str]]:
+    """Tell how many members run side by side, and the number of each GPU: one member on each, else on each core."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    devices = devices if torch.cuda.is_available() else []
+    return asked or len(devices) or usable_cores(), devices
+
+
+def expected_end(lanes: Sequence[MemberLane], at_once: int) -> str:
+    """Say when all will be done, from what trainings and probes took so far; "" while nothing is known of them."""
+    left: list[float] = []
+    training, probing = known_seconds(lanes, TRAINING), known_seconds(lanes, PROBING)
+    for lane in lanes:
+        if lane.stage == DONE:
+            continue
+        speed, done = lane.seconds_per_step(SPEED_SECONDS), lane.steps_done()
+        seconds = 0.0
+        if lane.train and not lane.is_trained:
+            if lane.stage == TRAINING and speed is not None and done is not None:
+                seconds = speed * (done[1] - done[0])
+            elif training:
+                seconds = training.get(lane.system) or fmean(training.values())
+            else:
+                return ""
+        if lane.probe and not lane.is_probed:
+            seconds += fmean(probing.values()) if probing else 0.0
+        left.append(seconds)
+    if not left or not any(left):
+        return ""
+    seconds = max(max(left), sum(left) / at_once)
+    end = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+    return f"done in about {clock(seconds)}, {end}" + ("" if probing else ", without probes")
+
+
+def known_seconds(lanes: Sequence[MemberLane], stage: str) -> dict[str, float]:
+    """Average by system what a stage took where it is over, or will take at the present speed."""
+    found: dict[str, list[float]] = {}
+    for lane in lanes:
+        seconds = lane.seconds.get(stage)
+        if not seconds and lane.stage == stage == TRAINING:
+            speed, done = lane.seconds_per_step(SPEED_SECONDS), lane.steps_done()
+            seconds = speed * done[1] if speed is not None and done is not None else None
+        if seconds:
+            found.setdefault(lane.system, []).append(seconds)
+    return {system: fmean(values) for system, values in found.items()}
