@@ -36,6 +36,10 @@ class MoCoV3Objective(Objective):
     processes and without gradient. Every pass sees one view (B, D), and normalises by the batch of all processes, the
     teacher's by its own: no head keeps running statistics.
 
+    With ``local_crops`` L local crops are queries, too, as in "Soft Equivariance Regularization for Invariant
+    Self-Supervised Learning" (https://arxiv.org/abs/2603.06693): the terms of each query with the keys of all other
+    global crops, 2 + 2 L of them, are added up. Local crops are no keys.
+
     The authors update the teacher between the student's pass and the teacher's, here that is done after the optimizer's
     step: the same weights meet. The student is what they report and what is exported.
 
@@ -47,6 +51,7 @@ class MoCoV3Objective(Objective):
         xavier_init: Begin as the authors' ViTs do: linear layers of the blocks and the patch embedding Xavier-uniform
             with biases of 0, CLS normal with a standard deviation of 1e-6. To hold the patch embedding there is
             ``freeze_patch_embedding`` of the training.
+        local_crops: Whether the student sees local crops, too.
 
     Logs:
         ``loss_contrast``: the loss; ``accuracy``: the share of queries that find their key first; ``projection_std``:
@@ -73,11 +78,12 @@ class MoCoV3Objective(Objective):
         hidden_size: int = 4096,
         projection_size: int = 256,
         xavier_init: bool = False,
+        local_crops: bool = False,
     ) -> None:
         super().__init__(config)
         if temperature <= 0:
             raise ValueError(f"`temperature` is {temperature}, expected a value above 0.")
-        self.temperature, self.xavier_init = temperature, xavier_init
+        self.temperature, self.xavier_init, self.local_crops = temperature, xavier_init, local_crops
         width = config.invariant_size or config.hidden_size
         self.projector = _head(width, (hidden_size, hidden_size, projection_size))
         self.teacher_projector = deepcopy(self.projector).requires_grad_(False)
@@ -85,8 +91,8 @@ class MoCoV3Objective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Ask for a teacher, whose projections are the keys."""
-        return Needs(teacher=True)
+        """Ask for a teacher, whose projections are the keys, and for local crops where they are queries."""
+        return Needs(teacher=True, local_crops=self.local_crops)
 
     @torch.no_grad()
     def prepare_encoder(self, encoder: EquiSSLModel) -> None:
@@ -106,7 +112,7 @@ class MoCoV3Objective(Objective):
         yield self.projector, self.teacher_projector
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
-        """Compute the loss of the two global crops; pixels are not used."""
+        """Compute the loss of the two global crops, and of local ones where asked; pixels are not used."""
         crops, images = student.cls.shape[:2]
         if teacher is None or crops != 2:
             raise ValueError(
@@ -115,17 +121,21 @@ class MoCoV3Objective(Objective):
             )
         self.check_batch(images, world_size())
         z = torch.stack([self.projector(view) for view in student.invariant(student.cls)])  # (2, B, d)
-        q = torch.stack([self.predictor(view) for view in z])
+        local = student.local_cls if self.local_crops else None
+        # One pass per view, so that batch normalisation sees one distribution at a time.
+        more = () if local is None else [self.projector(view) for view in student.invariant(local)]
+        q = [self.predictor(view) for view in (*z, *more)]  # (B, d) each
         with torch.no_grad():
             k = torch.stack([self.teacher_projector(view) for view in teacher.invariant(teacher.cls)], dim=1)
             keys = gather(F.normalize(k.float(), dim=-1)).unbind(dim=1)  # (M, d) each: one exchange for both views
-        with torch.autocast(q.device.type, enabled=False):
-            pairs = (contrastive_loss(q[view].float(), keys[1 - view], self.temperature) for view in (0, 1))
-            losses, hits = zip(*pairs, strict=True)
-            loss = losses[0] + losses[1]
+        pairs = [(query, key) for query in range(len(q)) for key in (0, 1) if key != query]
+        with torch.autocast(z.device.type, enabled=False):
+            terms = (contrastive_loss(q[query].float(), keys[key], self.temperature) for query, key in pairs)
+            losses, hits = zip(*terms, strict=True)
+            loss = torch.stack(losses).sum()
         logs = {
             "loss_contrast": loss.detach(),
-            "accuracy": (hits[0] + hits[1]) / 2,
+            "accuracy": torch.stack(hits).mean(),
             "projection_std": keys[0].std(dim=0).mean(),
         }
         return LossOutput(loss, logs, projections=z)

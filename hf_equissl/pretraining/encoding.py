@@ -60,6 +60,8 @@ def encode_extra(
 ) -> None:
     """Encode further views and add them to the ``features`` of the usual crops; those of one size go in one pass.
 
+    Views whose size is drawn go alone (``ExtraViews.sizes_are_drawn``).
+
     Args:
         encoder: Student or teacher.
         views: With ``extra``.
@@ -72,7 +74,8 @@ def encode_extra(
         features.extra[extra.name] = {}
         for view in dict.fromkeys(range(len(made)) if chosen is None else chosen):
             options = (extra.hidden_layers, extra.patches, extra.last_layer)
-            passes.setdefault((made[view].shape[-2:], *options), []).append((extra.name, view))
+            shares = (extra.name, view) if extra.sizes_are_drawn else made[view].shape[-2:]
+            passes.setdefault((shares, *options), []).append((extra.name, view))
     for (_, layers, patches, last_layer), members in passes.items():
         images = [views.extra[name][view] for name, view in members]
         together = encode_crops(encoder, torch.cat(images), None, layers, patches, last_layer)

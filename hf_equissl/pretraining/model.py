@@ -143,10 +143,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs
             objective.prepare_encoder(self.student)
-        for entry in config.kept:
-            with torch.device("meta"):
-                needs = self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes).needs
-            self.needs = self.needs | replace(needs, teacher=False, hidden_layers=())
+        for objective in self._kept():
+            needs = objective.needs
+            # Made as it asks, and encoded where they join the usual ones.
+            made = tuple(replace(extra, student=(), teacher=(), hidden_layers=()) for extra in needs.extra)
+            self.needs = self.needs | replace(needs, teacher=False, hidden_layers=(), extra=made)
         self._check_needs()
         self.teacher = deepcopy(self.student) if self.needs.teacher else None
         self.post_init()
@@ -197,8 +198,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
                 )
 
     def check_batch(self, images: int, processes: int) -> None:
-        """Raise ``ValueError`` if an objective cannot use batches of ``images`` on each of so many processes."""
-        for objective in self.objectives():
+        """Raise ``ValueError`` if an objective cannot use batches of ``images`` on each of so many processes.
+
+        Objectives whose views are kept are asked, too: a control refuses what the runs do that it is for.
+        """
+        for objective in (*self.objectives(), *self._kept()):
             objective.check_batch(images, processes)
 
     def freeze_unused(self) -> None:
@@ -281,6 +285,12 @@ class EquiSSLForPreTraining(PreTrainedModel):
         arguments = {key: value for key, value in entry.items() if key not in ("name", "weight", "views")}
         facts = None if self.config.facts is None else ViewFacts.from_dict(self.config.facts)
         return build_objective(registry, entry["name"], sizes, facts=facts, **arguments)
+
+    def _kept(self) -> list[Objective]:
+        """Build, without memory, the objectives that are not trained and whose views are made all the same."""
+        with torch.device("meta"):
+            sizes = self.invariance.feature_config
+            return [self._build(EQUIVARIANCE_OBJECTIVES, entry, sizes) for entry in self.config.kept]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""

@@ -78,7 +78,7 @@ def blank_views(pipeline: ViewPipeline, batch: int) -> Views:
         RecipeError: the objectives ask for what the pipeline cannot make.
     """
     with _blaming_views():
-        return pipeline.blank(2 + sum(maker.takes_from_batch(batch) for maker in pipeline.makers.values()))
+        return pipeline.blank(2 + sum(maker.takes_from_batch(batch) or 0 for maker in pipeline.makers.values()))
 
 
 @contextmanager

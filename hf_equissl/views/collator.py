@@ -69,16 +69,16 @@ class ViewCollator:
     def _divide(self, samples: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
         """Give each maker its samples, by name, and the usual views theirs, by the empty name."""
         taken = {name: maker.takes_from_batch(len(samples)) for name, maker in self.pipeline.makers.items()}
-        rest = len(samples) - sum(taken.values())
+        rest = len(samples) - sum(count or 0 for count in taken.values())
         if rest < 1:
             raise ValueError(
-                f"A batch of {len(samples)} images is too small: further views take {sum(taken.values())} of them. "
+                f"A batch of {len(samples)} images is too small: further views take {len(samples) - rest} of them. "
                 "Raise per_device_train_batch_size."
             )
         shares, end = {"": samples[:rest]}, rest
         for name, count in taken.items():
-            shares[name] = samples[end : end + count] if count else samples[:rest]
-            end += count
+            shares[name] = samples[:rest] if count is None else samples[end : end + count]
+            end += count or 0
         return shares
 
 

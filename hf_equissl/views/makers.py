@@ -47,19 +47,22 @@ class ViewMaker(ABC):
     Attributes:
         replaces_global_crops: The images become the global crops themselves: one for each view of the pipeline, all
             of its size. The pipeline then makes none, applies g to the last of these, and normalises them.
+        reads_global_crops: ``collate`` takes them from its samples, so nothing may replace them.
     """
 
     replaces_global_crops: ClassVar[bool] = False
+    reads_global_crops: ClassVar[bool] = False
 
     def __init__(self, settings: ViewSettings) -> None:
         self.settings = settings
 
-    def takes_from_batch(self, images: int) -> int:
+    def takes_from_batch(self, images: int) -> int | None:
         """Count the images of a batch, its last ones, that these views take away from the usual ones.
 
-        With 0, the default, the maker sees the images of the usual views, and takes none away.
+        With ``None``, the default, the maker sees the images of the usual views, and takes none away. A maker that
+        takes a share of the batch may find that this is 0 images: it then makes views of none.
         """
-        return 0
+        return None
 
     def crop(self, item: Item, rng: np.random.Generator) -> dict[str, Any]:
         """Cut what is needed from one image; draw what belongs to it alone.

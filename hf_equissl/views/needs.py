@@ -28,6 +28,8 @@ class ExtraViews:
             too. A teacher encodes those that join global crops without being asked.
         patches: ``False``: only CLS and registers leave the last block, which is cheaper.
         last_layer: Stop after so many blocks, before the final norm; ``None``: after the last.
+        sizes_are_drawn: Each view then has a pass of its own, where others of one size share one: processes draw
+            different sizes, and those that share parameters (FSDP2, ZeRO-3) have to make as many passes as each other.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ExtraViews:
     joins: tuple[int, ...] = ()
     patches: bool = True
     last_layer: int | None = None
+    sizes_are_drawn: bool = False
 
     @property
     def of_student(self) -> tuple[int, ...] | None:

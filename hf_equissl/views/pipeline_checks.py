@@ -49,8 +49,8 @@ def check_extra(pipeline: ViewPipeline, name: str) -> None:
         if extra.joins and len(extra.joins) != crops:
             raise ValueError(
                 f"{len(extra.joins)} of the further views {extra.name!r} join the usual crops, and the view pipeline "
-                f"{name!r} makes {crops} for this invariance objective: each needs one. Choose another pipeline, or "
-                "drop the local crops (local_crops: false)."
+                f"{name!r} makes {crops} for this invariance objective: each needs one. Let both have as many local "
+                "crops (views.pipeline.local.count and local_crops of the invariance objective), or neither any."
             )
     replacing = [key for key, maker in pipeline.makers.items() if maker.replaces_global_crops]
     if len(replacing) > 1 or (replacing and (needs.crop_boxes or needs.photometric)):
@@ -58,4 +58,10 @@ def check_extra(pipeline: ViewPipeline, name: str) -> None:
             f"{replacing[0]!r} replaces the global crops, and another objective asks for "
             f"{repr(replacing[1]) if len(replacing) > 1 else 'how they were cropped and coloured'}. Train them in runs "
             "of their own."
+        )
+    reading = [key for key, maker in pipeline.makers.items() if maker.reads_global_crops]
+    if replacing and reading:
+        raise ValueError(
+            f"{replacing[0]!r} replaces the global crops, and {reading[0]!r} is made of them. Train them in runs of "
+            "their own."
         )

@@ -64,6 +64,7 @@ def own(name: str, constant: str, default: Any) -> Any:
 
     ``SMALL``: arguments of small heads; without them it is built with its defaults. ``ORDER_DEPENDENT``: whether its
     published loss depends on the order of the images in the batch.
+    ``BESIDE_LOCAL_CROPS``: arguments that an equivariance objective needs where the other one has two local crops.
     """
     file = f"tests.objectives.test_{name}"
     return getattr(import_module(file), constant, default) if find_spec(file) else default

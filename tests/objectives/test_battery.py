@@ -145,7 +145,9 @@ PAIRS = [(a, b) for a in CASES if a[0] == "invariance" for b in CASES if b[0] ==
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a[1]}-{b[1]}" for a, b in PAIRS])
 def test_two_steps_beside_every_entry_of_the_other_registry(first, second):
-    objectives = [tiny_objective(*first), tiny_objective(*second)]
+    base = tiny_objective(*first)
+    beside_local = own(second[1], "BESIDE_LOCAL_CROPS", {}) if base.needs.local_crops else {}
+    objectives = [base, tiny_objective(*second, **beside_local)]
     encoder = tiny_encoder()
     needs = objectives[0].needs | objectives[1].needs
     views = make_views(needs)

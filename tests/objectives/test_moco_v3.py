@@ -56,6 +56,23 @@ def test_equals_the_reference_through_all_heads():
     objective.eval()  # as a teacher's head is: nothing changes
     assert objective(student, teacher, views).loss.item() == pytest.approx(expected, rel=1e-4)
 
+    # Local crops, and images that join all crops, are queries of both keys; local crops are no keys.
+    student.local_tokens = torch.randn(3, *student.tokens.shape[1:2], 1, config.hidden_size)
+    student.joined, student.joined_local = torch.randn(2, 2, config.hidden_size), torch.randn(3, 2, config.hidden_size)
+    teacher.joined = torch.randn(2, 2, config.hidden_size)
+    objective.local_crops = True
+    student_rows, teacher_rows = (
+        [features.stem(cls, part="invariant").double().numpy() for cls in (*features.cls, *more)]
+        for features, more in ((student, student.local_cls), (teacher, ()))
+    )
+    queries = [head(objective.predictor, head(objective.projector, x)) for x in student_rows]
+    keys = [head(objective.teacher_projector, x) for x in teacher_rows]
+    expected = sum(reference(q, k, 0.2) for i, q in enumerate(queries) for j, k in enumerate(keys) if i != j)
+    assert objective.needs == Needs(teacher=True, local_crops=True)
+    output = objective(student, teacher, views)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert output.projections.shape == (2, views.batch_size + 2, 8)
+
 
 def test_gradient_equals_central_differences_of_the_reference():
     rng = np.random.default_rng(0)

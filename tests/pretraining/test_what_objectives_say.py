@@ -24,9 +24,10 @@ from hf_equissl.running.run import prepare
 from hf_equissl.utils.suggestions import RecipeError
 from hf_equissl.views import FlipFamily, SE2Family
 from hf_equissl.views.facts import ViewFacts
-from hf_equissl.views.needs import Needs
+from hf_equissl.views.needs import ExtraViews, Needs
 from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
 from tests.objectives.helpers import make_views, tiny_config
+from tests.views.makers import SmallTurnedCrops, TransformedShare
 
 VICREG = {"name": "vicreg", "expander_sizes": [8, 8]}
 
@@ -260,6 +261,34 @@ def test_a_control_keeps_the_views_and_stays_the_base() -> None:
     assert torch.equal(control(views).loss, base(views).loss)
     with pytest.raises(StrictDataclassError, match=r"is 'all'\. Write `keep`"):
         model_with(weight=0, views="all")
+
+
+def test_a_control_encodes_what_joins_and_refuses_what_its_runs_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharing(Asking):
+        @property
+        def needs(self) -> Needs:
+            joining = ExtraViews("share", TransformedShare, {"images": 2}, hidden_layers=(1,), joins=(0, 1))
+            return Needs(teacher=True, extra=(joining, ExtraViews("turned", SmallTurnedCrops)))
+
+        def check_batch(self, images: int, processes: int) -> None:
+            if images < 4:
+                raise ValueError("too few")
+
+    monkeypatch.setitem(EQUIVARIANCE_OBJECTIVES, "asking", Sharing)
+    model = EquiSSLForPreTraining(
+        EquiSSLPreTrainingConfig(
+            encoder=tiny_config(),
+            invariance=dict(VICREG),
+            equivariance=[{"name": "asking", "weight": 0, "views": "keep"}],
+        )
+    )
+    features = model.encode(views := make_views(model.needs))
+    assert views.extra["turned"][0].shape == (4, 3, 16, 16)
+    assert (features.cls.shape[1], len(features.tokens[0])) == (6, 4)
+    assert (sorted(features.extra["share"]), features.extra["turned"]) == ([0, 1], {})
+    assert (features.extra["share"][0].hidden, model.teacher) == ({}, None)
+    with pytest.raises(ValueError, match="too few"):
+        model.check_batch(3, 1)
 
 
 @pytest.mark.usefixtures("asking")

@@ -52,6 +52,8 @@ class SmallTurnedCrops(ViewMaker):
 class TransformedShare(ViewMaker):
     """SER's sub-batch: two photometric versions of a crop, each resized to a grid that the batch shares, and turned."""
 
+    reads_global_crops = True
+
     def __init__(self, settings, images: int = 2) -> None:
         super().__init__(settings)
         self.images = images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,37 @@ def test_features_are_those_of_a_pass_of_their_own():
     torch.testing.assert_close(features.extra["turned"][3].cls, encoder(views.extra["turned"][3]).pooler_output)
 
 
+def test_views_of_drawn_sizes_have_a_pass_each():
+    drawn = replace(TURNED, sizes_are_drawn=True)
+    pipeline = pipeline_of(TURNED)
+    views = pipeline(batch_of(pipeline))
+    encoder = EquiSSLModel(tiny_config()).eval()
+    passes: list[int] = []
+    encoder.register_forward_hook(lambda _, args, output: passes.append(len(args[0])))
+    found = []
+    for extra in (TURNED, drawn):
+        features = encode_crops(encoder, views.global_crops)
+        encode_extra(encoder, views, features, [(extra, None)])
+        found.append(features.extra["turned"])
+    assert passes == [12, 24, 12, 6, 6, 6, 6]
+    for view in range(4):
+        torch.testing.assert_close(found[0][view].tokens, found[1][view].tokens)
+
+
+class NoImages(UnaugmentedImage):
+    def takes_from_batch(self, images: int) -> int:
+        return 0
+
+    def collate(self, own, samples, rng):
+        return {"images": len(own), "samples": len(samples)}
+
+
+def test_a_share_of_no_images_is_not_all_of_them():
+    batch = batch_of(pipeline_of(ExtraViews("none", NoImages)), images=3)
+    assert batch["extra"] == {"none": {"images": 0, "samples": 0}}
+    assert len(batch["draws"]) == 3
+
+
 def test_pairs_share_their_crops_and_g_follows():
     pipeline = pipeline_of(ExtraViews("pairs", PairedCrops), parameters=True)
     same = picture(0)
@@ -161,6 +194,8 @@ def test_what_does_not_go_together_is_refused():
         pipeline_of(ExtraViews("share", TransformedShare, joins=(0,)))
     with pytest.raises(ValueError, match=r"replaces the global crops.*how they were cropped"):
         pipeline_of(ExtraViews("pairs", PairedCrops), photometric=True)
+    with pytest.raises(ValueError, match=r"'pairs' replaces the global crops, and 'share' is made of them"):
+        pipeline_of(ExtraViews("pairs", PairedCrops), ExtraViews("share", TransformedShare))
     with pytest.raises(ValueError, match="different further images called 'turned'"):
         _ = Needs(extra=(TURNED,)) | Needs(extra=(ExtraViews("turned", SmallTurnedCrops, {"size": 8}),))
     assert (Needs(extra=(TURNED,)) | Needs(extra=(TURNED,))).extra == (TURNED,)
