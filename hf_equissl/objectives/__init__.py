@@ -18,6 +18,7 @@ from .ibot import IBOTObjective
 from .moco_v3 import MoCoV3Objective
 from .parameter_regression import ParameterRegressionObjective
 from .reconstruction import ReconstructionObjective
+from .ser import SERObjective
 from .sie import SIEObjective
 from .simclr import SimCLRObjective
 from .supervised import SupervisedObjective
@@ -44,6 +45,7 @@ __all__ = [
     "ParameterRegressionObjective",
     "Reach",
     "ReconstructionObjective",
+    "SERObjective",
     "SIEObjective",
     "SimCLRObjective",
     "SupervisedObjective",
@@ -77,6 +79,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
         "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
         "essl": ESSLObjective,
         "reconstruction": ReconstructionObjective,
+        "ser": SERObjective,
         "sie": SIEObjective,
     },
 )
