@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -15,8 +16,39 @@ from .errors import ImageSourceError
 # What Pillow reads and people keep photographs in; also decides which files of a folder are images.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm avif jp2 j2k jpx"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split(" "))
+# Rows by which columns are recognised.
+_FIRST_ROWS = 16
 IMAGE_COLUMN_OPTION = "--image_column, or data.column of a recipe"
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P4", b"P5", b"P6")
+
+
+def read_columns(
+    rows: datasets.Dataset | datasets.IterableDataset, name: str
+) -> tuple[datasets.Features, list[dict[str, Any]]]:
+    """Read column types, and the first rows with their images not decoded.
+
+    Raises:
+        ImageSourceError: There are no rows, or they cannot be read; ``name`` opens the message.
+    """
+    features = rows.features
+    raw = rows
+    for column, feature in (features or {}).items():
+        if isinstance(feature, datasets.Image):
+            raw = raw.cast_column(column, datasets.Image(decode=False))
+    first: list[dict[str, Any]] = []
+    try:
+        for row in itertools.islice(iter(raw), _FIRST_ROWS):
+            first.append(row)
+    except (ImageSourceError, MemoryError):
+        raise
+    except Exception as error:  # Readers of every format raise their own.
+        if not first:  # else a later shard is broken, which whoever reads it will say
+            raise ImageSourceError(f"{name}: the first rows cannot be read: {type(error).__name__}: {error}") from error
+    if not first:
+        raise ImageSourceError(f"{name} holds no rows. Point --data at the images, or choose another split.")
+    if features is None:  # Streams of some formats know their columns only once they are read.
+        features = datasets.Dataset.from_list(first).features
+    return features, first
 
 
 def find_image_column(

@@ -24,6 +24,8 @@ from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
 from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, scan_folder, shown, split_files
+from .pairs import Pairs
+from .renders import find_rendered_pairs, find_split_files, open_renders
 from .tars import tar_builder
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -43,6 +45,7 @@ class Opened:
         digest: Of a stream, of the names of its files.
         notes: What was found and is not used.
         reopen: The same stream of these columns alone, where the others then need not be fetched.
+        pairs: How rows become pairs of images, where the files themselves are such.
     """
 
     rows: Dataset | IterableDataset
@@ -51,6 +54,7 @@ class Opened:
     digest: str = ""
     notes: tuple[str, ...] = ()
     reopen: Callable[[list[str]], IterableDataset] | None = None
+    pairs: Pairs | None = None
 
 
 def open_dataset(
@@ -149,6 +153,8 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = _open_saved(source, path, options)
         return _stream(rows, path, [f"{len(rows)} rows"]) if options["streaming"] else Opened(rows, path)
+    if files := find_split_files(path):
+        return _open_objects(source, path, files, options)
     scan = scan_folder(path, _BUILDERS)
     kinds = scan.kinds
     if not kinds:
@@ -167,6 +173,17 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
         _check_chained(source, str(path / unreadable))
     opened = _build_folder(source, path, kind, options, hub)
     return replace(opened, notes=tuple(scan.left_out()))
+
+
+def _open_objects(
+    source: str, path: Path, files: Mapping[str, tuple[Path, Path]], options: Mapping[str, Any]
+) -> Opened:
+    """A folder of rendered objects, with files that say their splits."""
+    if options["streaming"]:
+        raise ImageSourceError(f"{source}: rendered objects are read by their number. Leave out streaming.")
+    wanted, names = _canonical_split(source, options["split"], files)
+    rows = _take(source, wanted, open_renders(path, files, names))
+    return Opened(rows, path, pairs=find_rendered_pairs(path, rows[0]["image"], source))
 
 
 def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
@@ -189,14 +206,19 @@ def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]
     """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
     splits, depth = split_files(scan.images)
     metadata, notes = read_metadata(path, scan)
-    wanted = options["split"]
-    names = {SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
-    _check_splits(source, names, splits)
-    for canonical, written in names.items():
-        wanted = wanted.replace(written, canonical)
+    wanted, names = _canonical_split(source, options["split"], splits)
     rows = _take(source, wanted, {name: list_images(splits[name], depth, metadata) for name in names})
     opened = _stream(rows, path, rows["image"][:]) if options["streaming"] else Opened(rows, path)
     return replace(opened, notes=(*scan.left_out(), *notes))
+
+
+def _canonical_split(source: str, wanted: str, known: Iterable[str]) -> tuple[str, list[str]]:
+    """What is wanted with splits by their usual names, and those names: ``val[:10%]`` is of ``validation``."""
+    names = {SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
+    _check_splits(source, names, known)
+    for canonical, written in names.items():
+        wanted = wanted.replace(written, canonical)
+    return wanted, list(names)
 
 
 def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:

@@ -19,19 +19,18 @@ from PIL import Image
 from ..utils.files import expand_home
 from ..utils.redaction import redact
 from ..views.base import Item
-from .columns import find_image_column, find_more_columns
+from .columns import find_image_column, find_more_columns, read_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError
 from .image_folders import real_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
+from .pairs import Pairs, find_pairs, pair_columns
 from .subsets import Subset, take_subset
 from .tars import wanted_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
-# By which columns are recognised.
-_FIRST_ROWS = 16
 # By which a data set is recognised.
 _COMPARED, _COMPARED_OF_STREAM = 64, 8
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -63,6 +62,7 @@ class ImageSource:
         label_hint: Why there is no label column although something looks like one, and what to do.
         notes: What lies beside the images and is not used.
         numbers: Of some rows of a larger source, their numbers there, by which messages name them.
+        pairs: How a row becomes two images; ``None``: it is one.
     """
 
     dataset: Rows
@@ -78,6 +78,7 @@ class ImageSource:
     label_hint: str = ""
     notes: tuple[str, ...] = ()
     numbers: np.ndarray | None = field(default=None, compare=False, repr=False)
+    pairs: Pairs | None = None
 
     @property
     def streaming(self) -> bool:
@@ -122,13 +123,17 @@ class ImageSource:
         """One row."""
         return self.dataset[index]
 
-    def content(self, row: Mapping[str, Any]) -> bytes:
+    def content(self, row: Mapping[str, Any], column: str | None = None) -> bytes:
         """A row's image as encoded bytes, read from its path or address if the row does not hold them.
+
+        Args:
+            row: As ``row`` returns it.
+            column: Another column with images than the source's own.
 
         Raises:
             ImageDecodeError: There is nothing, or it cannot be read.
         """
-        value = row[self.image_column]
+        value = row[column or self.image_column]
         if isinstance(value, Mapping):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if not value:
@@ -154,17 +159,21 @@ class ImageSource:
         """
         return decode_image(content, self.decoding)
 
-    def item(self, row: Mapping[str, Any], rng: np.random.Generator) -> Item:
+    def item(self, row: Mapping[str, Any], rng: np.random.Generator, content: bytes | None = None) -> Item:
         """Decode what views are made of. Sources whose items are pairs draw here which ones.
 
         Args:
             row: As ``row`` returns it.
             rng: The sample's generator, before the views draw from it; one image needs none of it.
+            content: The row's own image as ``content`` returned it, where that was called before.
 
         Raises:
-            ImageDecodeError: The image cannot be read or decoded.
+            ImageDecodeError: An image, or what a pair is told of, cannot be read or decoded.
         """
-        return Item((self.decode(self.content(row)),), label=self.label(row))
+        content = self.content(row) if content is None else content
+        if self.pairs is not None:
+            return self.pairs.item(self, row, rng, content)
+        return Item((self.decode(content),), label=self.label(row))
 
     def label(self, row: Mapping[str, Any]) -> int | None:
         """Return a row's class, ``None`` where it has none."""
@@ -250,7 +259,8 @@ class ImageSource:
         """One line for people."""
         count = "a stream of images" if self.num_rows is None else f"{self.num_rows} images"
         label = f"labels {self.label_column!r}" if self.label_column else "no labels"
-        return f"{self.name}: {count} in column {self.image_column!r}, {label}"
+        pairs = f", pairs with {', '.join(self.pairs.parameter_names) or 'no parameters'}" if self.pairs else ""
+        return f"{self.name}: {count} in column {self.image_column!r}, {label}{pairs}"
 
     def _first(self, count: int) -> Iterator[dict[str, Any]]:
         return itertools.islice(iter(self.dataset), count)
@@ -271,6 +281,8 @@ def load_images(
     value_range: str | tuple[float, float] = "full",
     max_pixels: int = MAX_PIXELS,
     subset: Mapping[str, Any] | None = None,
+    second_column: str | None = None,
+    parameter_columns: Sequence[str] | None = None,
 ) -> ImageSource:
     """Find images wherever ``source`` says they are. Everything that can be wrong is said here, before training.
 
@@ -281,6 +293,9 @@ def load_images(
       ``test`` above; only paths are listed, nothing is copied,
     - a ``.parquet`` or ``.arrow`` file, a folder with such files, or a glob pattern,
     - a folder written by ``save_to_disk``,
+    - a folder of rendered objects as in 3DIEBench: ``<class>/<object>/image_0.jpg``, ``latent_0.npy`` ... below it, and
+      the split files ``train_images.npy``, ``train_labels.npy`` ... in it. An object is a row; training takes two of
+      its renders with what leads from one to the other,
     - a WebDataset ``.tar`` shard, a folder or a glob pattern of shards, or the address of one (``https://``, ``hf://``);
       ``{000..146}`` in a path or an address stands for all these numbers.
 
@@ -300,12 +315,16 @@ def load_images(
             exists is taken. Images in it are not decoded, and it is not mistaken for ``column``.
         value_range, max_pixels: How images are decoded, see ``Decoding``.
         subset: Take a part of the rows alone: the fields of a ``Subset``, such as ``{"share": 0.8}``. Not of a stream.
+        second_column: Column with a second image: training takes both, as the first and the last view.
+        parameter_columns: Columns with the numbers that lead from the first image to the second, one or a list each,
+            for the transformation ``given``.
 
     Raises:
         ImageSourceError: Source, split or column do not exist, leave a choice open, or cannot be read; or there are no
             images.
-        ValueError: ``value_range``, ``max_pixels`` or ``subset`` mean nothing.
+        ValueError: ``value_range``, ``max_pixels`` or ``subset`` mean nothing, or there are parameters without pairs.
     """
+    more_columns = {**(more_columns or {}), **pair_columns(second_column, parameter_columns or ())}
     decoding = Decoding(value_range, max_pixels)
     chosen = None if subset is None else Subset(**subset)
     try:
@@ -324,11 +343,11 @@ def load_images(
             revision=revision,
             cache_dir=cache_dir,
             num_proc=num_proc,
-            members=wanted_members(column, label_column, more_columns or {}),
+            members=wanted_members(column, label_column, more_columns),
         )
     rows = opened.rows
-    features, first = _features_and_first_rows(rows, name)
-    more = find_more_columns(features, more_columns or {}, name)
+    features, first = read_columns(rows, name)
+    more = find_more_columns(features, more_columns, name)
     others = datasets.Features({key: value for key, value in features.items() if key not in more.values()})
     image_column = find_image_column(others, first, column, name)
     labelled_by_user = label_column is not None
@@ -359,31 +378,9 @@ def load_images(
         decoding=decoding,
         label_hint=label_hint,
         notes=opened.notes,
+        pairs=find_pairs(features, first[0], parameter_columns or (), name) if second_column else opened.pairs,
     )
     return whole if chosen is None else take_subset(whole, chosen)
-
-
-def _features_and_first_rows(rows: Rows, name: str) -> tuple[datasets.Features, list[dict[str, Any]]]:
-    """Read column types, and the first rows with their images not decoded."""
-    features = rows.features
-    raw = rows
-    for column, feature in (features or {}).items():
-        if isinstance(feature, datasets.Image):
-            raw = raw.cast_column(column, datasets.Image(decode=False))
-    first: list[dict[str, Any]] = []
-    try:
-        for row in itertools.islice(iter(raw), _FIRST_ROWS):
-            first.append(row)
-    except (ImageSourceError, MemoryError):
-        raise
-    except Exception as error:  # Readers of every format raise their own.
-        if not first:  # else a later shard is broken, which whoever reads it will say
-            raise ImageSourceError(f"{name}: the first rows cannot be read: {type(error).__name__}: {error}") from error
-    if not first:
-        raise ImageSourceError(f"{name} holds no rows. Point --data at the images, or choose another split.")
-    if features is None:  # Streams of some formats know their columns only once they are read.
-        features = datasets.Dataset.from_list(first).features
-    return features, first
 
 
 @contextmanager

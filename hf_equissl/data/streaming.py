@@ -11,7 +11,6 @@ import fsspec.asyn
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..views.base import Item
 from ..views.pipelines import ViewPipeline
 from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, give_up, image_digest
 from .errors import ImageDecodeError, ImageSourceError
@@ -158,16 +157,16 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
                 row = read.content
                 try:
                     content = self.source.content(row)
-                    image = self.source.decode(content)
+                    digest = image_digest(content)
+                    rng = sample_generator(self.seed, epoch, digest)
+                    item = self.source.item(row, rng, content)
                 except ImageDecodeError as error:
                     name = self.source.item_name(row, f"{self.shards[read.shard].name}, row {read.number}")
                     skipped.append(SkippedImage(name, str(error)))
                     if len(skipped) >= MAX_ATTEMPTS:
                         raise give_up(self.source.name, skipped) from error
                     continue
-                digest = image_digest(content)
-                item = Item((image,), label=self.source.label(row))
-                sample = self.pipeline.crop(item, sample_generator(self.seed, epoch, digest))
+                sample = self.pipeline.crop(item, rng)
                 sample = complete_sample(sample, digest, skipped, begin)
                 yield sample | {"position": position}
                 good, skipped, begin = good + 1, [], time.perf_counter()

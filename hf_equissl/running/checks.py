@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints import IncompleteCheckpointError, Manifest
+from ..data import ImageSource
 from ..distributed.agreement import gather_objects
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
@@ -13,6 +14,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.schedules import last_layer_is_held
 from ..utils.suggestions import RecipeError
+from ..views.pipelines import ViewPipeline
 
 
 def check_length(args: EquiSSLTrainingArguments) -> None:
@@ -91,6 +93,25 @@ def require_labels(labels: object, objective: str) -> None:
         raise RecipeError(
             f"data: {objective} needs the class of every image, which this data set does not say. Name the column with "
             "--data.label_column, sort the images into one folder per class, or choose another objective."
+        )
+
+
+def require_parameters(source: ImageSource, pipeline: ViewPipeline) -> None:
+    """Refuse data without the parameters that the transformation takes from it."""
+    family = pipeline.transformation
+    if family is None or not family.from_data:
+        return
+    if source.pairs is None:
+        raise RecipeError(
+            f"data: views.transformation takes {', '.join(family.parameter_names)} from pairs of images, and "
+            f"{source.name} has single images. Name the columns with data.second_column and data.parameter_columns, or "
+            "choose a transformation that is applied to images, such as {name: rotation}."
+        )
+    names = source.pairs.parameter_names
+    if absent := [name for name in family.parameter_names if name not in names]:
+        raise RecipeError(
+            f"views.transformation.parameters: {source.name} does not tell {', '.join(absent)} of its pairs. It tells "
+            f"{', '.join(names) or 'nothing: name the columns with data.parameter_columns'}."
         )
 
 

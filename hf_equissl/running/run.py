@@ -49,6 +49,7 @@ from .checks import (
     check_schedules,
     check_steps,
     require_labels,
+    require_parameters,
 )
 from .first_views import ViewDataset, blank_views, build_dataset, first_views, open_source
 from .initial_weights import InitialWeights
@@ -217,6 +218,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if isinstance(dataset, StreamingViewDataset) and (note := dataset.reading_note(args.dataloader_num_workers)):
         notes += (note,)
     notes += list_remarks(dataset.source)
+    require_parameters(dataset.source, pipeline)
     check_steps(args, num_images, processes)
     plan = schedule(args, processes, num_images)
     check_batches(args, model, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,13 +20,13 @@ class Item:
 
     Attributes:
         images: RGB. One, of which all views are made; or one for each global view, in its order.
-        parameters: Those of the transformation between the images, in the units of a ``GivenFamily``; ``None`` where
-            the data has none.
+        parameters: Name -> number, of the transformation between the images; ``None`` where the data has none. A
+            ``GivenFamily`` says which of them it takes.
         label: The class, if there is one.
     """
 
     images: tuple[Image.Image, ...]
-    parameters: tuple[float, ...] | None = None
+    parameters: Mapping[str, float] | None = None
     label: int | None = None
 
 

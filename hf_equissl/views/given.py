@@ -17,7 +17,10 @@ class GivenFamily(TransformationFamily):
     Nothing is drawn and nothing is applied: parameters come with the item (``Item.parameters``), in its own units.
 
     Args:
-        parameters: One name per parameter.
+        parameters: Which of those that the data has, by name: numbers of a column are called like it, or
+            ``<column>_0``, ``<column>_1`` ... where it holds several; those of 3DIEBench ``rotation_x``,
+            ``rotation_y``, ``rotation_z``, ``rotation_w``, ``floor_hue``, ``light_theta``, ``light_phi`` and
+            ``light_hue``.
         ranges: (smallest, largest) of each, for targets; ``None``: they lie in [-1, 1] already, as a unit quaternion.
 
     Parameters (B, p): those of the data.

@@ -175,13 +175,13 @@ class ViewPipeline:
         return item.images * (views // len(item.images))
 
     def _given_parameters(self, item: Item) -> Tensor:
-        width = self.transformation.num_parameters if self.transformation else 0
-        if item.parameters is None or len(item.parameters) != width:
+        names, given = self.transformation.parameter_names if self.transformation else (), item.parameters or {}
+        if absent := [name for name in names if name not in given]:
             raise ValueError(
-                f"views.transformation takes {width} parameters from the data, and the data set gives "
-                f"{0 if item.parameters is None else len(item.parameters)}."
+                f"views.transformation takes {', '.join(absent)} from the data, and the data set gives "
+                f"{', '.join(given) or 'no parameters'}."
             )
-        return torch.tensor(item.parameters, dtype=torch.float32)
+        return torch.tensor([given[name] for name in names], dtype=torch.float32)
 
     # ---- on the device ----
 
@@ -257,9 +257,9 @@ class ViewPipeline:
             device: Where the device's part runs; on "meta" it computes nothing.
         """
         side = 2 * self.image_size
-        width = self.transformation.num_parameters if self.transformation and self.transformation.from_data else 0
+        names = self.transformation.parameter_names if self.transformation and self.transformation.from_data else ()
         grey = Image.new("RGB", (side, side), (128, 128, 128))
-        item = Item((grey,), parameters=(0.0,) * width if width else None, label=0)
+        item = Item((grey,), parameters=dict.fromkeys(names, 0.0), label=0)
         crops = [self.crop(item, np.random.default_rng(number)) for number in range(min(images, BLANK_CROPS))]
         for crop in crops:  # so that large batches of them take no memory on "meta"
             crop |= {key: crop[key].to(device) for key in ("global_crops", "local_crops") if key in crop}

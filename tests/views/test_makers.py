@@ -254,14 +254,16 @@ def test_joint_applies_one_after_the_other():
 def test_pairs_with_parameters_come_from_the_data():
     family = build_transformation("given", parameters=["hue", "angle"], ranges=[(0, 1), (-90, 90)])
     pipeline = pipeline_of(family=family, parameters=True)
-    pairs = [Item((picture(n), picture(n + 10)), (0.25 * n, 45.0), n) for n in range(3)]
+    pairs = [Item((picture(n), picture(n + 10)), {"x": 7.0, "angle": 45.0, "hue": 0.25 * n}, n) for n in range(3)]
     samples = [{**pipeline.crop(pair, np.random.default_rng(n)), "index": n} for n, pair in enumerate(pairs)]
     views = pipeline(ViewCollator(pipeline)(samples))
     assert views.parameters.tolist() == [[0.0, 45.0], [0.25, 45.0], [0.5, 45.0]]
     assert views.normalized_parameters[2].tolist() == [0.0, 0.5]
-    single = pipeline.crop(Item(pairs[0].images[1:], (0.0, 45.0)), np.random.default_rng(0))
+    single = pipeline.crop(Item(pairs[0].images[1:], pairs[0].parameters), np.random.default_rng(0))
     assert torch.equal(samples[0]["global_crops"][1], single["global_crops"][1])
-    with pytest.raises(ValueError, match="2 parameters from the data"):
+    with pytest.raises(ValueError, match="takes hue, angle from the data, and the data set gives no parameters"):
         pipeline.crop(Item((picture(0),)), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="takes hue from the data, and the data set gives angle"):
+        pipeline.crop(Item((picture(0),), {"angle": 0.0}), np.random.default_rng(0))
     with pytest.raises(ValueError, match="3 images at a time"):
-        pipeline.crop(Item((picture(0),) * 3, (0.0, 0.0)), np.random.default_rng(0))
+        pipeline.crop(Item((picture(0),) * 3, pairs[0].parameters), np.random.default_rng(0))
