@@ -16,6 +16,7 @@ from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import Run, build_training, prepare
 from hf_equissl.utils.suggestions import RecipeError
+from hf_equissl.views import TRANSFORMATIONS, RotationFamily
 
 from .helpers import own
 
@@ -109,3 +110,52 @@ def test_it_trains_and_a_resumed_run_is_the_unbroken_one(base: str, term: str, l
     assert own_logs[-1]["loss"] == logs[-1]["loss"]
     assert resumed.keys() == after.keys()
     assert not [name for name, value in after.items() if not torch.equal(value, resumed[name])]
+
+
+class NoParameters(RotationFamily):
+    """Changes nothing that could be told."""
+
+    parameter_names = ()
+
+
+NO_STEM = {"feature_size": None, "equivariant_size": None}
+CENTER = {"pipeline": {"name": "center"}}
+WITHOUT_G = {"transformation": None}
+GIVEN = {"transformation": {"name": "given", "parameters": ["angle"]}}
+# What was asked for cannot be had: base, equivariance objective, sections of the recipe, what the one sentence says.
+REFUSED: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
+    "local crops": ("dino", "sie", {"views": {"pipeline": {"name": "vicreg"}}}, "asks for local crops"),
+    "masks": ("ibot", "sie", {"views": {"pipeline": {"name": "dino"}}}, "asks for masks"),
+    "mask token": ("ibot", None, {"model": {"use_mask_token": False}}, "ibot masks patches"),
+    "labels": ("supervised", "sie", {}, "needs the class of every image"),
+    "layer": ("vicreg", "augself", {"objectives": {"layer": 3}}, "after block 3.* blocks 1 to 2"),
+    "differences": ("vicreg", "augself", {"views": CENTER}, "AugSelf"),
+    "parameters": ("vicreg", "sie", {"views": WITHOUT_G}, "the parameters of g, and there are none"),
+    "no parameters": ("vicreg", "sie", {"views": {"transformation": {"name": "untold"}}}, "of g, and there are none"),
+    "regression": ("parameter_regression", None, {"views": WITHOUT_G}, "learns the parameters of g, and there"),
+    "path": ("vicreg", "reconstruction", {"views": {"transformation": {"name": "flip"}}}, "no path from the identity"),
+    "no g": ("vicreg", "reconstruction", {"views": WITHOUT_G}, "names no transformation"),
+    "latents": ("vicreg", "sie", {"views": GIVEN}, "has single images"),
+    "equivariant part": ("vicreg", "reconstruction", {"model": NO_STEM}, "this encoder has none"),
+    "batch": ("vicreg", "sie", {"training": {"per_device_train_batch_size": 1}}, "at least 2 images, got 1"),
+    "last batch": ("vicreg", "sie", {"training": {"per_device_train_batch_size": 31}}, "32 images modulo 31 = 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "term", "sections", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_in_one_sentence_before_the_first_step(
+    base: str,
+    term: str | None,
+    sections: dict[str, Any],
+    message: str,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TRANSFORMATIONS, "untold", NoParameters)
+    if options := sections.get("objectives"):
+        sections = {**sections, "objectives": {"equivariance": [{**entry(str(term)), **options}]}}
+    with pytest.raises(RecipeError, match=message) as caught:
+        prepare(recipe(base, *([term] if term else []), data=photo_folder, **sections), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("run/checkpoint-*"))
