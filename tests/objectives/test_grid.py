@@ -119,6 +119,7 @@ class NoParameters(RotationFamily):
 
 
 NO_STEM = {"feature_size": None, "equivariant_size": None}
+REST = {"per_device_train_batch_size": 31, "dataloader_drop_last": False}
 CENTER = {"pipeline": {"name": "center"}}
 WITHOUT_G = {"transformation": None}
 GIVEN = {"transformation": {"name": "given", "parameters": ["angle"]}}
@@ -138,7 +139,7 @@ REFUSED: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "latents": ("vicreg", "sie", {"views": GIVEN}, "has single images"),
     "equivariant part": ("vicreg", "reconstruction", {"model": NO_STEM}, "this encoder has none"),
     "batch": ("vicreg", "sie", {"training": {"per_device_train_batch_size": 1}}, "at least 2 images, got 1"),
-    "last batch": ("vicreg", "sie", {"training": {"per_device_train_batch_size": 31}}, "32 images modulo 31 = 1"),
+    "last batch": ("vicreg", "sie", {"training": REST}, "32 images modulo 31 = 1"),
 }  # fmt: skip
 
 
