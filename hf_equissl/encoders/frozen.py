@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, "invariant" and "equivariant"
 # that of a slice, of which the names that follow are the halves.
 FEATURES = (
-    *("cls", "patches", "backbone", *BLOCK_FEATURES, "invariant", "equivariant"),
+    *("cls", "patches", "backbone", *BLOCK_FEATURES, "stem", "invariant", "equivariant"),
     *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
 )
 # All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
@@ -53,6 +53,7 @@ class FrozenEncoder:
         backbone: [cls ; patches], 2 D.
         cls_4, cls_4_patches: The CLS tokens of the last 4 blocks after the final norm, 4 D; these and ``patches``, 5 D.
         invariant, equivariant: [CLS ; mean patch] of that slice of the linear stem (EquiSSL encoders), twice its width.
+        stem: [invariant ; equivariant].
         invariant_cls, invariant_patches, equivariant_cls, equivariant_patches: One half of these.
 
     ``features`` and ``encode`` also give ``patch_tokens``, (B, N, D): the patch tokens after the final norm.
@@ -242,11 +243,13 @@ class FrozenEncoder:
                     raise ValueError(f"{self.name} gives one vector per image: it has no {PATCH_TOKENS}.")
                 made[PATCH_TOKENS] = tokens
             for part in ("invariant", "equivariant"):
-                if any(name.startswith(part) for name in names):
+                if any(name == "stem" or name.startswith(part) for name in names):
                     # The stem is linear: the stem of the mean patch is the mean of the patches' stems.
                     rows = self.module.stem(torch.stack([cls, patches], 1), part=part)  # type: ignore[operator]
                     made[part] = rows.flatten(1)
                     made[f"{part}_cls"], made[f"{part}_patches"] = rows.unbind(1)
+            if "stem" in names:
+                made["stem"] = torch.cat([made["invariant"], made["equivariant"]], 1)
         return {name: made[name].float() for name in names}
 
     def check_finite(self, extremes: Tensor) -> None:

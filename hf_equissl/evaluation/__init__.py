@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from .base import Evaluator, Plot
+from .corruptions import CorruptionsEvaluator
 from .data import EvaluationData, image_set, load_evaluation_data
 from .effective_rank import EffectiveRankEvaluator
 from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
@@ -16,6 +17,7 @@ from .lie_derivative import LieDerivativeEvaluator
 from .linear import LinearEvaluator
 from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
 from .metrics import Metric
+from .named_sets import NAMED_SETS, NamedSet
 from .protocols import PROTOCOLS
 from .r2_plot import plot_r2
 from .registry import EVALUATORS, build_evaluator
@@ -25,7 +27,9 @@ from .transformation_regression import TransformationRegressionEvaluator
 
 __all__ = [
     "EVALUATORS",
+    "NAMED_SETS",
     "PROTOCOLS",
+    "CorruptionsEvaluator",
     "DINOv2LinearEvaluator",
     "EffectiveRankEvaluator",
     "EquivarianceEvaluator",
@@ -37,6 +41,7 @@ __all__ = [
     "LieDerivativeEvaluator",
     "LinearEvaluator",
     "Metric",
+    "NamedSet",
     "Plot",
     "ResultRecord",
     "SERLinearEvaluator",

@@ -49,7 +49,7 @@ class Evaluator(ABC):
 
     Attributes:
         name: Registry key.
-        metrics: What it may record; the first one is the number to quote.
+        metrics: What it may record; the first one is the number to quote, unless ``primary_metric`` says otherwise.
         unmeasured: What a card says is unknown of an encoder on which it was not run, e.g. "robustness to noise".
         reading: A sentence that says how its numbers are read, for cards; units and directions are said anyway.
         hub_task: Task type under which the Hub lists its numbers.
@@ -116,6 +116,11 @@ class Evaluator(ABC):
         return self.features if len(encoder.backbone_parts) > 1 else self.features[:1]
 
     @property
+    def primary_metric(self) -> str:
+        """Name of the metric to quote on these data."""
+        return self.metrics[0].name
+
+    @property
     def recorded(self) -> tuple[Metric, ...]:
         """Those of ``metrics`` that are recorded on these data."""
         return self.metrics
@@ -176,7 +181,7 @@ class Evaluator(ABC):
         """
         test = test or self.data.test
         known = {metric.name: metric for metric in self.metrics}
-        primary = self.metrics[0].name
+        primary = self.primary_metric
         return [
             ResultRecord(
                 evaluator=self.name,

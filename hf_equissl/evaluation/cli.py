@@ -29,6 +29,7 @@ from ..utils.options import (
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import check_known
 from .data import EvaluationData
+from .named_sets import NAMED_SETS
 from .protocols import PROTOCOLS, protocol_for
 from .registry import EVALUATORS, build_evaluator
 from .report import plain_table
@@ -107,7 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=path_word,
         metavar="SOURCE",
-        help="Hub id, parquet, image folder (flat or with classes), stream",
+        help="Hub id, parquet, image folder (flat or with classes), stream; or a set by name, set:NAME or "
+        f"set:NAME=FOLDER, among {', '.join(NAMED_SETS)}",
     )
     add("--output_dir", required=True, type=path_word, metavar="DIR", help="where results are written and looked up")
     add(

@@ -15,6 +15,7 @@ from ..data.labels import match_classes
 from ..data.splits import load_splits, load_test_split
 from ..data.subsets import choose_rows
 from .images import ImageSet
+from .named_sets import find_set, is_named
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,19 @@ class EvaluationData:
         train: What probes are fitted on.
         test: What they are judged by.
         further_tests: Other images to judge the same probes on, e.g. ImageNet-R for those fitted on ImageNet.
+        metric: What classifiers are judged by, "top1" or "mean_per_class".
     """
 
     train: ImageSet
     test: ImageSet
     further_tests: tuple[ImageSet, ...] = ()
+    metric: str = "top1"
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Self:
         """Read the data that the command line names; ``options`` are those of ``load_evaluation_data``."""
         data = load_evaluation_data(source, **options)
-        return cls(data.train, data.test, data.further_tests)
+        return cls(data.train, data.test, data.further_tests, data.metric)
 
     @property
     def tests(self) -> tuple[ImageSet, ...]:
@@ -93,14 +96,15 @@ def load_evaluation_data(
     """Read training and test images of a source.
 
     Args:
-        source: Whatever ``hf_equissl.data.load_images`` reads: Hub id, parquet, image folder, stream, ...
+        source: Whatever ``hf_equissl.data.load_images`` reads: Hub id, parquet, image folder, stream, ...; or a set by
+            name, ``set:pets`` or ``set:pets=FOLDER``, with the splits, columns and metric of ``NAMED_SETS``.
         train_split: Split on which probes are fitted.
         test_split: Split on which they are judged; ``None``: the first of test, validation, val that exists, otherwise
             a tenth of the training split is held out.
         train_images: Use a fixed random subset of this size (of a stream: its first images); ``None``: all.
         test_images: The most images of each test set.
-        further_tests: More test sets, each a source, or a source and a split. Where both have class names, labels are
-            those of the training images' classes.
+        further_tests: More test sets, each a source, or a source and a split; also by name. Where both name classes,
+            labels are those of the training images' classes.
         subset_seed: Seed of the subsets and of what is held out.
         num_workers: Processes that decode; 0: this one.
         cache_bytes: Base images are kept in memory up to this size per split.
@@ -117,6 +121,12 @@ def load_evaluation_data(
     for named in further_tests:
         if len(named) not in (1, 2):
             raise ValueError(f"--further_test {' '.join(named)}: expected a source, or a source and a split.")
+    shared = {name: value for name, value in source_options.items() if name != "config_name"}
+    metric = "top1"
+    if is_named(source):
+        source, chosen = find_set(source, fitted=True)
+        metric, test_split = chosen.metric, test_split or chosen.test_split or None
+        source_options = chosen.columns() | source_options
     sources = load_splits(source, train_split, test_split, train_images, test_images, source_options, seed=subset_seed)
     _say_remarks(sources.remarks())
     options: dict[str, Any] = {
@@ -125,7 +135,6 @@ def load_evaluation_data(
         "max_bad_share": max_bad_share,
         "progress": progress,
     }
-    shared = {name: value for name, value in source_options.items() if name != "config_name"}
     others = tuple(
         _further_test(sources.train, *named, limit=test_images, subset_seed=subset_seed, load=shared, **options)
         for named in further_tests
@@ -135,6 +144,7 @@ def load_evaluation_data(
         image_set(sources.train, source, sources.train_split, train_images, subset_seed, **options),
         image_set(judged, source, sources.test_split, test_images, subset_seed, **options),
         others,
+        metric,
     )
 
 
@@ -153,6 +163,9 @@ def _further_test(
     Raises:
         ValueError: it cannot be read, or has a class that the training images do not have.
     """
+    if is_named(source):
+        source, chosen = find_set(source)
+        load, split = chosen.columns() | load, split or chosen.test_split or None
     named = load_test_split(source, "", split, load)
     images, split = named or (load_images(source, **load), "train")
     _say_remarks(list_remarks(images))

@@ -156,11 +156,12 @@ class LinearEvaluator(ClassificationEvaluator):
         train, labels = self.labelled_features(encoder, self.data.train, kinds)
         found = {}
         for name in kinds:
-            shift, scale = feature_statistics(train[name]) if self.standardize else (None, None)
-            inputs = train[name] if shift is None else (train[name] - shift) / scale
+            inputs, statistics = train[name], feature_statistics(train[name])
+            if self.standardize:
+                inputs = (inputs - statistics[0]) / statistics[1]
             for seed in seeds:
                 fitted = self._choose_and_fit(inputs, labels, self.data.num_classes, seed, encoder.device)
-                found[name, seed] = LinearProbe(*fitted, shift, scale)
+                found[name, seed] = LinearProbe(*fitted, *(statistics if self.standardize else ()))
         return found
 
     def _choose_and_fit(

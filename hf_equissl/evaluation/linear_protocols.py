@@ -117,7 +117,10 @@ class DINOv2LinearEvaluator(LinearEvaluator):
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Fit all kinds of features, choose one per seed, and judge it on every test set."""
         probes = self.fit(encoder, self.features, seeds)
-        chosen = [max(self.features, key=lambda name, seed=seed: probes[name, seed].held_out) for seed in seeds]
+        chosen = []
+        for seed in seeds:
+            scores = {name: probes[name, seed].held_out for name in self.features}
+            chosen.append(max(scores, key=scores.__getitem__))
         best = [probes[name, seed] for name, seed in zip(chosen, seeds, strict=True)]
         records = []
         for part in self.data.tests:

@@ -51,6 +51,7 @@ class Metric:
 
 
 TOP1 = Metric("top1", "%", digits=2, hub_type="accuracy")
+MEAN_PER_CLASS = Metric("mean_per_class", "%", digits=2)
 TOP5 = Metric("top5", "%", digits=2, hub_type="top5")
 R2 = Metric("r2", hub_type="r_squared")
 R2_SCALAR = Metric("r2_scalar")

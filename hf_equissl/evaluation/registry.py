@@ -8,6 +8,7 @@ from ..utils.coercion import check_arguments
 from ..utils.registry import Registry
 from ..utils.suggestions import check_known
 from .base import Evaluator
+from .corruptions import CorruptionsEvaluator
 from .data import EvaluationData
 from .effective_rank import EffectiveRankEvaluator
 from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
@@ -31,6 +32,7 @@ EVALUATORS = Registry(
         "linear": LinearEvaluator,
         "linear_ser": SERLinearEvaluator,
         "linear_dinov2": DINOv2LinearEvaluator,
+        "corruptions": CorruptionsEvaluator,
         "knn": KNNEvaluator,
         "effective_rank": EffectiveRankEvaluator,
     },

@@ -126,7 +126,8 @@ def test_equissl_slices(tmp_path: Path) -> None:
     model = EquiSSLModel(config).eval()
     model.save_pretrained(tmp_path)
     encoder = FrozenEncoder(tmp_path)
-    made = encoder.features(PIXELS, ("cls", "patches", "invariant", "equivariant"))
+    made = encoder.features(PIXELS, ("cls", "patches", "stem", "invariant", "equivariant"))
+    assert torch.equal(made["stem"], torch.cat([made["invariant"], made["equivariant"]], 1))
     with torch.no_grad():
         output = model(PIXELS)
     assert torch.allclose(made["cls"], output.last_hidden_state[:, 0], atol=1e-5)
