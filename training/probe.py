@@ -5,7 +5,16 @@ python training/probe.py --encoder PATH_OR_ID --data SOURCE --output_dir DIR   (
 
 from __future__ import annotations
 
-from hf_equissl.evaluation.cli import main
+from collections.abc import Sequence
+
+from hf_equissl.evaluation import cli
+from hf_equissl.hub.sie_predictor import load_sie_predictor
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line, which may load predictors out of pretraining states."""
+    cli.main(argv, load_predictor=load_sie_predictor)
+
 
 if __name__ == "__main__":
     main()

@@ -56,6 +56,10 @@ class FrozenEncoder:
         stem: [invariant ; equivariant].
         invariant_cls, invariant_patches, equivariant_cls, equivariant_patches: One half of these.
 
+    Attributes:
+        predictor: What predicts this encoder's embeddings of transformed images, where it was trained with such a thing
+            and it was loaded beside it; for evaluators that judge it.
+
     ``features`` and ``encode`` also give ``patch_tokens``, (B, N, D): the patch tokens after the final norm.
     """
 
@@ -112,6 +116,7 @@ class FrozenEncoder:
         self.image_size = _square(image_size or saved.get("image_size") or self._setting("image_size"))
         if image_size is not None:
             self._check_patches()
+        self.predictor: Any = None
         self._digest: tuple[tuple[int, ...], str] | None = None
         inputs = inspect.signature(self.module.forward).parameters
         self._inputs = set(inputs)

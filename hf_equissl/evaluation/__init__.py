@@ -21,8 +21,10 @@ from .named_sets import NAMED_SETS, NamedSet
 from .protocols import PROTOCOLS
 from .r2_plot import plot_r2
 from .registry import EVALUATORS, build_evaluator
+from .rendered_prediction import RenderedPredictionEvaluator
 from .report import markdown_table, plain_table
 from .results import ResultRecord, load_records, merge_records, save_records
+from .three_die_bench import RenderedClassEvaluator, RenderedPoseEvaluator
 from .transformation_regression import TransformationRegressionEvaluator
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
     "Metric",
     "NamedSet",
     "Plot",
+    "RenderedClassEvaluator",
+    "RenderedPoseEvaluator",
+    "RenderedPredictionEvaluator",
     "ResultRecord",
     "SERLinearEvaluator",
     "TransformationRegressionEvaluator",

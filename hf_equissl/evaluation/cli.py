@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ _DATA_OPTIONS = (
     MAX_BAD_SHARE,
     NUM_WORKERS,
 )
+_PREDICTOR = Option(
+    "--predictor",
+    "pretraining state of the encoder, a checkpoint or the published pretraining/, whose predictor is judged",
+    "PATH_OR_ID",
+    type=expand_home,
+)
 ENCODER_OPTIONS = (
     Option(
         "--image_size", "default: of the image processor beside the encoder, else of its config", "PIXELS", type=int
@@ -84,6 +90,7 @@ ENCODER_OPTIONS = (
         default="auto",
     ),
     Option("--batch_size", "images per pass; default: 256", "N", type=int),
+    _PREDICTOR,
     Option("--device", "cpu, cuda, cuda:1, ...; default: cuda if there is one, else cpu", "NAME"),
     REVISION,
     TRUST_REMOTE_CODE,
@@ -208,7 +215,16 @@ def open_encoders(sources: Sequence[str], **options: Any) -> list[FrozenEncoder]
     return [opened.get(source) or open_frozen(source, image_size=size, **options) for source in named]
 
 
-def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
+def _attach(encoders: Sequence[FrozenEncoder], source: str, load: Callable[[str], Any] | None) -> None:
+    """Give the one encoder its predictor."""
+    if len(encoders) != 1 or load is None:
+        raise ValueError(f"--predictor {source} belongs to one encoder, and {len(encoders)} were named.")
+    encoders[0].predictor = load(source)
+
+
+def run(
+    arguments: argparse.Namespace, command: str, load_predictor: Callable[[str], Any] | None = None
+) -> list[ResultRecord]:
     """Check everything, then measure every encoder; return the records."""
     folder = check_output_dir(arguments.output_dir)
     if (folder / TABLE).exists() and not (folder / RESULTS).exists():
@@ -221,7 +237,10 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     options = read_options(arguments, ENCODER_OPTIONS)
     if "device" in options:
         options["device"] = str(choose_device(options["device"]))
+    predictor = options.pop(_PREDICTOR.key, None)
     encoders = open_encoders(arguments.encoder, **options)
+    if predictor is not None:
+        _attach(encoders, predictor, load_predictor)
     say("\n".join(precision_lines(encoders[0].precision, encoders[0].device)))
     chosen = load_data(arguments)
     # The evaluators of every encoder are made first: what is wrong with the last one shows before the first one runs.
@@ -249,14 +268,19 @@ def run(arguments: argparse.Namespace, command: str) -> list[ResultRecord]:
     return merge_records(records)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; mistakes of the user end in one clear line and exit status 2."""
+def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any] | None = None) -> None:
+    """Run the command line; mistakes of the user end in one clear line and exit status 2.
+
+    Args:
+        argv: The words; default: those of the process.
+        load_predictor: Loads what ``--predictor`` names.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     log_plainly()
     command = typed_command("probe.py", argv)
     try:
-        records = run(arguments, command)
+        records = run(arguments, command, load_predictor)
     except (ValueError, OSError) as error:
         end_bars()
         parser.exit(2, f"probe.py: error: {error}\n")

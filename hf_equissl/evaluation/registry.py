@@ -17,7 +17,9 @@ from .lie_derivative import LieDerivativeEvaluator
 from .linear import LinearEvaluator
 from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
 from .protocols import PROTOCOLS
+from .rendered_prediction import RenderedPredictionEvaluator
 from .results import ResultRecord
+from .three_die_bench import RenderedClassEvaluator, RenderedPoseEvaluator
 from .transformation_regression import TransformationRegressionEvaluator
 
 # In the order of tables. ``@EVALUATORS.register("mine")`` adds one from anywhere.
@@ -35,6 +37,9 @@ EVALUATORS = Registry(
         "corruptions": CorruptionsEvaluator,
         "knn": KNNEvaluator,
         "effective_rank": EffectiveRankEvaluator,
+        "rendered_class": RenderedClassEvaluator,
+        "rendered_pose": RenderedPoseEvaluator,
+        "rendered_prediction": RenderedPredictionEvaluator,
     },
 )
 

@@ -46,11 +46,11 @@ def target_ranks(predictions: Tensor, views: Tensor, targets: Tensor) -> Tensor:
         targets: (n,), which of the V is the true one.
 
     Returns:
-        (n,) int64. Views as similar as the true one count as worse than it.
+        (n,) int64. Views as similar as the true one count as better than it: who makes all views alike finds none.
     """
     similarity = torch.einsum("nd,nvd->nv", F.normalize(predictions, dim=1), F.normalize(views, dim=2))
     own = similarity.gather(1, targets[:, None])
-    return (similarity > own).sum(1) + 1
+    return (similarity >= own).sum(1)
 
 
 def mean_reciprocal_rank(ranks: Tensor) -> float:

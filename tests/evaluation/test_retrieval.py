@@ -28,6 +28,7 @@ def test_ranks_hits_and_errors_by_hand() -> None:
     predictions = torch.tensor([[2.0, 0, 0, 0], [3.0, 1, 0.5, 0], [4.0, 3, 1, 2]])
     ranks = target_ranks(predictions, views, torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1, 2, 4]
+    assert target_ranks(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([0, 3])).tolist() == [5, 5]
     assert mean_reciprocal_rank(ranks) == pytest.approx((1 + 1 / 2 + 1 / 4) / 3)
     assert [hit_rate(ranks, k) for k in (1, 2, 5)] == pytest.approx([1 / 3, 2 / 3, 1])
     rotations = quaternions(torch.tensor([[0.0, 0, 0], [torch.pi, 0, 0], [torch.pi / 2, 0, 0], [0.3, 0.2, 0.1]]))
