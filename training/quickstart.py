@@ -40,7 +40,17 @@ RECIPE = SCRIPTS / "recipes" / "quickstart.yaml"
 STEPS = 600
 CROPS_PER_PHOTOGRAPH = 300
 TESTS = ("rotation", "color_jitter", "gaussian_blur", "translation")
-PROBE = ("--epochs", "12", "--num_draws", "4", "--seeds", "2")
+PROBE = (
+    "--evaluators",
+    "transformation_regression",
+    "effective_rank",
+    "--epochs",
+    "12",
+    "--num_draws",
+    "4",
+    "--seeds",
+    "2",
+)
 SETTINGS = "settings.json"
 # R2 of rotation with reconstruction by the number of steps (without it: 0.01), which says what fewer steps cost.
 ROTATION_R2 = {200: 0.01, 400: 0.69, 600: 0.78, 800: 0.88}
