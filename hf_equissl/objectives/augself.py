@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective, Reach
-from .heads import SyncBatchNorm1d
+from .heads import SyncBatchNorm1d, cls_after
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -101,13 +101,7 @@ class AugSelfObjective(Objective):
         self.strengths = (facts.strengths[0], facts.strengths[-1])
         self.turns = [number for number, name in enumerate(facts.parameter_names) if name.split("_")[-1] == TURNS]
         _check_views(facts, self.weights, bool(self.turns))
-        self.layer = None if layer == config.num_hidden_layers else layer
-        if layer is not None and 0 < layer <= config.cls_insertion_layer:
-            raise ValueError(
-                f"AugSelf reads CLS after block {layer}, and this encoder inserts it after block "
-                f"{config.cls_insertion_layer}. Read a later block, or lower model.cls_insertion_layer."
-            )
-        self.norm = nn.Identity() if self.layer is None else nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer, self.norm = cls_after(layer, config, "AugSelf")
         self.predictors = nn.ModuleDict(
             {name: _predictor(2 * config.hidden_size, hidden_size, WIDTHS[name]) for name in self.weights}
         )

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distributed.collectives import gather, world_size
-from ..modeling import EquiSSLStem
+from ..modeling import EquiSSLConfig, EquiSSLStem
 from .base import Features
 
-__all__ = ["Projector", "SyncBatchNorm1d", "linear_of_invariant", "off_diagonal"]
+__all__ = ["HyperPredictor", "Projector", "SyncBatchNorm1d", "cls_after", "linear_of_invariant", "off_diagonal"]
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
@@ -119,6 +119,59 @@ class Projector(nn.Sequential):
         layers.append(nn.Linear(in_features, out_features, bias=False))
         super().__init__(*layers, *([norm(out_features, affine=False)] if normalize else []))
         self.out_features = out_features
+
+
+class HyperPredictor(nn.Module):
+    """A linear map without bias whose d x d matrix is linear in a code c of the inputs: y = sum_k c_k W_k x.
+
+    The code is the input itself, or that behind two bias-free layers with ReLU as wide as it. The sum is taken before
+    the product, (W_1 ... W_q) (c kron x), so that no image has a matrix of its own in memory. Initialised as a linear
+    layer of this shape, with entries up to 1 / sqrt(q d). Those of the authors' ``nn.Linear(q, d * d)`` go up to
+    1 / sqrt(q), which makes predictions sqrt(d) times as large: the features of a small ViT then collapsed until the
+    maps had shrunk.
+
+    Args:
+        num_inputs: q.
+        size: d.
+        deep: Whether there are hidden layers.
+    """
+
+    def __init__(self, num_inputs: int, size: int, deep: bool = False) -> None:
+        super().__init__()
+        hidden = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
+        again = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
+        self.code = nn.Sequential(*hidden, *again)
+        self.maps = nn.Linear(num_inputs * size, size, bias=False)
+
+    def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """Map embeddings (B, d) by the matrices that belong to inputs (B, q): (B, d)."""
+        code = self.code(inputs)
+        return self.maps((code[:, :, None] * x[:, None, :]).flatten(1))
+
+
+def cls_after(layer: int | None, config: EquiSSLConfig, name: str) -> tuple[int | None, nn.Module]:
+    """Choose the block that an objective reads CLS after, and the norm that it reads it through.
+
+    Args:
+        layer: The block; ``None``, or the last one: behind the encoder's final norm.
+        config: The encoder's configuration.
+        name: The objective's, for the error.
+
+    Returns:
+        The block, ``None`` where it is the last one, and a LayerNorm of the objective's own, which changes nothing
+        behind the final norm.
+
+    Raises:
+        ValueError: CLS is not there yet.
+    """
+    if layer is None or layer == config.num_hidden_layers:
+        return None, nn.Identity()
+    if 0 < layer <= config.cls_insertion_layer:
+        raise ValueError(
+            f"{name} reads CLS after block {layer}, and this encoder inserts it after block "
+            f"{config.cls_insertion_layer}. Read a later block, or lower model.cls_insertion_layer."
+        )
+    return layer, nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:

@@ -7,19 +7,20 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from ..distributed.collectives import gather, rank, world_size
+from ..distributed.collectives import gather, world_size
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
+from .contrast import info_nce
 from .heads import Projector
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig, EquiSSLModel
     from ..views.base import Views
 
-__all__ = ["MoCoV3Objective", "contrastive_loss"]
+__all__ = ["MoCoV3Objective"]
 
 
 class MoCoV3Objective(Objective):
@@ -130,7 +131,7 @@ class MoCoV3Objective(Objective):
             keys = gather(F.normalize(k.float(), dim=-1)).unbind(dim=1)  # (M, d) each: one exchange for both views
         pairs = [(query, key) for query in range(len(q)) for key in (0, 1) if key != query]
         with torch.autocast(z.device.type, enabled=False):
-            terms = (contrastive_loss(q[query].float(), keys[key], self.temperature) for query, key in pairs)
+            terms = (info_nce(q[query].float(), keys[key], self.temperature) for query, key in pairs)
             losses, hits = zip(*terms, strict=True)
             loss = torch.stack(losses).sum()
         logs = {
@@ -151,20 +152,3 @@ class MoCoV3Objective(Objective):
 
 def _head(in_features: int, sizes: tuple[int, ...]) -> Projector:
     return Projector(in_features, sizes, bias=False, normalize=True, running_statistics=False)
-
-
-def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute InfoNCE times 2 tau, which keeps the gradient's scale where tau changes.
-
-    Args:
-        queries: (B, d), those of this process, of any length.
-        keys: (M, d), unit rows of all processes, ordered by rank: the key of each query, and its negatives.
-        temperature: tau.
-
-    Returns:
-        The mean over the queries, and the share of them whose own key is the nearest, detached.
-    """
-    logits = F.normalize(queries, dim=-1) @ keys.T / temperature  # (B, M)
-    own = rank() * len(queries) + torch.arange(len(queries), device=queries.device)
-    loss = 2 * temperature * F.cross_entropy(logits, own)
-    return loss, (logits.argmax(dim=1) == own).float().mean()

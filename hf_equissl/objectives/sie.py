@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..distributed.collectives import gather, world_size
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
-from .heads import Projector
+from .heads import HyperPredictor, Projector
 from .vicreg import covariance_term, variance_term
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..views.base import Views
     from ..views.facts import ViewFacts
 
-__all__ = ["HyperPredictor", "SIEObjective"]
+__all__ = ["SIEObjective"]
 
 logger = logging.get_logger(__name__)
 
@@ -178,34 +178,6 @@ class SIEObjective(Objective):
         logs["projection_std"] = torch.stack([z[:, -x.shape[1] :].detach().std(dim=0) for z in (all_x, all_y)]).mean()
         logs["mse_without_g"] = F.mse_loss(x.detach(), y.detach())
         return LossOutput(torch.stack(list(parts.values())).sum(), logs)
-
-
-class HyperPredictor(nn.Module):
-    """A linear map without bias whose d x d matrix is linear in a code c of the inputs: y = sum_k c_k W_k x.
-
-    The code is the input itself, or that behind two bias-free layers with ReLU as wide as it. The sum is taken before
-    the product, (W_1 ... W_q) (c kron x), so that no image has a matrix of its own in memory. Initialised as a linear
-    layer of this shape, with entries up to 1 / sqrt(q d). Those of the authors' ``nn.Linear(q, d * d)`` go up to
-    1 / sqrt(q), which makes predictions sqrt(d) times as large: the features of a small ViT then collapsed until the
-    maps had shrunk.
-
-    Args:
-        num_inputs: q.
-        size: d.
-        deep: Whether there are hidden layers.
-    """
-
-    def __init__(self, num_inputs: int, size: int, deep: bool = False) -> None:
-        super().__init__()
-        hidden = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
-        again = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
-        self.code = nn.Sequential(*hidden, *again)
-        self.maps = nn.Linear(num_inputs * size, size, bias=False)
-
-    def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """Map embeddings (B, d) by the matrices that belong to inputs (B, q): (B, d)."""
-        code = self.code(inputs)
-        return self.maps((code[:, :, None] * x[:, None, :]).flatten(1))
 
 
 def _check(config: EquiSSLConfig, facts: ViewFacts) -> None:

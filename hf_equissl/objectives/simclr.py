@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from ..distributed.collectives import gather, rank, world_size
+from ..distributed.collectives import world_size
 from .base import Features, LossOutput, Objective
+from .contrast import nt_xent
 from .heads import Projector
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
     from ..views.base import Views
 
-__all__ = ["SimCLRObjective", "nt_xent"]
+__all__ = ["SimCLRObjective"]
 
 
 class SimCLRObjective(Objective):
@@ -94,26 +93,3 @@ class SimCLRObjective(Objective):
                 f"SimCLR tells the images of a batch apart and needs at least 2, got {images * processes}. Raise "
                 "`per_device_train_batch_size` (gradient accumulation does not help) and drop the last batch."
             )
-
-
-def nt_xent(projections: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute NT-Xent of this process's views among those of all processes.
-
-    Args:
-        projections: (2, B, d), of any length.
-        temperature: tau.
-
-    Returns:
-        The mean over the 2 B own views, whose mean over processes is the loss of the whole batch; and the share of them
-        whose nearest view is that of the same image, detached.
-    """
-    images = projections.shape[1]
-    own = F.normalize(projections, dim=-1)
-    every = gather(own.transpose(0, 1)).transpose(0, 1)  # (2, M, d): one exchange for both views
-    count = every.shape[1]
-    logits = own.flatten(0, 1) @ every.flatten(0, 1).T / temperature  # (2 B, 2 M)
-    places = rank() * images + torch.arange(images, device=own.device)
-    itself = torch.cat([places, places + count])
-    other = torch.cat([places + count, places])
-    logits = logits.scatter(1, itself[:, None], -torch.inf)  # no view is compared with itself
-    return F.cross_entropy(logits, other), (logits.argmax(dim=1) == other).float().mean()

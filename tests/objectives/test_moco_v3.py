@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_equissl.objectives.moco_v3 import MoCoV3Objective, contrastive_loss
+from hf_equissl.objectives.contrast import info_nce
+from hf_equissl.objectives.moco_v3 import MoCoV3Objective
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.views.needs import Needs
 
@@ -79,7 +80,7 @@ def test_gradient_equals_central_differences_of_the_reference():
     queries, keys = rng.standard_normal((2, 5, 4))
     tensor = torch.tensor(queries, requires_grad=True)
     unit = torch.nn.functional.normalize(torch.tensor(keys), dim=1)
-    contrastive_loss(tensor, unit, 0.2)[0].backward()
+    info_nce(tensor, unit, 0.2)[0].backward()
     for entry in [(0, 0), (3, 2), (4, 3)]:
         step = np.zeros_like(queries)
         step[entry] = 1e-6
@@ -90,11 +91,11 @@ def test_gradient_equals_central_differences_of_the_reference():
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 def test_known_values_and_the_scale_that_the_temperature_leaves(temperature):
-    alike, _ = contrastive_loss(torch.ones(6, 3), torch.ones(6, 3) / 3**0.5, temperature)
+    alike, _ = info_nce(torch.ones(6, 3), torch.ones(6, 3) / 3**0.5, temperature)
     assert alike.item() == pytest.approx(2 * temperature * math.log(6))
     # Where the keys are alike but for one, what a query is drawn with is 2 (1 - p): no 1 / tau is left of it.
     keys, queries = torch.eye(4), torch.eye(4).roll(1, 0).requires_grad_(True)  # each at another's key
-    loss, accuracy = contrastive_loss(queries, keys, temperature)
+    loss, accuracy = info_nce(queries, keys, temperature)
     loss.backward()
     drawn = 2 / 4 * (1 - 1 / (3 + math.exp(1 / temperature)))
     assert -queries.grad[torch.arange(4), torch.arange(4)] == pytest.approx([drawn] * 4, rel=1e-5)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_equissl.objectives.sie import HyperPredictor, SIEObjective
+from hf_equissl.objectives.heads import HyperPredictor
+from hf_equissl.objectives.sie import SIEObjective
 from hf_equissl.objectives.vicreg import VICRegObjective
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import prepare

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_equissl.objectives.simclr import SimCLRObjective, nt_xent
+from hf_equissl.objectives.contrast import nt_xent
+from hf_equissl.objectives.simclr import SimCLRObjective
 from hf_equissl.views.needs import Needs
 
 from .helpers import encode, make_views, random_features, tiny_config, tiny_encoder
