@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 # Evaluation's usual margin: resize the shorter side to 256 and cut 224 out of the middle.
 CENTER_CROP_RESIZE = 256 / 224
 
-_RESAMPLING = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
+RESAMPLING = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
 
 
 def random_box(
@@ -58,6 +58,19 @@ def center_box(width: int, height: int, size: int) -> Box:
     return left, top, left + side, top + side
 
 
+def draw_box(width: int, height: int, size: int, spec: ViewSpec, rng: np.random.Generator) -> Box:
+    """Choose what a view of ``size`` pixels shows of an image, as its spec says; centre crops draw nothing."""
+    if spec.crop_scale is None:
+        return center_box(width, height, size)
+    return random_box(width, height, spec.crop_scale, spec.crop_ratio, rng)
+
+
+def as_fractions(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
+    """Express a box of an image as top, left, height, width in fractions of it."""
+    left, top, right, lower = box
+    return top / height, left / width, (lower - top) / height, (right - left) / width
+
+
 def crop_views(
     images: Sequence[Image.Image], specs: tuple[ViewSpec, ...], size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -75,13 +88,8 @@ def crop_views(
     pixels = np.empty((len(specs), size, size, 3), dtype=np.uint8)
     boxes = np.empty((len(specs), 4), dtype=np.float32)
     for number, (image, spec) in enumerate(zip(images, specs, strict=True)):
-        width, height = image.size
-        if spec.crop_scale is None:
-            box = center_box(width, height, size)
-        else:
-            box = random_box(width, height, spec.crop_scale, spec.crop_ratio, rng)
-        left, top, right, lower = box
-        boxes[number] = (top / height, left / width, (lower - top) / height, (right - left) / width)
+        box = draw_box(*image.size, size, spec, rng)
+        boxes[number] = as_fractions(box, *image.size)
         # resize(box=...) reads the pixels around the box for the filter's support, and copies nothing first.
-        pixels[number] = np.asarray(image.resize((size, size), _RESAMPLING[spec.interpolation], box=box))
+        pixels[number] = np.asarray(image.resize((size, size), RESAMPLING[spec.interpolation], box=box))
     return pixels, boxes

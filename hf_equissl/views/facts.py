@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import numpy as np
+import torch
+
+from .augmentation import VIEW_DRAWS, read_draws
 from .base import TransformationFamily
+from .cropping import as_fractions, draw_box
 from .view_specs import PipelineSpec
 
 __all__ = ["ViewFacts"]
 
 _STRENGTHS = ("brightness", "contrast", "saturation", "hue", "solarize_threshold")
 _PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize")
+_BOX = ("top", "left", "height", "width")
+# Draws per view behind means and deviations, of boxes in square images of that side.
+SAMPLES, SIDE = 2048, 256
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,17 @@ class ViewFacts:
             and its ``solarize_threshold`` (``ViewSpec``).
         num_classes: Classes of the data set; ``None`` where they were not counted.
         same_base: Whether g is all that tells two global views of an image apart: no view is cropped or coloured.
+        means, deviations: Mean and standard deviation, over the global views, of what the augmentation pipeline draws,
+            by its name in ``Views.photometric``; of ``crop_boxes`` as ``top``, ``left``, ``height`` and ``width``.
+            Estimated from draws of the pipeline, of crops in square images: the same in each process and each run.
     """
 
     parameter_names: tuple[str, ...] = ()
     strengths: tuple[Mapping[str, float], ...] = ()
     num_classes: int | None = None
     same_base: bool = False
+    means: Mapping[str, float] = field(default_factory=dict)
+    deviations: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: PipelineSpec, family: TransformationFamily | None, num_classes: int | None = None) -> Self:
@@ -39,11 +52,14 @@ class ViewFacts:
             view.crop_scale is not None or any(getattr(view, f"{name}_probability") for name in _PROBABILITIES)
             for view in spec.views
         )
+        drawn = _draw(spec)
         return cls(
             parameter_names=() if family is None else tuple(family.parameter_names),
             strengths=tuple({name: getattr(view, name) for name in _STRENGTHS} for view in spec.views),
             num_classes=num_classes,
             same_base=not any(changed),
+            means={name: round(float(values.mean()), 6) for name, values in drawn.items()},
+            deviations={name: round(float(values.std()), 6) for name, values in drawn.items()},
         )
 
     @classmethod
@@ -55,3 +71,15 @@ class ViewFacts:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by name."""
         return asdict(self)
+
+
+def _draw(spec: PipelineSpec) -> dict[str, np.ndarray]:
+    """Draw what a pipeline draws of its global views for ``SAMPLES`` images: name -> (views * samples,)."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for view in spec.views:
+        uniform = torch.from_numpy(rng.random((SAMPLES, len(VIEW_DRAWS)), dtype=np.float32))
+        boxes = [as_fractions(draw_box(SIDE, SIDE, SIDE, view, rng), SIDE, SIDE) for _ in range(SAMPLES)]
+        drawn = {name: values.numpy() for name, values in read_draws(uniform, view).items()}
+        parts.append({**dict(zip(_BOX, np.array(boxes).T, strict=True)), **drawn})
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}

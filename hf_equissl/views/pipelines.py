@@ -194,10 +194,10 @@ class ViewPipeline:
 
         Returns:
             Normalised fp32 views on the batch's device. ``photometric`` holds, each (V, B): ``flip``,
-            ``jitter_applied``, ``grayscale``, ``solarize`` (bool); the factors ``brightness``, ``contrast``,
-            ``saturation`` (1 where jitter was skipped), ``hue`` in turns (0 where skipped); ``blur_sigma`` in pixels
-            (0 where skipped). ``crop_boxes`` are those of the stored image: where ``flip`` is set, a box's x runs from
-            right to left in the view.
+            ``jitter_applied``, ``grayscale``, ``blur_applied``, ``solarize`` (bool); the factors ``brightness``,
+            ``contrast``, ``saturation`` (1 where jitter was skipped), ``hue`` in turns (0 where skipped);
+            ``blur_sigma`` in pixels (0 where skipped). ``crop_boxes`` are those of the stored image: where ``flip`` is
+            set, a box's x runs from right to left in the view.
 
         Raises:
             ValueError: The batch was cropped for another pipeline.

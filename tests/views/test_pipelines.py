@@ -151,7 +151,7 @@ def test_shapes_and_reported_draws() -> None:
     assert views.crop_boxes.shape == (2, 8, 4)
     assert views.labels.tolist() == [number % 3 for number in range(8)]
     names = {"flip", "jitter_applied", "brightness", "contrast", "saturation", "hue", "grayscale", "solarize"}
-    assert set(views.photometric) == names | {"blur_sigma"}
+    assert set(views.photometric) == names | {"blur_applied", "blur_sigma"}
     assert all(value.shape == (2, 8) for value in views.photometric.values())
 
 
