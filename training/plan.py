@@ -57,7 +57,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import report
     from hf_equissl.planning.cluster import Cluster, Planner, Speed, parse_engine
     from hf_equissl.planning.optimizer_memory import optimizer_memory
-    from hf_equissl.planning.step import smallest_batch
+    from hf_equissl.planning.step import batch_multiple, smallest_batch
     from hf_equissl.running.run import prepare
 
     names = ("gpus", "gpus_per_node", "memory", "reserve", "link", "network", "host_link")
@@ -67,7 +67,8 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         parse_engine(options.engine)
     run = prepare(load_recipe(options.recipe, overrides), None, processes=cluster.gpus, dry=True)
     smallest = smallest_batch(run.config, cluster.gpus, run.plan.per_device)
-    planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), optimizer_memory(run.args), smallest)
+    multiple = batch_multiple(run.config)
+    planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), optimizer_memory(run.args), smallest, multiple)
     plans = [planner.plan(name, exact=options.engine is not None) for name in _engines(options, cluster.gpus)]
     if options.json:
         say(json.dumps(report.plan_data(run.recipe.name, planner, plans, run.args.precision), indent=2))

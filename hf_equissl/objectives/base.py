@@ -164,6 +164,7 @@ class Objective(nn.Module, ABC):
         purpose: What it asks of the features, as a sentence for cards.
         reads_num_classes: Whether the constructor needs ``facts.num_classes``: the data set is then opened before the
             model is built, and cards say that the encoder was told the classes.
+        batch_multiple: Images of one process come in multiples of this.
         exports: Whose weights are the result where this is the invariance objective and there is a teacher.
         decoder_config: Set by an objective that owns a ``decoder``: the encoder's config with the decoder's fields. The
             decoder of the first such objective is exported with the encoder.
@@ -171,6 +172,7 @@ class Objective(nn.Module, ABC):
 
     citation: ClassVar[str]
     reads_num_classes: ClassVar[bool] = False
+    batch_multiple: ClassVar[int] = 1
     exports: ClassVar[Literal["teacher", "student"]] = "teacher"
     decoder_config: EquiSSLConfig | None = None
     purpose: ClassVar[str] = ""

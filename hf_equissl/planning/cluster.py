@@ -218,6 +218,7 @@ class Planner:
         speed: What a device is assumed to do.
         optimizer: What the optimizer takes.
         smallest: Smallest batch per device that the objectives accept.
+        multiple: Batches per device are multiples of this, and ``smallest`` is one.
     """
 
     measure: Callable[[int], Cost]
@@ -226,6 +227,7 @@ class Planner:
     speed: Speed
     optimizer: OptimizerMemory = ADAMW
     smallest: int = 1
+    multiple: int = 1
     _costs: dict[int, Cost] = field(default_factory=dict)
 
     def cost(self, batch: int) -> Cost:
@@ -268,22 +270,23 @@ class Planner:
         measured batches gives the answer. Where that lies far from both, it is measured too and the line moved; if
         ``exact``, always, until it fits and one image more would not.
         """
-        low, high = self.smallest - 1, LARGEST_BATCH + 1  # fits, or is no batch; does not fit
-        second = max(self.smallest + 1, 3, self.schedule.per_device)
-        self.cost(max(self.smallest, 2, self.schedule.per_device // 2)), self.cost(second)
+        step = self.multiple
+        low, high = self.smallest - step, LARGEST_BATCH // step * step + step  # fits, or is no batch; does not fit
+        first, second = max(self.smallest, 2, self.schedule.per_device // 2), max(self.smallest + 1, 3)
+        self.cost(-(-first // step) * step), self.cost(max(-(-second // step) * step, self.schedule.per_device))
         guess = self.schedule.per_device
-        while high - low > 1:
+        while high - low > step:
             line = self._line(setup, guess)
-            guess = min(max(int(line.at(self.cluster.usable)), low + 1), high - 1)
+            guess = min(max(int(line.at(self.cluster.usable)) // step * step, low + step), high - step)
             if not exact and min(abs(batch - guess) for batch in self._costs) <= NEAR * guess:
-                low = max(low, int(self._line(setup, guess).at(self.cluster.usable)))
+                low = max(low, int(self._line(setup, guess).at(self.cluster.usable)) // step * step)
                 break
             held = peak(self.cost(guess), setup).total
             if held > self.cluster.usable:
                 high = guess
             else:
                 low = guess
-                if held + line.slope > self.cluster.usable:
+                if held + step * line.slope > self.cluster.usable:
                     break
         return low if low >= self.smallest else 0
 

@@ -129,9 +129,9 @@ def advice(plans: list[EnginePlan], planner: Planner, recipe_batch: int) -> list
         if recipe_batch % devices:
             return [*lines, f"{text} does not divide into {devices} devices"]
         share = recipe_batch // devices
-        if share < planner.smallest:
-            needed = f"the objectives need {planner.smallest}"
-            return [*lines, f"{text} leaves {share} for each of {devices} devices: {needed}"]
+        if share < planner.smallest or share % planner.multiple:
+            needed = f"{planner.smallest}" + (f", or a multiple of {planner.multiple}" if planner.multiple > 1 else "")
+            return [*lines, f"{text} leaves {share} for each of {devices} devices: the objectives need {needed}"]
         steps = accumulation_steps(share, best, planner)
         if steps is None:
             return [*lines, f"{text} does not fit under {best.name}, with gradient accumulation neither"]
@@ -158,7 +158,7 @@ def accumulation_steps(share: int, plan: EnginePlan, planner: Planner) -> int | 
         return 1
     most = largest(accumulating=True)
     fitting = (n for n in range(2, share + 1) if share % n == 0 and planner.smallest <= share // n <= most)
-    return next(fitting, None)
+    return next((n for n in fitting if share // n % planner.multiple == 0), None)
 
 
 def as_data(plan: EnginePlan, schedule: Schedule, cluster: Cluster) -> dict[str, Any]:

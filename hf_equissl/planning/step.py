@@ -6,6 +6,7 @@ code that trains, and a large model at a large batch takes seconds on any machin
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) 
             continue
         return images
     return most
+
+
+def batch_multiple(config: EquiSSLPreTrainingConfig) -> int:
+    """Find the number of which the objectives accept multiples alone, as images per device."""
+    _, model = without_weights(config)
+    return math.lcm(*(objective.batch_multiple for objective in model.objectives()))
 
 
 def check_step(config: EquiSSLPreTrainingConfig, views: Views, processes: int = 1) -> None:

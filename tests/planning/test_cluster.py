@@ -70,6 +70,21 @@ def test_batches_that_the_objectives_refuse_are_not_tried() -> None:
     assert "none" in "\n".join(none)
 
 
+def test_batches_between_multiples_are_not_tried() -> None:
+    def pairs(batch: int) -> Cost:
+        assert batch % 2 == 0
+        return cost(batch)
+
+    for memory in (0.05, 0.3, 3.0, 10.0, 400.0):
+        single, double = planner(memory=memory), replace(planner(memory=memory), measure=pairs, smallest=2, multiple=2)
+        one, two = (plans.largest_batch(Setup(Engine.DDP, 8), exact=True) for plans in (single, double))
+        assert two == one - one % 2
+        assert double.largest_batch(Setup(Engine.DDP, 8), exact=False) % 2 == 0
+    plans = replace(planner(memory=5.0), smallest=2, multiple=2)
+    odd = advice([plans.plan("ddp")] * 2, plans, recipe_batch=24)[-1]
+    assert "leaves 3 for each of 8 devices: the objectives need 2, or a multiple of 2" in odd
+
+
 def test_a_step_waits_for_arithmetic_or_for_the_exchange() -> None:
     plan = planner().plan("ddp")
     assert plan.compute == pytest.approx(32 * 1.1e9 / 0.5e12)  # 1.1 GFLOP an image
