@@ -21,6 +21,7 @@ from .reconstruction import ReconstructionObjective
 from .ser import SERObjective
 from .sie import SIEObjective
 from .simclr import SimCLRObjective
+from .stl import STLObjective
 from .supervised import SupervisedObjective
 from .vicreg import VICRegObjective
 
@@ -47,6 +48,7 @@ __all__ = [
     "ReconstructionObjective",
     "SERObjective",
     "SIEObjective",
+    "STLObjective",
     "SimCLRObjective",
     "SupervisedObjective",
     "VICRegObjective",
@@ -81,6 +83,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
         "reconstruction": ReconstructionObjective,
         "ser": SERObjective,
         "sie": SIEObjective,
+        "stl": STLObjective,
     },
 )
 # Parameters of constructors that the library fills in: no recipe may give them.
