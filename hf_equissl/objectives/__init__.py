@@ -13,6 +13,7 @@ from .base import Features, LossOutput, Objective, Reach
 from .cross_attention_reconstruction import CrossAttentionReconstructionObjective
 from .dino import DINOObjective
 from .dinov2 import DINOv2Objective
+from .equimod import EquiModObjective
 from .essl import ESSLObjective
 from .ibot import IBOTObjective
 from .moco_v3 import MoCoV3Objective
@@ -38,6 +39,7 @@ __all__ = [
     "DINOObjective",
     "DINOv2Objective",
     "ESSLObjective",
+    "EquiModObjective",
     "Features",
     "IBOTObjective",
     "LossOutput",
@@ -79,6 +81,7 @@ EQUIVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     {
         "augself": AugSelfObjective,
         "cross_attention_reconstruction": CrossAttentionReconstructionObjective,
+        "equimod": EquiModObjective,
         "essl": ESSLObjective,
         "reconstruction": ReconstructionObjective,
         "ser": SERObjective,
