@@ -183,7 +183,8 @@ def _open_objects(
         raise ImageSourceError(f"{source}: rendered objects are read by their number. Leave out streaming.")
     wanted, names = _canonical_split(source, options["split"], files)
     rows = _take(source, wanted, open_renders(path, files, names))
-    return Opened(rows, path, pairs=find_rendered_pairs(path, rows[0]["image"], source))
+    pairs = find_rendered_pairs(path, rows[0]["image"], source) if len(rows) else None
+    return Opened(rows, path, pairs=pairs)
 
 
 def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:

@@ -34,7 +34,7 @@ class GivenFamily(TransformationFamily):
     from_data: ClassVar[bool] = True
 
     def __init__(self, parameters: Sequence[str], ranges: Sequence[tuple[float, float]] | None = None) -> None:
-        self.parameter_names = tuple(parameters)
+        self.parameters = self.parameter_names = tuple(parameters)  # the first for descriptions, as an argument
         if not self.parameter_names or (ranges is not None and len(ranges) != len(self.parameter_names)):
             raise ValueError(
                 f"parameters are {list(parameters)} and ranges {ranges}: expected names, and one range for each."

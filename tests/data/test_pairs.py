@@ -92,6 +92,8 @@ def test_splits_subsets_and_single_images(rendered: Path) -> None:
     assert [info.width for info in part.check()] == [48] * 3  # probes see the first render of each object
     with pytest.raises(ImageSourceError, match=r"no split 'test'\. Splits: train, validation"):
         load_images(rendered, split="test")
+    with pytest.raises(ImageSourceError, match="holds no rows"):
+        load_images(rendered, split="train[:0]")
     with pytest.raises(ImageSourceError, match="Leave out streaming"):
         load_images(rendered, streaming=True)
 

@@ -18,7 +18,7 @@ from hf_equissl.running.run import Run, build_training, prepare
 from hf_equissl.utils.suggestions import RecipeError
 from hf_equissl.views import TRANSFORMATIONS, RotationFamily
 
-from .helpers import own
+from .helpers import own, tiny_objective
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 # Drop path draws from the generator of PyTorch, which a resumed run has to find where it was.
@@ -39,8 +39,7 @@ TRAINING = {
     "use_cpu": True,
 }
 PAIRS = [(base, term) for base in sorted(INVARIANCE_OBJECTIVES) for term in sorted(EQUIVARIANCE_OBJECTIVES)]
-# Pairs that contradict each other, and what the refusal says.
-CONTRADICTIONS: dict[tuple[str, str], str] = {}
+MULTI_CROP = [base for base in INVARIANCE_OBJECTIVES if tiny_objective("invariance", base).needs.local_crops]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +65,22 @@ def entry(name: str) -> dict[str, Any]:
     return {"name": name, **own(name, "SMALL", {})}
 
 
-def recipe(base: str, *terms: str, data: Path | None = None, **sections: Mapping[str, Any]) -> Recipe:
-    """Small models on small pictures; ``sections`` replace those of the same name, key by key."""
+def recipe(
+    base: str, term: str | None, data: Path, options: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]
+) -> Recipe:
+    """Small models on small pictures.
+
+    Args:
+        base, term: The objectives.
+        data: Pictures.
+        options: Of ``term``, over those of small heads.
+        sections: What replaces values of the recipe's sections, key by key.
+    """
     raw: dict[str, Any] = {
         "model": MODEL,
-        "objectives": {"invariance": entry(base), "equivariance": [entry(term) for term in terms]},
+        "objectives": {"invariance": entry(base), "equivariance": [{**entry(term), **(options or {})}] if term else []},
         "views": VIEWS,
-        "data": {} if data is None else {"source": str(data)},
+        "data": {"source": str(data)},
         "training": TRAINING,
     }
     return Recipe.from_dict({key: {**value, **sections.get(key, {})} for key, value in raw.items()})
@@ -92,12 +100,9 @@ def copy_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("base", "term"), PAIRS, ids=[f"{base}-{term}" for base, term in PAIRS])
 def test_it_trains_and_a_resumed_run_is_the_unbroken_one(base: str, term: str, labelled: Path, tmp_path: Path) -> None:
-    if (reason := CONTRADICTIONS.get((base, term))) is not None:
-        with pytest.raises(RecipeError, match=reason):
-            prepare(recipe(base, term, data=labelled), tmp_path)
-        return
     # As of a dry run with data: the step on fake tensors that others take is longer than the real ones.
-    run = prepare(recipe(base, term, data=labelled), tmp_path, dry=True)
+    options = own(term, "BESIDE_LOCAL_CROPS", {}) if base in MULTI_CROP else {}
+    run = prepare(recipe(base, term, data=labelled, options=options), tmp_path, dry=True)
     (before, after), logs = train(run)
     assert len(logs) == 3
     for log in logs:
@@ -123,13 +128,13 @@ REST = {"per_device_train_batch_size": 31, "dataloader_drop_last": False}
 CENTER = {"pipeline": {"name": "center"}}
 WITHOUT_G = {"transformation": None}
 GIVEN = {"transformation": {"name": "given", "parameters": ["angle"]}}
-# What was asked for cannot be had: base, equivariance objective, sections of the recipe, what the one sentence says.
+# What cannot be had: base, equivariance objective, its options or sections of the recipe, what the one sentence says.
 REFUSED: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "local crops": ("dino", "sie", {"views": {"pipeline": {"name": "vicreg"}}}, "asks for local crops"),
     "masks": ("ibot", "sie", {"views": {"pipeline": {"name": "dino"}}}, "asks for masks"),
     "mask token": ("ibot", None, {"model": {"use_mask_token": False}}, "ibot masks patches"),
     "labels": ("supervised", "sie", {}, "needs the class of every image"),
-    "layer": ("vicreg", "augself", {"objectives": {"layer": 3}}, "after block 3.* blocks 1 to 2"),
+    "layer": ("vicreg", "augself", {"options": {"layer": 3}}, "after block 3.* blocks 1 to 2"),
     "differences": ("vicreg", "augself", {"views": CENTER}, "AugSelf"),
     "parameters": ("vicreg", "sie", {"views": WITHOUT_G}, "the parameters of g, and there are none"),
     "no parameters": ("vicreg", "sie", {"views": {"transformation": {"name": "untold"}}}, "of g, and there are none"),
@@ -139,6 +144,7 @@ REFUSED: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "latents": ("vicreg", "sie", {"views": GIVEN}, "has single images"),
     "equivariant part": ("vicreg", "reconstruction", {"model": NO_STEM}, "this encoder has none"),
     "batch": ("vicreg", "sie", {"training": {"per_device_train_batch_size": 1}}, "at least 2 images, got 1"),
+    "joining crops": ("dino", "ser", {}, "'dinov2' makes 4 .* each needs one"),
     "last batch": ("vicreg", "sie", {"training": REST}, "32 images modulo 31 = 1"),
 }  # fmt: skip
 
@@ -154,9 +160,7 @@ def test_what_cannot_be_is_refused_in_one_sentence_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(TRANSFORMATIONS, "untold", NoParameters)
-    if options := sections.get("objectives"):
-        sections = {**sections, "objectives": {"equivariance": [{**entry(str(term)), **options}]}}
     with pytest.raises(RecipeError, match=message) as caught:
-        prepare(recipe(base, *([term] if term else []), data=photo_folder, **sections), tmp_path / "run")
+        prepare(recipe(base, term, photo_folder, **sections), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("run/checkpoint-*"))
