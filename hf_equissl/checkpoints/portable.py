@@ -75,7 +75,7 @@ class PortableStates(WholeCheckpoints):
                 write_shards(folder / OPTIMIZER_SHARDS, tensors)
         else:
             saved["state"] = {
-                name: {key: _whole(value, keep=self.args.should_save) for key, value in state.items()}
+                name: {key: _gather_whole(value, keep=self.args.should_save) for key, value in state.items()}
                 for name, state in saved["state"].items()
             }
         if self.args.should_save:
@@ -88,8 +88,8 @@ class PortableStates(WholeCheckpoints):
         """Save as the parent does, without letting the others wait for a process that cannot write."""
         engine = cast(Any, self.model_wrapped)
         with (
-            _shielded(engine.checkpoint_engine, "save", self.writing),
-            _shielded(engine, "_copy_recovery_script", self.writing),
+            _shield(engine.checkpoint_engine, "save", self.writing),
+            _shield(engine, "_copy_recovery_script", self.writing),
         ):
             engine.save_checkpoint(str(folder), save_latest=False)
         if self.args.should_save:
@@ -101,7 +101,7 @@ class PortableStates(WholeCheckpoints):
     def _named_optimizer_state(self) -> dict[str, Any]:
         """Make the optimizer's ``state_dict`` with names in place of numbers."""
         names = [name for group in self._parameter_names() for name in group]
-        packed = self._plain_optimizer().state_dict()
+        packed = self._unwrap_optimizer().state_dict()
         return {
             "state": {names[number]: dict(state) for number, state in packed["state"].items()},
             "param_groups": [
@@ -156,7 +156,7 @@ class PortableStates(WholeCheckpoints):
             )
         groups = [{**theirs[frozenset(group)], "params": [numbers[name] for name in group]} for group in ours]
         state = {numbers[name]: values for name, values in saved["state"].items()}
-        self._plain_optimizer().load_state_dict({"state": state, "param_groups": groups})
+        self._unwrap_optimizer().load_state_dict({"state": state, "param_groups": groups})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or Manifest.read(checkpoint).world_size == self.args.world_size:
@@ -168,17 +168,17 @@ class PortableStates(WholeCheckpoints):
 
     # ---- names ----
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
+    def _unwrap_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _parameter_names(self) -> list[list[str]]:
         """List the names of the parameters in each of the optimizer's groups."""
         names = {id(p): plain_name(name) for name, p in cast(nn.Module, self.model).named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self._plain_optimizer().param_groups]
+        return [[names[id(p)] for p in group["params"]] for group in self._unwrap_optimizer().param_groups]
 
 
 @contextmanager
-def _shielded(owner: Any, name: str, shield: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def _shield(owner: Any, name: str, shield: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Let a method of ``owner`` run within ``shield`` for the time of the block."""
     method = getattr(owner, name)
 
@@ -228,7 +228,7 @@ def _read_states(folder: Path, states: dict[str, dict[str, Any]], parameters: di
         states.setdefault(parameter_name, {})[key] = tensor
 
 
-def _whole(value: Any, keep: bool) -> Any:
+def _gather_whole(value: Any, keep: bool) -> Any:
     """Gather a whole tensor on the CPU of the process that writes it; the others only take part."""
     if isinstance(value, DTensor):
         value = value.full_tensor()

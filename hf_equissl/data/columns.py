@@ -80,8 +80,8 @@ def find_image_column(
     tests: tuple[Callable[[str], bool], ...] = (
         lambda name: isinstance(features[name], datasets.Image),
         lambda name: isinstance(features[name], dict) and {"bytes", "path"} <= set(features[name]),
-        lambda name: _mostly(_begins_like_an_image, rows, name),
-        lambda name: _mostly(_ends_like_an_image, rows, name),
+        lambda name: _most_pass(_begins_like_an_image, rows, name),
+        lambda name: _most_pass(_ends_like_an_image, rows, name),
     )
     for test in tests:
         found = [name for name in features if test(name)]
@@ -142,13 +142,13 @@ def _can_hold_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and bool({"bytes", "path"} & set(feature)))
 
 
-def _mostly(test: Callable[[Any], bool], rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+def _most_pass(test: Callable[[Any], bool], rows: Sequence[Mapping[str, Any]], column: str) -> bool:
     """Whether more than half of a column's values, but for missing ones, pass a test."""
-    values = [value for row in rows if (value := _stored(row.get(column)))]
+    values = [value for row in rows if (value := _unwrap(row.get(column)))]
     return 2 * sum(map(test, values)) > len(values)
 
 
-def _stored(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     """The bytes or the path of a struct; what is no struct as it is."""
     return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .depth import as_bytes, read_planes, to_eight_bits, wide_values
+from .depth import as_bytes, read_planes, read_wide_values, to_eight_bits
 from .errors import ImageDecodeError
-from .metadata import bands_of, transposition_of, without_metadata
+from .metadata import count_bands, find_transposition, strip_metadata
 
 __all__ = [
     "AS_STORED",
@@ -26,9 +26,9 @@ __all__ = [
     "Decoding",
     "ImageDecodeError",
     "decode_image",
+    "find_used_range",
     "open_image",
     "read_file",
-    "used_range",
 ]
 
 # Pillow's own limit, above which it takes a file for an attack. Nothing decodes more unless it is asked to.
@@ -110,7 +110,7 @@ def decode_image(data: Any, decoding: Decoding = AS_STORED) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken header led them into.
-        bare = without_metadata(data) if isinstance(data, bytes) else None
+        bare = strip_metadata(data) if isinstance(data, bytes) else None
         if bare is not None:
             try:
                 return _decode(bare, decoding)
@@ -158,7 +158,7 @@ def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, float] | None:
+def find_used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, float] | None:
     """Find the smallest and the largest stored value of an image of integers of 16 bits per band; ``None`` of others.
 
     Raises:
@@ -168,7 +168,7 @@ def used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, floa
         image = open_image(data, decoding.max_pixels)
         values = read_planes(image, data)
         if values is None:
-            values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+            values = read_wide_values(image, lambda: open_image(data, decoding.max_pixels))
         elif image.mode in ("RGBA", "RGBa"):
             values = values[..., :3]
     except (ImageDecodeError, MemoryError):
@@ -223,14 +223,14 @@ def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image
     planes = read_planes(image, data)
     values = None
     if planes is not None:
-        transposition = transposition_of(image)  # before pixels are decoded, which would turn those of TIFF
+        transposition = find_transposition(image)  # before pixels are decoded, which would turn those of TIFF
         image = _from_planes(image.mode, planes, decoding)
     else:
         if decoding.value_range != "full" and not isinstance(data, np.ndarray):
-            values = wide_values(image, lambda: open_image(data, decoding.max_pixels))
+            values = read_wide_values(image, lambda: open_image(data, decoding.max_pixels))
         image.load()
-        transposition = transposition_of(image)
-    rgb = _to_rgb(image if values is None else _recoloured(image, to_eight_bits(values, decoding.value_range)))
+        transposition = find_transposition(image)
+    rgb = _to_rgb(image if values is None else _recolour(image, to_eight_bits(values, decoding.value_range)))
     return rgb if transposition is None else rgb.transpose(transposition)
 
 
@@ -252,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _recoloured(image: Image.Image, pixels: np.ndarray) -> Image.Image:
+def _recolour(image: Image.Image, pixels: np.ndarray) -> Image.Image:
     """Other colours, uint8 (H, W) or (H, W, 3), behind the transparency of an image."""
     coloured = Image.fromarray(pixels).convert("RGB")
     if image.mode == "RGBA":
@@ -305,7 +305,7 @@ def _why_unknown(data: bytes) -> str:
         return "a PostScript file (EPS): these are programs, and are not run. Save it as PNG or JPEG"
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and "HEIF" not in _formats():
         return "a HEIF (HEIC) image, which Pillow reads with pillow-heif: pip install 'hf-equissl[heif]'"
-    bands = bands_of(data)
+    bands = count_bands(data)
     if bands is not None and bands[0] not in (1, 3):
         return (
             f"a TIFF file of {bands[0]} bands of {bands[1]} bits; images are grey or RGB. Choose three of its bands "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from .metadata import one_plane
+from .metadata import extract_plane
 
 _PLANAR_CONFIGURATION, _BITS_PER_SAMPLE = 284, 258
 _SEPARATE_PLANES = 2
@@ -33,11 +33,13 @@ def read_planes(image: Image.Image, content: Any) -> np.ndarray | None:
     tags: Any = image.tag_v2
     if tags.get(_PLANAR_CONFIGURATION) != _SEPARATE_PLANES or set(tags.get(_BITS_PER_SAMPLE, ())) != {16}:
         return None
-    planes = [one_plane(content, number) for number in range(len(image.getbands()))]
-    return np.stack([_native(np.asarray(Image.open(io.BytesIO(plane), formats=["TIFF"]))) for plane in planes], axis=-1)
+    planes = [extract_plane(content, number) for number in range(len(image.getbands()))]
+    return np.stack(
+        [_to_native_order(np.asarray(Image.open(io.BytesIO(plane), formats=["TIFF"]))) for plane in planes], axis=-1
+    )
 
 
-def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
+def read_wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
     """Read the stored values of an image of more than 8 bits per band, as numbers in the machine's byte order.
 
     Pillow keeps the high byte of the bands of colour images. The low one is read from the same file once more.
@@ -50,16 +52,16 @@ def wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.nda
         (H, W) of a grey image, (H, W, 3) of a coloured one; ``None`` where there are no more than 8 bits.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _native(np.asarray(image))
+        return _to_native_order(np.asarray(image))
     tiles: Any = getattr(image, "tile", ())
     if image.mode not in ("RGB", "RGBA", "RGBX") or not any(";16" in _layout(tile) for tile in tiles):
         return None
     again: Any = reopen()
     if _layout(tiles[0]).startswith("LA"):  # grey with transparency: four bytes, as those of 8-bit RGBA
-        again.tile = [_with_layout(tile, "RGBA") for tile in again.tile]
+        again.tile = [_replace_layout(tile, "RGBA") for tile in again.tile]
         high, low = np.asarray(again)[..., :2].astype(np.uint16).transpose(2, 0, 1)
     else:
-        again.tile = [_with_other_byte(tile) for tile in again.tile]
+        again.tile = [_choose_other_byte(tile) for tile in again.tile]
         high, low = (np.asarray(each)[..., :3].astype(np.uint16) for each in (image, again))
     return high << 8 | low
 
@@ -107,15 +109,15 @@ def _layout(tile: TiffImagePlugin.ImageFile._Tile) -> str:
     return layout if isinstance(layout, str) else ""
 
 
-def _with_other_byte(tile: TiffImagePlugin.ImageFile._Tile) -> TiffImagePlugin.ImageFile._Tile:
+def _choose_other_byte(tile: TiffImagePlugin.ImageFile._Tile) -> TiffImagePlugin.ImageFile._Tile:
     layout = _layout(tile)
-    return _with_layout(tile, layout[:-4] + _OTHER_BYTE.get(layout[-4:], layout[-4:]))
+    return _replace_layout(tile, layout[:-4] + _OTHER_BYTE.get(layout[-4:], layout[-4:]))
 
 
-def _with_layout(tile: TiffImagePlugin.ImageFile._Tile, layout: str) -> TiffImagePlugin.ImageFile._Tile:
+def _replace_layout(tile: TiffImagePlugin.ImageFile._Tile, layout: str) -> TiffImagePlugin.ImageFile._Tile:
     return tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout)
 
 
-def _native(values: np.ndarray) -> np.ndarray:
+def _to_native_order(values: np.ndarray) -> np.ndarray:
     """Numbers in the machine's byte order."""
     return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -113,7 +113,7 @@ def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping
         metadata: Column -> path -> value, as ``read_metadata`` returns it; ``label`` takes the place of classes.
     """
     parts = [file.split(os.sep) for file in files]
-    columns: dict[str, list[Any]] = {"image": [stored_path(file) for file in files]}
+    columns: dict[str, list[Any]] = {"image": [encode_path(file) for file in files]}
     features: dict[str, Any] = {"image": datasets.Value("string")}
     if all(len(part) > depth + 1 for part in parts):
         classes = sorted({shown(part[depth]) for part in parts})
@@ -157,13 +157,13 @@ def read_metadata(root: Path, scan: Scan) -> tuple[dict[str, dict[str, Any]], li
     return columns, notes
 
 
-def stored_path(name: str) -> str:
+def encode_path(name: str) -> str:
     """Return the form in which a column of texts holds the path of a file, whose name may not be UTF-8."""
     return name if _is_text(name) else _ESCAPED + quote_from_bytes(os.fsencode(name))
 
 
-def real_path(stored: str) -> str:
-    """Return the path that ``stored_path`` was given."""
+def decode_path(stored: str) -> str:
+    """Return the path that ``encode_path`` was given."""
     return os.fsdecode(unquote_to_bytes(stored[1:])) if stored.startswith(_ESCAPED) else stored
 
 
@@ -194,7 +194,7 @@ def _read_tables(root: Path, paths: Sequence[str], notes: list[str]) -> dict[str
         else:
             notes.append(f"{path} is not used: it has no column {_FILE_NAME} ({', '.join(table.column_names)})")
     texts = {field.name for table in tables.values() for field in table.schema if pa.types.is_string(field.type)}
-    return {path: _with_texts(root / path, table, texts) for path, table in tables.items()}
+    return {path: _cast_to_texts(root / path, table, texts) for path, table in tables.items()}
 
 
 def _read_table(path: Path, texts: Collection[str] = ()) -> pa.Table:
@@ -204,7 +204,7 @@ def _read_table(path: Path, texts: Collection[str] = ()) -> pa.Table:
     return pyarrow.csv.read_csv(path, convert_options=types)
 
 
-def _with_texts(path: Path, table: pa.Table, texts: Collection[str]) -> pa.Table:
+def _cast_to_texts(path: Path, table: pa.Table, texts: Collection[str]) -> pa.Table:
     """Read numbers as texts in some columns."""
     wrong = [field.name for field in table.schema if field.name in texts and _is_number(field.type)]
     if wrong and path.suffix == ".csv":

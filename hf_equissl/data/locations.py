@@ -74,7 +74,7 @@ def open_dataset(
         split: Name of a split, unless streaming also a slice or a sum of them.
         streaming: Rows as an ``IterableDataset``.
         cache_dir, num_proc: For ``datasets``.
-        members: What to take of each sample of a tar file, see ``tars.wanted_members``.
+        members: What to take of each sample of a tar file, see ``tars.choose_members``.
         **hub: ``config_name`` and ``revision`` of a Hub data set.
 
     Raises:

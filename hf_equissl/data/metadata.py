@@ -35,7 +35,7 @@ _ONE_PLANE = {_SAMPLES_PER_PIXEL: 1, 262: 1, 284: 1, _BITS_PER_SAMPLE: None, 339
 _TIFF_PLACES = {273, 279, 324, 325}  # of strips or tiles: offsets and lengths, those of the first plane first
 
 
-def transposition_of(image: Image.Image) -> Image.Transpose | None:
+def find_transposition(image: Image.Image) -> Image.Transpose | None:
     """Find what turns a decoded image upright, by its EXIF or XMP orientation; what cannot be read says nothing."""
     try:
         return _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
@@ -45,7 +45,7 @@ def transposition_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def without_metadata(content: bytes) -> bytes | None:
+def strip_metadata(content: bytes) -> bytes | None:
     """Leave out of a PNG, JPEG or TIFF file what its pixels and its orientation do not need.
 
     Returns:
@@ -53,11 +53,11 @@ def without_metadata(content: bytes) -> bytes | None:
     """
     try:
         if content.startswith(_PNG_SIGNATURE):
-            bare = _bare_png(content)
+            bare = _strip_png(content)
         elif content.startswith(b"\xff\xd8"):
-            bare = _bare_jpeg(content)
+            bare = _strip_jpeg(content)
         elif content.startswith((b"II*\x00", b"MM\x00*")):
-            bare = _bare_tiff(content)
+            bare = _strip_tiff(content)
         else:
             return None
     except (struct.error, IndexError):  # cut off
@@ -65,21 +65,21 @@ def without_metadata(content: bytes) -> bytes | None:
     return None if bare == content else bare
 
 
-def bands_of(content: bytes) -> tuple[int, int] | None:
+def count_bands(content: bytes) -> tuple[int, int] | None:
     """Read how many bands a TIFF file has, and how many bits each; ``None`` of another kind of file."""
     if not content.startswith((b"II*\x00", b"MM\x00*")):
         return None
     found = {_SAMPLES_PER_PIXEL: 1, _BITS_PER_SAMPLE: 1}
     try:
-        for tag, kind, count, place in _tiff_entries(content):
+        for tag, kind, count, place in _read_tiff_entries(content):
             if tag in found and kind in _TIFF_INTEGERS:
-                found[tag] = _tiff_numbers(content, kind, count, place)[0]
+                found[tag] = _read_tiff_numbers(content, kind, count, place)[0]
     except struct.error:
         return None
     return found[_SAMPLES_PER_PIXEL], found[_BITS_PER_SAMPLE]
 
 
-def one_plane(content: bytes, plane: int) -> bytes:
+def extract_plane(content: bytes, plane: int) -> bytes:
     """Make a grey TIFF file of one plane of a file whose bands lie in separate planes.
 
     Its directory stands behind the old content, so that all offsets stay true.
@@ -88,10 +88,10 @@ def one_plane(content: bytes, plane: int) -> bytes:
         struct.error: The file is cut off.
     """
     order = "<" if content[:1] == b"I" else ">"
-    bands = (bands_of(content) or (1, 16))[0]
+    bands = (count_bands(content) or (1, 16))[0]
     file, entries = bytearray(content + bytes(len(content) % 2)), []
-    for tag, kind, count, place in _tiff_entries(content):
-        numbers = _tiff_numbers(content, kind, count, place) if tag in _ONE_PLANE or tag in _TIFF_PLACES else ()
+    for tag, kind, count, place in _read_tiff_entries(content):
+        numbers = _read_tiff_numbers(content, kind, count, place) if tag in _ONE_PLANE or tag in _TIFF_PLACES else ()
         entry = content[place - 8 : place + 4]
         if tag in _ONE_PLANE:
             number = _ONE_PLANE[tag] or numbers[0]
@@ -109,7 +109,7 @@ def one_plane(content: bytes, plane: int) -> bytes:
     return bytes(file + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4))
 
 
-def _bare_png(content: bytes) -> bytes:
+def _strip_png(content: bytes) -> bytes:
     kept = [_PNG_SIGNATURE]
     place = len(_PNG_SIGNATURE)
     while place < len(content):
@@ -121,7 +121,7 @@ def _bare_png(content: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _bare_jpeg(content: bytes) -> bytes:
+def _strip_jpeg(content: bytes) -> bytes:
     kept = [content[:2]]
     place = 2
     while content[place] == 0xFF and content[place + 1] != _JPEG_START_OF_SCAN:
@@ -130,12 +130,12 @@ def _bare_jpeg(content: bytes) -> bytes:
         if content[place + 1] not in _JPEG_METADATA:
             kept.append(segment)
         elif segment[4:10] == b"Exif\x00\x00":
-            kept.append(_orientation_alone(segment[4:]))
+            kept.append(_keep_orientation(segment[4:]))
         place = end
     return b"".join([*kept, content[place:]])
 
 
-def _orientation_alone(exif: bytes) -> bytes:
+def _keep_orientation(exif: bytes) -> bytes:
     """An EXIF segment of JPEG with the orientation of another, or nothing where that has none."""
     parsed, alone = Image.Exif(), Image.Exif()
     try:
@@ -143,7 +143,7 @@ def _orientation_alone(exif: bytes) -> bytes:
         orientation = parsed.get(_ORIENTATION)
     except MemoryError:
         raise
-    except Exception:  # see ``transposition_of``
+    except Exception:  # see ``find_transposition``
         return b""
     if orientation not in _TRANSPOSITIONS:
         return b""
@@ -152,18 +152,18 @@ def _orientation_alone(exif: bytes) -> bytes:
     return b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
 
 
-def _bare_tiff(content: bytes) -> bytes:
+def _strip_tiff(content: bytes) -> bytes:
     """The same file with fewer entries in its first directory; nothing moves, so that all offsets stay true."""
     order = "<" if content[:1] == b"I" else ">"
     directory = struct.unpack_from(order + "I", content, 4)[0]
-    entries = [content[place - 8 : place + 4] for tag, _, _, place in _tiff_entries(content) if tag in _TIFF_TAGS]
+    entries = [content[place - 8 : place + 4] for tag, _, _, place in _read_tiff_entries(content) if tag in _TIFF_TAGS]
     bare = bytearray(content)
     written = struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)  # no further directory
     bare[directory : directory + len(written)] = written
     return bytes(bare)
 
 
-def _tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
+def _read_tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Tag, type, count and the place of the value, of the entries of a TIFF file's first directory."""
     order = "<" if content[:1] == b"I" else ">"
     directory = struct.unpack_from(order + "I", content, 4)[0]
@@ -172,7 +172,7 @@ def _tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
         yield *struct.unpack_from(order + "HHI", content, place), place + 8
 
 
-def _tiff_numbers(content: bytes, kind: int, count: int, place: int) -> tuple[int, ...]:
+def _read_tiff_numbers(content: bytes, kind: int, count: int, place: int) -> tuple[int, ...]:
     """The numbers of an entry, which stand in it if they fit."""
     order = "<" if content[:1] == b"I" else ">"
     layout = f"{order}{count}{_TIFF_INTEGERS[kind]}"

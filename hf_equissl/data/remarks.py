@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import islice
 
-from .decoding import AS_STORED, Decoding, open_image, used_range
+from .decoding import AS_STORED, Decoding, find_used_range, open_image
 from .errors import ImageDecodeError
-from .metadata import bands_of
+from .metadata import count_bands
 from .sources import ImageSource
 
 HOW_TO_STRETCH = "--value_range, or data.value_range of a recipe"
@@ -21,7 +21,7 @@ def list_remarks(source: ImageSource, count: int = 8) -> tuple[str, ...]:
     for row in islice(iter(source.dataset), count):
         try:
             content = source.content(row)
-            used = used_range(content, source.decoding)
+            used = find_used_range(content, source.decoding)
             unusual += describe_bands(content, source.decoding)
         except ImageDecodeError:
             continue
@@ -43,7 +43,7 @@ def describe_bands(content: bytes, decoding: Decoding = AS_STORED) -> list[str]:
     Raises:
         ImageDecodeError: It does not decode.
     """
-    bands = (bands_of(content) or (3, 8))[0]
+    bands = (count_bands(content) or (3, 8))[0]
     try:
         mode = open_image(content, decoding.max_pixels).mode
     except (ImageDecodeError, MemoryError):

@@ -78,7 +78,7 @@ class Shard:
                 raise
             except Exception as error:  # Readers of every format raise their own.
                 if not _is_disconnected(error) or "://" not in self.name or opened == _REOPENINGS:
-                    raise _unreadable(self.name, error) from error
+                    raise _explain_unreadable(self.name, error) from error
                 pause = _PAUSE * 2**opened
                 logger.warning(f"{self.name}: {error}. It is opened again at row {first}, in {pause:.0f} s.")
                 time.sleep(pause)
@@ -131,7 +131,7 @@ def _cut(shard: Shard, rows: datasets.IterableDataset) -> list[Shard]:
     try:
         row_groups = rows.reshard()
     except Exception as error:
-        raise _unreadable(shard.name, error) from error
+        raise _explain_unreadable(shard.name, error) from error
     parts = row_groups.num_shards
     if parts == 1:
         return [shard]
@@ -165,7 +165,7 @@ def _open(source: ImageSource, file: int) -> datasets.IterableDataset:
     return source.dataset.shard(source.dataset.num_shards, file)
 
 
-def _unreadable(name: str, error: Exception) -> ImageSourceError:
+def _explain_unreadable(name: str, error: Exception) -> ImageSourceError:
     return ImageSourceError(
         f"{name} cannot be read: {type(error).__name__}: {error}. Check that it is complete; fetch or write it again, "
         "or take it out of the data set."
@@ -229,7 +229,7 @@ def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int =
             yield ShardRow(row, piece.shard, number)
 
 
-def shuffled(
+def shuffle(
     rows_from: Callable[[int], Iterator[_Row]], size: int, rng: np.random.Generator, read: int = 0, given: int = 0
 ) -> Iterator[tuple[_Row, int, int]]:
     """Rows in a random order, as far as a buffer of ``size`` rows allows: each is drawn from the next ``size``.

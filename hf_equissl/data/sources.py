@@ -22,12 +22,12 @@ from ..views.base import Item
 from .columns import find_image_column, find_more_columns, read_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError
-from .image_folders import real_path, shown
+from .image_folders import decode_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
 from .pairs import Pairs, find_pairs, pair_columns
 from .subsets import Subset, take_subset
-from .tars import wanted_members
+from .tars import choose_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
@@ -144,7 +144,7 @@ class ImageSource:
             if "://" in value:
                 with fsspec.open(value, "rb") as file:
                     return file.read()
-            path = real_path(value)
+            path = decode_path(value)
             return read_file(self.root / path if self.root else path)
         except MemoryError:
             raise
@@ -200,7 +200,7 @@ class ImageSource:
         if not isinstance(path, str) or not path:
             return f"{self.name}, an image without a name" if place is None else where
         if isinstance(value, str) or value.get("bytes") is None:  # then the path is where the image lies
-            path = real_path(path)
+            path = decode_path(path)
             if self.root is not None and (self.root / path).exists():
                 return shown(str(self.root / path))
             if os.path.isabs(path) or "://" in path:
@@ -343,7 +343,7 @@ def load_images(
             revision=revision,
             cache_dir=cache_dir,
             num_proc=num_proc,
-            members=wanted_members(column, label_column, more_columns),
+            members=choose_members(column, label_column, more_columns),
         )
     rows = opened.rows
     features, first = read_columns(rows, name)

@@ -16,7 +16,7 @@ from .dataset import MAX_ATTEMPTS, SkippedImage, complete_sample, give_up, image
 from .errors import ImageDecodeError, ImageSourceError
 from .positions import StreamLayout, StreamPosition, StreamStart, read_start, write_positions
 from .randomness import order_generator, sample_generator
-from .shards import ShardRow, digest, divide, list_shards, piece_rows, read_amplification, shuffled
+from .shards import ShardRow, digest, divide, list_shards, piece_rows, read_amplification, shuffle
 from .sources import ImageSource
 
 __all__ = ["StreamingViewDataset"]
@@ -41,7 +41,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     for itself: nobody waits, and where shares are unequal some workers begin the next epoch a little earlier.
     ``Trainer`` then needs ``max_steps``; schedules have an epoch length of their own (``epoch_steps``).
 
-    **Resuming.** Each sample says where its worker stood (``position``). ``consumed`` takes note of a batch that
+    **Resuming.** Each sample says where its worker stood (``position``). ``note_batch`` takes note of a batch that
     training has used, ``save_positions`` writes the notes of this rank into a checkpoint, and ``load_positions`` lets
     the next pass go on there, with the same batches bit for bit. Shards that are behind are not opened; rows that lie
     in the buffer, and those before them in their shard, are read once more, and no image of the past is decoded.
@@ -104,7 +104,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
 
     # ---- positions ----
 
-    def consumed(self, position: StreamPosition) -> None:
+    def note_batch(self, position: StreamPosition) -> None:
         """Take note of a batch that training has used; ``position`` is that of its last sample."""
         self._consumed[position.worker] = position
         self._last_worker = position.worker
@@ -211,5 +211,5 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
                     yield content
 
         stood = (start.read, start.given) if start else (0, 0)
-        for row, read, given in shuffled(rows_from, max(1, self.shuffle_buffer), own, *stood):
+        for row, read, given in shuffle(rows_from, max(1, self.shuffle_buffer), own, *stood):
             yield row, StreamPosition(worker, epoch, read, given, starts)

@@ -175,7 +175,7 @@ class TarImages(WebDataset):
         images = [self._images(sample.members) for sample in samples]
         for sample, found in zip(samples, images, strict=True):
             if len(found) > 1:
-                raise ImageSourceError(_several(path, sample, found))
+                raise ImageSourceError(_explain_several(path, sample, found))
         names = Counter(chain.from_iterable(images))
         if not names:
             seen = dict.fromkeys(name for sample in samples for name in sample.members)
@@ -218,7 +218,7 @@ class TarImages(WebDataset):
         return row
 
 
-def _several(path: str, sample: _Sample, images: Sequence[str]) -> str:
+def _explain_several(path: str, sample: _Sample, images: Sequence[str]) -> str:
     """What to say of a sample with several images."""
     names = [sample.members[image][0] for image in images]
     if any("." in image for image in images):
@@ -245,7 +245,7 @@ def _number(text: str | None) -> int | None:
         return None
 
 
-def wanted_members(column: str | None, label_column: str | None, more: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def choose_members(column: str | None, label_column: str | None, more: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The fields of ``TarConfig`` for the arguments of ``load_images``."""
     names = tuple(name.lower() for columns in more.values() for name in columns)
     return {"column": column, "label_column": label_column, "more": names}

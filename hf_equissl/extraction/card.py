@@ -94,11 +94,11 @@ def _context(record: Mapping[str, Any], splits: Mapping[str, Any], name: str) ->
         "more": max(0, len(skipped) - _SHOWN),
         "preprocessing": dump_yaml(public_values(encoding["preprocessing"])),
         "commands": [public_command(split["command"]) for split in splits.values()],
-        "made": [_made(key, split) for key, split in splits.items()],
+        "made": [_describe_making(key, split) for key, split in splits.items()],
     }
 
 
-def _made(key: str, split: Mapping[str, Any]) -> str:
+def _describe_making(key: str, split: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{library} {version}" for library, version in split["versions"].items())
     run = split["runs"][-1] if split["runs"] else None
     speed = f" {run['images_per_second']:.4g} images/s on {run['processes']} x {run['device']}." if run else ""

@@ -60,7 +60,7 @@ def _to_host(value: Tensor, dtype: torch.dtype) -> Tensor:
     return host.copy_(value.to(dtype) if pinned else value, non_blocking=pinned)
 
 
-def with_features(
+def attach_features(
     batches: Iterable[Batch], start: Callable[[Batch], Result]
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Yield batches with their features, in order, each when the next one has been begun.

@@ -71,7 +71,7 @@ class _Reader:
         made = Batch(shard, last, None, [], [], [], [])
         pixels = []
         for index, row in rows:
-            name = stored_name(self.source, row)
+            name = read_name(self.source, row)
             try:
                 pixels.append(self.preprocessing(self.source.decode(self.source.content(row))))
             except (OSError, ValueError) as error:  # ImageDecodeError is one of them
@@ -80,7 +80,7 @@ class _Reader:
             except MemoryError:
                 raise
             except Exception as error:  # libraries that fetch images raise their own
-                raise _failed(f"{self.source.item_name(row, index)}, shard {shard},", error) from error
+                raise _explain_failure(f"{self.source.item_name(row, index)}, shard {shard},", error) from error
             made.index.append(index)
             made.names.append(name)
             made.labels.append(self.source.label(row))
@@ -102,7 +102,7 @@ class _Rows(Dataset[Batch]):
         try:
             return self.reader.source.row(index)
         except Exception as error:  # the format's reader raises its own
-            raise _failed(f"{self.reader.source.name}, row {index},", error) from error
+            raise _explain_failure(f"{self.reader.source.name}, row {index},", error) from error
 
 
 class _Stream(IterableDataset[Batch]):
@@ -121,7 +121,7 @@ class _Stream(IterableDataset[Batch]):
             yield self.reader.batch(shard.number, (), last=True)
 
 
-def _failed(what: str, error: Exception) -> ExtractionError:
+def _explain_failure(what: str, error: Exception) -> ExtractionError:
     return ExtractionError(
         f"{what} cannot be read: {type(error).__name__}: {error}. The same command goes on where it stopped; if this "
         "comes back, mend the image or take it out of the data."
@@ -140,7 +140,7 @@ def stream_rows(source: ImageSource, number: int, limit: int | None = None) -> I
     return islice(chain.from_iterable(SourceShard(source, file, files).rows() for file in range(files)), limit)
 
 
-def stored_name(source: ImageSource, row: Mapping[str, Any]) -> str | None:
+def read_name(source: ImageSource, row: Mapping[str, Any]) -> str | None:
     """Return the path of a row's image as the source has it, ``None`` where it has none."""
     value = row[source.image_column]
     path = value.get("path") if isinstance(value, Mapping) else value

@@ -101,8 +101,8 @@ def check_same(work: Extraction) -> None:
         return
     selection = record["splits"].get(work.settings.split_name, {}).get("selection", {})
     usual = {"value_range": "full"}  # is not written down
-    flat_before = _flat({**usual, **record["encoding"], **selection})
-    flat_now = _flat({**usual, **work.encoding, **{key: work.selection.get(key) for key in selection}})
+    flat_before = _flatten({**usual, **record["encoding"], **selection})
+    flat_now = _flatten({**usual, **work.encoding, **{key: work.selection.get(key) for key in selection}})
     for key in flat_before | flat_now:
         if flat_before.get(key) != flat_now.get(key):
             raise ExtractionError(
@@ -227,8 +227,8 @@ def _write_index(work: Extraction, records: list[dict[str, Any]]) -> None:
     write_text(work.folder / f"{work.settings.split_name}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one with dotted keys; lists stay whole."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.throughput import DataWait
-from .pipeline import Result, with_features
+from .pipeline import Result, attach_features
 from .reading import Batch, Shard, image_batches
 from .record import check_bad_share
 from .settings import ExtractionError
@@ -84,7 +84,7 @@ def extract(work: Extraction, shards: list[Shard], *, num_workers: int, progress
         ThreadPoolExecutor(1) as writer,
     ):
         try:
-            for batch, made in with_features(wait.over(batches), lambda batch: _begin(work, batch)):
+            for batch, made in attach_features(wait.over(batches), lambda batch: _begin(work, batch)):
                 waiting.append(writer.submit(files.add, batch, made))
                 while len(waiting) > _QUEUE:
                     waiting.popleft().result()

@@ -22,7 +22,7 @@ from ..encoders.frozen import FrozenEncoder
 from ..utils.files import readable_size
 from .pipeline import begin
 from .preprocessing import Preprocessing
-from .reading import Shard, stored_name, stream_rows
+from .reading import Shard, read_name, stream_rows
 from .record import classes_before
 from .settings import FORMATS, SHARD_BYTES, SHARD_IMAGES, ExtractionError, ExtractionSettings
 from .shards import read_record, shard_features
@@ -111,7 +111,7 @@ class Extraction:
         # A file of tensors is there twice while it is put together.
         twice = remaining[:processes] if self.settings.file_format == "safetensors" else []
         needed = self.bytes_of([*remaining, *twice])
-        free = shutil.disk_usage(_existing(self.folder)).free
+        free = shutil.disk_usage(_find_existing(self.folder)).free
         if needed is not None and needed > free:
             raise ExtractionError(
                 f"{self.settings.output_dir}: {len(remaining)} shards take {readable_size(needed)}, and "
@@ -158,6 +158,7 @@ class Extraction:
             workers: Number of processes that decode, for each of them.
         """
         settings, size = self.settings, self.bytes_of(self.shards)
+        free = shutil.disk_usage(_find_existing(self.folder)).free
         images = "a stream of images" if self.images is None else f"{self.images:,} images"
         labels = "no labels"
         if self.source.label_column:
@@ -174,7 +175,7 @@ class Extraction:
             + (f", {readable_size(size)} in all" if size is not None else ""),
             "to do": f"{len(remaining)} shards for {processes} processes x {workers} workers"
             + (f", {readable_size(self.bytes_of(remaining) or 0)}" if size is not None else "")
-            + f"; {readable_size(shutil.disk_usage(_existing(self.folder)).free)} are free in {settings.output_dir}",
+            + f"; {readable_size(free)} are free in {settings.output_dir}",
         }
         if remaining and (idle := self._idle(processes, max(1, workers))):
             lines["warning"] = idle
@@ -296,7 +297,7 @@ def _digest(source: ImageSource, images: int | None, classes: list[str] | None) 
         if isinstance(column, datasets.Value) and column.dtype == "string":
             sha.update("\n".join(map(str, stream[source.image_column][:images])).encode())
     for row in rows:
-        sha.update(json.dumps([stored_name(source, row), source.label(row)]).encode())
+        sha.update(json.dumps([read_name(source, row), source.label(row)]).encode())
         try:
             sha.update(source.content(row))
         except ImageDecodeError:
@@ -308,7 +309,7 @@ def _row_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
     return int(sum(np.prod(shape) for shape in shapes.values())) * np.dtype(dtype).itemsize
 
 
-def _existing(path: Path) -> Path:
+def _find_existing(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
     while not path.exists():
         path = path.absolute().parent

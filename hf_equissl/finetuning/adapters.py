@@ -189,7 +189,7 @@ def add_adapters(model: nn.Module, encoder_name: str, settings: FineTuningSettin
         base_model_name_or_path=settings.base,
     )
     try:
-        with _without_deprecation():
+        with _silence_deprecation():
             adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"--target_modules {config.target_modules}: {error}") from error
@@ -197,7 +197,7 @@ def add_adapters(model: nn.Module, encoder_name: str, settings: FineTuningSettin
 
 
 @contextmanager
-def _without_deprecation() -> Iterator[None]:
+def _silence_deprecation() -> Iterator[None]:
     """Silence the warning about a name that PEFT still uses and transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -248,7 +248,7 @@ def load_finetuned(
     network: Any = _load_base(source, description, base, trust_remote_code, hub_options)
     from peft import PeftModel
 
-    with explain_load_errors(source, "adapter", config_name="adapter_config.json", **place), _without_deprecation():
+    with explain_load_errors(source, "adapter", config_name="adapter_config.json", **place), _silence_deprecation():
         adapted: Any = PeftModel.from_pretrained(network, source, **place)
     _check_finite(adapted, source)
     return (adapted.merge_and_unload() if merge else adapted).eval()

@@ -40,7 +40,7 @@ class PublishError(ValueError):
     """Something must not, or cannot, be published; the message says what and what to do."""
 
 
-def files_of(directory: str | Path) -> dict[str, Path]:
+def list_files(directory: str | Path) -> dict[str, Path]:
     """List the files of a folder: path in the repository -> file, without hidden files and folders, in order.
 
     Raises:
@@ -62,7 +62,7 @@ def files_of(directory: str | Path) -> dict[str, Path]:
     return files
 
 
-def published_files(directory: str | Path) -> dict[str, Path]:
+def list_published(directory: str | Path) -> dict[str, Path]:
     """List what is uploaded: path in the repository -> file, in order.
 
     That is the card with its pictures (those that it shows, and figures), results and licence; and of each model, at
@@ -70,21 +70,21 @@ def published_files(directory: str | Path) -> dict[str, Path]:
     stay.
 
     Raises:
-        PublishError: As ``files_of``; or a config is not readable.
+        PublishError: As ``list_files``; or a config is not readable.
     """
-    files = files_of(directory)
+    files = list_files(directory)
     named = set(_OF_ROOT)
     if CARD in files:
         named |= set(_pictures(files[CARD].read_text(encoding="utf-8", errors="replace")))
     named |= {name for name in files if name.startswith("figures/") and PurePosixPath(name).suffix in _PICTURES}
     for folder in model_folders(files):
-        named |= {f"{folder}/{name}".lstrip("/") for name in _named_by_model(files, folder)}
+        named |= {f"{folder}/{name}".lstrip("/") for name in _list_model_files(files, folder)}
     return {name: path for name, path in files.items() if name in named}
 
 
-def left_behind(directory: str | Path) -> list[str]:
+def list_left_behind(directory: str | Path) -> list[str]:
     """List the files of a folder, hidden ones aside, that a publication leaves there."""
-    return sorted(files_of(directory).keys() - published_files(directory).keys())
+    return sorted(list_files(directory).keys() - list_published(directory).keys())
 
 
 def model_folders(files: Mapping[str, Path]) -> list[str]:
@@ -104,7 +104,7 @@ def _has_type(config: Path) -> bool:
     return False
 
 
-def _named_by_model(files: Mapping[str, Path], folder: str) -> Iterator[str]:
+def _list_model_files(files: Mapping[str, Path], folder: str) -> Iterator[str]:
     """Name the files of one model: those that all models have, its weights, its code."""
     here = {name.rpartition("/")[2]: path for name, path in files.items() if name.rpartition("/")[0] == folder}
     yield from _OF_MODEL
@@ -182,7 +182,7 @@ def _texts(name: str, file: Path | bytes) -> Iterator[str]:
     else:
         with file.open("rb") if isinstance(file, Path) else BytesIO(file) as content:
             data = content.read(_LOOKED_AT)
-        data = _unpacked(data)
+        data = _unpack(data)
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         if wide or b"\0" not in data[:1024]:
             yield data.decode("utf-16" if wide else "utf-8", errors="ignore")
@@ -198,7 +198,7 @@ def _texts_of_table(file: Path) -> Iterator[str]:
             yield "\n".join(column.filter(pc.match_substring(column, "://")).to_pylist())
 
 
-def _unpacked(data: bytes) -> bytes:
+def _unpack(data: bytes) -> bytes:
     with suppress(zlib.error):  # what does not unpack is looked through as it is
         while data.startswith(b"\x1f\x8b"):  # gzip, perhaps in itself
             data = zlib.decompressobj(wbits=31).decompress(data, _LOOKED_AT)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from ..utils.redaction import SECRET_NAME, redact, without_secrets
+from ..utils.redaction import SECRET_NAME, drop_secrets, redact
 
 if TYPE_CHECKING:
     from ..evaluation.results import ResultRecord
@@ -66,7 +66,7 @@ def public_command(command: str, names: Mapping[str, str] | None = None) -> str:
     """
     names = names or {}
     words = []
-    for word in without_secrets(shlex.split(command)):
+    for word in drop_secrets(shlex.split(command)):
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         words.append(word if option and not equals else f"{option}{equals}{names.get(value) or _public_word(value)}")
     return shlex.join(words)

@@ -20,7 +20,7 @@ from .contents import (
     WEIGHTS,
     PublishError,
     check_secrets,
-    files_of,
+    list_files,
     model_folders,
     read_json,
 )
@@ -48,7 +48,7 @@ def check_publishable(directory: str | Path) -> None:
 
     Refused: no weights, weights that do not open or are not finite, a config that is not readable, an encoder without a
     working image processor, a missing card or one with placeholders or broken metadata. And although only what
-    ``published_files`` lists is uploaded: links that lead out of the folder, pickles, optimizer states, passwords, keys
+    ``list_published`` lists is uploaded: links that lead out of the folder, pickles, optimizer states, passwords, keys
     and tokens anywhere in it, since whoever publishes a folder does not know of them.
 
     Args:
@@ -61,7 +61,7 @@ def check_publishable(directory: str | Path) -> None:
     root = Path(directory)
     if not root.is_dir():
         raise PublishError(f"{root} is not a folder. Give one with a model and its card.")
-    files = files_of(root)
+    files = list_files(root)
     _check_names(files)
     models = [root / folder for folder in model_folders(files)]
     weights = {path for path in files.values() if path.suffix == ".safetensors"}
@@ -137,7 +137,7 @@ def _check_weights(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not _finite(tensor):
+                if tensor.is_floating_point() and not _is_finite(tensor):
                     bad.append(name)
     except SafetensorError as error:
         raise PublishError(f"{path} is cut short or damaged ({error}). Save or copy it again.") from error
@@ -149,7 +149,7 @@ def _check_weights(path: Path) -> None:
         )
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def _is_finite(tensor: torch.Tensor) -> bool:
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no 8-bit floats
     return bool(torch.isfinite(wide).all())
 

@@ -31,7 +31,7 @@ from ..utils.files import readable_size
 from ..utils.hub_waits import limit_waiting
 from ..utils.redaction import redact
 from ..utils.versions import library_versions
-from .contents import CARD, CONFIG, PublishError, left_behind, published_files
+from .contents import CARD, CONFIG, PublishError, list_left_behind, list_published
 from .publishable import check_publishable
 
 _SHOWN = 5  # files that a warning names
@@ -67,7 +67,7 @@ def push_repository(
 
     Args:
         directory: What ``build_repository`` wrote, or another folder that ``check_publishable`` accepts. Only what
-            ``published_files`` lists goes up.
+            ``list_published`` lists goes up.
         repo_id: "name/model"; created if it does not exist.
         private: Create it as private. An existing public repository is then refused, not published to.
         revision: Branch; created from the main branch if it does not exist.
@@ -87,9 +87,9 @@ def push_repository(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision).sha
-        files = published_files(directory)
+        files = list_published(directory)
         _say_left_behind(directory)
-        gone, left = _earlier(api.list_repo_files(repo_id, revision=head), files)
+        gone, left = _find_earlier(api.list_repo_files(repo_id, revision=head), files)
         commit = api.create_commit(  # upload_folder may split a folder into several commits
             repo_id,
             [*(CommitOperationDelete(name) for name in gone), *(CommitOperationAdd(*item) for item in files.items())],
@@ -148,7 +148,7 @@ def describe(directory: str | Path) -> str:
         PublishError: As ``check_publishable``.
     """
     check_publishable(directory)
-    files = published_files(directory)
+    files = list_published(directory)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     lines = [f"{readable_size(size):>10}  {name}" for name, size in sizes.items()]
     total = f"{readable_size(sum(sizes.values())):>10}  in {len(sizes)} files"
@@ -157,7 +157,7 @@ def describe(directory: str | Path) -> str:
 
 
 def _say_left_behind(directory: str | Path) -> None:
-    if names := left_behind(directory):
+    if names := list_left_behind(directory):
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         logger.warning(
             "Not uploaded, as neither the card nor a config names them: %s%s.", ", ".join(names[:_SHOWN]), more
@@ -236,7 +236,7 @@ def _client(token: str | None) -> HfApi:
     return HfApi(token=token, library_name="hf_equissl", library_version=library_versions().get("hf-equissl"))
 
 
-def _earlier(there: list[str], files: Mapping[str, Path]) -> tuple[list[str], list[str]]:
+def _find_earlier(there: list[str], files: Mapping[str, Path]) -> tuple[list[str], list[str]]:
     """List files on the Hub to delete, and parts on the Hub that are not published now."""
     gone: list[str] = []
     left: list[str] = []

@@ -188,7 +188,7 @@ def _load(run: RunFolder) -> _Source:
     if (folder / "config.json").is_file():
         with explain_load_errors(folder):
             exported = EquiSSLModel.from_pretrained(folder).eval()
-        if not _equal(exported, encoder):
+        if not _are_equal(exported, encoder):
             if run.record is not None and run.record.finished and run.record.steps > run.steps:
                 name, encoder, steps = str(folder), exported, run.record.steps
             else:
@@ -200,7 +200,7 @@ def _load(run: RunFolder) -> _Source:
     return _Source(name, state, encoder, steps, mean, std)
 
 
-def _equal(left: EquiSSLModel, right: EquiSSLModel) -> bool:
+def _are_equal(left: EquiSSLModel, right: EquiSSLModel) -> bool:
     first, second = left.state_dict(), right.state_dict()
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 

@@ -98,7 +98,7 @@ class RunFolder:
             planned_steps=int(state.get("max_steps") or state["global_step"]),
             epoch=state.get("epoch"),
             history=tuple(redact_values(state.get("log_history", ()))),
-            arguments=_changed(_json(arguments)) if arguments.is_file() else {},
+            arguments=_choose_changed(_json(arguments)) if arguments.is_file() else {},
             recipe=_recipe(recipe) if recipe.is_file() else None,
             record=RunRecord.load(path) if record.is_file() else None,
         )
@@ -204,7 +204,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}). Publish from a run whose checkpoint is whole.") from error
 
 
-def _changed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _choose_changed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Choose the training arguments that differ from their defaults and change a result."""
     defaults = {item.name: item.default for item in fields(EquiSSLTrainingArguments)}
     known = {key: value for key, value in arguments.items() if key in defaults and not key.startswith(_NOT_SETTINGS)}

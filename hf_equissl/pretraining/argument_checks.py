@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.training_args import trainer_log_levels
 
-from ..utils.plain_values import shortened
+from ..utils.plain_values import shorten
 from ..utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -124,13 +124,13 @@ def check_fields(args: EquiSSLTrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and least <= value <= most):
             remedy = f" {_REMEDIES[name]}" if name in _REMEDIES else ""
-            raise ValueError(f"{name} must be {_describe(least, most, value)}, got {shortened(value)}.{remedy}")
+            raise ValueError(f"{name} must be {_describe(least, most, value)}, got {shorten(value)}.{remedy}")
     _check_default(vars(args), type(args), _FIXED)
     for name, valid in _CHOICES.items():
         value = getattr(args, name)
         if value is not None and value not in (choices := valid()):
             raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, got {shortened(value)}.{did_you_mean(value, choices)}"
+                f"{name} must be one of {', '.join(choices)}, got {shorten(value)}.{did_you_mean(value, choices)}"
             )
     for name in ("logging_steps", "save_steps"):
         if (value := getattr(args, name)) > 1 and value != int(value):
@@ -160,7 +160,7 @@ def _check_default(given: Mapping[str, Any], kind: type[EquiSSLTrainingArguments
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if (value := given[field.name]) != default:
                 raise ValueError(
-                    f"{field.name} must stay {shortened(default)}, got {shortened(value)}. {reasons[field.name]}."
+                    f"{field.name} must stay {shorten(default)}, got {shorten(value)}. {reasons[field.name]}."
                 )
 
 

@@ -83,7 +83,7 @@ class DataFeed(_Trainer):
         self.throughput.add(len(inputs["index"]), inputs.pop("seconds"))
         position = inputs.pop("position", None)
         if self._stream is not None and position is not None:
-            self._stream.consumed(position)
+            self._stream.note_batch(position)
         return super()._prepare_inputs(inputs)
 
     def _prepare_input(self, data: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..utils.coercion import check_arguments
 from ..utils.devices import describe_cpu, describe_device
 from ..utils.files import write_text
-from ..utils.redaction import redact, without_secrets
+from ..utils.redaction import drop_secrets, redact
 from ..utils.versions import library_versions
 from .arguments import EquiSSLTrainingArguments
 
@@ -149,7 +149,7 @@ def command_line() -> str:
     script = sys.argv[0]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     start = ["-m", module.name.removesuffix(".__main__")] if module is not None and module.name else [script]
-    return shlex.join(["python", *without_secrets([*start, *sys.argv[1:]])])
+    return shlex.join(["python", *drop_secrets([*start, *sys.argv[1:]])])
 
 
 def hardware(args: EquiSSLTrainingArguments) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..utils.coercion import coerce
 from ..utils.files import expand_home, is_file, readable_size
-from ..utils.plain_values import shortened
+from ..utils.plain_values import shorten
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError, check_keys, nearest
 
@@ -90,12 +90,12 @@ def find_parent(name: Any, folders: Sequence[str | Path], where: str) -> Path:
     """
     name = expand_path(coerce(name, str, f"{where}: extends"), f"{where}: extends")
     if not name.endswith((".yaml", ".yml")):
-        raise RecipeError(f"{where}: extends {shortened(name)}, expected a recipe's file, which ends in .yaml.")
+        raise RecipeError(f"{where}: extends {shorten(name)}, expected a recipe's file, which ends in .yaml.")
     candidates = [Path(folder) / name for folder in folders]
     found = next((candidate for candidate in candidates if is_file(candidate)), None)
     if found is None:
         places = " or ".join(str(candidate.parent) for candidate in candidates)
-        raise RecipeError(f"{where}: extends {shortened(name)}, which is not in {places}.")
+        raise RecipeError(f"{where}: extends {shorten(name)}, which is not in {places}.")
     return found
 
 
@@ -203,14 +203,14 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
             place.clear()
         place[last] = value
     else:
-        raise RecipeError(f"--{key}: {'.'.join(parents)} holds the value {shortened(place)}, not keys.")
+        raise RecipeError(f"--{key}: {'.'.join(parents)} holds the value {shorten(place)}, not keys.")
 
 
 def _step(place: Any, part: str, where: str, key: str) -> Any:
     if isinstance(place, list):
         return place[_position(part, place, where, key)]
     if not isinstance(place, dict):
-        raise RecipeError(f"--{key}: {where} holds the value {shortened(place)}, not keys.")
+        raise RecipeError(f"--{key}: {where} holds the value {shorten(place)}, not keys.")
     if place.get(part) is None:
         place[part] = {}
     return place[part]

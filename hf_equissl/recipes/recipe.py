@@ -62,7 +62,7 @@ from .sections import (
     check_objectives,
     check_training,
     check_views,
-    naming_section,
+    name_section,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Recipe:
             "training": self.training,
             "monitor": self.monitor or None,
         }
-        return _plain({key: value for key, value in plain.items() if value not in ("", None)})
+        return _to_plain({key: value for key, value in plain.items() if value not in ("", None)})
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML, with ``extends`` and overrides resolved, and without secrets."""
@@ -187,7 +187,7 @@ class Recipe:
         """Build the encoder's configuration; with ``init_from`` of a recipe that ``adopt_encoder`` returned."""
         values = {key: value for key, value in self.model.items() if key not in INIT_KEYS}
         preset = values.pop("preset", None)
-        with naming_section("model"):
+        with name_section("model"):
             return EquiSSLConfig.from_preset(preset, **values) if preset else EquiSSLConfig(**values)
 
     @property
@@ -215,7 +215,7 @@ class Recipe:
             settings = dict(self.views.pipeline)
             spec = PIPELINES[settings.pop("name")].override(settings)
             run["facts"] = ViewFacts.of(spec, self.build_transformation(), num_classes).to_dict()
-        with naming_section("objectives"):
+        with name_section("objectives"):
             return EquiSSLPreTrainingConfig(
                 encoder=encoder,
                 invariance=deepcopy(self.objectives.invariance),
@@ -227,14 +227,14 @@ class Recipe:
         """Build the family g; ``None`` where the recipe has none."""
         if self.views.transformation is None:
             return None
-        with naming_section("views.transformation"):
+        with name_section("views.transformation"):
             return build_transformation(**self.views.transformation)
 
     def build_pipeline(self, needs: Needs) -> ViewPipeline:
         """Build the pipeline that makes what ``needs`` asks for, at the encoder's image size."""
         encoder = self.build_encoder_config()
         size: Any = encoder.image_size  # a pair is refused by the pipeline: crops are squares
-        with naming_section("views.pipeline"):
+        with name_section("views.pipeline"):
             pipeline = build_pipeline(
                 image_size=size,
                 transformation=self.build_transformation(),
@@ -275,7 +275,7 @@ class Recipe:
 
     def build_training_arguments(self, output_dir: str | Path, **extra: Any) -> EquiSSLTrainingArguments:
         """Build the arguments of the run, with ``extra`` in place of the recipe's."""
-        with naming_section("training"):
+        with name_section("training"):
             return EquiSSLTrainingArguments(output_dir=str(output_dir), **{**deepcopy(self.training), **extra})
 
 
@@ -287,7 +287,7 @@ def drop_without_effect(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, "training": {key: value for key, value in training.items() if key not in WITHOUT_EFFECT}}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -55,7 +55,7 @@ class ViewsSection:
 
 
 @contextmanager
-def naming_section(where: str) -> Iterator[None]:
+def name_section(where: str) -> Iterator[None]:
     """Let errors of constructors name the section that they come from."""
     try:
         yield
@@ -129,7 +129,7 @@ def check_views(raw: dict[str, Any]) -> ViewsSection:
     check_keys(raw, [f.name for f in fields(ViewsSection)], "views")
     pipeline = as_mapping(raw.get("pipeline"), "views.pipeline")
     name = _check_name(pipeline, PIPELINES, "views.pipeline")
-    with naming_section("views.pipeline"):
+    with name_section("views.pipeline"):
         settings = {key: value for key, value in pipeline.items() if key != "name"}
         PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
     family = raw.get("transformation")
@@ -150,11 +150,11 @@ def check_data(raw: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"data.max_bad_share: expected a share from 0 to 1, got {data['max_bad_share']}.")
     if data.get("shuffle_buffer", 0) < 0:
         raise RecipeError(f"data.shuffle_buffer: expected 0 (file order) or more images, got {data['shuffle_buffer']}.")
-    with naming_section("data"):
+    with name_section("data"):
         Decoding(**{key: data[key] for key in ("value_range", "max_pixels") if key in data})
     if (subset := data.get("subset")) is not None:
         data["subset"] = check_arguments(subset, Subset, "data.subset")
-        with naming_section("data.subset"):
+        with name_section("data.subset"):
             Subset(**data["subset"])
     if data.get("num_images", 1) < 1:
         raise RecipeError(f"data.num_images: expected 1 or more, got {data['num_images']}.")
@@ -173,7 +173,7 @@ def check_training(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("learning_rate") is not None and raw.get("base_learning_rate") is not None:
         raise RecipeError(f"training: {_NOT_IN_RECIPES['learning_rate_and_base']}")
     training = {key: coerce(value, hints[key], f"training.{key}") for key, value in raw.items()}
-    with naming_section("training"):
+    with name_section("training"):
         check_effect(training, EquiSSLTrainingArguments)
     return training
 
@@ -181,7 +181,7 @@ def check_training(raw: dict[str, Any]) -> dict[str, Any]:
 def check_monitor(raw: dict[str, Any]) -> dict[str, Any]:
     """Check the settings of the monitor."""
     settings = check_arguments(raw, MonitorSettings, "monitor")
-    with naming_section("monitor"):
+    with name_section("monitor"):
         MonitorSettings(**settings)
     if settings and "every_steps" not in settings:  # null is a way to switch it off
         name = min(settings)

@@ -75,7 +75,7 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         arguments.
     """
     folder, step = Path(checkpoint), Manifest.read(checkpoint).step
-    now = {**{name: _plain(getattr(args, name)) for name in TAKE_EFFECT}, STEPS: steps}
+    now = {**{name: _to_plain(getattr(args, name)) for name in TAKE_EFFECT}, STEPS: steps}
     try:
         before = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
         before[STEPS] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"]
@@ -87,7 +87,7 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         if name in before and before[name] != value
     ]
     # Later ones concern steps that this start does not go on from.
-    earlier = [change for change in _recorded(folder.parent) if change.step < step]
+    earlier = [change for change in _read_changes(folder.parent) if change.step < step]
     return (*earlier, *here)
 
 
@@ -105,7 +105,7 @@ def describe_changes(
     return tuple(lines)
 
 
-def _recorded(run: Path) -> tuple[SettingChange, ...]:
+def _read_changes(run: Path) -> tuple[SettingChange, ...]:
     try:
         return RunRecord.load(run).changes
     except (OSError, ValueError):
@@ -135,6 +135,6 @@ def _learning_rates(
         return None, None  # a schedule of another kind, which says its rates in the log
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """Return what JSON gives back of a value."""
     return json.loads(json.dumps(value.value if isinstance(value, Enum) else value))

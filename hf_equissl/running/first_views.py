@@ -66,23 +66,23 @@ def first_views(
         raise RecipeError(f"data: the first images cannot be read. {error}") from error
     if not samples:
         raise RecipeError("data: the data set is empty.")
-    with _blaming_views():
+    with _blame_views():
         batch = ViewCollator(pipeline)(samples)
         return pipeline(batch), tuple(record.name for record in batch["skipped"])
 
 
-def blank_views(pipeline: ViewPipeline, batch: int) -> Views:
+def make_blank_views(pipeline: ViewPipeline, batch: int) -> Views:
     """Make views of two grey images, and of those that further views take of a ``batch``: the shapes of training.
 
     Raises:
         RecipeError: the objectives ask for what the pipeline cannot make.
     """
-    with _blaming_views():
+    with _blame_views():
         return pipeline.blank(2 + sum(maker.takes_from_batch(batch) or 0 for maker in pipeline.makers.values()))
 
 
 @contextmanager
-def _blaming_views() -> Iterator[None]:
+def _blame_views() -> Iterator[None]:
     try:
         yield
     except ValueError as error:

@@ -54,7 +54,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..recipes.monitor_settings import MonitorSettings
 from ..recipes.recipe import Recipe
-from ..recipes.sections import naming_section
+from ..recipes.sections import name_section
 from ..utils.feature_statistics import effective_rank, feature_std
 from ..utils.figures import plot_losses
 from ..utils.files import readable_size, write_text
@@ -124,7 +124,7 @@ def build_monitor(recipe: Recipe, training: ImageSource) -> OnlineMonitor | None
     settings = MonitorSettings(**recipe.monitor)
     if settings.every_steps is None:
         return None
-    with naming_section("monitor"):
+    with name_section("monitor"):
         images = load_monitor_images(settings, training, recipe.source_arguments)
     return OnlineMonitor(settings, images, recipe.views.image_mean, recipe.views.image_std)
 
@@ -193,7 +193,7 @@ class OnlineMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Decode the images, find the records of a run that is resumed, measure the untrained encoder."""
-        encoder, _ = _exported(model)
+        encoder, _ = _find_exported(model)
         self._off = any(hasattr(p, "to_local") or hasattr(p, "ds_shape") for p in encoder.parameters())
         if self._off:
             if is_main_process():
@@ -229,7 +229,7 @@ class OnlineMonitor(TrainerCallback):
         model: nn.Module | None,
     ) -> None:
         """Measure, log, write."""
-        encoder, role = _exported(model)
+        encoder, role = _find_exported(model)
         frozen = FrozenEncoder(
             encoder,
             image_mean=self.image_mean,
@@ -240,7 +240,7 @@ class OnlineMonitor(TrainerCallback):
             batch_size=min(LARGEST_BATCH, 2 * args.per_device_train_batch_size),
         )
         start = time.perf_counter()
-        with _unchanged_randomness(frozen.device):
+        with _preserve_randomness(frozen.device):
             metrics = self.measure(frozen)
         metrics["monitor/seconds"] = round(time.perf_counter() - start, 3)
         if is_main_process():
@@ -304,7 +304,7 @@ class OnlineMonitor(TrainerCallback):
         if record["collapsing"] and not (self.records and self.records[-1]["collapsing"]):
             logger.warning("%s", self._warning(record))
         self.records.append(record)
-        lines = [json.dumps({key: _finite(value) for key, value in item.items()}) for item in self.records]
+        lines = [json.dumps({key: _replace_infinite(value) for key, value in item.items()}) for item in self.records]
         try:
             write_text(folder / RECORDS_FILE, "\n".join(lines) + "\n")
             if find_spec("matplotlib") is not None:
@@ -345,20 +345,20 @@ def _plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     plot_losses({records[-1]["encoder"]: records}, panels, path)
 
 
-def _exported(model: nn.Module | None) -> tuple[Any, str]:
+def _find_exported(model: nn.Module | None) -> tuple[Any, str]:
     """Find the encoder that would be exported now, and its role."""
     if not isinstance(model, EquiSSLForPreTraining):
         raise ValueError(f"The online monitor reads EquiSSLForPreTraining, got {type(model).__name__}.")
     return model.get_submodule(model.exported), model.exported
 
 
-def _finite(value: Any) -> Any:
+def _replace_infinite(value: Any) -> Any:
     """Replace a number that JSON does not have by ``None``."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
-def _unchanged_randomness(device: torch.device) -> Iterator[None]:
+def _preserve_randomness(device: torch.device) -> Iterator[None]:
     """Restore the random generators of this process afterwards."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 -- the run's own generator
     accelerator = [] if device.type == "cpu" else [device.index]

@@ -15,7 +15,7 @@ from ..planning.arithmetic import Schedule
 from ..pretraining.arguments import LARS_NAME, EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.optimizer import choose_optimizer, chooses_own_groups, optim_arguments, optimizer_groups
-from .stops import refusing
+from .stops import refuse_errors
 
 _STEPS = 3
 _WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
@@ -33,19 +33,19 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
     Raises:
         RecipeError: With the words of what failed.
     """
-    with refusing("training: the optimizer"):
-        optimizer = _small_optimizer(args, model)
+    with refuse_errors("training: the optimizer"):
+        optimizer = _build_small_optimizer(args, model)
     steps = plan.steps or 1000  # of a plan without data, whose length is open
-    with refusing("training: the loader"):
+    with refuse_errors("training: the loader"):
         _build_loader(args)
-    with refusing("training: the learning rate's schedule"):
+    with refuse_errors("training: the learning rate's schedule"):
         if args.lr_scheduler_kwargs and _word(args.lr_scheduler_type) in _WITHOUT_SETTINGS:
             raise ValueError(f"{_word(args.lr_scheduler_type)} has no settings: leave lr_scheduler_kwargs out.")
         scheduler: Any = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, cast(Any, args.lr_scheduler_kwargs)
         )
         _check_rates(scheduler, args.learning_rate, steps)
-    with refusing("training: the optimizer"):
+    with refuse_errors("training: the optimizer"):
         for _ in range(_STEPS):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -55,17 +55,17 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
     _try_kernels(args, model)
 
 
-def _small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> torch.optim.Optimizer:
+def _build_small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> torch.optim.Optimizer:
     """Build the run's optimizer on small parameters, in the run's groups."""
     kind, given = choose_optimizer(model, args)
     if chooses_own_groups(kind, given):  # it has taken the model's parameters, which are none
-        return torch.optim.SGD([_small_parameter(args)], lr=args.learning_rate)
+        return torch.optim.SGD([_make_small_parameter(args)], lr=args.learning_rate)
     for name, value in optim_arguments(args).items() if args.optim != LARS_NAME else ():
         if not _is_read(name, args, model, given):
             raise ValueError(f"optim_args: {name}={value} changes nothing in {_word(args.optim)}. Leave it out.")
     if args.optim_target_modules is not None:
         raise ValueError(f"optim_target_modules changes nothing in {_word(args.optim)}. Leave it out.")
-    groups = [{**group, "params": [_small_parameter(args)]} for group in optimizer_groups(model, args)]
+    groups = [{**group, "params": [_make_small_parameter(args)]} for group in optimizer_groups(model, args)]
     optimizer: torch.optim.Optimizer = kind(groups, **given)
     return optimizer
 
@@ -87,7 +87,7 @@ def _is_read(name: str, args: EquiSSLTrainingArguments, model: EquiSSLForPreTrai
     return False
 
 
-def _small_parameter(args: EquiSSLTrainingArguments) -> torch.nn.Parameter:
+def _make_small_parameter(args: EquiSSLTrainingArguments) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(2, 2, device=args.device))
 
 
@@ -118,7 +118,7 @@ def _try_kernels(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -
     """Run one block with an attention that is not PyTorch's, and one addition by a compiler that is not its own."""
     kernel = model.config.encoder_config._attn_implementation
     if kernel not in _USUAL_ATTENTION:
-        with refusing(f"model.attn_implementation {kernel!r} does not run here"):
+        with refuse_errors(f"model.attn_implementation {kernel!r} does not run here"):
             config = copy.deepcopy(model.config.encoder_config)
             config.num_hidden_layers, config.cls_insertion_layer = 1, 0
             encoder = type(model.student)._from_config(config, attn_implementation=kernel).to(args.device).train()
@@ -128,7 +128,7 @@ def _try_kernels(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -
             with torch.autocast(args.device.type, half, enabled=bool(args.fp16 or args.bf16)):
                 encoder(pixels.to(args.device)).last_hidden_state.float().sum().backward()
     if args.torch_compile and args.torch_compile_backend != "inductor":
-        with refusing(f"training.torch_compile_backend {args.torch_compile_backend!r} does not run here"):
+        with refuse_errors(f"training.torch_compile_backend {args.torch_compile_backend!r} does not run here"):
             add = torch.compile(lambda tensor: tensor + 1, backend=str(args.torch_compile_backend))
             add(torch.zeros(2, device=args.device))
 

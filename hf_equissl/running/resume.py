@@ -61,7 +61,7 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
         return False
     recipe = keep_precision(_adopt_as_stored(recipe, Path(folder)) or recipe, folder)
     asked = drop_without_effect(redact_values(recipe.to_dict()))
-    return encoder.stat().st_mtime >= stored.stat().st_mtime and drop_without_effect(_stored(stored)) == asked
+    return encoder.stat().st_mtime >= stored.stat().st_mtime and drop_without_effect(_read_stored(stored)) == asked
 
 
 def find_start(
@@ -212,23 +212,23 @@ def _check_same_run(recipe: Recipe, folder: Path, launch: Launch) -> None:
     stored, checkpoint = folder / "recipe.yaml", newest_checkpoint(folder)
     if not stored.is_file() or not (checkpoint or (folder / ENCODER_FOLDER).is_dir()):
         return
-    before, now = (_flat(_identity(plain)) for plain in (_stored(stored), redact_values(recipe.to_dict())))
+    before, now = (_flatten(_identity(plain)) for plain in (_read_stored(stored), redact_values(recipe.to_dict())))
     for key in before | now:  # in their order: a seed before the data's seed, which follows it
         if key != "model.attn_implementation" and before.get(key) != now.get(key):
             raise RecipeError(
                 f"{folder} holds a run with {key} = {before.get(key)!r}, and this recipe says {now.get(key)!r}. "
                 "Name a new --output_dir, or go on with the same recipe."
             )
-    batch = _trained_batch(folder, checkpoint)
+    batch = _find_trained_batch(folder, checkpoint)
     if batch is not None and batch != launch.batch:
         raise RecipeError(
             f"{folder} holds a run with a global batch of {batch} images, and this launch makes {launch.per_device} "
             f"per device x {_count(launch.processes)} x {launch.accumulation} accumulated = {launch.batch}. "
-            f"{_same_batch(batch, launch)}or name a new --output_dir."
+            f"{_suggest_batch(batch, launch)}or name a new --output_dir."
         )
 
 
-def _trained_batch(folder: Path, checkpoint: str | None) -> int | None:
+def _find_trained_batch(folder: Path, checkpoint: str | None) -> int | None:
     """Find the images per optimizer step of the run in ``folder``; ``None`` where nothing says."""
     if checkpoint is not None:
         return Manifest.read(checkpoint).global_batch
@@ -238,7 +238,7 @@ def _trained_batch(folder: Path, checkpoint: str | None) -> int | None:
         return None
 
 
-def _same_batch(batch: int, launch: Launch) -> str:
+def _suggest_batch(batch: int, launch: Launch) -> str:
     """Say how this launch would make ``batch``."""
     share, rest = divmod(batch, launch.processes)
     if rest or not share:
@@ -264,13 +264,13 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stored(path: Path) -> dict[str, Any]:
+def _read_stored(path: Path) -> dict[str, Any]:
     return expand_paths(as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()}

@@ -51,7 +51,7 @@ from .checks import (
     require_labels,
     require_parameters,
 )
-from .first_views import ViewDataset, blank_views, build_dataset, first_views, open_source
+from .first_views import ViewDataset, build_dataset, first_views, make_blank_views, open_source
 from .initial_weights import InitialWeights
 from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
@@ -71,7 +71,7 @@ from .preemption import PreemptionCallback
 from .publishing import Publisher
 from .rehearsal import rehearse
 from .resume import Launch, check_same_data, describe_resume, find_start
-from .stops import ExportError, explain_stops, refusing
+from .stops import ExportError, explain_stops, refuse_errors
 
 ASSUMED_CLASSES = 1000  # of a dry run without a data set
 
@@ -122,7 +122,7 @@ class Run:
             RecipeError: Shapes do not fit, in the model's words.
         """
         images = batch or self.plan.per_device
-        with refusing("The first step would fail"):
+        with refuse_errors("The first step would fail"):
             views = self.pipeline.blank(images, device="meta")
             return measure(self.config, views, self.args, images, self.plan.processes)
 
@@ -132,7 +132,7 @@ class Run:
         Raises:
             RecipeError: Shapes do not fit, in the model's words.
         """
-        with refusing("The first step would fail"):
+        with refuse_errors("The first step would fail"):
             views = self.pipeline.blank(self.plan.per_device, device="meta")
             check_step(self.config, views, self.plan.processes)
 
@@ -158,7 +158,7 @@ def prepare(
         output_dir, resume = None if output_dir is None else expand_home(output_dir), expand_home(resume)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    with leave_if_refused(output_dir), refusing("The run cannot be prepared"):
+    with leave_if_refused(output_dir), refuse_errors("The run cannot be prepared"):
         return _prepare(recipe, output_dir, resume, processes, dry)
 
 
@@ -192,7 +192,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     source = None if blank or not recipe.reads_num_classes else open_source(recipe)
     config = recipe.build_pretraining_config(_count_classes(recipe, source))
     check_known(config.encoder_config.hidden_act, sorted(ACT2FN), "model.hidden_act")
-    with refusing("model, objectives"):
+    with refuse_errors("model, objectives"):
         _, model = without_weights(config)
     check_last_layer(args, model)
     pipeline = recipe.build_pipeline(model.needs)
@@ -205,13 +205,13 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         if is_main_process() and not dry:
             take_folder(output_dir)
     if blank:
-        notes += _assumptions(recipe, model)
+        notes += _describe_assumptions(recipe, model)
         plan = schedule(args, processes, recipe.expected_images)
         check_batches(args, model, plan)
         if args.epoch_steps or plan.steps_per_epoch:
             check_schedules(args, model, plan)
         rehearse(args, model, plan)
-        grey = blank_views(pipeline, plan.per_device)
+        grey = make_blank_views(pipeline, plan.per_device)
         return Run(recipe, args, config, pipeline, None, plan, grey, checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(source or open_source(recipe), recipe, pipeline, args)
     num_images = None if isinstance(dataset, IterableDataset) else len(dataset)
@@ -259,7 +259,7 @@ def _count_classes(recipe: Recipe, source: ImageSource | None) -> int | None:
     return source.num_classes
 
 
-def _assumptions(recipe: Recipe, model: EquiSSLForPreTraining) -> tuple[str, ...]:
+def _describe_assumptions(recipe: Recipe, model: EquiSSLForPreTraining) -> tuple[str, ...]:
     """Say what a dry run without a data set takes for granted of it."""
     if recipe.reads_num_classes:
         return (f"no data set is named (--data): images of {ASSUMED_CLASSES} classes are assumed",)
@@ -297,7 +297,7 @@ def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     model, trainer = build_training(run, preemption)
     if is_main_process():
         run.recipe.save(output, [f"Not all steps ran so: {change.text}." for change in run.changes])
-    with refusing("The run cannot begin", unless=lambda: trainer.has_begun):
+    with refuse_errors("The run cannot begin", unless=lambda: trainer.has_begun):
         trainer.train(resume_from_checkpoint=run.checkpoint)
     if preemption.stopped:
         preemption.stop(trainer.state, output)
@@ -366,7 +366,7 @@ def _build_trainer(run: Run, model: EquiSSLForPreTraining, *callbacks: TrainerCa
     dataset = cast(ViewDataset, run.dataset)
     skipped = SkippedImages(run.recipe.max_bad_share, num_images=run.plan.images)
     try:
-        with refusing("training"):
+        with refuse_errors("training"):
             return EquiSSLTrainer(
                 model,
                 run.args,

@@ -68,16 +68,16 @@ def explain_stops(output_dir: str | Path | None) -> Iterator[None]:
     except Exception as error:
         forget_workers()
         if lost_a_process(error):
-            raise LostProcessError(_lost_process(error, output_dir)) from error
+            raise LostProcessError(_explain_lost_process(error, output_dir)) from error
         if _is_loader(error):
-            raise LoaderDiedError(_loader_died(error, output_dir)) from error
+            raise LoaderDiedError(_explain_dead_loader(error, output_dir)) from error
         if not isinstance(error, STOPS):
             speaks_for_all()
         raise
 
 
 @contextmanager
-def refusing(where: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def refuse_errors(where: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn what libraries raise of settings into one sentence; the error itself stays its cause.
 
     Args:
@@ -162,22 +162,22 @@ def _is_loader(error: Exception) -> bool:
     return lost and any(file.endswith("torch/utils/data/dataloader.py") for file in files)
 
 
-def _lost_process(error: Exception, output_dir: str | Path | None) -> str:
+def _explain_lost_process(error: Exception, output_dir: str | Path | None) -> str:
     said = re.sub(r"^\[.*?\]\s*", "", str(error).strip().splitlines()[0]).partition(". ")[0]
     return (
         f"Another process of this run has ended or cannot be reached ({said}), so all of them end. If it did not say "
         "why itself, it was killed: by hand, by the scheduler, or for lack of memory (`dmesg` says so). "
-        f"{_what_is_left(output_dir)}"
+        f"{_say_what_is_left(output_dir)}"
     )
 
 
-def _loader_died(error: Exception, output_dir: str | Path | None) -> str:
+def _explain_dead_loader(error: Exception, output_dir: str | Path | None) -> str:
     said = re.sub(r"\s+", " ", (str(error).strip() or type(error).__name__).splitlines()[0]).rstrip(".")
     return (
         f"A process that loads images died: {said}. Usual causes: the machine or the container was out of memory and "
         f"killed it (`dmesg` says so), or shared memory was full ({_shared_memory()}). Remedies: fewer "
         "--training.dataloader_num_workers, more memory; in Docker, --shm-size or --ipc=host. "
-        f"{_what_is_left(output_dir)}"
+        f"{_say_what_is_left(output_dir)}"
     )
 
 
@@ -188,7 +188,7 @@ def _shared_memory() -> str:
     return f"{SHARED_MEMORY} has {readable_size(usage.total)}, of which {readable_size(usage.free)} are free now"
 
 
-def _what_is_left(output_dir: str | Path | None) -> str:
+def _say_what_is_left(output_dir: str | Path | None) -> str:
     last = None if output_dir is None else newest_checkpoint(output_dir)
     if last is None:
         return "No checkpoint was written before."

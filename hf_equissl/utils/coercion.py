@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 
 from huggingface_hub.dataclasses import type_validator
 
-from .plain_values import shortened
+from .plain_values import shorten
 from .strict_yaml import load_yaml
 from .suggestions import RecipeError, check_keys
 
@@ -104,7 +104,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     try:
         return _coerce(value, annotation)
     except TypeError:
-        kind = {type(None): "null", dict: "a mapping"}.get(type(value)) or shortened(value)
+        kind = {type(None): "null", dict: "a mapping"}.get(type(value)) or shorten(value)
         quoted = " Write it without quotes." if isinstance(value, str) and _is_scalar(value, annotation) else ""
         raise RecipeError(f"{where}: expected {describe(annotation)}, got {kind}.{quoted}") from None
 

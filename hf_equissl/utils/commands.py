@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from .files import expand_home
-from .plain_values import check_plain, shortened
-from .redaction import redact, redact_messages, without_secrets
+from .plain_values import check_plain, shorten
+from .redaction import drop_secrets, redact, redact_messages
 from .suggestions import RecipeError
 
 _KINDS = {int: "an integer", float: "a number"}
@@ -55,7 +55,7 @@ def _read_word(kind: type, word: str) -> Any:
     except RecipeError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {shortened(word)}.") from error
+        raise argparse.ArgumentTypeError(f"expected {_KINDS[kind]}, got {shorten(word)}.") from error
     return value
 
 
@@ -95,7 +95,7 @@ def check_at_least(options: argparse.Namespace, **least: int) -> None:
 
 def typed_command(script: str, argv: Sequence[str] | None) -> str:
     """Write a command as it was typed, without secrets: paths stay relative where they were."""
-    return shlex.join(["python", f"training/{script}", *without_secrets(sys.argv[1:] if argv is None else argv)])
+    return shlex.join(["python", f"training/{script}", *drop_secrets(sys.argv[1:] if argv is None else argv)])
 
 
 def log_plainly() -> None:

@@ -55,14 +55,14 @@ class Option:
         if self.metavar is None and not self.choices:
             group.add_argument(self.flag, action="store_const", const=self.switched, **rest)
             return
-        rest |= {"metavar": self.metavar, "type": _with_its_text(self.type), "nargs": self.nargs}
+        rest |= {"metavar": self.metavar, "type": _keep_error_text(self.type), "nargs": self.nargs}
         rest |= {"choices": self.choices} if self.choices else {}
         rest |= {"const": self.switched} if self.nargs == "?" else {}
         rest |= {"required": True} if self.required else {}
         group.add_argument(self.flag, action="append" if self.repeated else "store", **rest)
 
 
-def _with_its_text(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+def _keep_error_text(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """``convert`` whose ``ValueError`` argparse shows; of other callables argparse shows their name alone."""
     if isinstance(convert, type):
         return convert

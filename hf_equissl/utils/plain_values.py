@@ -18,7 +18,7 @@ _WORDS = {None: "null", True: "true", False: "false"}
 _NO_CHARACTER = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Write a value for a message, as YAML has it, cut where it is long; very long integers do not print at all."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"an integer of {value.bit_length()} bits"
@@ -56,6 +56,6 @@ def _check_scalar(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}: expected a finite number, got {value}.")
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise RecipeError(f"{where}: expected an integer of at most 64 bits, got {shortened(value)}.")
+        raise RecipeError(f"{where}: expected an integer of at most 64 bits, got {shorten(value)}.")
     if isinstance(value, str) and _NO_CHARACTER.search(value):
-        raise RecipeError(f"{where}: {shortened(value)} has a character that no text can have.")
+        raise RecipeError(f"{where}: {shorten(value)} has a character that no text can have.")

@@ -68,7 +68,7 @@ def redact(text: str) -> str:
     text = _ADDRESS.sub(lambda found: "".join(_clean_address(found[0])), text)
     for form in FORMS.values():
         text = form.sub(REMOVED, text)
-    return _ASSIGNED.sub(_without_assigned, text)
+    return _ASSIGNED.sub(_drop_assigned, text)
 
 
 def redact_values(value: Any) -> Any:
@@ -80,7 +80,7 @@ def redact_values(value: Any) -> Any:
     return [redact_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def without_secrets(words: Iterable[str]) -> list[str]:
+def drop_secrets(words: Iterable[str]) -> list[str]:
     """Drop options with a secret from the words of a command line, and remove secrets from the others."""
     kept: list[str] = []
     of_secret = False  # the word before was the name of a secret
@@ -113,7 +113,7 @@ def find_secret(text: str) -> str | None:
                 name, _, value = part[0].partition("=")
                 if SECRET_NAME.search(name) and not _HARMLESS.fullmatch(value) and _is_value(name, value):
                     return "a signed address"
-    return next((f"a {kind}" for kind in _assigned(text)), None)
+    return next((f"a {kind}" for kind in _find_assigned(text)), None)
 
 
 def find_secret_in(values: Any) -> str | None:
@@ -184,11 +184,11 @@ def _clean_address(address: str) -> Iterator[str]:
         if ":" not in user and _PLACES.search(before):
             user = ""
         place, sign, query = piece[len(user) :].partition("?")
-        before = f"{place}{sign}{_PARTS.sub(_without_value, query)}"
+        before = f"{place}{sign}{_PARTS.sub(_drop_value, query)}"
         yield before
 
 
-def _without_value(part: re.Match[str]) -> str:
+def _drop_value(part: re.Match[str]) -> str:
     name, equals, value = part[0].partition("=")
     if not equals:  # perhaps a pattern, shard-?.tar
         return name if len(name) < 16 or _SUFFIX.search(name) else REMOVED
@@ -208,7 +208,7 @@ def _secret_name(found: re.Match[str]) -> str:
     return name if _CERTAIN.fullmatch(name) else ""
 
 
-def _without_assigned(found: re.Match[str]) -> str:
+def _drop_assigned(found: re.Match[str]) -> str:
     value = found["value"]
     quote = value[0] if value[0] in "\"'" else ""
     if not _secret_name(found) or _NOTHING.fullmatch(value.strip("\"'")):
@@ -216,7 +216,7 @@ def _without_assigned(found: re.Match[str]) -> str:
     return f"{found['end']}{found['sign']}{quote}{REMOVED}{quote}"
 
 
-def _assigned(text: str) -> Iterator[str]:
+def _find_assigned(text: str) -> Iterator[str]:
     for found in _ASSIGNED.finditer(text):
         value = found["value"]
         quoted = value[0] in "\"'" or found["sign"][-1] in "\"'"

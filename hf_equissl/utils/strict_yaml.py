@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .plain_values import check_plain, shortened
+from .plain_values import check_plain, shorten
 from .suggestions import RecipeError
 
 _PLAIN = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "int", "float", "str", "seq", "map"))
@@ -26,13 +26,13 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         line = f"line {node.start_mark.line + 1}"
         if node.tag not in _PLAIN:
-            raise RecipeError(f"{line}: the tag {shortened(node.tag)} is not read. Write the value without it.")
+            raise RecipeError(f"{line}: the tag {shorten(node.tag)} is not read. Write the value without it.")
         try:
             return super().construct_object(node, deep)
         except RecipeError:
             raise
         except (ValueError, KeyError) as error:  # an integer of thousands of digits, or a tag that does not fit
-            raise RecipeError(f"{line}: {shortened(node.value)} is no {node.tag.rpartition(':')[2]}.") from error
+            raise RecipeError(f"{line}: {shorten(node.value)} is no {node.tag.rpartition(':')[2]}.") from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -164,7 +164,7 @@ def test_a_renamed_shard_begins_the_next_epoch(
         write_tar(folder / f"{number}.tar", range(5 * number, 5 * number + 5))
     one = make(folder, pipeline, world_size=1, repeat=False)
     for batch, _ in zip(batches(one, workers=0), range(12), strict=False):
-        one.consumed(batch["position"])
+        one.note_batch(batch["position"])
     one.save_positions(tmp_path, 0)
     (folder / "0.tar").rename(folder / "9.tar")
     resumed = make(folder, pipeline, world_size=1, repeat=False)

@@ -38,7 +38,7 @@ for source in sys.argv[2:]:
         stream = make(source, rank)
         seen = list(batches(stream))
         for batch in seen[:7]:
-            stream.consumed(batch["position"])
+            stream.note_batch(batch["position"])
         folder = Path(sys.argv[1])
         stream.save_positions(folder, WORKERS)
         again = make(source, rank)

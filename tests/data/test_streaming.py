@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_equissl.data import ImageSourceError, StreamingViewDataset, load_images, throughput
-from hf_equissl.data.shards import FILES_PER_RANK, divide, list_shards, shuffled
+from hf_equissl.data.shards import FILES_PER_RANK, divide, list_shards, shuffle
 from hf_equissl.views.collator import ViewCollator
 from hf_equissl.views.needs import Needs
 from hf_equissl.views.pipelines import ViewPipeline, build_pipeline
@@ -122,12 +122,12 @@ def test_buffer_goes_on_anywhere() -> None:
         return iter(range(first, 100))
 
     for size in (1, 7, 100, 200):
-        whole = list(shuffled(read, size, np.random.default_rng(0)))
+        whole = list(shuffle(read, size, np.random.default_rng(0)))
         assert sorted(row for row, _, _ in whole) == list(range(100))
         assert ([row for row, _, _ in whole] == list(range(100))) == (size == 1)
         for at in (0, 1, 40, 91, 92, 93, 98, 99):
             _, *stood = whole[at]
-            assert list(shuffled(read, size, np.random.default_rng(0), *stood)) == whole[at + 1 :], (size, at)
+            assert list(shuffle(read, size, np.random.default_rng(0), *stood)) == whole[at + 1 :], (size, at)
 
 
 # ---- positions ----
@@ -155,7 +155,7 @@ def test_resumed_stream_gives_the_same_batches(kind: str, tmp_path: Path, pipeli
     for at in (1, 2, 9, 14, 23):
         broken.load_positions(None, WORKERS)
         for batch in whole[:at]:
-            broken.consumed(batch["position"])
+            broken.note_batch(batch["position"])
         checkpoint = tmp_path / f"checkpoint-{at}"
         checkpoint.mkdir()
         broken.save_positions(checkpoint, WORKERS)
@@ -170,7 +170,7 @@ def test_shards_behind_are_not_opened(tmp_path: Path, pipeline: ViewPipeline) ->
     one = make(folder, pipeline, world_size=1, shuffle_buffer=1)
     whole = list(islice(batches(one, workers=0), COUNT))
     for batch in whole[: COUNT // 2]:
-        one.consumed(batch["position"])
+        one.note_batch(batch["position"])
     one.save_positions(tmp_path, 0)
     behind = {int(batch["index"]) for batch in whole[: COUNT // 2 - 10]}
     gone = 0
@@ -199,7 +199,7 @@ def test_another_layout_begins_the_next_epoch(
     for rank in range(RANKS):
         dataset = make(folder, pipeline, rank)
         for batch in islice(batches(dataset, workers=1), 31 + rank):
-            dataset.consumed(batch["position"])
+            dataset.note_batch(batch["position"])
         dataset.save_positions(tmp_path, 1)
     resumed = make(folder, pipeline, world_size=1, repeat=False)
     with caplog.at_level(logging.WARNING):

@@ -21,7 +21,7 @@ from hf_equissl.data import ImageSource
 from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.encoders.frozen import NonFiniteFeaturesError
 from hf_equissl.extraction import ExtractionSettings, prepare
-from hf_equissl.extraction.pipeline import begin, with_features
+from hf_equissl.extraction.pipeline import attach_features, begin
 from hf_equissl.extraction.reading import Batch
 from hf_equissl.extraction.shards import SafetensorsShard, read_record, shard_features
 
@@ -39,7 +39,7 @@ def test_a_batch_is_fetched_when_the_next_one_has_been_begun() -> None:
         seen.append(f"begin {one.shard}")
         return lambda: seen.append(f"fetch {one.shard}") or {}
 
-    given = [one.shard for one, _ in with_features(map(batch, range(3)), start)]
+    given = [one.shard for one, _ in attach_features(map(batch, range(3)), start)]
     assert given == [0, 1, 2]
     assert seen == ["begin 0", "begin 1", "fetch 0", "begin 2", "fetch 1", "fetch 2"]
 
@@ -49,7 +49,7 @@ def test_what_precedes_an_error_is_given_and_nothing_behind_it() -> None:
         yield from map(batch, range(2))
         raise OSError("gone")
 
-    made = with_features(broken(), lambda one: dict)
+    made = attach_features(broken(), lambda one: dict)
     assert [next(made)[0].shard, next(made)[0].shard] == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(made)
@@ -58,7 +58,7 @@ def test_what_precedes_an_error_is_given_and_nothing_behind_it() -> None:
         return dict if one.shard else lambda: {}[one.shard]
 
     with pytest.raises(KeyError):  # a shard without one of its batches must not be finished
-        next(with_features(map(batch, range(3)), start))
+        next(attach_features(map(batch, range(3)), start))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

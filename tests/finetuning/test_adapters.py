@@ -29,7 +29,7 @@ from hf_equissl.finetuning import (
     train,
 )
 from hf_equissl.finetuning.publish import publish
-from hf_equissl.hub.contents import published_files
+from hf_equissl.hub.contents import list_published
 from hf_equissl.utils.files import umask
 from hf_equissl.utils.load_errors import LoadError
 
@@ -235,7 +235,7 @@ def test_an_adapter_says_nothing_of_this_machine(trained: dict[str, Path], encod
         assert str(Path(encoders["equissl"]).parent) not in path.read_bytes().decode(errors="ignore"), path.name
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     assert json.loads((folder / "finetuning.json").read_text())["base"] == "equissl"
-    assert ".base" not in published_files(folder)
+    assert ".base" not in list_published(folder)
     assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
 
 

@@ -18,7 +18,7 @@ from hf_equissl.checkpoints import Manifest
 from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import ResultRecord, load_records, save_records
 from hf_equissl.hub import PublishError, build_repository, check_publishable
-from hf_equissl.hub.contents import check_secrets, left_behind, published_files
+from hf_equissl.hub.contents import check_secrets, list_left_behind, list_published
 from hf_equissl.modeling import EquiSSLModel
 from hf_equissl.utils.strict_yaml import dump_yaml, load_yaml
 from tests.utils.secrets import ALL, SECRETS, left_in
@@ -113,15 +113,21 @@ def test_a_push_refuses_what_still_holds_one(repository: Path, tmp_path: Path, t
 
 
 def test_only_what_belongs_to_the_model_is_published(repository: Path) -> None:
-    named = set(published_files(repository))
+    named = set(list_published(repository))
     assert {"README.md", "results.json", "config.json", "model.safetensors", "preprocessor_config.json"} < named
     assert "modeling_equissl.py" in named
     for name in ("notes.txt", "wandb/settings", "wandb/config.json", "data/pw.txt", "helper.py", ".env"):
         (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).write_text("{}")
     check_publishable(repository)
-    assert set(published_files(repository)) == named
-    assert left_behind(repository) == ["data/pw.txt", "helper.py", "notes.txt", "wandb/config.json", "wandb/settings"]
+    assert set(list_published(repository)) == named
+    assert list_left_behind(repository) == [
+        "data/pw.txt",
+        "helper.py",
+        "notes.txt",
+        "wandb/config.json",
+        "wandb/settings",
+    ]
     (repository / "id_rsa").write_text("x")
     with pytest.raises(PublishError, match="id_rsa is called as files with keys"):
         check_publishable(repository)

@@ -57,13 +57,13 @@ def test_nothing_fits_into_too_little() -> None:
 
 
 def test_batches_that_the_objectives_refuse_are_not_tried() -> None:
-    def refusing(batch: int) -> Cost:
+    def refuse_errors(batch: int) -> Cost:
         if batch < 4:
             raise RecipeError(f"KoLeo needs 4 images, got {batch}")
         return cost(batch)
 
     for memory, fits in ((0.05, 0), (0.3, 0), (0.45, 4)):
-        plans = replace(planner(memory=memory), measure=refusing, smallest=4)
+        plans = replace(planner(memory=memory), measure=refuse_errors, smallest=4)
         assert plans.largest_batch(Setup(Engine.DDP, 8), exact=True) == fits
         assert plans.largest_batch(Setup(Engine.DDP, 8), exact=False) == fits
     none = plan_lines("mine", plans, [replace(plans, cluster=Cluster(memory=0.05, reserve=0.0)).plan("ddp")] * 2, "", 1)

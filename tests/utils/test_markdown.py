@@ -7,7 +7,7 @@ import ast
 import pytest
 from markdown_it import MarkdownIt
 
-from hf_equissl.utils.markdown import as_html, cell, code, fenced, paragraphs, plain, python_string, table
+from hf_equissl.utils.markdown import as_html, cell, code, fence, paragraphs, plain, python_string, table
 
 HOSTILE = (
     'it\'s "a" `name`',
@@ -65,7 +65,7 @@ def test_words_of_the_user_are_paragraphs(text: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_block_of_code_ends_where_its_text_ends(text: str) -> None:
-    tokens = PARSER.parse(f"Before.\n\n{fenced(text, 'yaml')}\n\nAfter.")
+    tokens = PARSER.parse(f"Before.\n\n{fence(text, 'yaml')}\n\nAfter.")
     assert [token.type for token in tokens if token.type == "fence"] == ["fence"]
     assert len(tokens) == 7
 

@@ -13,12 +13,12 @@ from hf_equissl.pretraining.run_record import command_line
 from hf_equissl.utils.commands import command_parser, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.redaction import (
+    drop_secrets,
     find_secret,
     find_secret_in,
     redact,
     redact_messages,
     redact_values,
-    without_secrets,
 )
 from hf_equissl.utils.strict_yaml import dump_yaml, load_yaml
 
@@ -99,7 +99,7 @@ def test_every_kind_of_token(token: str) -> None:
 
 def test_options_that_are_secrets_go_with_their_values() -> None:
     words = ["--lr", "1", "--hub_token", "abc", "--training.hub_token=abc", "--api_key", "--use_mask_token", "true"]
-    assert without_secrets([*words, "--note", f"mine is {TOKEN}"]) == [
+    assert drop_secrets([*words, "--note", f"mine is {TOKEN}"]) == [
         *("--lr", "1", "--use_mask_token", "true", "--note", "mine is removed"),
     ]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...data import Decoding, ImageDecodeError, ImageSource
 from ...data.decoding import MAX_PIXELS, open_image
-from ...data.image_folders import scan_folder, shown, stored_path
+from ...data.image_folders import encode_path, scan_folder, shown
 from ...data.splits import TEST_SPLITS, SourceSplits, pair_splits
 from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
@@ -206,7 +206,7 @@ def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]], decodin
         raise ValueError(f"{root}: {pairs[split][0]} holds no images." + "".join(f" {s}." for s in scans[0].left_out()))
     names = sorted(images)
     rows = {
-        column: [stored_path(str(folder / files[name])) for name in names]
+        column: [encode_path(str(folder / files[name])) for name in names]
         for column, folder, files in zip(("image", "mask"), pairs[split], (images, masks), strict=True)
     }
     return ImageSource(

@@ -47,7 +47,7 @@ def limits(
     found += [_transformation(run), "One training run with one seed: how much another seed would change is not known."]
     if run.record is not None and run.record.hardware.get("device") == run.record.hardware.get("cpu"):
         found.append("Trained on a CPU, without a GPU.")
-    found.append(_measured(records))
+    found.append(_describe_measured(records))
     return [sentence for sentence in found if sentence]
 
 
@@ -71,13 +71,13 @@ def _data(run: RunFolder, dataset: str | None) -> str:
 
 
 def _transformation(run: RunFolder) -> str:
-    names = _listed([entry["name"] for entry in run.objectives()["equivariance"]])
+    names = _list_names([entry["name"] for entry in run.objectives()["equivariance"]])
     if run.transformation is None or not names:
         return ""
     return f"Trained with {names} on one family of transformations, `{run.transformation}`."
 
 
-def _measured(records: Sequence[ResultRecord]) -> str:
+def _describe_measured(records: Sequence[ResultRecord]) -> str:
     """Say by what the encoder was measured, and what of the known measurements nobody made."""
     if not records:
         return "Nothing was measured: judge it on your own task before you rely on it."
@@ -91,8 +91,10 @@ def _measured(records: Sequence[ResultRecord]) -> str:
     if len(sets) == 1:
         unknown.append("robustness to images unlike these")
     rest = ", ".join(filter(None, unknown))
-    return f"Measured by {_listed(measured)} on {_listed(sets)} only." + (f" Not measured: {rest}." if rest else "")
+    return f"Measured by {_list_names(measured)} on {_list_names(sets)} only." + (
+        f" Not measured: {rest}." if rest else ""
+    )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     return ", ".join(map(code, names))

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from ...utils import markdown
 
 # What templates call to put a value into Markdown.
-_FILTERS = ("code", "plain", "cell", "fenced", "as_html", "paragraphs", "python_string", "table")
+_FILTERS = ("code", "plain", "cell", "fence", "as_html", "paragraphs", "python_string", "table")
 
 
 def write(template: str, head: CardData, context: Mapping[str, Any]) -> str:
