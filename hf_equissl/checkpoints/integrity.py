@@ -32,7 +32,7 @@ def find_damage(folder: Path, names: list[str], known: Mapping[str, str]) -> str
     """Say which of the files ``names`` is not what was written, and why; ``None`` if all are.
 
     Args:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
         names: Files that it lists.
         known: Name -> checksum. Files without one, of older checkpoints, are opened as far as their type allows.
     """
@@ -66,7 +66,7 @@ def _state(about: os.stat_result) -> tuple[int, ...]:
 
 
 def _parse_error(path: Path) -> str | None:
-    """Why a file is not of the type that its name says; ``None`` for a whole one, and for types that nobody knows."""
+    """Say why a file is not of the type that its name says; ``None`` if it is, and for types that nobody knows."""
     try:
         key = _state(path.stat())
         if key not in _PARSED:

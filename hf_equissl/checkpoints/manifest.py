@@ -71,7 +71,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(self.files.values())
 
     @classmethod
@@ -79,8 +79,8 @@ class Manifest:
         """Read the manifest of a complete checkpoint.
 
         Args:
-            folder: Of the checkpoint.
-            verify: Read all files, too, and compare checksums: once in a process.
+            folder: Folder of the checkpoint.
+            verify: Whether to read all files, too, and compare checksums: once in a process.
 
         Raises:
             IncompleteCheckpointError: It is not complete, or not a checkpoint.
@@ -117,7 +117,7 @@ class Manifest:
 
 
 def check_weights(folder: str | Path) -> None:
-    """Compare the weights of a checkpoint with its manifest; a folder without one, and other files, are nobody's.
+    """Compare the weights of a checkpoint with its manifest. A folder without one, and other files, are not checked.
 
     Raises:
         OSError: They are not what was written.

@@ -87,7 +87,7 @@ class WholeCheckpoints(_Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(self, max_steps: Any, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; how often is logged and saved follows the arguments, not those of the checkpoint."""
+        """Do as the parent; how often is logged and saved follows the arguments, not those of the checkpoint."""
         comparing = logging.get_logger("transformers.trainer_utils")
         level = comparing.level
         comparing.setLevel(logging.ERROR)  # it would say that those of the checkpoint count

@@ -117,7 +117,7 @@ def find_more_columns(features: datasets.Features, wanted: Mapping[str, Sequence
 
 
 def list_columns(features: Mapping[str, Any]) -> str:
-    """Columns with their types, for messages."""
+    """List columns with their types, for messages."""
     return ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
 
 
@@ -149,7 +149,7 @@ def _most_pass(test: Callable[[Any], bool], rows: Sequence[Mapping[str, Any]], c
 
 
 def _unwrap(value: Any) -> Any:
-    """The bytes or the path of a struct; what is no struct as it is."""
+    """Take the bytes or the path out of a struct; leave other values as they are."""
     return (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
 
 

@@ -44,11 +44,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
     each its batches.
 
     Args:
-        num_samples: Rows.
-        seed: Of the run.
-        shuffle: A new order each epoch, or row order.
-        multiple: Of how many samples an epoch consists; what remains of its order is left out. With the images of an
-            optimizer step, an epoch has as many steps however a step is split into processes and micro-batches.
+        num_samples: Number of rows.
+        seed: Seed of the run.
+        shuffle: Whether each epoch has a new order; otherwise all have that of the rows.
+        multiple: An epoch consists of a multiple of so many samples; what remains of its order is left out. Given the
+            number of images of an optimizer step, an epoch has as many steps however a step is split into processes
+            and micro-batches.
     """
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool = True, multiple: int = 1) -> None:
@@ -61,11 +62,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Samples per epoch."""
+        """Return the number of samples of an epoch."""
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """One pass, in the epoch that was set when it began."""
+        """Make one pass, in the epoch that was set when it began."""
         epoch = self.epoch
         if self.shuffle:
             order = order_generator(self.seed, epoch).permutation(self.num_samples)
@@ -81,9 +82,9 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
     ``skipped``.
 
     Args:
-        name: Of the samples, for messages.
-        count: Of the samples.
-        seed: Of the run.
+        name: What messages call the samples.
+        count: How many samples there are.
+        seed: Seed of the run.
     """
 
     def __init__(self, name: str, count: int, seed: int) -> None:
@@ -100,7 +101,7 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
 
     @abstractmethod
     def make(self, sample: Any, rng: np.random.Generator) -> dict[str, Any]:
-        """Turn what ``read`` returned into what a collator takes; ``rng`` goes on, and all that is random is its."""
+        """Turn what ``read`` returned into what a collator takes; all that is random is drawn from ``rng``."""
 
     @abstractmethod
     def item_name(self, index: int) -> str:
@@ -161,7 +162,7 @@ class ImageViewDataset(SampleDataset):
     Args:
         source: A source that is not streamed.
         pipeline: Crops, and draws what belongs to a sample.
-        seed: Of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, source: ImageSource, pipeline: ViewPipeline, seed: int) -> None:
@@ -184,7 +185,7 @@ class ImageViewDataset(SampleDataset):
 
 
 def image_digest(content: bytes) -> int:
-    """The id of an image: 64 bits of BLAKE2b of its encoded bytes, as a signed integer."""
+    """Compute the id of an image: 64 bits of BLAKE2b of its encoded bytes, as a signed integer."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

@@ -199,7 +199,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _content(data: Any) -> bytes | Image.Image | np.ndarray:
-    """What is to be decoded: files read, mappings taken apart."""
+    """Find what is to be decoded: read files, take mappings apart."""
     if isinstance(data, Mapping):
         data = data.get("bytes") if data.get("bytes") is not None else data.get("path")
     if isinstance(data, bytes | Image.Image | np.ndarray):
@@ -235,7 +235,7 @@ def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image
 
 
 def _from_planes(mode: str, planes: np.ndarray, decoding: Decoding) -> Image.Image:
-    """An image of 8 bits of the 16-bit planes (H, W, bands) of one that was opened in ``mode``."""
+    """Make an image of 8 bits of the 16-bit planes (H, W, bands) of one that was opened in ``mode``."""
     mode = {3: "RGB", 4: "CMYK" if mode == "CMYK" else "RGBA"}.get(planes.shape[2], "L")
     colours = to_eight_bits(planes[..., :3] if mode == "RGBA" else planes, decoding.value_range)
     bands = [*np.moveaxis(colours, -1, 0), *([as_bytes(planes[..., 3])] if mode == "RGBA" else [])]
@@ -253,7 +253,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _recolour(image: Image.Image, pixels: np.ndarray) -> Image.Image:
-    """Other colours, uint8 (H, W) or (H, W, 3), behind the transparency of an image."""
+    """Put other colours, uint8 (H, W) or (H, W, 3), behind the transparency of an image."""
     coloured = Image.fromarray(pixels).convert("RGB")
     if image.mode == "RGBA":
         coloured.putalpha(image.getchannel("A"))
@@ -282,7 +282,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 @cache
 def _formats() -> list[str]:
-    """Names of what may be opened and what this installation can open."""
+    """Name the formats that may be opened and that this installation can open."""
     Image.init()
     if importlib.util.find_spec("pillow_heif") is not None:
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -300,7 +300,7 @@ def _open_of_any_size(data: bytes) -> Image.Image:
 
 
 def _why_unknown(data: bytes) -> str:
-    """What to say of bytes that no reader takes."""
+    """Say what bytes are that no reader takes."""
     if data.startswith(_POSTSCRIPT):
         return "a PostScript file (EPS): these are programs, and are not run. Save it as PNG or JPEG"
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and "HEIF" not in _formats():

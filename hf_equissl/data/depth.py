@@ -88,7 +88,7 @@ def stretch(values: np.ndarray, value_range: str | tuple[float, float]) -> np.nd
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
-    """Values (H, W) of more than 8 bits as uint8 by the whole range of their type; ``decode_image`` says the rule."""
+    """Map values (H, W) of more than 8 bits to uint8 by the whole range of their type, as ``decode_image`` says."""
     if values.dtype == np.uint16:
         return (values >> 8).astype(np.uint8)
     integers = values.dtype.kind in "iu"
@@ -104,7 +104,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def _layout(tile: TiffImagePlugin.ImageFile._Tile) -> str:
-    """Pillow's name of how a tile's bands are stored."""
+    """Return Pillow's name of how a tile's bands are stored."""
     layout = tile.args[0] if isinstance(tile.args, tuple) else tile.args
     return layout if isinstance(layout, str) else ""
 
@@ -119,5 +119,5 @@ def _replace_layout(tile: TiffImagePlugin.ImageFile._Tile, layout: str) -> TiffI
 
 
 def _to_native_order(values: np.ndarray) -> np.ndarray:
-    """Numbers in the machine's byte order."""
+    """Bring numbers into the machine's byte order."""
     return values.astype(values.dtype.newbyteorder("="), copy=False)

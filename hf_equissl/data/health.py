@@ -1,4 +1,4 @@
-"""How many bad files a run puts up with."""
+"""Count files that do not decode, and stop a run that has too many of them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class SkippedImages:
 
     @property
     def count(self) -> int:
-        """Distinct bad files."""
+        """Number of distinct bad files."""
         return len(self.bad)
 
     @property
     def share(self) -> float:
-        """Distinct bad files among the images seen."""
+        """Share of distinct bad files among the images seen."""
         return self.count / max(1, self._distinct_seen())
 
     def take_from(self, batch: dict[str, Any], judge: bool = True) -> None:
@@ -60,7 +60,7 @@ class SkippedImages:
 
         Args:
             skipped: The batch's ``skipped``.
-            seen: Images in the batch, B.
+            seen: Number of images in the batch, B.
             judge: Compare the share at once. One of several processes leaves that to ``exchange``: the others would
                 wait for one that stops alone.
 

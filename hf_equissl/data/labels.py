@@ -135,7 +135,7 @@ def _refuse_others(
 
 
 def _why_not(column: str, feature: Any, streaming: bool) -> str:
-    """A sentence that says why a column cannot be the labels, and what to do; empty where it can."""
+    """Say why a column cannot be the labels, and what to do; nothing where it can."""
     kind = _kind(feature)
     if kind is None:
         return f"label column {column!r} is {type_name(feature)}, expected ClassLabel or integers, or names of classes."
@@ -148,7 +148,7 @@ def _why_not(column: str, feature: Any, streaming: bool) -> str:
 
 
 def _kind(feature: Any) -> str | None:
-    """ "class", "integer", "text", "boolean" or "float"; ``None`` of what holds no classes."""
+    """Return "class", "integer", "text", "boolean" or "float"; ``None`` for a column that holds no classes."""
     if isinstance(feature, datasets.ClassLabel):
         return "class"
     kind = feature.dtype.removeprefix("large_").rstrip("0123456789").lstrip("u") if _is_value(feature) else ""

@@ -136,7 +136,7 @@ def _strip_jpeg(content: bytes) -> bytes:
 
 
 def _keep_orientation(exif: bytes) -> bytes:
-    """An EXIF segment of JPEG with the orientation of another, or nothing where that has none."""
+    """Make an EXIF segment of JPEG with the orientation of another one alone; empty where that has none."""
     parsed, alone = Image.Exif(), Image.Exif()
     try:
         parsed.load(exif)
@@ -153,7 +153,7 @@ def _keep_orientation(exif: bytes) -> bytes:
 
 
 def _strip_tiff(content: bytes) -> bytes:
-    """The same file with fewer entries in its first directory; nothing moves, so that all offsets stay true."""
+    """Leave entries out of the first directory of a file; nothing moves, so that all offsets stay true."""
     order = "<" if content[:1] == b"I" else ">"
     directory = struct.unpack_from(order + "I", content, 4)[0]
     entries = [content[place - 8 : place + 4] for tag, _, _, place in _read_tiff_entries(content) if tag in _TIFF_TAGS]
@@ -164,7 +164,7 @@ def _strip_tiff(content: bytes) -> bytes:
 
 
 def _read_tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Tag, type, count and the place of the value, of the entries of a TIFF file's first directory."""
+    """Yield tag, type, count and the place of the value of each entry of a TIFF file's first directory."""
     order = "<" if content[:1] == b"I" else ">"
     directory = struct.unpack_from(order + "I", content, 4)[0]
     for number in range(struct.unpack_from(order + "H", content, directory)[0]):
@@ -173,7 +173,7 @@ def _read_tiff_entries(content: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _read_tiff_numbers(content: bytes, kind: int, count: int, place: int) -> tuple[int, ...]:
-    """The numbers of an entry, which stand in it if they fit."""
+    """Read the numbers of an entry, which stand in it if they fit."""
     order = "<" if content[:1] == b"I" else ">"
     layout = f"{order}{count}{_TIFF_INTEGERS[kind]}"
     where = place if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", content, place)[0]

@@ -16,11 +16,11 @@ class StreamPosition(NamedTuple):
     """Where one worker stood when it had made a sample.
 
     Attributes:
-        worker: Which, of those of its rank.
-        epoch: Of its pass.
-        read: Rows of the pass that it had read.
-        given: Rows that had left its buffer, this sample's the last.
-        starts: Number of the first row of each of its pieces of shards that it had begun.
+        worker: Number of the worker among those of its rank.
+        epoch: Epoch of its pass.
+        read: Number of rows of the pass that it had read.
+        given: Number of rows that had left its buffer, with this sample's.
+        starts: Number of the first row of each piece of a shard that it had begun.
     """
 
     worker: int
@@ -36,10 +36,10 @@ class StreamLayout:
 
     Attributes:
         ranks: Processes that share the stream.
-        workers: Of each; the process itself counts as one where it has none.
-        shards: Files, or parts of files.
-        shuffle_buffer: In rows.
-        seed: Of the order.
+        workers: Workers of each process, which counts as one itself where it has none.
+        shards: Number of files, or of parts of files.
+        shuffle_buffer: Rows in the buffer.
+        seed: Seed of the order.
         files: Digest of the names of the shards, in their order.
     """
 
@@ -51,7 +51,7 @@ class StreamLayout:
     files: str = ""
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Say it in one line, for people."""
         return (
             f"{self.ranks} processes x {self.workers} workers, {self.shards} shards, shuffle_buffer "
             f"{self.shuffle_buffer}, seed {self.seed}"
@@ -63,9 +63,9 @@ class StreamStart:
     """Where a stream begins.
 
     Attributes:
-        epoch: Of workers without a position.
+        epoch: Epoch of workers without a position.
         turn: The worker whose batch comes first.
-        positions: Worker -> where it stood.
+        positions: Where each worker stood that had begun.
     """
 
     epoch: int = 0
@@ -73,21 +73,21 @@ class StreamStart:
     positions: tuple[StreamPosition, ...] = ()
 
     def of(self, worker: int) -> StreamPosition | None:
-        """The position of a worker, if it has one."""
+        """Return the position of a worker; ``None`` where it has none."""
         return next((position for position in self.positions if position.worker == worker), None)
 
 
 def write_positions(
     folder: Path, rank: int, layout: StreamLayout, epoch: int, turn: int, positions: dict[int, StreamPosition]
 ) -> None:
-    """Write one rank's file into a checkpoint; ``epoch`` is that of workers without a position."""
+    """Write one rank's file into a checkpoint. Workers without a position are in ``epoch``."""
     plain: dict[str, Any] = {"layout": asdict(layout), "epoch": epoch, "turn": turn}
     plain["workers"] = [positions[worker]._asdict() for worker in sorted(positions)]
     (folder / _FILE.format(rank=rank)).write_text(json.dumps(plain) + "\n", encoding="utf-8")
 
 
 def read_start(folder: Path, rank: int, layout: StreamLayout) -> StreamStart:
-    """Where ``rank`` goes on.
+    """Find where ``rank`` goes on.
 
     With another layout no row can be found again. Then all ranks begin the epoch after the latest one that any worker
     had begun, with a warning: what was not seen of the epochs before is left out, and nothing is seen twice in one.

@@ -10,12 +10,12 @@ _SAMPLE, _ORDER = 0, 1
 
 
 def sample_generator(seed: int, epoch: int, sample_id: int, attempt: int = 0) -> np.random.Generator:
-    """The generator of one sample in one epoch: Philox, keyed by (seed, epoch) and started at (sample, attempt).
+    """Make the generator of one sample in one epoch: Philox, keyed by (seed, epoch), started at (sample, attempt).
 
     Philox is counter-based, so any (seed, epoch, sample) can be opened directly and no two streams overlap.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: Pass over the data set.
         sample_id: Row number, or a digest for streams; taken modulo 2^64.
         attempt: 0 for the sample's views, 1, 2, ... for the substitutes of a file that does not decode.
@@ -24,7 +24,7 @@ def sample_generator(seed: int, epoch: int, sample_id: int, attempt: int = 0) ->
 
 
 def order_generator(seed: int, epoch: int, reader: int = 0) -> np.random.Generator:
-    """The generator of an epoch's sample order, of its own for each ``reader`` where several read parts of a stream."""
+    """Make the generator of an epoch's order of samples, another one for each ``reader`` of a stream."""
     return _generator(seed, epoch, _ORDER, reader, 0)
 
 

@@ -41,9 +41,9 @@ class Shard:
 
     Attributes:
         source: All files.
-        file, files: Number of the file, and of all.
-        part, parts: Number of the part, and of all in this file.
-        row_groups: Of a file with parts, a stream whose shards they are, so that its end is read once.
+        file, files: Number of the file, and how many there are.
+        part, parts: Number of the part, and how many the file has.
+        row_groups: For a file with parts, a stream whose shards they are, so that the file's end is read once.
     """
 
     source: ImageSource
@@ -61,12 +61,12 @@ class Shard:
         return name if self.parts == 1 else f"{name}, row group {self.part}"
 
     def rows(self, first: int = 0) -> Iterator[dict[str, Any]]:
-        """Rows from number ``first`` on. Those before it are passed over: a file is read from its beginning.
+        """Yield rows from number ``first`` on. Those before it are read, too, and passed over.
 
-        So is a remote file whose connection broke: it is opened again a few times, and goes on behind the last row.
+        A remote file whose connection broke is opened again a few times, and goes on behind the last row.
 
         Raises:
-            ImageSourceError: The shard cannot be read, naming it.
+            ImageSourceError: The shard cannot be read; it is named.
         """
         for opened in itertools.count():
             try:
@@ -104,10 +104,10 @@ def _is_disconnected(error: Exception) -> bool:
 
 
 def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
-    """The shards of a stream: its files; the row groups of parquet files, if there are few files for so many ranks.
+    """List the shards of a stream: its files, or their row groups where few parquet files are read by many ranks.
 
     Raises:
-        ImageSourceError: A file whose row groups are asked for cannot be read, naming it.
+        ImageSourceError: A file whose row groups are asked for cannot be read; it is named.
     """
     files = source.dataset.num_shards
     whole = [Shard(source, file, files) for file in range(files)]
@@ -119,7 +119,7 @@ def list_shards(source: ImageSource, ranks: int) -> list[Shard]:
 
 
 def _each_file(rows: datasets.IterableDataset) -> Iterator[datasets.IterableDataset]:
-    """The files of a stream one by one. In two steps, as to take one of n costs n."""
+    """Yield the files of a stream one by one; in two steps, because taking one of n costs n."""
     groups = 1 + math.isqrt(rows.num_shards - 1)
     for number in range(groups):
         group = rows.shard(groups, number)
@@ -127,7 +127,7 @@ def _each_file(rows: datasets.IterableDataset) -> Iterator[datasets.IterableData
 
 
 def _cut(shard: Shard, rows: datasets.IterableDataset) -> list[Shard]:
-    """The row groups of a file; the file itself where it has one, or none."""
+    """Cut a file into its row groups; return the file itself where it has one, or none."""
     try:
         row_groups = rows.reshard()
     except Exception as error:
@@ -139,7 +139,7 @@ def _cut(shard: Shard, rows: datasets.IterableDataset) -> list[Shard]:
 
 
 def digest(shards: Sequence[Shard]) -> str:
-    """Of which shards these are, in this order: their files by name, without the folder that they lie in, and parts."""
+    """Compute a digest of which shards these are, and of their order: of parts, and of files by name without folder."""
     total = hashlib.blake2b(digest_size=8)
     for source_digest in dict.fromkeys(shard.source.digest for shard in shards):
         total.update(source_digest.encode())
@@ -181,7 +181,7 @@ class Piece(NamedTuple):
 
 
 def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
-    """One reader's pieces of shards, such that every row has exactly one reader.
+    """List one reader's pieces of shards, such that every row has exactly one reader.
 
     Whole shards as long as there is one for each reader. Those left over are fewer than readers: each reader gets the
     same share of them, by row numbers, of at most two shards, which it shares with others that read them, too. Rows
@@ -190,7 +190,7 @@ def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
 
     Args:
         order: Numbers of the shards, the same on all readers.
-        readers, reader: How many read, and which this is.
+        readers, reader: How many read, and which of them this is.
     """
     whole = len(order) - len(order) % readers
     pieces = [Piece(shard, 0, readers) for shard in order[reader:whole:readers]]
@@ -204,7 +204,7 @@ def divide(order: Sequence[int], readers: int, reader: int) -> list[Piece]:
 
 
 def read_amplification(shards: int, readers: int) -> float:
-    """How many readers read a shard, on average: each one that has a piece of it reads it whole.
+    """Compute how many readers read a shard, on average: each one that has a piece of it reads it whole.
 
     1 where readers divide the shards; more than ``readers / shards`` where there are fewer shards.
     """
@@ -232,16 +232,16 @@ def piece_rows(shards: Sequence[Shard], piece: Piece, readers: int, first: int =
 def shuffle(
     rows_from: Callable[[int], Iterator[_Row]], size: int, rng: np.random.Generator, read: int = 0, given: int = 0
 ) -> Iterator[tuple[_Row, int, int]]:
-    """Rows in a random order, as far as a buffer of ``size`` rows allows: each is drawn from the next ``size``.
+    """Yield rows in a random order, as far as a buffer of ``size`` rows allows: each is drawn from the next ``size``.
 
     Which row lies where in the buffer follows from ``rng`` alone. To go on where it stood, its rows are read once more:
     those back to the oldest that is still there, about ``size`` x (ln(size) + 1) rows.
 
     Args:
-        rows_from: Rows in their own order, from a number on.
-        size: Of the buffer, in rows. 1: their own order.
-        rng: Fresh, whether one goes on or begins.
-        read, given: Where it stood: rows read and rows given back until then.
+        rows_from: Yields rows in their own order, from a number on.
+        size: Rows in the buffer. 1 keeps their own order.
+        rng: A fresh generator, whether one goes on or begins.
+        read, given: Rows that were read and rows that were given back before, where one goes on.
 
     Yields:
         A row, and ``read`` and ``given`` with it.
@@ -271,6 +271,6 @@ def shuffle(
 
 
 def _draws(rng: np.random.Generator, size: int) -> Iterator[int]:
-    """Endless draws from [0, size), in blocks: one by one they would be slow."""
+    """Draw from [0, size) without end, in blocks: one by one would be slow."""
     while True:
         yield from rng.integers(size, size=_DRAWS_AT_ONCE).tolist()

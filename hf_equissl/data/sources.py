@@ -31,7 +31,7 @@ from .tars import choose_members
 
 __all__ = ["ImageInfo", "ImageSource", "load_images"]
 
-# By which a data set is recognised.
+# Rows by which a data set is recognised.
 _COMPARED, _COMPARED_OF_STREAM = 64, 8
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -53,15 +53,15 @@ class ImageSource:
         dataset: Only the columns that follow; images are not decoded.
         name: What the user wrote, and the split.
         image_column, label_column: Names; no label column where there are no labels.
-        num_classes: Of a ``ClassLabel`` column, else ``None``.
+        num_classes: Number of classes of a ``ClassLabel`` column, else ``None``.
         root: Where relative paths in a column of paths start.
-        files: Of a stream of files, their names, in the order of its shards; empty where they are not known.
-        digest: Of a stream, of the names of its files: another one where they are renamed or in another order.
+        files: Names of the files of a stream, in the order of its shards; empty where they are not known.
+        digest: Digest of the names of the files of a stream: another one where they are renamed or in another order.
         more: Further columns, by what they hold.
         decoding: How images become RGB where files leave a choice.
         label_hint: Why there is no label column although something looks like one, and what to do.
         notes: What lies beside the images and is not used.
-        numbers: Of some rows of a larger source, their numbers there, by which messages name them.
+        numbers: Where these are some rows of a larger source, their numbers there, by which messages name them.
         pairs: How a row becomes two images; ``None``: it is one.
     """
 
@@ -93,11 +93,11 @@ class ImageSource:
 
     @property
     def num_rows(self) -> int | None:
-        """Images, ``None`` where a stream does not say."""
+        """Number of images, ``None`` where a stream does not say."""
         return None if isinstance(self.dataset, datasets.IterableDataset) else self.dataset.num_rows
 
     def __len__(self) -> int:
-        """Images.
+        """Return the number of images.
 
         Raises:
             TypeError: The source is streamed.
@@ -107,7 +107,7 @@ class ImageSource:
         return self.num_rows
 
     def take(self, rows: np.ndarray) -> ImageSource:
-        """Keep some rows; messages go on naming them by their numbers in the whole.
+        """Keep some rows; messages still name them by their numbers in the whole.
 
         Raises:
             ImageSourceError: It is a stream.
@@ -120,11 +120,11 @@ class ImageSource:
         return replace(self, dataset=self.dataset.select(rows), numbers=numbers)
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row."""
+        """Return one row."""
         return self.dataset[index]
 
     def content(self, row: Mapping[str, Any], column: str | None = None) -> bytes:
-        """A row's image as encoded bytes, read from its path or address if the row does not hold them.
+        """Return a row's image as encoded bytes, read from its path or address if the row does not hold them.
 
         Args:
             row: As ``row`` returns it.
@@ -189,7 +189,7 @@ class ImageSource:
         """Return what messages call a row's image, as no other is called.
 
         Args:
-            row: Of this source.
+            row: A row of this source.
             place: Its number, or its shard and number in words.
         """
         if self.numbers is not None and isinstance(place, int):
@@ -256,7 +256,7 @@ class ImageSource:
         return total.hexdigest()
 
     def describe(self) -> str:
-        """One line for people."""
+        """Describe the source in one line, for people."""
         count = "a stream of images" if self.num_rows is None else f"{self.num_rows} images"
         label = f"labels {self.label_column!r}" if self.label_column else "no labels"
         pairs = f", pairs with {', '.join(self.pairs.parameter_names) or 'no parameters'}" if self.pairs else ""
@@ -304,13 +304,13 @@ def load_images(
 
     Args:
         source: See above.
-        split: Name of a split; unless streaming, also a slice such as ``train[:10%]``.
+        split: Name of a split; without streaming also a slice such as ``train[:10%]``.
         column: Column with the images, if there are several.
         label_column: Column with the classes; found by itself where there is one ``ClassLabel``.
         streaming: Read rows one after the other instead of by index.
-        config_name, revision: Of a Hub data set.
-        cache_dir: For ``datasets``; default its own.
-        num_proc: Processes for the conversion.
+        config_name, revision: Configuration and revision of a Hub data set.
+        cache_dir: Cache of ``datasets``; default: its own.
+        num_proc: Processes that convert.
         more_columns: What else is read of each row, such as a mask -> how its column may be called; the first one that
             exists is taken. Images in it are not decoded, and it is not mistaken for ``column``.
         value_range, max_pixels: How images are decoded, see ``Decoding``.
@@ -385,7 +385,7 @@ def load_images(
 
 @contextmanager
 def _quiet_unless_first_rank() -> Iterator[None]:
-    """No progress bars of ``datasets`` on ranks other than 0."""
+    """Show no progress bars of ``datasets`` on ranks other than 0."""
     quiet = int(os.environ.get("RANK", "0")) != 0 and datasets.is_progress_bar_enabled()
     if quiet:
         datasets.disable_progress_bars()

@@ -108,7 +108,7 @@ def load_test_split(
 
     Args:
         source: As in ``load_images``.
-        train_split: Not this one.
+        train_split: Name of the training split, which is not taken.
         test_split: A name, or ``None`` for the first of ``TEST_SPLITS`` that exists.
         options: Further arguments of ``load_images``.
 
@@ -133,9 +133,9 @@ def hold_out(
     """Divide the rows of a source without a test split into some to fit on and some to judge by, both ascending.
 
     Args:
-        source: Not a stream.
+        source: The source, not a stream.
         train_images, test_images: How many; ``None``: all that are left, and a tenth.
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Raises:
         ValueError: It is a stream, or too few images would be left.

@@ -51,10 +51,10 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     Args:
         source: A source loaded with ``streaming=True``.
         pipeline: Crops, and says how many draws a sample carries.
-        seed: Of the run.
-        shuffle_buffer: Encoded images among which each worker draws the next. 0: everything in order.
+        seed: Seed of the run.
+        shuffle_buffer: Encoded images among which each worker draws the next. 0 keeps everything in order.
         rank, world_size: This process among those that share the stream.
-        repeat: Start again when the stream ends.
+        repeat: Whether to start again when the stream ends.
 
     Raises:
         ValueError: The source is not streamed, or ``rank`` is not below ``world_size``.
@@ -91,7 +91,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def reading_note(self, num_workers: int) -> str | None:
-        """A line for people if files are read much more often than once per epoch, as too many readers share them."""
+        """Say in a line if files are read much more often than once per epoch, because too many readers share them."""
         readers = self.world_size * max(1, num_workers)
         times = read_amplification(len(self.shards), readers)
         if times <= _MUCH_READING or not self.source.files:  # a list of paths costs nothing to read
@@ -136,7 +136,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     # ---- samples ----
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Samples as from ``ImageViewDataset``, and ``position``; ``index`` is the digest.
+        """Yield samples as ``ImageViewDataset`` makes them, with ``position``; ``index`` is the digest.
 
         Raises:
             ImageDecodeError: Too many files in a row do not decode.
@@ -185,7 +185,7 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
     def _one_pass(
         self, epoch: int, worker: int, workers: int, start: StreamPosition | None
     ) -> Iterator[tuple[ShardRow, StreamPosition]]:
-        """Rows of one worker of this rank in the epoch's order, each with the position behind it."""
+        """Yield the rows of one worker of this rank in the epoch's order, each with the position behind it."""
         readers, reader = self.world_size * workers, self.rank * workers + worker
         own = order_generator(self.seed, epoch, 1 + reader)
         order = list(range(len(self.shards)))

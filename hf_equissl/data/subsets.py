@@ -65,7 +65,7 @@ class Subset:
         """Choose among ``count`` rows; ascending.
 
         Args:
-            count: Rows that there are.
+            count: How many rows there are.
             labels: Their classes, for a stratified choice.
         """
         order = np.random.default_rng(self.seed).permutation(count)

@@ -161,7 +161,7 @@ class TarImages(WebDataset):
         return None if self.config.column is None else self.config.column.lower()
 
     def _images(self, members: Iterable[str]) -> list[str]:
-        """The members of a sample that can be its image."""
+        """List the members of a sample that can be its image."""
         if self._named is not None:
             return [name for name in members if name == self._named]
         return [name for name in members if _is_image(name) and name not in self.config.more]
@@ -219,7 +219,7 @@ class TarImages(WebDataset):
 
 
 def _explain_several(path: str, sample: _Sample, images: Sequence[str]) -> str:
-    """What to say of a sample with several images."""
+    """Say what is wrong with a sample of several images, and what to do."""
     names = [sample.members[image][0] for image in images]
     if any("." in image for image in images):
         return (
@@ -246,6 +246,6 @@ def _number(text: str | None) -> int | None:
 
 
 def choose_members(column: str | None, label_column: str | None, more: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The fields of ``TarConfig`` for the arguments of ``load_images``."""
+    """Return the fields of ``TarConfig`` for the arguments of ``load_images``."""
     names = tuple(name.lower() for columns in more.values() for name in columns)
     return {"column": column, "label_column": label_column, "more": names}

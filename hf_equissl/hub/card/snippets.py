@@ -36,7 +36,7 @@ class Snippet:
         title: What it is for.
         code: Python. It reads the picture ``photo.jpg``.
         needs_package: Whether it imports this package; others must run where it was never imported.
-        shape: Of the variable ``tokens`` that the code leaves, if it does.
+        shape: Shape of the variable ``tokens`` that the code leaves, if it does.
         note: What to know about it.
     """
 
@@ -48,11 +48,11 @@ class Snippet:
 
 
 def snippets(repo_id: str, config: EquiSSLConfig, parts: Collection[str]) -> list[Snippet]:
-    """The code for the parts that are there, in the order of a card.
+    """Write the code for the parts that are there, in the order of a card.
 
     Args:
         repo_id: Name on the Hub, or a folder.
-        config: Of the encoder.
+        config: Configuration of the encoder.
         parts: Some of "encoder", "native" and "pretraining".
     """
     shape = (1, 1 + config.num_register_tokens + prod(config.grid_size), config.hidden_size)
@@ -140,7 +140,7 @@ def run_snippets(chosen: Sequence[Snippet]) -> None:
     """Execute snippets in one fresh process, on a picture made for it; those without the package come first.
 
     Raises:
-        SnippetError: one fails, gives another shape than it says, or other features than the first one.
+        SnippetError: One fails, gives another shape than it says, or other features than the first one.
     """
     if not chosen:
         return

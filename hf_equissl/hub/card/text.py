@@ -39,11 +39,11 @@ class CardFacts:
         run: The run's folder.
         encoder: Config of the published encoder.
         encoder_steps: Optimizer steps behind its weights.
-        num_parameters: Of the encoder, without its decoder.
+        num_parameters: Number of parameters of the encoder, without its decoder.
         parts: What was built.
-        records: Of this encoder, free of local paths.
-        figures: In ``figures/``.
-        snippets: Executed.
+        records: Results of this encoder, free of local paths.
+        figures: The pictures in ``figures/``.
+        snippets: Code that was executed.
         dataset: Name of the training data for readers.
         native_reason: Why there is no native export although one was asked for.
         description: The user's own words.
@@ -82,7 +82,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     """Write the card. Equal facts give an equal text.
 
     Raises:
-        ValueError: the head is no valid YAML of a model card, which says what is wrong with the user's words in it.
+        ValueError: The head is no valid YAML of a model card; it says what is wrong with the user's words in it.
     """
     head = card_data(
         repo_id=facts.repo_id,
@@ -125,7 +125,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
 
 
 def public_recipe(run: RunFolder, dataset: str | None) -> dict[str, Any]:
-    """The run's recipe as others may read it, its data by the name ``dataset``; empty for a run without one."""
+    """Return the run's recipe as others may read it, its data by the name ``dataset``; empty for a run without one."""
     recipe: dict[str, Any] = public_values(run.recipe or {})
     if dataset and (recipe.get("data") or {}).get("source"):
         recipe["data"]["source"] = dataset
@@ -222,7 +222,7 @@ def _reading(records: Sequence[ResultRecord], finetuned: bool) -> str:
 
 
 def _table(records: Sequence[ResultRecord]) -> str:
-    """Rows: kinds of features. Columns: what was measured, and the mean of the primary metric over related tasks."""
+    """Write a table: a row for each kind of features, a column for each measurement, and a mean over related tasks."""
     header, rows = table_rows(records)
     header, rows = header[1:], [row[1:] for row in rows]
     evaluator = evaluator_of(records[0])
@@ -237,7 +237,7 @@ def _table(records: Sequence[ResultRecord]) -> str:
 
 
 def _finetuned_table(records: Sequence[ResultRecord]) -> str:
-    """Rows: ways of fine-tuning. Columns: what was measured."""
+    """Write a table: a row for each way of fine-tuning, a column for each measurement."""
     several = len({record.task for record in records}) > 1
     columns: list[str] = []
     cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -252,7 +252,7 @@ def _finetuned_table(records: Sequence[ResultRecord]) -> str:
 
 
 def _paper(facts: CardFacts, records: Sequence[ResultRecord]) -> dict[str, str] | None:
-    """The paper's figures for the same objectives, views and transformation; ``None`` where it has none."""
+    """Find the paper's figures for the same objectives, views and transformation; ``None`` where it has none."""
     mine = {
         "invariance": facts.objectives["invariance"]["name"],
         "equivariance": "+".join(facts.objective_names[1:]),
@@ -307,7 +307,7 @@ def _training(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def _names(facts: CardFacts) -> dict[str, str]:
-    """The training data as it stands in commands -> its name for readers."""
+    """Map the training data, as it stands in commands, to its name for readers."""
     return {facts.run.data: facts.dataset} if facts.run.data and facts.dataset else {}
 
 
@@ -342,7 +342,7 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(facts: CardFacts) -> dict[str, Any]:
-    """What a recipe would say, for a run that had none."""
+    """Collect what a recipe would say, for a run that had none."""
     config, default = facts.run.config.encoder_config, EquiSSLConfig()
     names = [item.name for item in fields(EquiSSLConfig) if not item.name.startswith("_")]
     values = {name: (getattr(config, name), getattr(default, name)) for name in names}
