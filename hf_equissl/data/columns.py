@@ -61,8 +61,8 @@ def find_image_column(
     named by the user only has to be of such a type.
 
     Args:
-        features: Of the data set.
-        rows: Its first ones, not decoded.
+        features: Columns of the data set.
+        rows: Its first rows, not decoded.
         column: The user's choice.
         source: Opens the error messages.
 

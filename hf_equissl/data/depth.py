@@ -75,7 +75,7 @@ def stretch(values: np.ndarray, value_range: str | tuple[float, float]) -> np.nd
     """Map a range of values to 0 ... 255, what lies beyond it to its ends.
 
     Args:
-        values: Of any shape. Those that are not finite count as 0.
+        values: Values of any shape. Those that are not finite count as 0.
         value_range: "auto" for their own smallest and largest, or two numbers.
 
     Returns:

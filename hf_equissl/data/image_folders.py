@@ -109,7 +109,7 @@ def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping
 
     Args:
         files: Relative paths.
-        depth: Of the class folders.
+        depth: Number of folders above those of the classes.
         metadata: Column -> path -> value, as ``read_metadata`` returns it; ``label`` takes the place of classes.
     """
     parts = [file.split(os.sep) for file in files]

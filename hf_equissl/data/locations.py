@@ -42,7 +42,7 @@ class Opened:
         rows: All columns.
         root: The folder where relative paths in them start.
         files: The shards of a stream, where they are files.
-        digest: Of a stream, of the names of its files.
+        digest: Digest of the names of the files of a stream.
         notes: What was found and is not used.
         reopen: The same stream of these columns alone, where the others then need not be fetched.
         pairs: How rows become pairs of images, where the files themselves are such.

@@ -26,10 +26,10 @@ class Subset:
     by.
 
     Attributes:
-        share: Of the rows, between 0 and 1.
+        share: Share of the rows, between 0 and 1.
         images: How many, in place of a share.
         part: "first" for those that are drawn, "rest" for the others.
-        seed: Of the draw.
+        seed: Seed of the draw.
         stratified: Draw the same share of each class.
 
     Raises:

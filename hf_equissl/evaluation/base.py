@@ -172,8 +172,8 @@ class Evaluator(ABC):
 
         Args:
             encoder: What was measured.
-            task: Which of ``tasks``.
-            features: Which of ``features``.
+            task: One of ``tasks``.
+            features: One of ``features``.
             values: Name of a metric -> its value for each seed.
             seeds: The seeds.
             details: More about the record of the primary metric.

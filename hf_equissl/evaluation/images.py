@@ -209,8 +209,8 @@ class ImageSet:
         """Run the encoder once over all images.
 
         Args:
-            encoder: Whose features.
-            names: Which of them.
+            encoder: The encoder.
+            names: Names of the features.
             change: ``change(images (b, 3, S, S) in [0, 1], rows (b,)) -> images``, on the encoder's device.
 
         Returns:

@@ -19,7 +19,7 @@ class ResidentImages:
     All processes have to make it, and to call ``features``, together. Images that do not decode are left out.
 
     Args:
-        images: Which; the set itself is not kept.
+        images: The images; the set itself is not kept.
         size: Side of the base images in pixels.
     """
 

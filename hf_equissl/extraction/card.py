@@ -35,8 +35,8 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str | None = None)
     """Write ``README.md``: what the features are of, how they were made, how to read them. No path of this machine.
 
     Args:
-        folder: That of ``extraction.json``.
-        record: What it says.
+        folder: Folder of ``extraction.json``.
+        record: What that file says.
         name: Hub id under which the features will be found; default: the folder's name.
     """
     splits = {name: split for name, split in record["splits"].items() if split["complete"]}

@@ -29,8 +29,8 @@ def write_card(
     """Write ``README.md``: what the weights are, on what they were measured, how to load them.
 
     Args:
-        folder: Where the weights are.
-        description: Theirs.
+        folder: Folder of the weights.
+        description: What they are.
         records: As ``public_record`` makes them; may be empty.
         name: Hub id under which they will be found; default: the folder's name.
     """

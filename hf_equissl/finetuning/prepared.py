@@ -23,7 +23,7 @@ class FineTuningRun:
     """A checked run, ready to train.
 
     Attributes:
-        settings: With everything filled in that follows from others.
+        settings: All settings, with everything filled in that follows from others.
         args: Arguments of the Trainer.
         task: What is learned, bound to what the encoder reads.
         splits: The samples.

@@ -70,7 +70,7 @@ def publish(
         run: Trained.
         merge: Write ``merged/`` beside the adapter.
         push_to_hub: Publish the merged model if there is one, else the adapter or model.
-        repo_id: Where.
+        repo_id: Name on the Hub, "owner/name".
         private: Make a new repository private.
 
     Returns:

@@ -98,7 +98,7 @@ class FineTuningSettings:
         accumulation: Micro-batches per optimizer step.
         learning_rate: ``None``: the method's, growing with the root of the global batch.
         weight_decay, layer_decay: ``None``: the method's.
-        label_smoothing: That of classification; ``None``: the method's.
+        label_smoothing: Label smoothing of classification; ``None``: the method's.
         warmup: Share of the steps in which the learning rate rises; it falls along a cosine afterwards.
         crop_scale: Area of the training crops as shares of the image; ``None``: 0.08 to 1, and 0.35 to 1 for images of
             up to 64 pixels, of which little is left otherwise.

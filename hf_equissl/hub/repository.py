@@ -55,8 +55,8 @@ def build_repository(
     Args:
         run_dir: What ``training/pretrain.py`` or an ``EquiSSLTrainer`` left. The newest complete checkpoint counts.
         directory: Folder to build it in, new or empty.
-        repo_id: Its name on the Hub, "owner/name", as the card's code uses it.
-        parts: Which of ``PARTS``; files go to the root, or to the sub-folder of the part's name.
+        repo_id: Name of the repository on the Hub, "owner/name", as the card's code uses it.
+        parts: Some of ``PARTS``; files go to the root, or to the sub-folder of the part's name.
         results: Records of this encoder, or ``results.json`` files, or folders that hold one.
         license: Identifier of the licence of code and weights, as the Hub lists them.
         description: The user's own words for the head of the card.

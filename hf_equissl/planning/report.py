@@ -105,7 +105,7 @@ def advice(plans: list[EnginePlan], planner: Planner, recipe_batch: int) -> list
     """Recommend the simplest engine that fits, and say what becomes of the global batch.
 
     Args:
-        plans: From the simplest engine on, with largest batches.
+        plans: Plans from the simplest engine on, with largest batches.
         planner: The one that made them.
         recipe_batch: Images per step that the recipe was written for.
     """
@@ -192,7 +192,7 @@ def plan_lines(recipe: str, planner: Planner, plans: list[EnginePlan], precision
     Args:
         recipe: Name of the recipe.
         planner: The one that made ``plans``.
-        plans: From the simplest engine on.
+        plans: Plans from the simplest engine on.
         precision: The precision of the run, in words.
         recipe_batch: Images per step that the recipe was written for.
     """

@@ -22,7 +22,7 @@ class Moment:
     Attributes:
         phase: "teacher" (its encoder runs), "forward" or "backward".
         layer_gradients: Gradients of the parameters that belong to a wrapped layer.
-        root_gradients: Those of all others.
+        root_gradients: Gradients of all others.
         casts: Copies of weights in the precision of autocast, which keeps them until backward has used them.
         other: What the forward pass keeps for the backward pass, and temporary tensors.
     """

@@ -27,7 +27,7 @@ class ScheduleCallback(TrainerCallback):
 
     Attributes:
         steps_per_epoch: Length of an epoch in schedules, known once training begins.
-        values: Those of the current step that are worth a log line.
+        values: Values of the current step that are worth a log line.
     """
 
     def __init__(self) -> None:

@@ -64,7 +64,7 @@ def encode_extra(
 
     Args:
         encoder: Student or teacher.
-        views: With ``extra``.
+        views: Views with ``extra``.
         features: Features of ``views.global_crops`` by the same encoder; ``extra`` and ``joined`` are set.
         wanted: Which views of each set; ``None``: all.
     """

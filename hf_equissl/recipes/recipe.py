@@ -207,7 +207,7 @@ class Recipe:
         """Build the configuration of encoder and objectives.
 
         Args:
-            num_classes: Of the data set, for objectives that are built from it.
+            num_classes: Number of classes of the data set, for objectives that are built from it.
         """
         encoder = self.build_encoder_config()
         run: dict[str, Any] = {"attn_implementation": self.model.get("attn_implementation")}

@@ -67,8 +67,8 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
 
     Args:
         checkpoint: Where the run goes on.
-        args: Of this start.
-        steps: At which it ends.
+        args: Arguments of this start.
+        steps: Number of steps at which it ends.
 
     Returns:
         What changes here, and what has changed before, by step; empty for the checkpoint of a version that kept no

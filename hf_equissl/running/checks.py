@@ -42,7 +42,7 @@ def check_agreement(output_dir: str | Path | None, checkpoint: str | None, preci
 
     All of them have to call it.
     """
-    # What is no such pair is another process's failure, which it tells by itself.
+    # A process that failed answers with its message, which ``run_on_all`` tells.
     told = [each for each in gather_objects({checkpoint: precision}) if isinstance(each, dict)]
     if len({path for each in told for path in each}) > 1:
         raise RecipeError(f"--output_dir {output_dir}: the processes see different checkpoints. Start again.")
@@ -86,8 +86,8 @@ def require_labels(labels: object, objective: str) -> None:
     """Refuse data without the classes that ``objective`` learns from.
 
     Args:
-        labels: Those of the first images, or the number of classes; ``None`` where the data set has none.
-        objective: Its name.
+        labels: Labels of the first images, or the number of classes; ``None`` where the data set has none.
+        objective: Name of the objective.
     """
     if labels is None:
         raise RecipeError(

@@ -56,7 +56,7 @@ class InitialWeights:
 
     Attributes:
         encoder: The student, in fp32.
-        teacher: That of a pretraining state; ``None``: the teacher starts as a copy of the student.
+        teacher: The teacher of a pretraining state; ``None``: the teacher starts as a copy of the student.
         objectives: Name -> objective of a pretraining state, with its heads, decoders and centers.
         normalisation: Mean and standard deviation of the images that the encoder was trained on, if anything says so.
         revision: Commit on the Hub, if the encoder is from there.

@@ -137,7 +137,7 @@ class OnlineMonitor(TrainerCallback):
 
     Args:
         settings: When to measure, and what.
-        images: From ``load_monitor_images``.
+        images: What ``load_monitor_images`` returned.
         image_mean, image_std: Normalisation of the run, three numbers each.
 
     Attributes:

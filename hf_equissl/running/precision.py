@@ -39,7 +39,7 @@ def assume_precision(recipe: Recipe) -> Recipe:
 
 
 def leaves_precision_open(recipe: Recipe) -> bool:
-    """Whether the device is to decide."""
+    """Whether the device decides about the precision."""
     return recipe.training.get("bf16") == "auto"
 
 
@@ -47,7 +47,7 @@ def describe_precision(args: EquiSSLTrainingArguments, asked: Recipe, dry: bool)
     """Say what a run or plan computes in, for people.
 
     Args:
-        args: Of the run.
+        args: Arguments of the run.
         asked: The recipe as it was given.
         dry: Whether it is a plan, for devices that may not be here.
     """

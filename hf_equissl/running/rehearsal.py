@@ -26,12 +26,12 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
     """Build the optimizer and the learning-rate schedule, take a few of their steps, and try the kernels asked for.
 
     Args:
-        args: Of the run.
-        model: Without weights: optimizers get parameters of four numbers in their place.
-        plan: Its length.
+        args: Arguments of the run.
+        model: A model without weights: optimizers get parameters of four numbers in their place.
+        plan: Says how long the run is.
 
     Raises:
-        RecipeError: With the words of what failed.
+        RecipeError: Something of them fails; it has the words of what failed.
     """
     with refuse_errors("training: the optimizer"):
         optimizer = _build_small_optimizer(args, model)

@@ -270,7 +270,7 @@ def pretrain(run: Run, signals: Signals | None = None) -> Path:
     """Train, export the encoder, publish it if asked. A finished run does not train: that would be one step more.
 
     Args:
-        run: As ``prepare`` made it.
+        run: What ``prepare`` returned.
         signals: Entered already, where signals shall be caught before training, too.
 
     Returns:

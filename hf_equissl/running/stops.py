@@ -81,7 +81,7 @@ def refuse_errors(where: str, unless: Callable[[], bool] = lambda: False) -> Ite
     """Turn what libraries raise of settings into one sentence; the error itself stays its cause.
 
     Args:
-        where: Which settings, for the sentence.
+        where: The settings that are being read, for the sentence.
         unless: Whether it is too late for that, because training has begun.
 
     Raises:

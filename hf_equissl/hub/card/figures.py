@@ -36,7 +36,7 @@ def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | 
 
     Args:
         run: Logs come from its Trainer, the monitor's picture from its folder.
-        records: Of the published encoder.
+        records: Results of the published encoder.
         folder: Created where there is something to draw.
 
     Returns:
