@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .depth import as_bytes, read_planes, read_wide_values, to_eight_bits
-from .errors import ImageDecodeError
+from .errors import ImageDecodeError, explain_decode_errors
 from .metadata import count_bands, find_transposition, strip_metadata
 
 __all__ = [
@@ -164,17 +164,13 @@ def find_used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float,
     Raises:
         ImageDecodeError: It does not decode.
     """
-    try:
+    with explain_decode_errors():
         image = open_image(data, decoding.max_pixels)
         values = read_planes(image, data)
         if values is None:
             values = read_wide_values(image, lambda: open_image(data, decoding.max_pixels))
         elif image.mode in ("RGBA", "RGBa"):
             values = values[..., :3]
-    except (ImageDecodeError, MemoryError):
-        raise
-    except Exception as error:  # see ``decode_image``
-        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
     if values is None or values.dtype.kind not in "iu" or values.max() < 256:
         return None
     return float(values.min()), float(values.max())

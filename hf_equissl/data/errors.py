@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ..utils.redaction import redact
 
 
@@ -21,6 +24,21 @@ class ImageDecodeError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
+
+
+@contextmanager
+def explain_decode_errors() -> Iterator[None]:
+    """Turn whatever a reader raises about an image into one error. Memory that runs out is not the image's fault.
+
+    Raises:
+        ImageDecodeError: In place of every other error: readers raise whatever a broken header led them into.
+    """
+    try:
+        yield
+    except (ImageDecodeError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
 
 
 class TooManyBadImages(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from .decoding import AS_STORED, Decoding, find_used_range, open_image
-from .errors import ImageDecodeError
+from .errors import ImageDecodeError, explain_decode_errors
 from .metadata import count_bands
 from .sources import ImageSource
 
@@ -44,12 +44,8 @@ def describe_bands(content: bytes, decoding: Decoding = AS_STORED) -> list[str]:
         ImageDecodeError: It does not decode.
     """
     bands = (count_bands(content) or (3, 8))[0]
-    try:
+    with explain_decode_errors():
         mode = open_image(content, decoding.max_pixels).mode
-    except (ImageDecodeError, MemoryError):
-        raise
-    except Exception as error:  # see ``decode_image``
-        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
     if mode == "CMYK":
         return ["are CMYK: they are converted to RGB without their colour profile"]
     if bands <= 3:

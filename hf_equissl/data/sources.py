@@ -21,7 +21,7 @@ from ..utils.redaction import redact
 from ..views.base import Item
 from .columns import find_image_column, find_more_columns, read_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
-from .errors import ImageDecodeError, ImageSourceError
+from .errors import ImageDecodeError, ImageSourceError, explain_decode_errors
 from .image_folders import decode_path, shown
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
@@ -140,16 +140,12 @@ class ImageSource:
             raise ImageDecodeError("The row holds no image.")
         if isinstance(value, bytes):
             return value
-        try:
+        with explain_decode_errors():
             if "://" in value:
                 with fsspec.open(value, "rb") as file:
                     return file.read()
             path = decode_path(value)
             return read_file(self.root / path if self.root else path)
-        except MemoryError:
-            raise
-        except Exception as error:  # Readers of addresses raise their own.
-            raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
 
     def decode(self, content: bytes) -> Image.Image:
         """Decode what ``content`` returned to RGB, upright.

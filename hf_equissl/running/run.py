@@ -206,11 +206,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
             take_folder(output_dir)
     if blank:
         notes += _describe_assumptions(recipe, model)
-        plan = schedule(args, processes, recipe.expected_images)
-        check_batches(args, model, plan)
-        if args.epoch_steps or plan.steps_per_epoch:
-            check_schedules(args, model, plan)
-        rehearse(args, model, plan)
+        plan = _make_plan(args, model, processes, recipe.expected_images, blank)
         grey = make_blank_views(pipeline, plan.per_device)
         return Run(recipe, args, config, pipeline, None, plan, grey, checkpoint, notes=notes)
     dataset, unshuffled = build_dataset(source or open_source(recipe), recipe, pipeline, args)
@@ -220,21 +216,19 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     notes += list_remarks(dataset.source)
     require_parameters(dataset.source, pipeline)
     check_steps(args, num_images, processes)
-    plan = schedule(args, processes, num_images)
-    check_batches(args, model, plan)
-    check_schedules(args, model, plan)
-    rehearse(args, model, plan)
+    plan = _make_plan(args, model, processes, num_images)
     changes: tuple[SettingChange, ...] = ()
-    if checkpoint is not None and plan.steps is not None and (done := Manifest.read(checkpoint).step) > plan.steps:
+    done = None if checkpoint is None else Manifest.read(checkpoint).step
+    if done is not None and plan.steps is not None and done > plan.steps:
         raise RecipeError(
             f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
             "train longer: a larger --training.max_steps or --training.num_train_epochs."
         )
-    if checkpoint is not None and Manifest.read(checkpoint).step != plan.steps:
+    if checkpoint is not None and done != plan.steps:
         notes += check_same_data(checkpoint, dataset.source)
         changes = find_changes(checkpoint, args, plan.steps)
         notes += describe_changes(changes, checkpoint, args)
-    if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
+    if output_dir is not None and (checkpoint is None or done != plan.steps):
         need = estimate_disk_use(args, plan, checkpoint_bytes(config, args), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
@@ -247,6 +241,22 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if args.world_size == 1 and not dry:  # with more, the objectives' exchange between processes needs real tensors
         run.check()
     return run
+
+
+def _make_plan(
+    args: EquiSSLTrainingArguments,
+    model: EquiSSLForPreTraining,
+    processes: int,
+    images: int | None,
+    blank: bool = False,
+) -> Schedule:
+    """Plan the steps over so many images, and refuse what would fail in them; of ``blank`` ones the number is open."""
+    plan = schedule(args, processes, images)
+    check_batches(args, model, plan)
+    if not blank or args.epoch_steps or plan.steps_per_epoch:
+        check_schedules(args, model, plan)
+    rehearse(args, model, plan)
+    return plan
 
 
 def _count_classes(recipe: Recipe, source: ImageSource | None) -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...data import Decoding, ImageDecodeError, ImageSource
 from ...data.decoding import MAX_PIXELS, open_image
+from ...data.errors import explain_decode_errors
 from ...data.image_folders import encode_path, scan_folder, shown
 from ...data.splits import TEST_SPLITS, SourceSplits, pair_splits
 from ...utils.suggestions import did_you_mean
@@ -52,17 +53,13 @@ class Labels:
         Raises:
             ImageDecodeError: it does not decode, holds colours, or a number that is no class.
         """
-        try:
+        with explain_decode_errors():
             image = open_image(data, max_pixels)
             if image.mode not in _NUMBERS:
                 raise ImageDecodeError(
                     f"The mask is {image.mode}; expected one channel, or a palette, whose values number classes."
                 )
             numbers = np.asarray(image).astype(np.int32)
-        except ImageDecodeError:
-            raise
-        except Exception as error:  # Pillow's readers raise whatever a broken header led them into.
-            raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
         ignored = numbers == self.ignore_index
         if self.reduce_labels:
             ignored |= numbers == 0
