@@ -63,11 +63,11 @@ class Manifest:
     def __post_init__(self) -> None:
         numbers = (self.world_size, self.global_batch, self.step, *self.files.values())
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise TypeError("a number in it is none")
+            raise TypeError("something else stands where a number belongs")
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in self.files):
             raise ValueError("it lists files outside of its folder")
         if not all(isinstance(text, str) for text in (self.format, *self.checksums.values())):
-            raise TypeError("a text in it is none")
+            raise TypeError("something else stands where a text belongs")
 
     @property
     def size(self) -> int:

@@ -9,12 +9,12 @@ from ..data import ImageSource
 from ..distributed.agreement import gather_objects
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
-from ..pretraining import optimizer
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.schedules import last_layer_is_held
 from ..utils.suggestions import RecipeError
 from ..views.pipelines import ViewPipeline
+from .stops import refuse_errors
 
 
 def check_length(args: EquiSSLTrainingArguments) -> None:
@@ -67,19 +67,9 @@ def read_named_checkpoint(resume: str) -> Manifest:
 def check_schedules(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan: Schedule) -> None:
     """Refuse schedules in epochs of unknown length, as the Trainer would later."""
     progress = TrainingProgress(0, plan.steps or 1, args.epoch_steps or plan.steps_per_epoch)
-    try:
+    with refuse_errors("training"):
         model.begin_step(progress)
         last_layer_is_held(args, progress)
-    except ValueError as error:
-        raise RecipeError(f"training: {error}") from error
-
-
-def check_last_layer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> None:
-    """Refuse to hold a last layer that is not there."""
-    try:
-        optimizer.check_last_layer(model, args)
-    except ValueError as error:
-        raise RecipeError(f"training: {error}") from error
 
 
 def require_labels(labels: object, objective: str) -> None:

@@ -31,6 +31,7 @@ from ..planning import Cost, check_step, checkpoint_bytes, measure, without_weig
 from ..planning.arithmetic import Schedule, schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
+from ..pretraining.optimizer import check_last_layer
 from ..pretraining.run_record import RECORD_FILE, SettingChange
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.overrides import check_processes
@@ -43,7 +44,6 @@ from .changes import describe_changes, find_changes
 from .checks import (
     check_agreement,
     check_batches,
-    check_last_layer,
     check_length,
     check_precision,
     check_schedules,
@@ -194,7 +194,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     check_known(config.encoder_config.hidden_act, sorted(ACT2FN), "model.hidden_act")
     with refuse_errors("model, objectives"):
         _, model = without_weights(config)
-    check_last_layer(args, model)
+    with refuse_errors("training"):
+        check_last_layer(model, args)
     pipeline = recipe.build_pipeline(model.needs)
     notes = describe_precision(args, asked, dry) + describe_resume(checkpoint, launch)
     notes += () if initial is None else tuple(initial.describe(model, recipe))

@@ -1,4 +1,4 @@
-"""Put cards together from a head of YAML and a template in which the words of others stay words: all cards, here."""
+"""Write cards of a head of YAML and a template, which shows the words of others as plain words."""
 
 from __future__ import annotations
 
