@@ -211,6 +211,9 @@ def _modes() -> list[str]:
 
 
 _CHOICES: Mapping[str, Callable[[], list[str]]] = {
+    "learning_rate_scaling": lambda: ["none", "linear", "sqrt"],
+    "grad_clipping": lambda: ["global", "parameter", "module"],
+    "freeze_last_layer_by": lambda: ["learning_rate", "gradient"],
     "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods,
     "log_level": lambda: list(trainer_log_levels),
     "log_level_replica": lambda: list(trainer_log_levels),
