@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..encoders.frozen import FrozenEncoder, extremes
 from .reading import Batch
+from .settings import ExtractionError
 
 # A function that waits for the features of a batch that was begun, and returns them on the CPU.
 Result = Callable[[], dict[str, Tensor]]
@@ -26,7 +27,7 @@ def begin(encoder: FrozenEncoder, pixels: Tensor, names: Sequence[str], *, norma
 
     Returns:
         A function that waits and returns name -> (B, .) on the CPU, in pinned memory where the encoder is on CUDA. It
-        raises ``NonFiniteFeaturesError``, and ``OverflowError`` where a feature exceeds what ``dtype`` holds.
+        raises ``NonFiniteFeaturesError``, and ``ExtractionError`` where a feature exceeds what ``dtype`` holds.
     """
     device, stored_dtype = encoder.device, getattr(torch, dtype)
     asynchronous = device.type == "cuda"
@@ -47,7 +48,7 @@ def begin(encoder: FrozenEncoder, pixels: Tensor, names: Sequence[str], *, norma
         # Rounding keeps the order of numbers: where the extremes fit, all do.
         for name, fits in zip(stored, torch.isfinite(ends.to(stored_dtype)).all(1), strict=True):
             if not fits:
-                raise OverflowError(f"{name} exceeds what {dtype} holds.")
+                raise ExtractionError(f"{name} exceeds what {dtype} holds. Give --dtype float32.")
         return stored
 
     return result

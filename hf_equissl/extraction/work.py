@@ -135,19 +135,11 @@ class Extraction:
         """
         settings, normalised = self.settings, self.preprocessing.normalised
         try:
-            result = begin(self.encoder, pixels, settings.features, normalised=normalised, dtype=settings.dtype)
+            return begin(self.encoder, pixels, settings.features, normalised=normalised, dtype=settings.dtype)
         except torch.OutOfMemoryError as error:
             raise ExtractionError(
                 f"{self.encoder.device} has no memory for batches of {len(pixels)}: lower --batch_size."
             ) from error
-
-        def stored() -> dict[str, Tensor]:
-            try:
-                return result()
-            except OverflowError as error:
-                raise ExtractionError(f"{error} Give --dtype float32.") from error
-
-        return stored
 
     def describe(self, remaining: list[Shard], processes: int, workers: int) -> str:
         """Write the plan for people.

@@ -20,7 +20,7 @@ from hf_equissl import EquiSSLModel, save_encoder
 from hf_equissl.data import ImageSource
 from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.encoders.frozen import NonFiniteFeaturesError
-from hf_equissl.extraction import ExtractionSettings, prepare
+from hf_equissl.extraction import ExtractionError, ExtractionSettings, prepare
 from hf_equissl.extraction.pipeline import attach_features, begin
 from hf_equissl.extraction.reading import Batch
 from hf_equissl.extraction.shards import SafetensorsShard, read_record, shard_features
@@ -79,7 +79,7 @@ def test_overflow_and_what_is_not_finite_are_named() -> None:
         large = PIXELS.clone()
         large[0, 0, 0, 0] = worst
         result = begin(encoder, large, ("cls", "patches"), normalised=True, dtype="float16")
-        with pytest.raises(OverflowError, match="cls exceeds what float16 holds"):
+        with pytest.raises(ExtractionError, match="cls exceeds what float16 holds. Give --dtype float32"):
             result()
         assert begin(encoder, large, ("cls",), normalised=True, dtype="float32")()["cls"].min() <= worst
     for worst in (float("nan"), float("inf"), -float("inf")):
