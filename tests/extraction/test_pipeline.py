@@ -79,7 +79,7 @@ def test_overflow_and_what_is_not_finite_are_named() -> None:
         large = PIXELS.clone()
         large[0, 0, 0, 0] = worst
         result = begin(encoder, large, ("cls", "patches"), normalised=True, dtype="float16")
-        with pytest.raises(ExtractionError, match="cls exceeds what float16 holds. Give --dtype float32"):
+        with pytest.raises(ExtractionError, match=r"cls exceeds what float16 holds\. Give --dtype float32"):
             result()
         assert begin(encoder, large, ("cls",), normalised=True, dtype="float32")()["cls"].min() <= worst
     for worst in (float("nan"), float("inf"), -float("inf")):
