@@ -129,7 +129,7 @@ class PortableStates(WholeCheckpoints):
         if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
-        is_sharded = self.is_fsdp_enabled  # a process needs parts only, which it copies
+        is_sharded = self.is_fsdp_enabled  # each process copies the parts that it needs
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=is_sharded)
         parameters = {plain_name(name): p for name, p in cast(nn.Module, self.model).named_parameters()}
         if (folder / OPTIMIZER_SHARDS).is_dir():

@@ -52,7 +52,7 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
     """Read all tensors, whole, on the CPU of this process alone."""
     tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in list_tensors(folder).items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is intended here
         dcp.load(cast(dict[str, Any], tensors), storage_reader=_Reader(folder), no_dist=True)
     return tensors
 
@@ -78,7 +78,8 @@ class _Reader(dcp.FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         value = super().find_class(module, name) if self._may_name(module, name) else None
-        if value is None or (module in _INDEX_MODULES and value.__module__ != module):  # nor what they import
+        # Of these modules only what they define, nothing that they import.
+        if value is None or (module in _INDEX_MODULES and value.__module__ != module):
             raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index of tensors holds")
         return value
 

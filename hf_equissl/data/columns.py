@@ -13,7 +13,7 @@ import datasets
 from ..utils.suggestions import did_you_mean
 from .errors import ImageSourceError
 
-# What Pillow reads and people keep photographs in; also decides which files of a folder are images.
+# Suffixes of formats that Pillow reads and people keep photographs in. They decide which files of a folder are images.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp dib gif tif tiff ppm pgm pbm pnm avif jp2 j2k jpx"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split(" "))
 # Rows by which columns are recognised.
@@ -163,5 +163,5 @@ def _begins_like_an_image(value: Any) -> bool:
 def _ends_like_an_image(value: Any) -> bool:
     if not isinstance(value, str):
         return False
-    path = urlsplit(value).path if "://" in value else value  # without a signature
+    path = urlsplit(value).path if "://" in value else value  # the address without the signature behind it
     return PurePath(path).suffix.lower() in IMAGE_SUFFIXES

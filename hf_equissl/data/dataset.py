@@ -142,7 +142,7 @@ class SampleDataset(ABC, Dataset[dict[str, Any]]):
         epoch, slot = key
         index, skipped = slot, []
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            # The slot's generator, not the substitute's: that image may come up in this epoch on its own.
+            # The generator of the slot, not of the substitute: that image may come up in this epoch by itself.
             rng = sample_generator(self.seed, epoch, slot)
             try:
                 sample = self.read(index, rng)

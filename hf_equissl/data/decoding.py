@@ -116,7 +116,7 @@ def decode_image(data: Any, decoding: Decoding = AS_STORED) -> Image.Image:
                 return _decode(bare, decoding)
             except MemoryError:
                 raise
-            except Exception as again:  # The pixels are broken, too: what was said first is told.
+            except Exception as again:  # The pixels are broken, too: the first error is told.
                 error.__context__ = again
         if isinstance(error, ImageDecodeError):
             raise
@@ -219,7 +219,7 @@ def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image
     planes = read_planes(image, data)
     values = None
     if planes is not None:
-        transposition = find_transposition(image)  # before pixels are decoded, which would turn those of TIFF
+        transposition = find_transposition(image)  # before pixels are decoded: decoding turns those of TIFF
         image = _from_planes(image.mode, planes, decoding)
     else:
         if decoding.value_range != "full" and not isinstance(data, np.ndarray):

@@ -12,7 +12,7 @@ class ImageSourceError(ValueError):
     """A source of images does not exist, holds no images, or leaves open which column or split is meant."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact(message))  # addresses are repeated in it
+        super().__init__(redact(message))  # a message repeats addresses
 
 
 class UnknownSplitError(ImageSourceError):

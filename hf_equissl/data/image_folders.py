@@ -64,7 +64,7 @@ def scan_folder(root: Path, builders: Mapping[str, str]) -> Scan:
     suffixes = IMAGE_SUFFIXES | ({".heic", ".heif", ".hif"} if _reads_heif() else set())
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:  # A link that leads back up.
+        if real in visited:  # A link leads back up.
             subfolders.clear()
             continue
         visited.add(real)
@@ -222,7 +222,7 @@ def _can_be_labels(values: pa.ChunkedArray) -> bool:
     kind = values.type
     if pa.types.is_string(kind):
         first = next((value for value in values.to_pylist() if value), "")
-        return os.path.splitext(first)[1].lower() not in IMAGE_SUFFIXES  # a mask
+        return os.path.splitext(first)[1].lower() not in IMAGE_SUFFIXES  # names of masks are no labels
     return _is_number(kind)
 
 

@@ -15,7 +15,7 @@ from .errors import ImageSourceError
 if TYPE_CHECKING:
     from .sources import ImageSource
 
-# What columns of classes are called: the first group, in which one name is, is looked at.
+# Names of columns with classes: the first of these groups counts of which a column has a name.
 _NAMES = (("label", "labels", "cls"), ("class", "class_name", "category", "target"))
 HOW = "--label_column, or data.label_column of a recipe"
 # Classes that an error message lists.

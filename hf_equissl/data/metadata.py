@@ -20,7 +20,7 @@ _TRANSPOSITIONS = {
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG file that pixels, transparency and orientation follow from.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
-# Of JPEG: the segments that are metadata, but for APP0 (JFIF) and APP14 (which tells CMYK from YCCK).
+# Segments of a JPEG file that are metadata: not APP0 (JFIF) and APP14 (which tells CMYK from YCCK).
 _JPEG_METADATA = {0xE1, 0xFE} | set(range(0xE2, 0xEE)) | {0xEF}
 _JPEG_START_OF_SCAN = 0xDA
 # Tags of TIFF by which pixels are found and interpreted: sizes, strips and tiles, colours, compression, JPEG tables.
@@ -30,9 +30,9 @@ _TIFF_TAGS = {
 }
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I"}
 _SAMPLES_PER_PIXEL, _BITS_PER_SAMPLE, _EXTRA_SAMPLES = 277, 258, 338
-# What a file of one plane says in place of one of several: of the latter two, the first number stays.
+# Numbers of a file with one plane in place of those of several; ``None`` keeps the first of several numbers.
 _ONE_PLANE = {_SAMPLES_PER_PIXEL: 1, 262: 1, 284: 1, _BITS_PER_SAMPLE: None, 339: None}
-_TIFF_PLACES = {273, 279, 324, 325}  # of strips or tiles: offsets and lengths, those of the first plane first
+_TIFF_PLACES = {273, 279, 324, 325}  # offsets and lengths of strips or tiles, those of the first plane first
 
 
 def find_transposition(image: Image.Image) -> Image.Transpose | None:
@@ -60,7 +60,7 @@ def strip_metadata(content: bytes) -> bytes | None:
             bare = _strip_tiff(content)
         else:
             return None
-    except (struct.error, IndexError):  # cut off
+    except (struct.error, IndexError):  # the file is cut off
         return None
     return None if bare == content else bare
 

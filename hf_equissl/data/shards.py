@@ -21,14 +21,14 @@ from .errors import ImageSourceError
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
-# Fewer files than this for each rank, and parquet files are cut at their row groups.
+# With fewer files than this for each rank, parquet files are cut at their row groups.
 FILES_PER_RANK = 16
-# Rows that are fetched together: few, as a worker holds them encoded beside its buffer.
+# Number of rows that are fetched together: few, because a worker holds them encoded beside its buffer.
 _ROWS_AT_ONCE = 8
 _DRAWS_AT_ONCE = 1024
-# Row groups stand at the end of a parquet file: one round trip or more for each, where it is far away.
+# Files whose row groups are looked up at a time: they stand at a file's end, a round trip or more away.
 _FOOTERS_AT_ONCE = 16
-# A remote shard is opened again so often when its connection breaks, each time after twice the pause, in seconds.
+# How often a remote shard is opened again when its connection breaks, and the first pause in seconds, which doubles.
 _REOPENINGS = 5
 _PAUSE = 1.0
 
@@ -208,7 +208,7 @@ def read_amplification(shards: int, readers: int) -> float:
 
     1 where readers divide the shards; more than ``readers / shards`` where there are fewer shards.
     """
-    # Rows end to end are cut where a reader's share ends, ``readers - 1`` times; not within a shard where both end.
+    # Laid end to end, rows are cut ``readers - 1`` times, where a reader's share ends; some cuts fall between shards.
     return 1 + (readers - math.gcd(shards, readers)) / shards
 
 
@@ -249,7 +249,8 @@ def shuffle(
     places = _draws(rng, size)
     drawn = max(0, read - size)
     held = np.arange(min(size, read))  # the number of the row in each place
-    held[np.fromiter(itertools.islice(places, drawn), np.int64, drawn)] = size + np.arange(drawn)  # the last one stays
+    # Of several draws of one place the last one counts.
+    held[np.fromiter(itertools.islice(places, drawn), np.int64, drawn)] = size + np.arange(drawn)
     oldest = int(held.min(initial=read))
     wanted = set(held.tolist())
     rows = rows_from(oldest)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
 # Share of the training images that is held out where there is no test split.
 HELD_OUT = 0.1
-# Fewer than these left to fit on, after some were held out, is a slip and no measurement.
+# A measurement with fewer images than these left to fit on, after some were held out, would be a slip.
 FEWEST_TRAIN_IMAGES = 10
 
 

@@ -21,7 +21,7 @@ from .sources import ImageSource
 
 __all__ = ["StreamingViewDataset"]
 
-# Passes without a row before a worker of an endless stream gives up: the next may bring it some.
+# After so many passes without a row a worker of an endless stream gives up; before, the next may bring it some.
 _EMPTY_PASSES = 8
 # Shards read more often than this by all readers together are worth a word.
 _MUCH_READING = 1.3
@@ -192,15 +192,16 @@ class StreamingViewDataset(IterableDataset[dict[str, Any]]):
         if self.shuffle_buffer:
             common = order_generator(self.seed, epoch)
             order = common.permutation(len(order)).tolist()
-            reader = int(common.permutation(readers)[reader])  # other rows of a shard that many share, too
+            # Each epoch brings a reader other rows, of a shard that many share, too.
+            reader = int(common.permutation(readers)[reader])
         pieces = divide(order, readers, reader)
         if self.shuffle_buffer:
-            # Else all readers would end with the shards that they share.
+            # Otherwise all readers would end with the shards that they share.
             pieces = [pieces[place] for place in own.permutation(len(pieces))]
         starts = start.starts if start else ()
 
         def rows_from(first: int) -> Iterator[ShardRow]:
-            nonlocal starts  # a new one, as positions on their way to the training process hold the old one
+            nonlocal starts  # a new tuple: positions on their way to the training process hold the old one
             number = max((place for place, begin in enumerate(starts) if begin <= first), default=0)
             row = first
             for place in range(number, len(pieces)):

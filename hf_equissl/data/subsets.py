@@ -13,7 +13,7 @@ from .errors import ImageSourceError
 if TYPE_CHECKING:
     from .sources import ImageSource
 
-# Where nothing else is said: probes and fine-tuning take the same images.
+# The seed where nothing else is said: probes and fine-tuning take the same images.
 SUBSET_SEED = 0
 PARTS = ("first", "rest")
 

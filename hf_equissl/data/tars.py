@@ -17,12 +17,12 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 from .columns import IMAGE_COLUMN_OPTION, IMAGE_SUFFIXES
 from .errors import ImageSourceError
 
-# Samples from which columns follow.
+# Number of samples from which the columns follow.
 _FIRST_SAMPLES = 32
 # Samples of such members alone are papers that lie beside the data, unless samples with images have such members, too.
 _PAPERS = frozenset(["md", "txt", "rst", "html", "csv", "tsv", "json", "jsonl", "yaml", "yml", "toml", "xml", "pdf"])
 _LABELS = "cls"
-# Changed whenever rows are made in another way: what datasets has in its cache is made again.
+# To be changed whenever rows are made in another way: then datasets makes anew what it has in its cache.
 _VERSION = "1"
 
 

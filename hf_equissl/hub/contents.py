@@ -32,7 +32,7 @@ _IMPORTS = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|\bsrc=[\"']([^\"']+)")
 # Files that hold secrets by their nature.
 _KEYS = re.compile(r"id_(?:rsa|dsa|ecdsa|ed25519)|.*\.(?:pem|key|p12|pfx|keystore)|credentials|netrc|htpasswd")
-# Bytes of a file that are looked through, and of a compressed one; texts of our own are far smaller.
+# How many bytes of a file, packed and unpacked, are looked through; texts of our own are far smaller.
 _LOOKED_AT = 16 * 2**20
 
 

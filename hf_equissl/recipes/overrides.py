@@ -40,7 +40,8 @@ def resolve_recipe(path: Path, overrides: Mapping[str, Any], search: Sequence[Pa
         overrides = {**overrides, "imports": list(dict.fromkeys([*known, *named]))}
     model = raw.get("model")
     if isinstance(model, dict) and overrides.get("model.init_from", source := model.get("init_from")) != source:
-        raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}  # of another encoder
+        # Those keys belong to another encoder.
+        raw["model"] = {key: value for key, value in model.items() if key not in INIT_KEYS}
     return apply_overrides(raw, overrides)
 
 

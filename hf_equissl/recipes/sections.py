@@ -63,7 +63,7 @@ def name_section(where: str) -> Iterator[None]:
         raise
     except StrictDataclassError as error:  # wraps what a check raised in a second sentence about the check's name
         raise RecipeError(f"{where}: {error.__cause__ or error}") from error
-    except Exception as error:  # of libraries, too, which raise what they like
+    except Exception as error:  # libraries raise what they like
         said = str(error) if isinstance(error, ValueError | TypeError | ImportError) else repr(error)
         raise RecipeError(f"{where}: {said}") from error
 

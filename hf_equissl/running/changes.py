@@ -58,7 +58,7 @@ TAKE_EFFECT = (
     "torch_compile",
 )
 STEPS = "steps"
-# Of those, what the learning rate of the next step follows from.
+# The settings among those that the learning rate of the next step follows from.
 _OF_LEARNING_RATE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", STEPS)
 
 
@@ -86,7 +86,7 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         for name, value in now.items()
         if name in before and before[name] != value
     ]
-    # Later ones concern steps that this start does not go on from.
+    # Later changes concern steps that this start does not go on from.
     earlier = [change for change in _read_changes(folder.parent) if change.step < step]
     return (*earlier, *here)
 

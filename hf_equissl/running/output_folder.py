@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
-# Seconds that a file may take to appear on a network's file system, and a run that was told to stop to save and end.
+# Seconds that a file may take to appear on a network's file system, and that a stopped run may take to save and end.
 _PATIENCE, _SECONDS_TO_END = 10.0, 120.0
 # What a run writes into its folder, beside checkpoints and results.
 _WRITTEN = (
@@ -151,7 +151,7 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of the workers it forks
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 break
-        except FileNotFoundError:  # who had it has just left
+        except FileNotFoundError:  # its last owner has just left
             pass
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
@@ -168,9 +168,9 @@ def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:
         except OSError:  # a file system without locks
             os.close(handle)
             return
-        os.close(handle)  # and another try: who had it is gone, or deleted the file
+        os.close(handle)  # try again: the last owner is gone, or deleted the file
     _locks[path] = handle
-    with suppress(OSError):  # a full disk: it only says who
+    with suppress(OSError):  # a full disk, and the text only says who has it
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 

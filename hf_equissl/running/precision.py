@@ -24,7 +24,7 @@ def keep_precision(recipe: Recipe, folder: str | Path) -> Recipe:
     has_results = newest_checkpoint(folder) is not None or (Path(folder) / ENCODER_FOLDER).is_dir()
     if not leaves_precision_open(recipe) or not stored.is_file() or not has_results:
         return recipe
-    # Only this: the rest may be of a version that took what is refused now.
+    # Only this value is read: the rest may be of a version that took what is refused now.
     before = as_mapping(load_yaml(stored.read_text(encoding="utf-8"), str(stored)), str(stored))
     began_in = as_mapping(before.get("training"), "training").get("bf16", False)
     return replace(recipe, training={**recipe.training, "bf16": began_in})

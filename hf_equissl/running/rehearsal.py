@@ -35,7 +35,7 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
     """
     with refuse_errors("training: the optimizer"):
         optimizer = _build_small_optimizer(args, model)
-    steps = plan.steps or 1000  # of a plan without data, whose length is open
+    steps = plan.steps or 1000  # a plan without data leaves the length open
     with refuse_errors("training: the loader"):
         _build_loader(args)
     with refuse_errors("training: the learning rate's schedule"):
@@ -58,7 +58,7 @@ def rehearse(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining, plan:
 def _build_small_optimizer(args: EquiSSLTrainingArguments, model: EquiSSLForPreTraining) -> torch.optim.Optimizer:
     """Build the run's optimizer on small parameters, in the run's groups."""
     kind, given = choose_optimizer(model, args)
-    if chooses_own_groups(kind, given):  # it has taken the model's parameters, which are none
+    if chooses_own_groups(kind, given):  # it has taken the model's parameters, which have no memory here
         return torch.optim.SGD([_make_small_parameter(args)], lr=args.learning_rate)
     for name, value in optim_arguments(args).items() if args.optim != LARS_NAME else ():
         if not _is_read(name, args, model, given):

@@ -73,7 +73,7 @@ from .rehearsal import rehearse
 from .resume import Launch, check_same_data, describe_resume, find_start
 from .stops import ExportError, explain_stops, refuse_errors
 
-ASSUMED_CLASSES = 1000  # of a dry run without a data set
+ASSUMED_CLASSES = 1000  # number of classes in a dry run without a data set
 
 
 @dataclass

@@ -30,10 +30,10 @@ T = TypeVar("T")
 _FAILED = "failed"
 
 SHARED_MEMORY = Path("/dev/shm")
-# After so long a process that failed is ended, whatever a broken process group or a library's thread still waits for.
+# Seconds until a process that failed is ended, whatever a broken process group or a library's thread still waits for.
 END_SECONDS = 20
 ASKED_CODES = (1, 2)  # with these the processes ask each other who speaks; with all others the first one does
-ASKING_SECONDS = 5.0  # so long may the others take to notice that one failed, and to ask who speaks
+ASKING_SECONDS = 5.0  # seconds that the others may take to notice that one failed, and to ask who speaks
 
 
 class ExportError(RuntimeError):
@@ -102,7 +102,8 @@ def refuse_errors(where: str, unless: Callable[[], bool] = lambda: False) -> Ite
 def _sentence(error: Exception) -> str:
     """Return the first line of an error; with its kind where the line alone would not say that it is one."""
     lines = str(error).strip().splitlines() or [""]
-    first = lines[-1] if "Original Traceback" in str(error) else lines[0]  # of a process that loads, whole
+    # The error of a loading process comes with its traceback.
+    first = lines[-1] if "Original Traceback" in str(error) else lines[0]
     if isinstance(error, ValueError | ImportError) and first:
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -146,7 +147,7 @@ def end(code: int) -> NoReturn:
         watch = threading.Timer(END_SECONDS, os._exit, (code,))
         watch.daemon = True
         watch.start()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should a library keep Python's threads from running
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in case a library keeps Python's threads from running
         signal.alarm(2 * END_SECONDS)
         if code in ASKED_CODES:
             answer_others(ASKING_SECONDS)

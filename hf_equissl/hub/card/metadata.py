@@ -48,7 +48,7 @@ def card_data(
     names = [*tags, *(["equivariance"] if len(objectives) > 1 else []), *objectives]
     return ModelCardData(
         license=license,
-        # Not "hf-equissl": its auto classes and pipelines load what is published, and the Hub knows how.
+        # Not "hf-equissl": auto classes and pipelines of transformers load what is published, and the Hub shows how.
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
         tags=[name.replace("_", "-") for name in names],

@@ -367,7 +367,7 @@ def _licence(facts: CardFacts) -> str:
 def _citations(facts: CardFacts) -> dict[str, Any]:
     used = [INVARIANCE_OBJECTIVES[facts.objective_names[0]]]
     used += [EQUIVARIANCE_OBJECTIVES[name] for name in facts.objective_names[1:]]
-    own = EQUIVARIANCE_OBJECTIVES["reconstruction"].citation  # EquiSSL's
+    own = EQUIVARIANCE_OBJECTIVES["reconstruction"].citation  # the paper of EquiSSL
     citations = dict.fromkeys([own, *(objective.citation for objective in used)])
     names = ", ".join(f"`{name}`" for name in facts.objective_names)
     return {"citations": list(citations), "citation_note": f"EquiSSL, and the papers of {names}:"}
