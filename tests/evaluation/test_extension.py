@@ -17,7 +17,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.evaluation import EVALUATORS, EvaluationData, Evaluator, ImageSet, Metric, ResultRecord, cli
 from hf_equissl.evaluation.results import load_records
-from hf_equissl.hub.card.limits import _measured
+from hf_equissl.hub.card.limits import _describe_measured
 from hf_equissl.hub.card.metadata import card_data
 from hf_equissl.hub.card.text import _reading, _table
 from hf_equissl.utils.options import Option
@@ -136,11 +136,11 @@ def test_an_evaluator_from_outside_is_run_recorded_shown_and_published(
     assert "Errors in grey levels." in (reading := _reading(records, finetuned=False))
     assert "Lower is better: mean error." in reading
     assert "levels |" in _table(own)
-    assert "how bright" not in _measured(records)
-    assert "dense tasks" not in _measured(records)
+    assert "how bright" not in _describe_measured(records)
+    assert "dense tasks" not in _describe_measured(records)
     others = [record for record in records if record.evaluator != "brightness"]
-    assert "how bright an image is" in _measured(others)
-    assert "dense tasks" in _measured(others)
+    assert "how bright an image is" in _describe_measured(others)
+    assert "dense tasks" in _describe_measured(others)
 
 
 def test_records_show_their_metric_where_the_evaluator_is_unknown(folder: Path, tmp_path: Path) -> None:

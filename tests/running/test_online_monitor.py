@@ -175,11 +175,11 @@ def test_the_teacher_is_measured_where_there_is_one(labelled: Path, tmp_path: Pa
     model.teacher = deepcopy(model.student)
     for parameter in model.teacher.parameters():
         parameter.data.normal_(std=0.5)
-    encoder, role = online_monitor._exported(model)
+    encoder, role = online_monitor._find_exported(model)
     assert role == "teacher"
     exported, pixels = model.export_encoder(), torch.randn(2, 3, SIZE, SIZE)
     torch.testing.assert_close(exported(pixels).pooler_output, encoder.eval()(pixels).pooler_output)
-    assert online_monitor._exported(make_model())[1] == "student"
+    assert online_monitor._find_exported(make_model())[1] == "student"
 
 
 def _of_a_process(rank: int, processes: int, folder: str) -> dict[str, float]:
