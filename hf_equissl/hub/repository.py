@@ -155,8 +155,8 @@ class _DataNames:
 
     def __init__(self, run: RunFolder, dataset: str | None) -> None:
         self.given = dataset
-        self.known = None if run.data is None else self._short(run.data)
-        self.training = dataset or (None if run.data is None else self(run.data))
+        self.known = self._short(run.data)
+        self.training = dataset or self(run.data)
 
     def __call__(self, source: str) -> str:
         """Return the public name of ``source``; the user's ``dataset`` where it is called like the training data."""
@@ -182,14 +182,14 @@ def _load(run: RunFolder) -> _Source:
     """Load the newest checkpoint and its encoder; of a finished run without its last checkpoint, its export."""
     with explain_load_errors(run.checkpoint, "checkpoint"):
         state = load_pretraining_state(run.checkpoint, dtype=torch.float32)
-    mean, std = run.normalisation()
+    mean, std = list(run.record.image_mean), list(run.record.image_std)
     name, encoder, steps = str(run.checkpoint), state.export_encoder(), run.steps
     folder = run.path / ENCODER_FOLDER
     if (folder / "config.json").is_file():
         with explain_load_errors(folder):
             exported = EquiSSLModel.from_pretrained(folder).eval()
         if not _are_equal(exported, encoder):
-            if run.record is not None and run.record.finished and run.record.steps > run.steps:
+            if run.record.finished and run.record.steps > run.steps:
                 name, encoder, steps = str(folder), exported, run.record.steps
             else:
                 logger.warning(

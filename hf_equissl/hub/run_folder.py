@@ -8,10 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from ..checkpoints import ARGUMENTS_FILE, ENCODER_FOLDER, MANIFEST, list_checkpoints, newest_checkpoint
-from ..encoders.loading import read_image_settings
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord
@@ -45,11 +42,10 @@ class RunFolder:
         config: Configuration of its ``EquiSSLForPreTraining``.
         steps: Optimizer steps of that checkpoint.
         planned_steps: Step at which the run ends.
-        epoch: Passes over the images as the Trainer counts them.
         history: ``log_history`` of the Trainer.
         arguments: Training arguments that differ from their defaults.
         recipe: The recipe that ``training/pretrain.py`` stored; ``None`` for a run from Python.
-        record: Content of ``run.json``; ``None`` in runs of older versions.
+        record: Content of ``run.json``.
     """
 
     path: Path
@@ -57,19 +53,18 @@ class RunFolder:
     config: EquiSSLPreTrainingConfig
     steps: int
     planned_steps: int
-    epoch: float | None
     history: tuple[Mapping[str, Any], ...]
     arguments: Mapping[str, Any]
     recipe: Mapping[str, Any] | None
-    record: RunRecord | None
+    record: RunRecord
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a run's folder.
 
         Raises:
-            ValueError: It is not a folder, holds no complete checkpoint, or a file in it is damaged; a newer checkpoint
-                is damaged.
+            ValueError: It is not a folder, holds no complete checkpoint or no ``run.json``, or a file in it is damaged;
+                a newer checkpoint is damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -88,7 +83,9 @@ class RunFolder:
                 f"{checkpoint} holds a model of type {config.get('model_type')!r}, expected "
                 f"{EquiSSLPreTrainingConfig.model_type!r}. Give the folder of a pretraining run."
             )
-        recipe, record = path / RECIPE_FILE, path / RECORD_FILE
+        if not (path / RECORD_FILE).is_file():
+            raise ValueError(f"{path} has no {RECORD_FILE}. Continue the run for a step, which writes it.")
+        recipe = path / RECIPE_FILE
         arguments = checkpoint / ARGUMENTS_FILE
         return cls(
             path=path,
@@ -96,11 +93,10 @@ class RunFolder:
             config=EquiSSLPreTrainingConfig.from_dict(config),
             steps=int(state["global_step"]),
             planned_steps=int(state.get("max_steps") or state["global_step"]),
-            epoch=state.get("epoch"),
             history=tuple(redact_values(state.get("log_history", ()))),
             arguments=_choose_changed(_json(arguments)) if arguments.is_file() else {},
             recipe=_recipe(recipe) if recipe.is_file() else None,
-            record=RunRecord.load(path) if record.is_file() else None,
+            record=RunRecord.load(path),
         )
 
     @property
@@ -109,16 +105,13 @@ class RunFolder:
         return str((self.recipe or {}).get("name") or self.path.resolve().name)
 
     @property
-    def data(self) -> str | None:
+    def data(self) -> str:
         """The training data as the user named them, without the split."""
-        source = self.section("data").get("source")
-        return source or (self.record.data.rpartition(" (")[0] or self.record.data if self.record else None)
+        return self.section("data").get("source") or self.record.data.rpartition(" (")[0] or self.record.data
 
     def passes(self, steps: int) -> float | None:
-        """Compute how often each training image was seen after ``steps``; ``None`` where that is not known."""
-        if self.record is None:
-            return self.epoch
-        if self.record.num_images is None:  # a stream: the Trainer's epochs count something else
+        """Compute how often each training image was seen after ``steps``; ``None`` for a stream."""
+        if self.record.num_images is None:
             return None
         return steps * self.record.global_batch / self.record.num_images
 
@@ -146,28 +139,6 @@ class RunFolder:
     def objectives(self) -> dict[str, Any]:
         """Return the objectives that were trained, as a recipe names them; those of weight 0 are not built."""
         return {"invariance": self.config.invariance, "equivariance": self.config.trained}
-
-    def normalisation(self) -> tuple[list[float], list[float]]:
-        """Find mean and standard deviation of the views' pixels.
-
-        Raises:
-            ValueError: Nothing in the folder says them.
-        """
-        if self.record is not None:
-            return list(self.record.image_mean), list(self.record.image_std)
-        if self.recipe is not None:
-            views = self.section("views")
-            return (
-                list(views.get("image_mean") or IMAGENET_DEFAULT_MEAN),
-                list(views.get("image_std") or IMAGENET_DEFAULT_STD),
-            )
-        settings = read_image_settings(self.path / ENCODER_FOLDER) if (self.path / ENCODER_FOLDER).is_dir() else {}
-        if not settings:
-            raise ValueError(
-                f"{self.path} holds neither run.json nor {RECIPE_FILE} nor an encoder with its image processor: the "
-                "normalisation of the images is not known. Continue the run for a step, which writes run.json."
-            )
-        return settings["image_mean"], settings["image_std"]
 
 
 def _refuse_older(checkpoint: Path) -> None:

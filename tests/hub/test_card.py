@@ -80,7 +80,7 @@ def test_every_objective_is_cited(read: RunFolder, invariance: str, equivariance
 
 def test_no_placeholder_survives(read: RunFolder, photo_folder: Path) -> None:
     records = records_of(read.path, photo_folder)
-    for facts in (facts_of(read), facts_of(read, records=records), facts_of(replace(read, recipe=None, record=None))):
+    for facts in (facts_of(read), facts_of(read, records=records), facts_of(replace(read, recipe=None))):
         head, _, _ = str(render_card(facts)).partition("## Citation")  # BibTeX has double braces
         assert not re.search(r"\{%|%\}|\{\{|\bNone\b|\bnan\b|TODO|More Information|\n\n\n", head)
 

@@ -45,7 +45,7 @@ def limits(
             "hundreds of times. Numbers of this encoder say nothing about what those reach."
         )
     found += [_transformation(run), "One training run with one seed: how much another seed would change is not known."]
-    if run.record is not None and run.record.hardware.get("device") == run.record.hardware.get("cpu"):
+    if run.record.hardware.get("device") == run.record.hardware.get("cpu"):
         found.append("Trained on a CPU, without a GPU.")
     found.append(_describe_measured(records))
     return [sentence for sentence in found if sentence]
@@ -61,7 +61,7 @@ def _resolution(encoder: EquiSSLConfig) -> str:
 
 
 def _data(run: RunFolder, dataset: str | None) -> str:
-    count = f" ({run.record.num_images:,} images)" if run.record and run.record.num_images else ""
+    count = f" ({run.record.num_images:,} images)" if run.record.num_images else ""
     name = f"{code(dataset)}{count}" if dataset else "one data set"
     seen = "All it has seen is" if run.base_model is None else "Beside its starting point's data it has seen"
     return (

@@ -98,8 +98,7 @@ def render_card(facts: CardFacts) -> ModelCard:
 def _context(facts: CardFacts) -> dict[str, Any]:
     run = facts.run
     settings = public_recipe(run, facts.dataset) or _settings(facts)
-    changed = run.record is not None and run.record.changes
-    ran = "as its last steps ran" if changed else "as run"
+    ran = "as its last steps ran" if run.record.changes else "as run"
     title = f"Recipe {public_text(run.name)}, {ran}" if run.recipe else "Settings that differ from the defaults"
     return {
         "name": facts.repo_id.rpartition("/")[2],
@@ -285,30 +284,25 @@ def _training(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [("objectives", _objectives(facts)), ("data", _data(facts)), ("optimizer steps", steps)]
     if (passes := run.passes(facts.encoder_steps)) is not None:
         rows.append(("passes over the images", f"{passes:.3g}"))
-    if record is not None:
-        batch = record.batch
-        arithmetic = f"{batch['per_device']} x {batch['processes']} process(es) x accumulation {batch['accumulation']}"
-        rows += [
-            ("images per step", f"{arithmetic} = {record.global_batch}"),
-            ("precision", record.precision),
-            ("hardware", _hardware(record.hardware)),
-            ("wall time", _duration(record.seconds) + (f", in {record.starts} starts" if record.starts > 1 else "")),
-            ("date", (record.finished or record.started)[:10]),
-            ("seed", str(record.seed)),
-            ("changed on the way", plain("; ".join(change.text for change in record.changes))),
-            ("command", code(public_command(record.command, _names(facts)))),
-            ("versions", ", ".join(plain(f"{name} {version}") for name, version in record.versions.items())),
-        ]
+    batch = record.batch
+    arithmetic = f"{batch['per_device']} x {batch['processes']} process(es) x accumulation {batch['accumulation']}"
+    names = {run.data: facts.dataset} if facts.dataset else {}
+    rows += [
+        ("images per step", f"{arithmetic} = {record.global_batch}"),
+        ("precision", record.precision),
+        ("hardware", _hardware(record.hardware)),
+        ("wall time", _duration(record.seconds) + (f", in {record.starts} starts" if record.starts > 1 else "")),
+        ("date", (record.finished or record.started)[:10]),
+        ("seed", str(record.seed)),
+        ("changed on the way", plain("; ".join(change.text for change in record.changes))),
+        ("command", code(public_command(record.command, names))),
+        ("versions", ", ".join(plain(f"{name} {version}") for name, version in record.versions.items())),
+    ]
     last = next((entry for entry in reversed(run.history) if "loss_ssl" in entry), None)
     if last is not None:
         parts = [f"{key} {last[key]:.4g}" for key in last if key.startswith("loss")]
         rows.append((f"losses at step {last['step']:,}", ", ".join(parts)))
     return [(name, text) for name, text in rows if text]
-
-
-def _names(facts: CardFacts) -> dict[str, str]:
-    """Map the training data, as it stands in commands, to its name for readers."""
-    return {facts.run.data: facts.dataset} if facts.run.data and facts.dataset else {}
 
 
 def _objectives(facts: CardFacts) -> str:
@@ -319,10 +313,9 @@ def _objectives(facts: CardFacts) -> str:
 def _data(facts: CardFacts) -> str:
     record = facts.run.record
     said = [code(facts.dataset or "not recorded")]
-    if record is not None:
-        if " (" in record.data:
-            said.append(f"split {plain(record.data.rpartition(' (')[2].rstrip(')'))}")
-        said.append(f"{record.num_images:,} images" if record.num_images else "a stream")
+    if " (" in record.data:
+        said.append(f"split {plain(record.data.rpartition(' (')[2].rstrip(')'))}")
+    said.append(f"{record.num_images:,} images" if record.num_images else "a stream")
     return ", ".join(said)
 
 
