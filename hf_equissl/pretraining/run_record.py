@@ -143,6 +143,14 @@ class RunRecord:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}). It is written anew when the run is continued.") from error
 
+    @classmethod
+    def find(cls, folder: str | Path) -> Self | None:
+        """Read what ``save`` wrote; ``None`` where there is nothing, or nothing that can be read."""
+        try:
+            return cls.load(folder)
+        except (OSError, ValueError):
+            return None
+
 
 def command_line() -> str:
     """Return the command of this process as one would type it, without tokens."""
@@ -176,11 +184,8 @@ class RunRecordCallback(TrainerCallback):
         """Go on with the record of the run that is resumed."""
         self._since = time.monotonic()
         if state.global_step > 0:
-            try:
-                earlier = RunRecord.load(str(args.output_dir))
-            except (OSError, ValueError):
-                pass  # the checkpoint is what counts; its record is lost
-            else:
+            earlier = RunRecord.find(str(args.output_dir))
+            if earlier is not None:  # else it is lost, and the checkpoint is what counts
                 self._before = earlier.seconds
                 changes = self.record.changes or earlier.changes
                 self.record = replace(self.record, started=earlier.started, starts=earlier.starts + 1, changes=changes)
@@ -243,11 +248,8 @@ def new_record(
 
 def note_preemption(folder: str | Path) -> None:
     """Say in ``run.json`` that a signal stopped the run now."""
-    try:
-        record = RunRecord.load(folder)
-    except (OSError, ValueError):
-        return  # stopped before it was written
-    replace(record, preempted=_now()).save(folder)
+    if (record := RunRecord.find(folder)) is not None:  # else it was stopped before
+        replace(record, preempted=_now()).save(folder)
 
 
 def _now() -> str:

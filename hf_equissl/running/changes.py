@@ -87,7 +87,8 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         if name in before and before[name] != value
     ]
     # Later changes concern steps that this start does not go on from.
-    earlier = [change for change in _read_changes(folder.parent) if change.step < step]
+    record = RunRecord.find(folder.parent)
+    earlier = [change for change in (record.changes if record else ()) if change.step < step]
     return (*earlier, *here)
 
 
@@ -103,13 +104,6 @@ def describe_changes(
         if before is not None and after is not None and before != after:
             lines.append(f"note: the learning rate goes on at {after:.4g}; it would have been {before:.4g}")
     return tuple(lines)
-
-
-def _read_changes(run: Path) -> tuple[SettingChange, ...]:
-    try:
-        return RunRecord.load(run).changes
-    except (OSError, ValueError):
-        return ()
 
 
 def _learning_rates(

@@ -191,11 +191,8 @@ def check_same_data(checkpoint: str, source: ImageSource) -> tuple[str, ...]:
     Raises:
         RecipeError: A data set that is read by index is another one, so that its order is, too.
     """
-    try:
-        before = RunRecord.load(Path(checkpoint).parent)
-    except (OSError, ValueError):
-        return ()
-    if before.data_fingerprint in ("", source.fingerprint()):
+    before = RunRecord.find(Path(checkpoint).parent)
+    if before is None or before.data_fingerprint in ("", source.fingerprint()):
         return ()
     if source.streaming:
         return (f"note: {source.name} is not the data that this run has read so far: files or their content changed",)
@@ -232,10 +229,8 @@ def _find_trained_batch(folder: Path, checkpoint: str | None) -> int | None:
     """Find the images per optimizer step of the run in ``folder``; ``None`` where nothing says."""
     if checkpoint is not None:
         return Manifest.read(checkpoint).global_batch
-    try:
-        return RunRecord.load(folder).global_batch
-    except (OSError, ValueError):
-        return None
+    record = RunRecord.find(folder)
+    return None if record is None else record.global_batch
 
 
 def _suggest_batch(batch: int, launch: Launch) -> str:
