@@ -83,7 +83,7 @@ def scan_folder(root: Path, builders: Mapping[str, str]) -> Scan:
             elif name in _METADATA and os.path.isfile(os.path.join(folder, name)):
                 scan.metadata.append(path)
             else:
-                scan.others[shown(written) or "no suffix"] += 1
+                scan.others[show_name(written) or "no suffix"] += 1
     if scan.images:
         scan.kinds["images"] = len(scan.images)
     scan.images.sort()
@@ -116,9 +116,9 @@ def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping
     columns: dict[str, list[Any]] = {"image": [encode_path(file) for file in files]}
     features: dict[str, Any] = {"image": datasets.Value("string")}
     if all(len(part) > depth + 1 for part in parts):
-        classes = sorted({shown(part[depth]) for part in parts})
+        classes = sorted({show_name(part[depth]) for part in parts})
         number = {name: index for index, name in enumerate(classes)}
-        columns["label"] = [number[shown(part[depth])] for part in parts]
+        columns["label"] = [number[show_name(part[depth])] for part in parts]
         features["label"] = datasets.ClassLabel(names=classes)
     for name, values in metadata.items():
         columns[name] = [values.get(file) for file in files]
@@ -167,7 +167,7 @@ def decode_path(stored: str) -> str:
     return os.fsdecode(unquote_to_bytes(stored[1:])) if stored.startswith(_ESCAPED) else stored
 
 
-def shown(name: str) -> str:
+def show_name(name: str) -> str:
     """Return a name as it can be printed: what is not UTF-8 as its bytes."""
     return name if _is_text(name) else os.fsencode(name).decode("utf-8", "backslashreplace")
 

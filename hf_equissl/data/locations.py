@@ -23,7 +23,7 @@ from ..utils.hub_waits import limit_waiting
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
-from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, scan_folder, shown, split_files
+from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, scan_folder, show_name, split_files
 from .pairs import Pairs
 from .renders import find_rendered_pairs, find_split_files, open_renders
 from .tars import tar_builder
@@ -168,7 +168,7 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
     kind = max(kinds, key=lambda name: (kinds[name], name == "images"))
     if kind == "images":
         return _open_images(source, path, scan, options)
-    scan.others.update(Counter(shown(os.path.splitext(file)[1]) for file in scan.images))
+    scan.others.update(Counter(show_name(os.path.splitext(file)[1]) for file in scan.images))
     for unreadable in scan.chained:
         _check_chained(source, str(path / unreadable))
     opened = _build_folder(source, path, kind, options, hub)

@@ -22,7 +22,7 @@ from ..views.base import Item
 from .columns import find_image_column, find_more_columns, read_columns
 from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError, explain_decode_errors
-from .image_folders import decode_path, shown
+from .image_folders import decode_path, show_name
 from .labels import find_label_column, number_labels
 from .locations import open_dataset
 from .pairs import Pairs, find_pairs, pair_columns
@@ -198,7 +198,7 @@ class ImageSource:
         if isinstance(value, str) or value.get("bytes") is None:  # then the path is where the image lies
             path = decode_path(path)
             if self.root is not None and (self.root / path).exists():
-                return shown(str(self.root / path))
+                return show_name(str(self.root / path))
             if os.path.isabs(path) or "://" in path:
                 return redact(path)
         return path if place is None else f"{path} ({where})"
@@ -327,8 +327,8 @@ def load_images(
         source = expand_home(source)
     except ValueError as error:
         raise ImageSourceError(str(error)) from error
-    if shown(source) != source:
-        raise ImageSourceError(f"{shown(source)}: the name is not UTF-8, and could not be written down. Rename it.")
+    if show_name(source) != source:
+        raise ImageSourceError(f"{show_name(source)}: the name is not UTF-8, and could not be written down. Rename it.")
     name = f"{redact(source)} ({split})"
     with _quiet_unless_first_rank():
         opened = open_dataset(

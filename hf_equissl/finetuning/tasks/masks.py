@@ -16,7 +16,7 @@ import numpy as np
 from ...data import Decoding, ImageDecodeError, ImageSource
 from ...data.decoding import MAX_PIXELS, open_image
 from ...data.errors import explain_decode_errors
-from ...data.image_folders import encode_path, scan_folder, shown
+from ...data.image_folders import encode_path, scan_folder, show_name
 from ...data.splits import TEST_SPLITS, SourceSplits, pair_splits
 from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
@@ -197,7 +197,7 @@ def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]], decodin
     if missing := sorted(images.keys() - masks.keys()):
         raise ValueError(
             f"{root}: {len(missing)} of {len(images)} images in {pairs[split][0]} have no mask in {pairs[split][1]}, "
-            f"e.g. {shown(os.path.basename(images[missing[0]]))}. A mask is called as its image, up to the suffix."
+            f"e.g. {show_name(os.path.basename(images[missing[0]]))}. A mask is called as its image, up to the suffix."
         )
     if not images:
         raise ValueError(f"{root}: {pairs[split][0]} holds no images." + "".join(f" {s}." for s in scans[0].left_out()))
