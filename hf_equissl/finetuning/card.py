@@ -53,27 +53,17 @@ def _context(
     description: Description, records: Sequence[ResultRecord], base: str, name: str, is_adapter: bool
 ) -> dict[str, Any]:
     task, method = TASKS[description.task], METHODS[description.method]
-    record = records[0] if records else None
     return {
         "is_adapter": is_adapter,
-        "result": task.result,
         "base": base,
-        "digest": description.digest[:12],
-        "noun": task.noun,
+        "name": name,
+        "task": task,
+        "description": description,
         "trained": method.description.format(head=task.head),
         "merged": method.adapter and not is_adapter,
-        "pooling": description.pooling,
-        "image_size": description.image_size,
-        "classes": description.classes[:_CLASSES_SHOWN],
-        "num_classes": len(description.classes),
-        "name": name,
+        "shown": description.classes[:_CLASSES_SHOWN],
         "ours": description.architecture["model_type"] == "equissl",
-        "tag": task.pipeline_tag,
         "verb": _VERBS.get(task.pipeline_tag or "", "predict"),
-        "results": comparison_table(records) if record else "",
-        "settings": record.protocol if record else {},
-        "data": record.dataset if record else "",
-        "split": record.split if record else "",
-        "seeds": record.seeds if record else (),
-        "command": record.command if record else None,
+        "results": comparison_table(records) if records else "",
+        "record": records[0] if records else None,
     }
