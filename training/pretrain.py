@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain.py",
         usage="pretrain.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...]",
         description="Pretrain an encoder from a recipe. Everything that can be wrong is checked before the first step.",
-        epilog=f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
+        epilog=lambda: f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
     )
     add = parser.add_argument
     add("--recipe", type=path_word, metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")

@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,20 @@ def command_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats no secret when it says what is wrong with the words of a command."""
+    """Repeats no secret when it says what is wrong with the words of a command.
+
+    Args:
+        epilog: Text at the end of the help, or what makes it, which is then asked when help is shown.
+    """
+
+    def __init__(self, *, epilog: str | Callable[[], str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._epilog = epilog
+
+    def format_help(self) -> str:
+        """Write the help, with its end."""
+        self.epilog = self._epilog() if callable(self._epilog) else self._epilog
+        return super().format_help()
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(redact(message), file)
