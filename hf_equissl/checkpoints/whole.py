@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..distributed.agreement import first_message
 from ..distributed.engines import running_engine
+from ..distributed.signals import end_workers
 from ..utils.files import move_into_place, readable_size, sync_to_disk
 from .integrity import checksums
 from .manifest import STAGING_FOLDER, IncompleteCheckpointError, Manifest, list_checkpoints, newest_checkpoint
@@ -84,7 +85,9 @@ class WholeCheckpoints(_Trainer):
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to go on from.")
         if resume_from_checkpoint:
             Manifest.read(resume_from_checkpoint, verify=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        end_workers(self.callback_handler.train_dataloader)
+        return result
 
     def _init_training_state(self, max_steps: Any, *args: Any, **kwargs: Any) -> Any:
         """Do as the parent; how often is logged and saved follows the arguments, not those of the checkpoint."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,10 @@ def test_resume_within_a_later_epoch(photo_folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(photo_folder: Path, unbroken: EquiSSLTrainer, tmp_path: Path, workers: int) -> None:
     trainer = make_trainer(photo_folder, tmp_path, dataloader_num_workers=workers, save_strategy="no")
+    before = multiprocessing.active_children()
     trainer.train()
     assert_same(weights(unbroken), weights(trainer))
+    assert set(multiprocessing.active_children()) <= set(before)  # they end with the training
 
 
 def test_logs_name_the_parts_and_the_monitors(unbroken: EquiSSLTrainer) -> None:
