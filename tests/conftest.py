@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 # Before torch is imported: two OpenMP pools on two cores cost more than they give, and no test may reach the network.
+# The allocator's settings are for the processes that tests start: it keeps large buffers for the next step.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "8589934592")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "17179869184")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-torch.set_num_threads(1)
+gc.disable()  # until all files are imported: what they make stays
 ROOT = Path(__file__).resolve().parent.parent
 
 
 # Rooms whose tests start processes. They come first, so that no worker begins a long file when the other is done.
-LONG_FILES = ("distributed", "running", "training", "hub", "pretraining", "finetuning")
+LONG_FILES = ("data", "distributed", "finetuning", "hub", "pretraining", "running", "tests", "training")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first (``--no-loadscope-reorder`` keeps the order)."""
     items.sort(key=lambda item: item.path.parent.name not in LONG_FILES)
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of every later collection: a run collects when it ends, and there are millions."""
+    import torch  # the process that only hands out tests need not wait for it
+
+    torch.set_num_threads(1)
+    # So long a loader waits for each of its workers when the garbage collector ends it, as in tests that break off.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -55,5 +69,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without units for bf16, as far as choices go. oneDNN has read its bound before, and computes as ever."""
+    import torch
+
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

@@ -6,7 +6,8 @@ an environment and logs of its own, killed and signalled for real, and it ends a
 
 It differs from a new interpreter in three ways, for which tests start a few real ones: modules are imported already,
 strings have the server's hashes, and ``/proc/PID/cmdline`` is the server's. Variables that libraries read when they are
-imported cannot be changed; ``start`` refuses other values than the server's.
+imported cannot be changed, but for those of the Hub, which are read again; ``start`` refuses other values than the
+server's.
 
 Each pytest process has a server, and others where children need DeepSpeed or must not have imported this package; each
 starts when it is first needed. A server has one thread and only imports: locks that another thread holds would stay
@@ -16,6 +17,7 @@ locked in a fork. When pytest dies, the server kills all that it started; when t
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import os
 import shutil
@@ -31,6 +33,8 @@ from importlib.util import find_spec
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from typing import Any
+
+from tests.process_server import HUB_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a server imports; each begins as a fork of the one before.
@@ -48,7 +52,8 @@ READ_AT_IMPORT = (
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "DS_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_", "USE_"),
     *("PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "OPENBLAS_", "CUDA_", "TOKENIZERS_"),
 )
-SET_WHEN_USED = ("TORCHINDUCTOR_CACHE_DIR",)
+READ_WHEN_USED = ("TORCHINDUCTOR_CACHE_DIR", *HUB_VARIABLES)
+NOWHERE = Path(os.devnull)
 # No model or data set that somebody has loaded before, and only CPUs.
 FIXED = {"HF_HOME": f"{tempfile.gettempdir()}/hf-home-{os.getpid()}", "DS_ACCELERATOR": "cpu"}
 # As it is when pytest starts, whatever a test changes later.
@@ -111,7 +116,7 @@ class Server:
         with Listener(family="AF_UNIX") as listener:
             words = [sys.executable, "-m", "tests.process_server", str(listener.address), *modules]
             if parent:
-                self.process = parent.start(words, ROOT, ENVIRONMENT, self.log, self.log)
+                self.process = parent.start(words, ROOT, ENVIRONMENT, NOWHERE, self.log, self.log)
             else:
                 quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # Arrow's allocator would start a thread
                 with self.log.open("wb") as log:
@@ -122,10 +127,12 @@ class Server:
             self._connection = listener.accept()
         atexit.register(self.close)
 
-    def start(self, words: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path) -> Child:
-        """Fork a process that becomes the command ``words``; its output is appended to the two files."""
+    def start(
+        self, words: Sequence[str], cwd: Path, env: Mapping[str, str], stdin: Path, stdout: Path, stderr: Path
+    ) -> Child:
+        """Fork a process that becomes the command ``words``; its output is appended to the last two files."""
         with self._lock:
-            self._send((list(words), str(cwd), dict(env), str(stdout), str(stderr)))
+            self._send((list(words), str(cwd), dict(env), str(stdin), str(stdout), str(stderr)))
             while (message := self._receive())[0] != "started":
                 self._codes[message[1]] = message[2]
         return Child(self, words, message[1])
@@ -176,6 +183,7 @@ def start(
     words: Sequence[str],
     *,
     log: Path | None = None,
+    stdin: Path | None = None,
     stdout: Path | None = None,
     stderr: Path | None = None,
     cwd: Path = ROOT,
@@ -186,6 +194,7 @@ def start(
 
     Args:
         words: As for ``subprocess.Popen``.
+        stdin: File that it reads.
         log: File to which output and errors are appended; ``stdout`` and ``stderr`` name one for each.
         env: Its whole environment, by default ``environment()``.
         preloaded: Modules that it finds imported.
@@ -197,8 +206,29 @@ def start(
         raise ValueError(f"{words[0]} is not {sys.executable}: use subprocess")
     env = environment() if env is None else env
     check_environment(env)
-    nowhere = Path(os.devnull)
-    return server(*preloaded).start(words, cwd, env, stdout or log or nowhere, stderr or log or nowhere)
+    files = (stdin or NOWHERE, stdout or log or NOWHERE, stderr or log or NOWHERE)
+    return server(*preloaded).start(words, cwd, env, *files)
+
+
+def popen(
+    words: Sequence[str], *, env: Mapping[str, str] | None = None, stdout: Any = None, stderr: Any = None, **_: Any
+) -> Child:
+    """``start`` in place of ``subprocess.Popen``, for code that starts commands of this interpreter; as there, files
+    are those of this process where none are given.
+    """
+    out = _path(1 if stdout is None else stdout)
+    err = out if stderr == subprocess.STDOUT else _path(2 if stderr is None else stderr)
+    return start(words, stdout=out, stderr=err, env={**(os.environ if env is None else env), **FIXED})
+
+
+def _path(file: Any) -> Path:
+    """Path of an open file; of one without a name, the kernel's own, to whose end both processes will write."""
+    number = file if isinstance(file, int) else file.fileno()
+    link = Path(f"/proc/{os.getpid()}/fd/{number}")
+    if (named := link.readlink()).is_file():
+        return named
+    fcntl.fcntl(number, fcntl.F_SETFL, fcntl.fcntl(number, fcntl.F_GETFL) | os.O_APPEND)
+    return link
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -209,7 +239,7 @@ def environment(**more: str) -> dict[str, str]:
 def check_environment(env: Mapping[str, str]) -> None:
     """Refuse what only a new interpreter can have."""
     for name in sorted({*env, *ENVIRONMENT}):
-        if name in SET_WHEN_USED or not name.startswith(READ_AT_IMPORT):
+        if name in READ_WHEN_USED or not name.startswith(READ_AT_IMPORT):
             continue
         if env.get(name) != ENVIRONMENT.get(name):
             raise ValueError(
@@ -232,16 +262,20 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-def run(words: Sequence[str], *, timeout: float = 300.0, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    words: Sequence[str], *, timeout: float = 300.0, text_in: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
     """``start`` a command, wait for it, and read what it printed; killed with its whole session when time is out.
 
     Args:
         timeout: Seconds on a quiet machine, see ``limit``.
+        text_in: What it reads as its input.
     """
     timeout = limit(timeout)
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        child = start(words, stdout=out, stderr=err, **options)
+        given, out, err = (Path(folder, name) for name in ("in", "out", "err"))
+        given.write_text(text_in)
+        child = start(words, stdin=given, stdout=out, stderr=err, **options)
         try:
             child.wait(timeout)
         except BaseException as error:

@@ -109,7 +109,7 @@ def test_nothing_is_left_behind(number: int | None, tmp_path: Path) -> None:
     """The server is killed, or the process that it serves goes away."""
     server = Server(["torch"])
     words = [sys.executable, "-c", WAIT, str(tmp_path / "ready")]
-    child = server.start(words, ROOT, ENVIRONMENT, Path(os.devnull), Path(os.devnull))
+    child = server.start(words, ROOT, ENVIRONMENT, *[Path(os.devnull)] * 3)
     wait_until((tmp_path / "ready").exists)
     if number:
         server.process.send_signal(number)
@@ -130,10 +130,26 @@ def is_alive(pid: int) -> bool:
 
 
 def test_what_needs_a_new_interpreter_is_refused() -> None:
-    with pytest.raises(ValueError, match="HF_ENDPOINT is 'http://localhost', and the server was started with None"):
-        processes.start([sys.executable, "-c", ""], env={**ENVIRONMENT, "HF_ENDPOINT": "http://localhost"})
+    with pytest.raises(ValueError, match="HF_DEBUG is '1', and the server was started with None"):
+        processes.start([sys.executable, "-c", ""], env={**ENVIRONMENT, "HF_DEBUG": "1"})
     with pytest.raises(ValueError, match="use subprocess"):
         processes.start(["bash", "-c", ""])
+
+
+def test_variables_of_the_hub_and_the_input_are_those_of_the_command(tmp_path: Path) -> None:
+    code = """
+import datasets, sys, transformers.dynamic_module_utils as dynamic
+from huggingface_hub import constants, hf_api, hf_hub_url
+print(hf_hub_url("a", "b"), hf_api.api.endpoint, datasets.config.HF_ENDPOINT, constants.is_offline_mode(), input())
+print(constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, dynamic.HF_MODULES_CACHE)
+"""
+    hub, home = "http://127.0.0.1:9", tmp_path / "home"
+    env = {**ENVIRONMENT, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    done = processes.run([sys.executable, "-c", code], env=env, text_in="words")
+    assert done.stdout.splitlines() == [
+        f"{hub}/a/resolve/main/b {hub} {hub} False words",
+        f"{home / 'hub'} {home / 'datasets'} {home / 'modules'}",
+    ], done.stderr
 
 
 def test_a_bare_server_has_imported_nothing_of_ours() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from tests.hub.loopback_hub import LoopbackHub
-from tests.processes import limit
+from tests.processes import environment, run
 
 from .image_files import write_folder
 from .test_streaming import COUNT, parquets, tars
@@ -59,15 +57,8 @@ def test_stream_from_a_private_data_set(hub_here: LoopbackHub, api: HfApi, tmp_p
         api.upload_folder(repo_id=f"maker/{name}", repo_type="dataset", folder_path=folder, path_in_repo="data")
     hub.refuse(r"GET .*/resolve/.*\.(parquet|tar)", 503, "busy", count=2)
     sources = ["maker/parquets", "hf://datasets/maker/tars/data/*.tar", "maker/images"]
-    answer = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path), *sources],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, **hub.env(tmp_path / "home"), "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=limit(240.0),
-        check=False,
-    )
+    words, env = [sys.executable, "-c", READ, str(tmp_path), *sources], environment(**hub.env(tmp_path / "home"))
+    answer = run(words, env=env)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert hub.count("GET", "resolve", 503) == 2
     assert hub.count("GET", status=206) > 0  # parts of files, never whole ones

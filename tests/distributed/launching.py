@@ -21,9 +21,11 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from tests import processes
 from tests.processes import FIXED, PRELOADED, WITH_DEEPSPEED, Child, environment, limit
 from tests.processes import start as start_process
 
+LAUNCHERS = (["-m", "accelerate.commands.launch"], ["-m", "accelerate.commands.accelerate_cli", "launch"])
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "training" / "accelerate_configs"
 SCRIPT = ROOT / "tests" / "distributed" / "pretrain.py"
@@ -45,7 +47,7 @@ def command(
 ) -> list[str]:
     """The words of an ``accelerate launch``; ``options`` go to the script, ``launcher`` to accelerate."""
     config = CONFIGS / f"{ENGINES[engine][0]}.yaml"
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    words = [sys.executable, *LAUNCHERS[0], "--config_file", str(config)]
     words += ["--num_processes", str(1 if engine == "single" else processes), "--main_process_port", "0"]
     return [*words, "--mixed_precision", "no", *launcher, str(script), *options]
 
@@ -61,6 +63,16 @@ class Launch:
 
     ranks: list[Child]
     stopped: bool = False
+
+    @property
+    def pid(self) -> int:
+        """That of the first one."""
+        return self.ranks[0].pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As ``poll``."""
+        return self.poll()
 
     def poll(self) -> int | None:
         """None while one runs, then 0, or 1 if one failed; the others are then told to stop, as torchrun does it."""
@@ -80,6 +92,11 @@ class Launch:
             time.sleep(0.02)
         return code
 
+    def terminate(self) -> None:
+        """SIGTERM to all processes."""
+        for rank in self.ranks:
+            rank.terminate()
+
     def kill(self) -> None:
         """SIGKILL to all processes and to what they started."""
         for rank in self.ranks:
@@ -87,24 +104,37 @@ class Launch:
                 os.killpg(rank.pid, signal.SIGKILL)
 
 
-def variables_of(engine: str, words: list[str], processes: int) -> Iterator[dict[str, str]]:
-    """The environment that ``accelerate launch`` and torchrun would give each process of the command ``words``."""
-    args, defaults, precision = _validate_launch_command(launch_command_parser().parse_args(words[3:]))
+def popen(words: list[str], **options: Any) -> Launch | Child:
+    """``processes.popen`` that knows ``accelerate launch``: it forks the processes, without the launcher."""
+    launcher = next((start for start in LAUNCHERS if words[1 : 1 + len(start)] == start), None)
+    if launcher is None:
+        return processes.popen(words, **options)
+    given = words[1 + len(launcher) :]
+    args = launch_command_parser().parse_args(given)
+    own_words = [sys.executable, args.training_script, *args.training_script_args]
+    env = options.pop("env", None) or os.environ
+    return Launch([processes.popen(own_words, env={**env, **one}, **options) for one in variables_of(given)])
+
+
+def variables_of(words: list[str]) -> Iterator[dict[str, str]]:
+    """The environment that ``accelerate launch`` and torchrun would give each process, by the words behind "launch"."""
+    args, defaults, precision = _validate_launch_command(launch_command_parser().parse_args(words))
+    single = args.num_processes == 1 and not args.use_deepspeed
     if args.use_deepspeed:
         fields = [*defaults.deepspeed_config, *(["mixed_precision"] if precision else [])]
         args.deepspeed_fields_from_accelerate_config = ",".join(fields)
         given = prepare_deepspeed_cmd_env(args)[1]
-    elif engine == "single":
+    elif single:
         given = prepare_simple_launcher_cmd_env(args)[1]
     else:
         given = prepare_multi_gpu_env(args)
     given.pop("PYTHONPATH", None)  # it is read at import, and is the folder where the command is given
-    if engine == "single":
+    if single:
         yield given
         return
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "none"}
-    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    for rank in range(processes):
+    sizes = {"WORLD_SIZE": str(args.num_processes), "LOCAL_WORLD_SIZE": str(args.num_processes)}
+    for rank in range(args.num_processes):
         yield {**given, **place, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
@@ -136,7 +166,7 @@ def start(
     script = words.index(str(kwargs.get("script", SCRIPT)))
     preloaded = WITH_DEEPSPEED if engine.startswith("zero") else PRELOADED
     ranks = []
-    for given in variables_of(engine, words, processes):
+    for given in variables_of(words[3:]):
         own = {**given, **FIXED, **(variables or {})}
         own_words = [sys.executable, *words[script:]]
         child = start_process(own_words, log=log, stdout=stdout, stderr=stderr, env=own, preloaded=preloaded)

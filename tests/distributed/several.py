@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 def main(runs: list[list[str]]) -> int:
     """Do them one after the other; the worst exit code."""
-    from tests.distributed.cpu import allow_fsdp2_on_cpu
+    from tests.distributed.cpu import allow_engines_on_cpu
 
-    allow_fsdp2_on_cpu()
+    allow_engines_on_cpu()
     from accelerate.state import AcceleratorState, GradientState
 
     from hf_equissl.distributed.agreement import end_process

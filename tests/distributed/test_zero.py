@@ -26,7 +26,7 @@ from .launching import ENGINES, ROOT, run
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-STEPS = 6
+STEPS = 4
 # Wide enough that ZeRO-3 shares out some weights; and a head for which the number of masked patches, another one on
 # each process, would decide whether stem and first layer are multiplied before they meet the tokens.
 SIZES = [

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from hf_equissl.hub import PublishError, check_publishable, push_repository
 from hf_equissl.hub.push import account, create_repository, describe
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.utils import hub_waits
+from tests import processes
 
 from .loopback_hub import LoopbackHub
 
@@ -208,8 +207,8 @@ def test_push_and_load(hub_here: LoopbackHub, api: HfApi, repository: Path, tmp_
     assert not api.model_info(REPO).private
     names = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
     assert set(api.list_repo_files(REPO)) == names | {".gitattributes"}
-    environment = {**os.environ, **hub_here.env(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False)
+    words, env = [sys.executable, "-c", LOAD], processes.environment(**hub_here.env(tmp_path / "home"))
+    done = processes.run(words, env=env, preloaded=processes.WITHOUT_US)
     assert done.returncode == 0, done.stderr
     expected = EquiSSLModel.from_pretrained(repository)(torch.full((1, 3, 16, 16), 0.3)).last_hidden_state
     assert [float(line) for line in done.stdout.split()] == pytest.approx(

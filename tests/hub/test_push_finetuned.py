@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests import processes
 
 from .loopback_hub import LoopbackHub
 
@@ -75,10 +75,8 @@ def test_adapters_and_merged_models_travel(hub: LoopbackHub, tmp_path: Path) -> 
             for index in range(6):
                 picture = rng.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(picture).save(tmp_path / "data" / split / name / f"{index}.png")
-    environment = {**os.environ, **hub.env(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", THERE, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
+    words, env = [sys.executable, "-c", THERE, str(tmp_path)], processes.environment(**hub.env(tmp_path / "home"))
+    done = processes.run(words, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["private"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -32,6 +33,7 @@ from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import pretrain
 from hf_equissl.utils.strict_yaml import dump_yaml, load_yaml
 from hf_equissl.views.pipelines import build_pipeline
+from tests import processes
 
 from .tiny_run import copy_of, records_of, run
 
@@ -138,7 +140,7 @@ def test_the_cards_command_goes_on_with_the_state(
 
 
 def test_the_cards_code_runs_as_it_is_written(repository: Path, api: HfApi, tmp_path: Path) -> None:
-    """By the name on the Hub, in a new process, with a picture of one's own."""
+    """By the name on the Hub, in a process of its own, with a picture of one's own."""
     repo_id = "maker/tiny-rot"
     push_repository(repository, repo_id)
     card = ModelCard.load(repo_id).text.replace(REPO, repo_id)
@@ -157,7 +159,7 @@ tokens = [names["tokens"] for names in left if "tokens" in names]
 assert len(tokens) == 3 and all(torch.allclose(tokens[0], other, atol=1e-6) for other in tokens)
 print(*sorted({name for names in left for name in names if name in ("equivariant", "images", "model")}))
 """
-    done = subprocess.run([sys.executable, "-c", run_all], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, "-c", run_all], cwd=tmp_path, env={**processes.FIXED, **os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "equivariant images model"
 

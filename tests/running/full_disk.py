@@ -17,9 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.distributed.cpu import allow_fsdp2_on_cpu  # noqa: E402
+from tests.distributed.cpu import allow_engines_on_cpu  # noqa: E402
 
-allow_fsdp2_on_cpu()
+allow_engines_on_cpu()
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402

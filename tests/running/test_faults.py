@@ -20,7 +20,7 @@ from hf_equissl.training.slurm.engine import engine_variables
 from tests.distributed import launching
 from tests.distributed.launching import children
 
-from .tasks import END, OPTIONS, PATIENCE, ROOT, tasks
+from .tasks import END, OPTIONS, PATIENCE, ROOT, SCRIPT, tasks
 
 ENDLESS = ["--training.max_steps", "100000", "--training.save_steps", "2", "--training.save_total_limit", "2"]
 
@@ -177,9 +177,17 @@ def test_a_process_that_is_killed_under_accelerate(photo_folder: Path, tmp_path:
 def test_a_mistake_on_one_process_ends_all(photo_folder: Path, tmp_path: Path) -> None:
     """Here the second one finds a file where its output folder should be: a disk that is not mounted on one machine."""
     (tmp_path / "file").touch()
+    # A folder is waited for, since other machines may see it late: here for a shorter time.
+    script = tmp_path / "impatient.py"
+    script.write_text(f"""
+import runpy
+from hf_equissl.running import output_folder
+output_folder._PATIENCE = 1.0
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+""")
     folders = [tmp_path / "run", tmp_path / "file" / "run"]
     options = ["--data", str(photo_folder), *ENDLESS, "--output_dir"]
-    with tasks(tmp_path, *([*options, str(folder)] for folder in folders)) as run:
+    with tasks(tmp_path, *([*options, str(folder)] for folder in folders), script=script) as run:
         codes = run.wait(PATIENCE)
         message = run.the_error()
     assert sorted(codes) in ([1, 2], [2, 2]), run.text

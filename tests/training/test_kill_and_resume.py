@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 SMALL = ["--training.per_device_train_batch_size", "16", "--training.max_steps", str(STEPS)]
 SMALL += ["--training.save_steps", "4", "--training.logging_steps", "2", "--training.warmup_steps", "2"]
+SMALL += ["--model.hidden_size", "32", "--model.num_hidden_layers", "2"]
 # Epochs of 2 steps: the temperature rises over 4 of them and the prototypes wait for 3, so that every schedule moves on
 # both sides of checkpoint-4.
-IBOT = ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--training.bf16", "false"]
+IBOT = ["--training.bf16", "false"]
 IBOT += ["--objectives.invariance.teacher_temperature_warmup_epochs", "4", "--training.freeze_last_layer_epochs", "3"]
 IBOT += ["--training.epoch_steps", "2", "--training.grad_clipping", "parameter", "--training.max_grad_norm", "3"]
 IBOT += ["--objectives.invariance.teacher_temperature", "0.07"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from hf_equissl.training import push_to_hub
 from hf_equissl.utils.files import readable_size
 from tests.hub.loopback_hub import LoopbackHub
 from tests.pretraining.test_trainer import assert_same, make_trainer
-from tests.processes import limit
+from tests.processes import environment, limit, start
 
 pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/tiny"
@@ -117,23 +115,14 @@ def test_interrupted_by_the_user(hub_here: LoopbackHub, api: HfApi, built: Path,
     """Ctrl-C in the middle of the second object; the same command sends the others, and only those."""
     hub_here.interrupt_uploads(first=2, kind="stall")
     command = [sys.executable, str(SCRIPT), str(built), "--repo_id", REPO]
-    environment = {**os.environ, **hub_here.env(tmp_path / "home")}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Ctrl-C is ignored in what a shell runs in the background, and children inherit it: tests may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = start(command, env=environment(**hub_here.env(tmp_path / "home")), stdout=out, stderr=err)
     assert hub_here.interrupted.wait(limit(120.0))
     process.send_signal(signal.SIGINT)
     hub_here.heal()
-    out, err = process.communicate(timeout=limit(60.0))
-    assert process.returncode == 130, err
-    assert "interrupted: nothing is half-published" in err
-    assert out == "logged in as maker\n"
+    assert process.wait(limit(60.0)) == 130, err.read_text()
+    assert "interrupted: nothing is half-published" in err.read_text()
+    assert out.read_text() == "logged in as maker\n"
     arrived = list(hub_here.uploads)
     assert api.list_repo_files(REPO) == [".gitattributes"]
     assert push_to_hub.main(command[2:]) == 0

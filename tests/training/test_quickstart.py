@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import sys
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +18,13 @@ from transformers import AutoModel
 
 import hf_equissl  # noqa: F401  (registers the encoder with AutoModel)
 from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.training import pace, photographs, quickstart
+from hf_equissl.training import pace, photographs, quickstart, side_by_side
 from hf_equissl.training.side_by_side import CommandError, Lane, clock, follow
 from hf_equissl.utils.devices import choose_precision, describe_cpu
 from hf_equissl.utils.figures import denormalize, plot_image_grid, plot_losses
 from tests import processes
 
 pytest.importorskip("matplotlib")
-SCRIPT = Path(quickstart.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def start(output: Path) -> str:
+    """Run the command in this process; what it starts are forks."""
     words = ["--output_dir", str(output), "--steps", "2", "--crops_per_photograph", "12"]
-    done = processes.run([sys.executable, str(SCRIPT), *words], timeout=600.0)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    forked = SimpleNamespace(Popen=processes.popen, STDOUT=subprocess.STDOUT)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(side_by_side, "subprocess", forked)
+        code = quickstart.main(words)
+    assert code == 0, said.getvalue()
+    return said.getvalue()
 
 
 def test_everything_is_written(finished: tuple[Path, str]) -> None:

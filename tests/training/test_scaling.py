@@ -1,9 +1,10 @@
-"""Weak scaling is measured on real launches, each engine is what it is called, and the shares say what they mean."""
+"""Weak scaling is measured on processes, each engine is what it is called, and the shares say what they mean."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.distributed import TCPStore
 
+from hf_equissl.benchmarking import scaling as benchmarking_scaling
 from hf_equissl.benchmarking.scaling import Launcher, MeasurementError, Setup, settings, setups, summarize, write_images
 from hf_equissl.benchmarking.step_clock import STEP, TASK, Steps, Task, collective_share, measure
 from hf_equissl.distributed.engines import Engine
@@ -19,6 +21,7 @@ from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import scaling
 from hf_equissl.training.side_by_side import ENVIRONMENT
 from hf_equissl.utils.suggestions import RecipeError
+from tests.distributed import launching
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
@@ -39,7 +42,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @CPU_ONLY
-def test_one_and_two_processes(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_and_two_processes(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked = SimpleNamespace(Popen=launching.popen, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(benchmarking_scaling, "subprocess", forked)
     words = ["--recipe", str(path), "--engines", "ddp", "--processes", "1", "2", "--batch_size", "4"]
     words += ["--steps", "3", "--warmup", "1", "--profiled", "2", "--repeats", "1", "--output_dir", str(tmp_path / "o")]
     assert scaling.main(words) == 0, capsys.readouterr().err

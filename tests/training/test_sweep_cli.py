@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModel
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, MARKER_FILE
 from hf_equissl.training import sweep
+from tests.distributed import launching
 from tests.processes import start, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,11 +49,22 @@ def words(tmp_path: Path) -> list[str]:
     return ["--recipe", str(tmp_path / "many.yaml"), "--data", str(images), "--output_dir", str(tmp_path / "runs")]
 
 
-def test_a_killed_sweep_goes_on(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+# Its runs are forks, without accelerate's launcher.
+SWEEP = """
+from types import SimpleNamespace
+from hf_equissl.training import sweep
+from tests.process_server import fork
+sweep.LAUNCHER, sweep.subprocess = sweep.LAUNCHER[:1], SimpleNamespace(Popen=fork)
+sweep.main()
+"""
+
+
+def test_a_killed_sweep_goes_on(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=launching.popen))
     runs, second = tmp_path / "runs", f"steps-{STEPS}"
-    # Its runs are started without accelerate's launcher, which those below have.
-    code = "from hf_equissl.training import sweep; sweep.LAUNCHER = sweep.LAUNCHER[:1]; sweep.main()"
-    process = start([sys.executable, "-c", code, *words])
+    process = start([sys.executable, "-c", SWEEP, *words])
     wait_until(lambda: process.poll() is not None or list(runs.glob(f"{second}/checkpoint-*")), 240.0)
     assert process.poll() is None, "the sweep ended by itself"
     os.killpg(process.pid, signal.SIGKILL)
