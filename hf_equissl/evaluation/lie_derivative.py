@@ -55,9 +55,11 @@ class LieDerivativeEvaluator(Evaluator):
         L F (x) = d/dt rho_exp(-tX) F(exp(tX) x) at t = 0,      M F (x) = d/dt rho_exp(tX) F(x) at t = 0,
 
     the record is ||L F|| / ||M F||, with the squares summed over images, channels and the positions in the inscribed
-    disk, a cell narrower than it. 0: the map moves with the image. 1: it stays where it is (L F = -M F), or errs by as
-    much. Theirs is ||L F||^2 per output, which cannot be compared between blocks whose features differ in size; hence
-    the ratio, which is ours. Derivatives are central differences at t = +-``step``, with bilinear interpolation.
+    disk, a cell narrower than it. 0: the map moves with the image. 1: it stays where it is (L F = -M F). Above 1 it
+    changes in other ways than by moving, as maps of patches do under motions smaller than a patch: aliasing, which is
+    most of the error of vision transformers in that paper, too. There it is ||L F||^2 per output, which cannot be
+    compared between blocks whose features differ in size; hence the ratio, which is ours. Derivatives are central
+    differences at t = +-``step``, with bilinear interpolation.
 
     Blocks as in ``LayerwiseEquivarianceEvaluator``. Base images of the test sets. A map of few cells cannot move
     smoothly: compare encoders of one grid.
@@ -65,7 +67,7 @@ class LieDerivativeEvaluator(Evaluator):
 
     name: ClassVar[str] = "lie_derivative"
     metrics: ClassVar[tuple[Metric, ...]] = (LIE_DERIVATIVE,)
-    reading: ClassVar[str] = "Lie derivative: 0 moves with the image, 1 does not follow it."
+    reading: ClassVar[str] = "Lie derivative: 0 moves with the image, 1 stays where it is, more changes otherwise."
     has_related_tasks: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = True
     tasks = tuple(GROUPS)

@@ -48,7 +48,7 @@ class RenderedData(EvaluationData):
         Raises:
             ValueError: there is no such folder, or its images are not renders with latents.
         """
-        reading = {name: options.pop(name) for name in ("value_range", "max_pixels") if name in options}
+        reading: dict[str, Any] = {name: options.pop(name) for name in ("value_range", "max_pixels") if name in options}
         kept = {name: options[name] for name in ("num_workers", "cache_bytes", "progress") if name in options}
         train = load_images(source, split=train_split, **reading)
         test = load_test_split(source, train_split, test_split, reading)
