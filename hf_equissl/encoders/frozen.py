@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from ..utils.devices import Precision, choose_precision
 from ..utils.hostile import check_image_settings
 from .block_features import BLOCK_FEATURES, final_norm, last_cls_tokens
 from .loading import load_encoder, read_image_settings
+from .outputs import as_map, last_state, read_states
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,8 @@ class FrozenEncoder:
                 raise ValueError(
                     f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
                 )
-            found = [self._as_map(states[layer], pixel_values).float() for layer in layers]
+            patch = self._patch_size()
+            found = [as_map(states[layer], pixel_values.shape[-2:], patch, self.name).float() for layer in layers]
         self.check_finite(extremes({str(position): value for position, value in enumerate(found)}))
         return found
 
@@ -310,24 +311,7 @@ class FrozenEncoder:
         """Run once; return the states after each layer, the last one after the final norm, or that one alone."""
         asked = all_of_them and self._gives_states
         output = self._forward(pixel_values, **({"output_hidden_states": True} if asked else {}))
-        states = getattr(output, "feature_maps", None)  # of a backbone its chosen stages
-        if states is not None:
-            return tuple(states)
-        earlier = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
-        return (*(earlier or (None,))[:-1], _last_state(output))
-
-    def _as_map(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
-        """Lay tokens (B, T, D) out in the grid of their patches, (B, D, rows, columns); return a map as it is."""
-        if tokens.ndim == 4:
-            return tokens
-        patch = self._patch_size()
-        if tokens.ndim == 2 or patch is None:
-            raise ValueError(f"{self.name} gives {tuple(tokens.shape[1:])} per image: it has no map of features.")
-        rows, columns = (side // patch for side in pixel_values.shape[-2:])
-        if tokens.shape[1] < rows * columns:  # patches were merged on the way, as in Swin
-            merged = isqrt(rows * columns // tokens.shape[1])
-            rows, columns = rows // merged, columns // merged
-        return tokens[:, tokens.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return read_states(output)
 
     def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """Run the module: unmasked, positions interpolated where the size asks for it, without the stem."""
@@ -353,11 +337,11 @@ class FrozenEncoder:
     def _last_cls_tokens(self, output: Any, pixel_values: Tensor) -> Tensor:
         norm, num_patches = final_norm(self.module), self._num_patches(pixel_values)
         assert norm is not None  # ``check_features`` has looked
-        return last_cls_tokens(output.hidden_states, norm, num_patches or 0, _last_state(output))
+        return last_cls_tokens(output.hidden_states, norm, num_patches or 0, last_state(output))
 
     def _read(self, output: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
-        tokens = _last_state(output)
+        tokens = last_state(output)
         if tokens.ndim == 2:
             return tokens, tokens, None
         if tokens.ndim == 4:
@@ -397,14 +381,6 @@ class FrozenEncoder:
         pixels, mean, std = (value.to(device, non_blocking=device.type == "cuda") for value in (images, *constants))
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (pixels - mean[:, None, None]) / std[:, None, None]
-
-
-def _last_state(output: Any) -> Tensor:
-    """Return what stands for the image in a module's output: the last hidden state, of a backbone its last map."""
-    if isinstance(output, Tensor):
-        return output
-    last = getattr(output, "last_hidden_state", None)
-    return output.feature_maps[-1] if last is None else last
 
 
 def extremes(features: dict[str, Tensor]) -> Tensor:
