@@ -26,6 +26,7 @@ FLOORS = (
     ("running",),
     ("finetuning", "benchmarking"),
     ("training",),
+    ("console",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The arrows that there are. A new one is added here, on purpose, by whoever draws it.
@@ -72,7 +73,18 @@ ARROWS: dict[str, set[str]] = {
         "utils",
         "views",
     },
-    "benchmarking": {"data", "distributed", "objectives", "pretraining", "recipes", "running", "utils", "views"},
+    "benchmarking": {
+        "data",
+        "distributed",
+        "evaluation",
+        "objectives",
+        "pretraining",
+        "recipes",
+        "running",
+        "utils",
+        "views",
+    },
+    "console": {"benchmarking", "recipes", "training", "utils"},
     "training": {
         "benchmarking",
         "checkpoints",
@@ -91,8 +103,9 @@ ARROWS: dict[str, set[str]] = {
         "views",
     },
 }
-# Python files at the top of hf_equissl/, which export names and register classes: everything else has a room.
-TOP_LEVEL = {"__init__.py", "auto_classes.py"}
+# Python files at the top of hf_equissl/, which export names, register classes and start the command: everything
+# else has a room.
+TOP_LEVEL = {"__init__.py", "__main__.py", "auto_classes.py"}
 
 
 def imported_rooms(path: Path) -> set[str]:

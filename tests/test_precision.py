@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_equissl.encoders.frozen import FrozenEncoder
+from hf_equissl.evaluation import build_evaluator
 from hf_equissl.evaluation import cli as probe_cli
 from hf_equissl.evaluation.data import EvaluationData
 from hf_equissl.evaluation.images import ImageSet
@@ -58,7 +59,7 @@ def test_no_protocol_asks_for_it(name: str, without_bf16: None) -> None:
 
     encoder = FrozenEncoder(Flat(), image_size=8, precision="auto")
     data = EvaluationData(*(ImageSet([0], dataset="x", split=split) for split in ("train", "test")))
-    evaluator = probe_cli.build_evaluator("transformation_regression", data, protocol=name)
+    evaluator = build_evaluator("transformation_regression", data, protocol=name)
     protocol = evaluator.protocol(encoder, "rotation")
     assert (protocol["encoder_precision"], protocol["probe_precision"]) == ("fp32", "fp32")
 

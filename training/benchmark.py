@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equissl.recipes.sweep import group_by_system, is_sweep, read_sweep
-from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, load_recipe, parse_words
+from hf_equissl.training.recipe_options import RECIPES, add_import, check_data, find_recipe, load_recipe, parse_words
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError, check_known
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, overrides = parse_words(_parser(), argv)
         check_at_least(options, repeats=1, loader_images=1, **({} if options.batch_size is None else {"batch_size": 1}))
         if options.data is not None:
+            check_data(options.data)
             overrides |= {"data.source": options.data, "data.streaming": False}
         if is_sweep(path := find_recipe(options.recipe)):
             report = _measure_sweep(path, overrides, options)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.encoders.places import check_source
 from hf_equissl.utils.commands import any_text, command_parser, log_plainly, path_word, say, stop
 
 DESCRIPTION = """\
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
     options = vars(_parser().parse_args(argv))
     log_plainly()
+    try:
+        check_source(options["source"])
+    except ValueError as error:
+        return stop(error, code=2)
 
     from transformers.utils.logging import disable_progress_bar
 

@@ -6,15 +6,23 @@ python training/finetune.py --encoder PATH_OR_ID --data SOURCE --method METHOD -
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NoReturn
 
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.finetuning.cli import main
 
-if __name__ == "__main__":
+
+def launch(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command as a process of its own, alone or started by a launcher."""
     from hf_equissl.distributed.signals import end_command, listen_to_launcher
 
     listen_to_launcher()
-    end_command(main())
+    end_command(main(argv))
+
+
+if __name__ == "__main__":
+    launch()

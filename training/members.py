@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from hf_equissl.training.side_by_side import DONE, Lane, clock
-from hf_equissl.utils.devices import usable_cores
 from hf_equissl.utils.files import write_text
+from hf_equissl.utils.machine import usable_cores
 
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS, DONE_PROBES = "results.json", "probes.json"  # what probe.py writes, and which of its commands are done

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.planning.assumptions import COMPARED, Cluster, Speed, parse_engine
 from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
 from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
@@ -54,18 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
-    from hf_equissl.planning import report
-    from hf_equissl.planning.cluster import Cluster, Planner, Speed, parse_engine
-    from hf_equissl.planning.optimizer_memory import optimizer_memory
-    from hf_equissl.planning.step import batch_multiple, smallest_batch
-    from hf_equissl.running.run import prepare
-
     names = ("gpus", "gpus_per_node", "memory", "reserve", "link", "network", "host_link")
     cluster = Cluster(**_given(options, *names))
     speed = Speed(**_given(options, "utilisation", "device_tflops"))
     if options.engine is not None:
         parse_engine(options.engine)
-    run = prepare(load_recipe(options.recipe, overrides), None, processes=cluster.gpus, dry=True)
+    recipe = load_recipe(options.recipe, overrides, reads_data=True)
+
+    from hf_equissl.planning import report
+    from hf_equissl.planning.cluster import Planner
+    from hf_equissl.planning.optimizer_memory import optimizer_memory
+    from hf_equissl.planning.step import batch_multiple, smallest_batch
+    from hf_equissl.running.run import prepare
+
+    run = prepare(recipe, None, processes=cluster.gpus, dry=True)
     smallest = smallest_batch(run.config, cluster.gpus, run.plan.per_device)
     multiple = batch_multiple(run.config)
     planner = Planner(run.cost, run.plan, cluster, speed.of(run.args), optimizer_memory(run.args), smallest, multiple)
@@ -78,7 +81,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import check, report
-    from hf_equissl.planning.cluster import launched_engine, parse_engine
+    from hf_equissl.planning.cluster import launched_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase
     from hf_equissl.planning.optimizer_memory import optimizer_memory
     from hf_equissl.running.run import build_training, prepare
@@ -108,8 +111,6 @@ def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 
 def _engines(options: argparse.Namespace, gpus: int) -> list[str]:
-    from hf_equissl.planning.cluster import COMPARED
-
     if options.engine is not None:
         return [options.engine]
     return [name for name in COMPARED if (name == "single") == (gpus == 1)]
@@ -158,10 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    code = main()
+def launch(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command as a process of its own, alone or started by a launcher."""
+    code = main(argv)
     if "torch" in sys.modules:
         from hf_equissl.distributed.agreement import end_process
 
         end_process(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    launch()

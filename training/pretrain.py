@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
@@ -20,10 +20,18 @@ from hf_equissl.distributed.signals import (
     listen_to_launcher,
     speaks_for_failure,
 )
-from hf_equissl.recipes.overrides import resolve_recipe
-from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, parse_words, set_value
+from hf_equissl.planning.assumptions import Speed
+from hf_equissl.recipes.overrides import check_processes, resolve_recipe
+from hf_equissl.training.recipe_options import (
+    RECIPES,
+    add_import,
+    check_places,
+    find_recipe,
+    parse_words,
+    recipe_lines,
+    set_value,
+)
 from hf_equissl.utils.commands import command_parser, is_first_process, path_word, say, stop
-from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError
 
 EXAMPLES = """\
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Signals() as signals:
             options, overrides = parse_words(_parser(), argv)
             if options.list_recipes:
-                say(_recipe_lines())
+                say(recipe_lines())
                 return 0
             signals.output_dir = None if options.dry_run else options.output_dir
             return _run(*_read(options, overrides), options, signals)
@@ -106,8 +114,15 @@ def _read(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Path,
     for name in ("utilisation", "device_tflops"):
         if getattr(options, name) is not None and not options.dry_run:
             raise RecipeError(f"--{name} belongs to --dry_run: it is an assumption about time.")
+    if options.num_processes is not None:
+        check_processes(options.num_processes, f"--num_processes {options.num_processes}")
+    _speed(options)
     if options.output_dir is None and not options.dry_run:
         raise RecipeError("--output_dir is missing: checkpoints and the encoder need a place.")
+    check_places(raw, starts=options.output_dir is None or not Path(options.output_dir).exists())
+    if options.resume not in ("auto", "never") and not Path(options.resume).is_dir():
+        reason = "no complete checkpoint: there is no such folder"
+        raise RecipeError(f"--resume {options.resume}: {reason}. Use auto, never or a folder checkpoint-N.")
     return path, raw, overrides
 
 
@@ -142,16 +157,19 @@ def _train(recipe: Any, options: argparse.Namespace, signals: Any) -> None:
 
 
 def _dry_run(recipe: Any, options: argparse.Namespace) -> None:
-    from hf_equissl.running.dry_run import PICTURE, Speed, dry_run_report, save_picture
+    from hf_equissl.running.dry_run import PICTURE, dry_run_report, save_picture
     from hf_equissl.running.run import prepare
 
-    given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
-    speed = Speed(**{name: value for name, value in given.items() if value is not None})
     run = prepare(recipe, options.output_dir, options.resume, processes=options.num_processes, dry=True)
-    say(dry_run_report(run, speed))
+    say(dry_run_report(run, _speed(options)))
     if options.output_dir is not None and run.dataset is not None and is_first_process():
         picture = save_picture(run.first, run.pipeline, Path(options.output_dir) / PICTURE)
         say(f"\nPicture of the first views: {picture}")
+
+
+def _speed(options: argparse.Namespace) -> Speed:
+    given = {name: getattr(options, name) for name in ("utilisation", "device_tflops")}
+    return Speed(**{name: value for name, value in given.items() if value is not None})
 
 
 def _summary(run: Any) -> str:
@@ -177,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain.py",
         usage="pretrain.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...]",
         description="Pretrain an encoder from a recipe. Everything that can be wrong is checked before the first step.",
-        epilog=lambda: f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{_recipe_lines()}\n\n{EXAMPLES}",
+        epilog=lambda: f"{OVERRIDES}\n{EXIT_CODES}\nrecipes:\n{recipe_lines()}\n\n{EXAMPLES}",
     )
     add = parser.add_argument
     add("--recipe", type=path_word, metavar="NAME|PATH", help="a recipe that ships (below), or a YAML file")
@@ -212,15 +230,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_lines() -> str:
-    texts = {
-        path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
-    }
-    width = max(map(len, texts), default=0)
-    kinds = {name: "[sweep.py] " if "sweep" in raw else "" for name, raw in texts.items()}
-    return "\n".join(f"  {name:<{width}}  {kinds[name]}{raw.get('description', '')}" for name, raw in texts.items())
+def launch(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command as a process of its own, alone or started by a launcher."""
+    listen_to_launcher()
+    end_command(main(argv))
 
 
 if __name__ == "__main__":
-    listen_to_launcher()
-    end_command(main())
+    launch()

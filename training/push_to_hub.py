@@ -12,6 +12,7 @@ from pathlib import Path
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
+from hf_equissl.hub.places import check_run_folder, find_results
 from hf_equissl.utils.commands import command_parser, path_word, say, stop
 
 # As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
@@ -53,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    source = Path(options.run_dir)
+    check_run_folder(source)
+    for path in options.results or ():
+        find_results(Path(path))
+
     from hf_equissl.hub.push import account, describe, push_repository
 
-    source = Path(options.run_dir)
     ready = _is_repository(source)
     if ready and (given := [name for name in _BUILDING if getattr(options, name) not in (None, [])]):
         raise ValueError(f"{source} is a repository that was built already: --{given[0]} belongs to building one.")

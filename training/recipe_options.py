@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_equissl.recipes.overrides import parse_overrides
+from hf_equissl.data.errors import ImageSourceError
+from hf_equissl.data.places import check_place
+from hf_equissl.encoders.places import check_source
+from hf_equissl.recipes.overrides import parse_overrides, resolve_recipe
 from hf_equissl.utils.commands import option_names
 from hf_equissl.utils.files import is_file
+from hf_equissl.utils.load_errors import LoadError
+from hf_equissl.utils.strict_yaml import load_yaml
 from hf_equissl.utils.suggestions import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -80,8 +85,66 @@ def find_recipe(name: str | None) -> Path:
     return path
 
 
-def load_recipe(name: str | None, overrides: dict[str, Any]) -> Recipe:
-    """Read the recipe of ``--recipe NAME|PATH`` and set ``overrides`` in it."""
+def load_recipe(name: str | None, overrides: dict[str, Any], *, reads_data: bool = False) -> Recipe:
+    """Read the recipe of ``--recipe NAME|PATH`` and set ``overrides`` in it.
+
+    Args:
+        name: What stands there.
+        overrides: Dotted key -> value.
+        reads_data: Whether the command will read data and first weights, which are looked for then.
+
+    Raises:
+        RecipeError: There is no such recipe, or it cannot be read; it says where what is missing was looked for.
+    """
+    path = find_recipe(name)
+    raw = resolve_recipe(path, overrides, [RECIPES])
+    if reads_data:
+        check_places(raw)
+
     from hf_equissl.recipes.recipe import Recipe
 
-    return Recipe.load(find_recipe(name), overrides, search=[RECIPES])
+    return Recipe.from_dict(raw, str(path), overrides)
+
+
+def check_places(raw: dict[str, Any], *, starts: bool = True) -> None:
+    """Refuse a resolved recipe whose data or first weights are not where it says, before torch is imported.
+
+    Args:
+        raw: As ``resolve_recipe`` returns it; what has a wrong type is refused later.
+        starts: Whether first weights will be read: a run that goes on needs none.
+
+    Raises:
+        RecipeError: As loading them would say it.
+    """
+    data, model = raw.get("data"), raw.get("model")
+    source = data.get("source") if isinstance(data, dict) else None
+    encoder = model.get("init_from") if isinstance(model, dict) and starts else None
+    if isinstance(source, str):
+        check_data(source)
+    if isinstance(encoder, str):
+        try:
+            check_source(encoder)
+        except LoadError as error:
+            raise RecipeError(f"model.init_from (--init_from): {error}") from error
+
+
+def check_data(source: str) -> None:
+    """Refuse a source of images that is not where ``--data`` says.
+
+    Raises:
+        RecipeError: As loading it would say it.
+    """
+    try:
+        check_place(source)
+    except ImageSourceError as error:
+        raise RecipeError(f"data.source (--data): {error}") from error
+
+
+def recipe_lines() -> str:
+    """List the recipes that ship, a line each: the name and what it is."""
+    texts = {
+        path.stem: load_yaml(path.read_text(encoding="utf-8"), str(path)) for path in sorted(RECIPES.glob("*.yaml"))
+    }
+    width = max(map(len, texts), default=0)
+    kinds = {name: "[sweep.py] " if "sweep" in raw else "" for name, raw in texts.items()}
+    return "\n".join(f"  {name:<{width}}  {kinds[name]}{raw.get('description', '')}" for name, raw in texts.items())

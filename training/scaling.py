@@ -14,7 +14,7 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.training.recipe_options import add_import, load_recipe, parse_words
+from hf_equissl.training.recipe_options import add_import, check_data, find_recipe, load_recipe, parse_words
 from hf_equissl.utils.commands import check_at_least, command_parser, path_word, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
@@ -60,6 +60,10 @@ def main(argv: Sequence[str] | None = None, script: Path | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options, overrides = parse_words(_parser(), words)
+        check_at_least(options, batch_size=1, steps=1, warmup=1, profiled=0, repeats=1, processes=1)
+        find_recipe(options.recipe)
+        if options.data is not None:
+            check_data(options.data)
     except ValueError as error:
         return stop(error, code=2)
 
@@ -91,7 +95,6 @@ def _read(options: argparse.Namespace, overrides: dict[str, Any], task: Any) -> 
     from hf_equissl.benchmarking.scaling import settings
     from hf_equissl.benchmarking.step_clock import Steps
 
-    check_at_least(options, batch_size=1, steps=1, warmup=1, profiled=0, repeats=1, processes=1)
     steps = Steps(options.warmup, options.steps, options.profiled)
     own = settings(steps, options.batch_size)
     if clash := overrides.keys() & (own.keys() | {"data.source"}):

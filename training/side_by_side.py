@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from hf_equissl.utils.devices import usable_cores
+from hf_equissl.utils.machine import usable_cores
 
 LOG_TAIL = 15  # lines shown of a command that failed
 LOG_SECONDS = 15.0  # between two lines about the progress where no terminal shows it in one

@@ -15,7 +15,15 @@ from typing import Any
 if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
-from hf_equissl.training.recipe_options import RECIPES, add_import, find_recipe, import_words, parse_words, set_value
+from hf_equissl.training.recipe_options import (
+    RECIPES,
+    add_import,
+    check_data,
+    find_recipe,
+    import_words,
+    parse_words,
+    set_value,
+)
 from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
@@ -67,6 +75,8 @@ def read_members(options: argparse.Namespace, overrides: dict[str, Any]) -> list
         if clash := overrides.keys() & member.overrides.keys():
             key = min(clash)
             raise RecipeError(f"--{key} would replace what {member.name} sets: {member.overrides[key]!r}.")
+    if options.data is not None and not options.list:
+        check_data(options.data)
     set_value(overrides, "data.source", "--data", options.data)
     return members
 
@@ -160,7 +170,7 @@ def pretrain_words(member: Any, overrides: dict[str, Any], folder: Path) -> list
 
 def dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse.Namespace) -> int:
     """Print a line for each run; of a single one all that pretrain.py says."""
-    from hf_equissl.running.dry_run import Speed
+    from hf_equissl.planning.assumptions import Speed
     from hf_equissl.training import pretrain
 
     if len(members) == 1:
@@ -182,7 +192,7 @@ def dry_run(members: Sequence[Any], overrides: dict[str, Any], options: argparse
 
 
 def _cost_line(recipe: Any) -> str:
-    from hf_equissl.running.dry_run import Speed
+    from hf_equissl.planning.assumptions import Speed
     from hf_equissl.running.run import prepare
 
     run = prepare(recipe, None, dry=True)

@@ -36,7 +36,7 @@ from ..pretraining.optimizer import clip_gradients, clipping_parts, optimizer_gr
 from ..pretraining.schedules import teacher_momentum
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
-from ..utils.devices import resident_peak
+from ..utils.machine import resident_peak
 from ..utils.suggestions import RecipeError
 from ..views.base import Item, map_tensors
 from ..views.collator import ViewCollator

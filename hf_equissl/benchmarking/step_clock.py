@@ -21,7 +21,8 @@ from ..distributed.engines import Engine, running_engine
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..running.run import build_training, prepare
-from ..utils.devices import synchronize, usable_cores
+from ..utils.devices import synchronize
+from ..utils.machine import usable_cores
 from ..utils.suggestions import RecipeError
 
 TASK = "EQUISSL_SCALING_TASK"  # environment variable: what a launched process has to measure

@@ -5,16 +5,17 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.dataset
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction
+from datasets import Dataset, DatasetDict, DatasetInfo, IterableDataset, ReadInstruction
+from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -23,15 +24,16 @@ from ..utils.hub_waits import limit_waiting
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
-from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, scan_folder, show_name, split_files
+from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, show_name, split_files
 from .pairs import Pairs
+from .places import BUILDERS, check_hub_name, is_pattern, match_pattern, numbered
 from .renders import find_rendered_pairs, find_split_files, open_renders
+from .shared_walk import list_folder
 from .tars import tar_builder
 
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 # Shards of a streamed list of files: enough for the workers of many machines, and for a good mixture.
 _LIST_SHARDS = 1024
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,9 @@ def open_dataset(
             "it out."
         )
     if "://" in source:
-        return _open_files(source, _numbered(source, source), options)
-    if not path.exists() and any(sign in source for sign in "*?[{"):
-        folder, pattern = _split_pattern(path)
-        patterns = _numbered(source, pattern)
-        for each in patterns:
-            if next(folder.glob(each), None) is None:
-                missing = source if each == pattern else str(folder / each)
-                raise ImageSourceError(f"{missing}: no file matches this pattern, seen from {Path.cwd()}.")
+        return _open_files(source, numbered(source, source), options)
+    if is_pattern(source):
+        folder, patterns = match_pattern(source)
         files = [os.path.join(glob.escape(str(folder)), each) for each in patterns]
         return _open_files(source, files, options, (folder / patterns[0]).parent)
     if path.is_file():
@@ -104,38 +101,19 @@ def open_dataset(
         return _open_files(source, [str(path)], options, path.parent)
     if path.is_dir():
         return _open_folder(source, path, options, hub)
-    _check_hub_name(source)
+    check_hub_name(source)
     limit_waiting()
     return _build(source, source, options, name=hub["config_name"], revision=hub["revision"])
 
 
-def _split_pattern(path: Path) -> tuple[Path, str]:
-    """The folder that exists, whatever signs its own name holds, and the pattern below it."""
-    folder = next(folder for folder in path.parents if folder.exists())
-    return folder, str(path.relative_to(folder))
-
-
-def _numbered(source: str, pattern: str) -> list[str]:
-    """The names that ``shard-{000..146}.tar`` stands for: as many digits as its first number has."""
-    found = _RANGE.search(pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    if int(first) > int(last):
-        raise ImageSourceError(f"{source}: {found[0]} is empty. Write the smaller number first.")
-    tails = _numbered(source, pattern[found.end() :])
-    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    return [pattern[: found.start()] + number + tail for number in numbers for tail in tails]
-
-
 def _open_files(source: str, files: list[str], options: Mapping[str, Any], root: Path | None = None) -> Opened:
     suffix = Path(_without_query(files[0])).suffix.lower()
-    if suffix not in _BUILDERS:
+    if suffix not in BUILDERS:
         raise ImageSourceError(
             f"{source}: files of type {suffix or 'unknown'!r} hold no data set. Expected "
-            f"{', '.join(_BUILDERS)}, or a folder."
+            f"{', '.join(BUILDERS)}, or a folder."
         )
-    return _build(source, _BUILDERS[suffix], options, root, data_files=files)
+    return _build(source, BUILDERS[suffix], options, root, data_files=files)
 
 
 def _without_query(file: str) -> str:
@@ -155,13 +133,13 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
         return _stream(rows, path, [f"{len(rows)} rows"]) if options["streaming"] else Opened(rows, path)
     if files := find_split_files(path):
         return _open_objects(source, path, files, options)
-    scan = scan_folder(path, _BUILDERS)
+    scan = list_folder(path)
     kinds = scan.kinds
     if not kinds:
         found = "".join(f" {line}." for line in scan.left_out())
         raise ImageSourceError(
             f"{source}: the folder holds no images and no data set. Expected image files "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))}), {', '.join(_BUILDERS)} files, or a folder written by save_to_disk."
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}), {', '.join(BUILDERS)} files, or a folder written by save_to_disk."
             + found
         )
     # Like datasets: what most files are. An archive beside a million images is not the data set.
@@ -198,7 +176,7 @@ def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any]
         files = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=glob.escape(base))
     except Exception as error:
         raise _broken(source, error) from error
-    suffixes = [suffix for suffix, builder in _BUILDERS.items() if builder == kind]
+    suffixes = [suffix for suffix, builder in BUILDERS.items() if builder == kind]
     named = {split: [name for name in names if name.endswith(tuple(suffixes))] for split, names in files.items()}
     return _build(source, kind, options, path, data_files=named)
 
@@ -322,8 +300,21 @@ def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:
 
 
 def _stream(rows: Dataset, root: Path, names: Iterable[str]) -> Opened:
-    stream = rows.to_iterable_dataset(num_shards=max(1, min(_LIST_SHARDS, len(rows))))
+    """Make a stream of rows, cut as ``Dataset.to_iterable_dataset`` cuts them, which copies the data set each time."""
+    count = max(1, min(_LIST_SHARDS, len(rows)))
+    size, longer = divmod(len(rows), count)
+    ends = [size * number + min(number, longer) for number in range(count + 1)]
+    slices = [range(first, end) for first, end in pairwise(ends)]
+    tables = ArrowExamplesIterable(_read_slices, {"rows": rows.with_format("arrow"), "slices": slices})
+    stream = IterableDataset(tables, info=DatasetInfo(features=rows.features))
     return Opened(stream, root, digest=_digest(names))
+
+
+def _read_slices(rows: Dataset, slices: list[range]) -> Iterator[tuple[int, pyarrow.Table]]:
+    """Read shards of a stream, a block of rows at a time."""
+    for shard, part in enumerate(slices):
+        for first in part[::_ROWS_AT_ONCE]:
+            yield shard, rows[first : min(part.stop, first + _ROWS_AT_ONCE)]
 
 
 def _split_names(split: str) -> list[str]:
@@ -342,18 +333,6 @@ def _check_chained(source: str, path: str) -> None:
     """Refuse names that the readers of ``datasets`` take for two addresses, one within the other."""
     if "::" in path:
         raise ImageSourceError(f"{source}: {path} has '::' in it, which data sets cannot be read from. Rename it.")
-
-
-def _check_hub_name(source: str) -> None:
-    """Refuse what can only be meant as a path, without asking the network."""
-    looks_local = (
-        source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in _BUILDERS
-    )
-    if looks_local or "\\" in source:
-        raise ImageSourceError(
-            f"{source}: no such file or folder, seen from {Path.cwd()}, and not the name of a data set on the Hub "
-            "(owner/name)."
-        )
 
 
 def _not_found(source: str, error: BaseException) -> ImageSourceError:

@@ -23,7 +23,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .convert import convert_encoder
     from .export import save_encoder
-    from .frozen import FEATURES, FrozenEncoder
+    from .feature_names import FEATURES
+    from .frozen import FrozenEncoder
     from .loading import load_encoder
     from .native import save_native, to_native
     from .references import open_frozen
@@ -32,7 +33,7 @@ __getattr__, __dir__ = import_when_used(
     __name__,
     __all__,
     {
-        "FEATURES": "frozen",
+        "FEATURES": "feature_names",
         "FrozenEncoder": "frozen",
         "convert_encoder": "convert",
         "load_encoder": "loading",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .feature_names import BLOCK_FEATURES
+
 # How many blocks are read.
 NUM_BLOCKS = 4
-# (B, 4 D): their CLS tokens; (B, 5 D): these and the mean patch of the last one.
-BLOCK_FEATURES = ("cls_4", "cls_4_patches")
 # What transformers' vision encoders and EquiSSLModel call the norm after the last block.
 _NORMS = ("layernorm", "norm", "post_layernorm")
 

@@ -31,7 +31,8 @@ from ..utils.load_errors import explain_load_errors, read_config
 from .export import image_processor, save_encoder
 from .loading import read_image_settings
 from .native import save_native
-from .upstream import convert_upstream, is_upstream_file
+from .places import is_upstream_file
+from .upstream import convert_upstream
 from .weights import SAME_NAME, build_encoder, grouped, listed, without_load_report
 
 logger = logging.getLogger(__name__)

@@ -18,20 +18,13 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.devices import Precision, choose_precision
 from ..utils.hostile import check_image_settings
-from .block_features import BLOCK_FEATURES, final_norm, last_cls_tokens
+from .block_features import final_norm, last_cls_tokens
+from .feature_names import BLOCK_FEATURES, FEATURES, PATCH_TOKENS
 from .loading import load_encoder, read_image_settings
 from .outputs import as_map, last_state, read_states
 
 logger = logging.getLogger(__name__)
 
-# Names of features, each (B, .). "backbone" is [CLS ; mean patch] after the final norm, "invariant" and "equivariant"
-# that of a slice, of which the names that follow are the halves.
-FEATURES = (
-    *("cls", "patches", "backbone", *BLOCK_FEATURES, "stem", "invariant", "equivariant"),
-    *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
-)
-# All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
-PATCH_TOKENS = "patch_tokens"
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch.nn import functional as F
 
 from .frozen import FrozenEncoder
 from .loading import read_image_settings, untrained_encoder
+from .places import RAW_PIXELS, is_raw_pixels, split_untrained
 
-RAW_PIXELS = "raw_pixels"
-_UNTRAINED = re.compile(r"untrained(?:@(?P<seed>\d+))?:(?P<source>.+)", re.DOTALL)
 # Larger images are averaged to this side: at 224 pixels a row would be 150,528 numbers.
 MOST_SIDE = 32
 
@@ -34,20 +32,6 @@ class RawPixels(nn.Module):
         """Flatten images (B, C, S, S) to (B, C s^2)."""
         side = min(pixel_values.shape[-1], MOST_SIDE)
         return F.adaptive_avg_pool2d(pixel_values, side).flatten(1) * self.scale
-
-
-def is_raw_pixels(source: str | Path) -> bool:
-    """Return whether ``source`` names the pixels themselves; a folder of that name is written ``./raw_pixels``."""
-    return str(source) == RAW_PIXELS
-
-
-def split_untrained(source: str | Path) -> tuple[str, int] | None:
-    """Read ``untrained:PATH_OR_ID`` and ``untrained@SEED:PATH_OR_ID``: where the architecture is, and the seed (0).
-
-    ``None`` for any other name.
-    """
-    match = _UNTRAINED.fullmatch(str(source))
-    return (match["source"], int(match["seed"] or 0)) if match else None
 
 
 def open_frozen(

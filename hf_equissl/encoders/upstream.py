@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..modeling import EquiSSLModel
+from .places import check_source
 from .weights import build_encoder, grouped, listed
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".pth", ".pt")
 _HEAD_SIZE = 64  # width of a head in every ViT that the three projects release, from ViT-Ti to ViT-g
 _HEADS = ("head", "dino_head", "ibot_head")
 # iBOT (https://github.com/bytedance/ibot), DINO and DINOv2 (https://github.com/facebookresearch/dinov2) -> ours.
@@ -36,11 +36,6 @@ _NAMES = (
     (r"\.(?:ls(\d)\.gamma|gamma_(\d))$", r".layer_scale\1\2.lambda1"),
 )
 _QKV = ".attention.qkv."
-
-
-def is_upstream_file(source: Any) -> bool:
-    """Return whether a source is a ``.pth`` or ``.pt`` file rather than a folder, a Hub id or a model."""
-    return isinstance(source, (str, Path)) and str(source).lower().endswith(_SUFFIXES) and not Path(source).is_dir()
 
 
 def convert_upstream(
@@ -100,12 +95,11 @@ def _convert(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    check_source(path)
     try:
         # Both iBOT and DINO save their arguments, a plain bag of values, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"No file at {str(path)!r}: expected a checkpoint of iBOT, DINO or DINOv2.") from error
     except pickle.UnpicklingError as error:
         reason = re.search(r"WeightsUnpickler error: (.*?)(?:\. |\n|$)", str(error))
         if reason is None or "Unsupported" not in reason[1]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..views.base import TransformationFamily
+from .options import CIRCLE
 
 # What records name as the fill.
-CIRCLE = "circle"
 # A disk of less than this share of the side would hide what is judged.
 _SMALLEST_SHARE = 0.25
 _NUM_TRIED = 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,15 +12,8 @@ from ..utils.options import Option
 from .base import Evaluator
 from .images import ImageSet
 from .metrics import MEAN_PER_CLASS, TOP1, TOP5, Metric, mean_per_class_accuracy, topk_accuracy
+from .options import CLASS_FEATURES
 
-CLASS_FEATURES = Option(
-    "--class_features",
-    "features for linear probe, kNN and effective rank; default: cls patches backbone",
-    "KIND",
-    setting="features",
-    nargs="+",
-    default=("cls", "patches", "backbone"),
-)
 # Up to this many classes, a top-5 accuracy says little.
 _FEW_CLASSES = 10
 
@@ -51,9 +44,14 @@ class ClassificationEvaluator(Evaluator):
     def labelled_features(
         self, encoder: FrozenEncoder, images: ImageSet, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the features of the images that decode, name -> (m, D), and their labels (m,)."""
-        rows, features = images.features(encoder, names)
+        """Return the features of the images that decode, as they are kept, name -> (m, D), and their labels (m,)."""
+        rows, features = images.stored_features(encoder, names)
         return features, images.require_labels(type(self).__name__)[rows]
+
+    def protocol(self, encoder: FrozenEncoder, task: str, test: ImageSet | None = None) -> dict[str, Any]:
+        """Return the protocol, with the type of the features where it is not float32."""
+        kept = self.data.train.feature_storage
+        return super().protocol(encoder, task, test) | ({} if kept == "fp32" else {"feature_storage": kept})
 
     def accuracies(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute the accuracy by each recorded metric: scores (m, classes), labels (m,) -> name -> [0, 1]."""

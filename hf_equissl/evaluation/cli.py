@@ -7,12 +7,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..encoders.frozen import FrozenEncoder
-from ..encoders.references import is_raw_pixels, open_frozen, split_untrained
+from ..data.places import check_place
+from ..encoders.places import check_measured, is_raw_pixels, split_untrained
+from ..utils import load_errors
 from ..utils.commands import command_parser, end_bars, log_plainly, path_word, say, typed_command
-from ..utils.devices import choose_device, precision_lines
 from ..utils.files import expand_home
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -28,13 +28,14 @@ from ..utils.options import (
 )
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import check_known
-from .data import EvaluationData
-from .named_sets import NAMED_SETS
+from .named_sets import NAMED_SETS, find_set, is_named
 from .protocols import PROTOCOLS, protocol_for
-from .registry import EVALUATORS, build_evaluator
-from .report import plain_table
-from .results import ResultRecord, load_records, merge_records
-from .runner import RESULTS, TABLE, check_output_dir, run_evaluators, write_report
+from .registry import EVALUATORS
+
+if TYPE_CHECKING:
+    from ..encoders.frozen import FrozenEncoder
+    from .data import EvaluationData
+    from .results import ResultRecord
 
 logger = logging.getLogger(__name__)
 _DESCRIPTION = """\
@@ -72,6 +73,11 @@ _DATA_OPTIONS = (
     STREAMING,
     MAX_BAD_SHARE,
     NUM_WORKERS,
+    Option(
+        "--feature_storage",
+        "type in which linear probe and kNN keep features; the two short ones take half the memory; default: fp32",
+        choices=("fp32", "bf16", "fp16"),
+    ),
 )
 _PREDICTOR = Option(
     "--predictor",
@@ -141,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="compute again what the output folder already has")
     evaluators = parser.add_argument_group("evaluators")
-    add_options(evaluators, [option for evaluator in EVALUATORS.values() for option in evaluator.options])
+    add_options(evaluators, [option for name in EVALUATORS for option in EVALUATORS.declared(name, "options")])
     add_options(parser.add_argument_group("data"), _DATA_OPTIONS)
     add_options(parser.add_argument_group("encoder"), ENCODER_OPTIONS)
     return parser
@@ -170,6 +176,8 @@ def load_data(arguments: argparse.Namespace) -> list[tuple[str, EvaluationData]]
     Returns:
         Names of evaluators with their data: those that were asked for, otherwise those that apply to the images.
     """
+    from .data import EvaluationData
+
     options = read_options(arguments, _DATA_OPTIONS)
     loaded: dict[type[EvaluationData], EvaluationData] = {}
 
@@ -206,6 +214,8 @@ def open_encoders(sources: Sequence[str], **options: Any) -> list[FrozenEncoder]
     Raises:
         ValueError: an encoder cannot be opened, or the others' sizes differ.
     """
+    from ..encoders.references import open_frozen
+
     named = distinct_encoders(sources)
     opened = {source: open_frozen(source, **options) for source in named if not is_raw_pixels(source)}
     sizes = {encoder.image_size for encoder in opened.values()}
@@ -222,17 +232,40 @@ def _attach(encoders: Sequence[FrozenEncoder], source: str, load: Callable[[str]
     encoders[0].predictor = load(source)
 
 
+def check_words(arguments: argparse.Namespace) -> None:
+    """Refuse what is wrong with the words alone, before anything that takes seconds is imported.
+
+    Raises:
+        ValueError: There is no such evaluator, encoder or source, or ``--set`` cannot be read.
+    """
+    for name in arguments.evaluators or ():
+        check_known(name, EVALUATORS, "--evaluators")
+    read_settings(arguments.set)
+    for source in arguments.encoder:
+        check_measured(source)
+    further = [named[0] for named in getattr(arguments, "further_test", ())]
+    for source, fitted in ((arguments.data, True), *((source, False) for source in further)):
+        check_place(find_set(source, fitted=fitted)[0] if is_named(source) else source)
+    if (predictor := getattr(arguments, "predictor", None)) is not None:
+        load_errors.check_place(predictor, "predictor")
+
+
 def run(
     arguments: argparse.Namespace, command: str, load_predictor: Callable[[str], Any] | None = None
 ) -> list[ResultRecord]:
     """Check everything, then measure every encoder; return the records."""
+    check_words(arguments)
+
+    from ..utils.devices import choose_device, precision_lines
+    from .registry import build_evaluator
+    from .results import merge_records
+    from .runner import RESULTS, TABLE, check_output_dir, run_evaluators
+
     folder = check_output_dir(arguments.output_dir)
     if (folder / TABLE).exists() and not (folder / RESULTS).exists():
         raise ValueError(
             f"{folder / TABLE} is not of this command, and would be overwritten. Name another --output_dir."
         )
-    for name in arguments.evaluators or ():
-        check_known(name, EVALUATORS, "--evaluators")
     settings = read_settings(arguments.set)
     options = read_options(arguments, ENCODER_OPTIONS)
     if "device" in options:
@@ -284,6 +317,11 @@ def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any]
     except (ValueError, OSError) as error:
         end_bars()
         parser.exit(2, f"probe.py: error: {error}\n")
+
+    from .report import plain_table
+    from .results import load_records
+    from .runner import RESULTS, write_report
+
     print(plain_table(records))
     # Of all that the folder holds by now, earlier commands' included.
     everything = load_records(Path(arguments.output_dir) / RESULTS)

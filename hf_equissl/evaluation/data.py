@@ -90,6 +90,7 @@ def load_evaluation_data(
     num_workers: int = 0,
     cache_bytes: int = 4 << 30,
     max_bad_share: float = 0.01,
+    feature_storage: str = "fp32",
     progress: bool = True,
     **source_options: Any,
 ) -> EvaluationData:
@@ -109,6 +110,7 @@ def load_evaluation_data(
         num_workers: Processes that decode; 0: this one.
         cache_bytes: Base images are kept in memory up to this size per split.
         max_bad_share: Share of either split's images that may fail to decode; they are left out.
+        feature_storage: In which type linear probes and kNN keep features: "fp32", "bf16" or "fp16".
         progress: Whether to show bars.
         **source_options: Further arguments of ``load_images``: ``column``, ``label_column``, ``config_name``, ...
 
@@ -133,6 +135,7 @@ def load_evaluation_data(
         "num_workers": num_workers,
         "cache_bytes": cache_bytes,
         "max_bad_share": max_bad_share,
+        "feature_storage": feature_storage,
         "progress": progress,
     }
     others = tuple(

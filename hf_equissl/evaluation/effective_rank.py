@@ -9,9 +9,9 @@ from ..encoders.frozen import FrozenEncoder
 from ..utils.feature_statistics import effective_rank, feature_std
 from ..utils.options import Option
 from .base import Evaluator
-from .classification import CLASS_FEATURES
 from .data import EvaluationData
 from .metrics import EFFECTIVE_RANK, FEATURE_STD, Metric
+from .options import CLASS_FEATURES
 from .results import ResultRecord
 
 

@@ -20,6 +20,8 @@ from ..data.subsets import choose_rows
 from ..distributed.signals import guard_workers
 from ..encoders.base_image import base_image
 from ..encoders.frozen import FrozenEncoder
+from ..utils.suggestions import check_known
+from .feature_store import STORED, FeatureStore
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class ImageSet:
         num_workers: Processes that decode.
         max_bad_share: Share of images that may fail to decode.
         progress: Whether passes of an encoder show a bar.
+        feature_storage: In which type features are kept: "fp32", or in half the memory "bf16" or "fp16".
         decoding: How images become RGB where files leave a choice.
         label_hint: Why there are no labels although something looks like them, and what to do.
     """
@@ -97,6 +100,7 @@ class ImageSet:
     num_workers: int = 0
     max_bad_share: float = 0.01
     progress: bool = True
+    feature_storage: str = "fp32"
     decoding: Decoding = AS_STORED
     label_hint: str = ""
     _pixels: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
@@ -107,6 +111,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share (--max_bad_share) must be a share from 0 to 1, got {self.max_bad_share}.")
+        check_known(self.feature_storage, STORED, "feature_storage (--feature_storage)")
         if not len(self.images):
             raise ValueError(f"The {self.split} split of {self.dataset!r} has no images.")
         if self.labels is not None:
@@ -216,8 +221,34 @@ class ImageSet:
         Returns:
             Rows (m,) of the images that decode, and name -> (m, .) float32 on the CPU.
         """
+        rows, store = self._collect(encoder, _needed(encoder, names), torch.float32, change)
+        return rows, _compose(encoder, [store], names)
+
+    def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change."""
+        rows, stored = self.stored_features(encoder, names)
+        return rows, {name: value.float() for name, value in stored.items()}
+
+    def stored_features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``features`` as they are kept, in the type of ``feature_storage``: for who reads them in pieces."""
+        stored = self._features.get(encoder)
+        if stored is None or stored["version"] != encoder.version:
+            stored = self._features[encoder] = {"version": encoder.version, "stores": []}
+        missing = [name for name in _needed(encoder, names) if not any(name in store for store in stored["stores"])]
+        if missing:
+            stored["rows"], store = self._collect(encoder, missing, STORED[self.feature_storage])
+            stored["stores"].append(store)
+        return stored["rows"], _compose(encoder, stored["stores"], names)
+
+    def _collect(
+        self,
+        encoder: FrozenEncoder,
+        needed: Sequence[str],
+        dtype: torch.dtype,
+        change: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, FeatureStore]:
         rows: list[Tensor] = []
-        parts: dict[str, list[Tensor]] = {name: [] for name in _needed(encoder, names)}
+        store = FeatureStore(needed, len(self), dtype)
         with tqdm(total=len(self), unit="img", leave=False, disable=not self.progress, desc=self.split) as bar:
             for index, pixels in self.batches(encoder.image_size):
                 rows.append(index)
@@ -226,21 +257,9 @@ class ImageSet:
                 ):
                     if change is not None:
                         chunk = change(chunk.to(encoder.device).float() / 255, chunk_rows)
-                    for name, value in encoder.encode(chunk, tuple(parts)).items():
-                        parts[name].append(value)
+                    store.add(encoder.encode(chunk, store.names))
                     bar.update(len(chunk))
-        return torch.cat(rows), _compose(encoder, {name: torch.cat(values) for name, values in parts.items()}, names)
-
-    def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change."""
-        stored = self._features.get(encoder)
-        if stored is None or stored["version"] != encoder.version:
-            stored = self._features[encoder] = {"version": encoder.version, "parts": {}}
-        missing = [name for name in _needed(encoder, names) if name not in stored["parts"]]
-        if missing:
-            stored["rows"], made = self.encode(encoder, missing)
-            stored["parts"].update(made)
-        return stored["rows"], _compose(encoder, stored["parts"], names)
+        return torch.cat(rows), store
 
 
 def _needed(encoder: FrozenEncoder, names: Sequence[str]) -> list[str]:
@@ -252,6 +271,15 @@ def _parts(encoder: FrozenEncoder, name: str) -> tuple[str, ...]:
     return encoder.backbone_parts if name == "backbone" else (name,)
 
 
-def _compose(encoder: FrozenEncoder, parts: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    chosen = {name: [parts[part] for part in _parts(encoder, name)] for name in names}
-    return {name: values[0] if len(values) == 1 else torch.cat(values, 1) for name, values in chosen.items()}
+def _compose(encoder: FrozenEncoder, stores: Sequence[FeatureStore], names: Sequence[str]) -> dict[str, Tensor]:
+    """Put together what was asked for; parts that were computed together already lie side by side."""
+
+    def find(parts: Sequence[str]) -> Tensor | None:
+        return next((found for store in stores if (found := store.joined(parts)) is not None), None)
+
+    composed = {}
+    for name in names:
+        parts = _parts(encoder, name)
+        whole = find(parts)
+        composed[name] = torch.cat([find([part]) for part in parts], 1) if whole is None else whole  # type: ignore[misc]
+    return composed

@@ -25,11 +25,14 @@ def knn_votes(
     k: int,
     temperature: float,
     chunk_size: int = 1024,
+    block_size: int = 32_768,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Score classes by the k most similar training images, each voting with exp(cosine / temperature).
 
-    As in DINO (https://github.com/facebookresearch/dino, eval_knn.py). Memory: ``chunk_size`` x training images.
+    As in DINO (https://github.com/facebookresearch/dino, eval_knn.py). Memory beside the features, and their copy on
+    another device: ``block_size`` x (``chunk_size`` + 2 D) numbers, 235 MB at the defaults and D = 384, however many
+    training images there are.
 
     Args:
         train: (n, D) features.
@@ -39,19 +42,35 @@ def knn_votes(
         k: Neighbours.
         temperature: Temperature of the votes.
         chunk_size: Test images at a time.
+        block_size: Training images at a time.
         device: Where to compute.
 
     Returns:
         (m, num_classes) scores on the CPU.
     """
-    bank, labels = F.normalize(train.to(device), dim=1), train_labels.to(device)
-    scores = []
-    for chunk in F.normalize(test, dim=1).split(chunk_size):
-        similarity, neighbours = (chunk.to(device) @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=bank.device)
+    bank, labels = train.to(device), train_labels.to(device)
+    scores = torch.empty(len(test), num_classes)
+    for begin in range(0, len(test), chunk_size):
+        queries = F.normalize(test[begin : begin + chunk_size].to(device).float(), dim=1)
+        similarity, neighbours = _nearest(queries, bank, k, block_size)
+        votes = torch.zeros(len(queries), num_classes, device=queries.device)
         votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
-        scores.append(votes.cpu())
-    return torch.cat(scores)
+        scores[begin : begin + len(queries)] = votes.cpu()
+    return scores
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Find the ``k`` rows of ``bank`` that are most similar to each query, of unit length: cosines and rows (m, k)."""
+    best: list[tuple[Tensor, Tensor]] = []
+    for begin in range(0, len(bank), block_size):
+        block = F.normalize(bank[begin : begin + block_size].float(), dim=1)
+        similarity, rows = (queries @ block.T).topk(min(k, len(block)), dim=1)
+        best.append((similarity, rows + begin))
+        if len(best) > 1:  # what is nearest of all so far
+            similarity, rows = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+            similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            best = [(similarity, rows.gather(1, order))]
+    return best[0]
 
 
 class KNNEvaluator(ClassificationEvaluator):

@@ -46,15 +46,15 @@ class LinearProbe:
         """Score the classes: (n, D) -> (n, classes)."""
         if self.shift is not None and self.scale is not None:
             features = (features - self.shift) / self.scale
-        return F.linear(features, self.weight, self.bias)
+        return F.linear(features.float(), self.weight, self.bias)
 
 
 class LinearEvaluator(ClassificationEvaluator):
     """Top-1 accuracy (and top-5 with more than ten classes) of a linear classifier on frozen features.
 
     Feature strategies of iBOT (https://github.com/bytedance/ibot) and of https://arxiv.org/abs/2503.18753: ``cls``,
-    the mean of the ``patches``, and both (``backbone``). Base images without augmentation, features stored once in
-    float32.
+    the mean of the ``patches``, and both (``backbone``). Base images without augmentation, features stored once, in
+    float32 unless ``feature_storage`` says otherwise.
 
     The one setting that matters is chosen on a held-out part of the training images, never on the test images; the
     classifier is then fitted to all training images with it. (iBOT and DINOv2 report the best one on the validation
@@ -156,12 +156,14 @@ class LinearEvaluator(ClassificationEvaluator):
         train, labels = self.labelled_features(encoder, self.data.train, kinds)
         found = {}
         for name in kinds:
-            inputs, statistics = train[name], feature_statistics(train[name])
+            statistics: tuple[Tensor, ...] = ()
+            inputs = train[name]
             if self.standardize:
+                statistics = feature_statistics(inputs.float())
                 inputs = (inputs - statistics[0]) / statistics[1]
             for seed in seeds:
                 fitted = self._choose_and_fit(inputs, labels, self.data.num_classes, seed, encoder.device)
-                found[name, seed] = LinearProbe(*fitted, *(statistics if self.standardize else ()))
+                found[name, seed] = LinearProbe(*fitted, *statistics)
         return found
 
     def _choose_and_fit(
@@ -173,9 +175,9 @@ class LinearEvaluator(ClassificationEvaluator):
         if len(self.candidates) > 1 and 0 < count < len(features):
             order = seeded_permutation(len(features), seed, len(features))
             held, kept = order[:count], order[count:]
-            weights, biases = self._fit(features[kept], labels[kept], classes, self.candidates, seed, device)
+            weights, biases = self._fit(features, labels, classes, self.candidates, seed, device, rows=kept)
             scores = [
-                topk_accuracy(F.linear(features[held], weight, bias), labels[held])
+                topk_accuracy(F.linear(features[held].float(), weight, bias), labels[held])
                 for weight, bias in zip(weights, biases, strict=True)
             ]
             best = scores.index(max(scores))
@@ -192,10 +194,11 @@ class LinearEvaluator(ClassificationEvaluator):
         seed: int,
         device: torch.device,
         start: tuple[Tensor, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.solver == "lbfgs":
-            return fit_linear_lbfgs(features, labels, classes, candidates, start=start, device=device)
-        scale = min(self.batch_size, len(features)) / 256 if self.solver == "sgd" else 1.0
+            return fit_linear_lbfgs(features, labels, classes, candidates, start=start, rows=rows, device=device)
+        scale = min(self.batch_size, len(features if rows is None else rows)) / 256 if self.solver == "sgd" else 1.0
         return fit_linear_steps(
             features,
             labels,
@@ -206,5 +209,6 @@ class LinearEvaluator(ClassificationEvaluator):
             batch_size=self.batch_size,
             optimizer=self.solver,
             iterations=self.iterations,
+            rows=rows,
             device=device,
         )

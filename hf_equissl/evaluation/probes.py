@@ -106,6 +106,7 @@ def fit_linear_steps(
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: float = 0.0,
     iterations: int | None = None,
+    rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Fit linear classifiers on fixed features, one per learning rate, side by side on the same batches.
@@ -113,7 +114,7 @@ def fit_linear_steps(
     AdamW, or SGD with momentum 0.9; cosine to 0 per step, weights from N(0, 0.01), biases 0; cross-entropy.
 
     Args:
-        features: (n, D) float32.
+        features: (n, D); batches are made float32.
         labels: (n,) int64.
         num_classes: Width of the classifiers.
         learning_rates: G of them.
@@ -123,6 +124,7 @@ def fit_linear_steps(
         optimizer: "adamw" or "sgd".
         weight_decay: Decay of the weights, not of the biases.
         iterations: Steps in place of ``epochs``.
+        rows: Fit to these alone, without a copy of them; ``None``: all.
         device: Where to fit.
 
     Returns:
@@ -141,20 +143,22 @@ def fit_linear_steps(
         if optimizer == "adamw"
         else torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     )
-    size = min(batch_size, len(features))
-    steps = len(features) // size
+    count = len(features) if rows is None else len(rows)
+    size = min(batch_size, count)
+    steps = count // size
     total = iterations or epochs * steps
     for epoch in range(-(-total // steps)):
-        order = seeded_permutation(len(features), seed, epoch)
+        order = seeded_permutation(count, seed, epoch)
+        order = order if rows is None else rows[order]
         for step in range(min(steps, total - epoch * steps)):
-            rows = order[step * size : (step + 1) * size]
+            batch = order[step * size : (step + 1) * size]
             progress = (epoch * steps + step) / total
             for group in stepper.param_groups:
                 group["lr"] = group["base"] * 0.5 * (1 + math.cos(math.pi * progress))
             # One product for all: the classifiers share their inputs, and their gradients do not mix.
-            logits = F.linear(features[rows].to(device), torch.cat([*weights]), torch.cat([*biases]))
+            logits = F.linear(features[batch].to(device).float(), torch.cat([*weights]), torch.cat([*biases]))
             logits = logits.view(size * len(weights), num_classes)
-            expected = labels[rows].to(device).repeat_interleave(len(weights))
+            expected = labels[batch].to(device).repeat_interleave(len(weights))
             loss = F.cross_entropy(logits, expected, reduction="sum") / size
             stepper.zero_grad()
             loss.backward()
@@ -170,17 +174,21 @@ def fit_linear_lbfgs(
     *,
     start: tuple[Tensor, Tensor] | None = None,
     max_iterations: int = 100,
+    rows: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Fit logistic regressions by L-BFGS, one per L2 penalty: minimise CE + penalty / 2 * ||W||^2.
 
     Each fit starts from the one before, with the largest penalty first, and the first one from ``start``; the problem
-    is convex, so only speed depends on that. A fit ends when a step changes the loss by less than 1e-6.
+    is convex, so only speed depends on that. A fit ends when a step changes the loss by less than 1e-6. Every step
+    reads all features: they are copied to float32 on ``device``, unless they are that already and all ``rows`` count.
 
     Returns:
         Weights (G, classes, D) and biases (G, classes), in the order of ``penalties``, on the CPU.
     """
-    inputs, targets = features.to(device), labels.to(device)
+    if rows is not None:
+        features, labels = features[rows], labels[rows]
+    inputs, targets = features.to(device).float(), labels.to(device)
     if start is None:
         start = torch.zeros(num_classes, features.shape[1]), torch.zeros(num_classes)
     weight, bias = (nn.Parameter(value.clone().to(device)) for value in start)

@@ -1,51 +1,47 @@
-"""The evaluators by name; nothing else has to name them."""
+"""The evaluators by name; nothing else has to name them. Needs no torch before one is used."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..utils.coercion import check_arguments
-from ..utils.registry import Registry
+from ..utils.registry import Later, Registry
 from ..utils.suggestions import check_known
-from .base import Evaluator
-from .corruptions import CorruptionsEvaluator
-from .data import EvaluationData
-from .effective_rank import EffectiveRankEvaluator
-from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
-from .knn import KNNEvaluator
-from .lie_derivative import LieDerivativeEvaluator
-from .linear import LinearEvaluator
-from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
+from .options import CLASS_FEATURES, REGRESSION_OPTIONS
 from .protocols import PROTOCOLS
-from .rendered_prediction import RenderedPredictionEvaluator
-from .results import ResultRecord
-from .three_die_bench import RenderedClassEvaluator, RenderedPoseEvaluator
-from .transformation_regression import TransformationRegressionEvaluator
+
+if TYPE_CHECKING:
+    from .base import Evaluator
+    from .data import EvaluationData
+    from .results import ResultRecord
 
 # In the order of tables. ``@EVALUATORS.register("mine")`` adds one from anywhere.
-EVALUATORS = Registry(
+EVALUATORS: Registry[Evaluator] = Registry(
     "evaluator",
-    Evaluator,
+    Later(f"{__package__}.base", "Evaluator"),
     {
-        "transformation_regression": TransformationRegressionEvaluator,
-        "equivariance": EquivarianceEvaluator,
-        "equivariance_by_block": LayerwiseEquivarianceEvaluator,
-        "lie_derivative": LieDerivativeEvaluator,
-        "linear": LinearEvaluator,
-        "linear_ser": SERLinearEvaluator,
-        "linear_dinov2": DINOv2LinearEvaluator,
-        "corruptions": CorruptionsEvaluator,
-        "knn": KNNEvaluator,
-        "effective_rank": EffectiveRankEvaluator,
-        "rendered_class": RenderedClassEvaluator,
-        "rendered_pose": RenderedPoseEvaluator,
-        "rendered_prediction": RenderedPredictionEvaluator,
+        "transformation_regression": Later(
+            f"{__package__}.transformation_regression", "TransformationRegressionEvaluator", options=REGRESSION_OPTIONS
+        ),
+        "equivariance": Later(f"{__package__}.equivariance", "EquivarianceEvaluator", options=()),
+        "equivariance_by_block": Later(f"{__package__}.equivariance", "LayerwiseEquivarianceEvaluator", options=()),
+        "lie_derivative": Later(f"{__package__}.lie_derivative", "LieDerivativeEvaluator", options=()),
+        "linear": Later(f"{__package__}.linear", "LinearEvaluator", options=(CLASS_FEATURES,)),
+        "linear_ser": Later(f"{__package__}.linear_protocols", "SERLinearEvaluator", options=()),
+        "linear_dinov2": Later(f"{__package__}.linear_protocols", "DINOv2LinearEvaluator", options=()),
+        "corruptions": Later(f"{__package__}.corruptions", "CorruptionsEvaluator", options=()),
+        "knn": Later(f"{__package__}.knn", "KNNEvaluator", options=(CLASS_FEATURES,)),
+        "effective_rank": Later(f"{__package__}.effective_rank", "EffectiveRankEvaluator", options=(CLASS_FEATURES,)),
+        "rendered_class": Later(f"{__package__}.three_die_bench", "RenderedClassEvaluator", options=()),
+        "rendered_pose": Later(f"{__package__}.three_die_bench", "RenderedPoseEvaluator", options=()),
+        "rendered_prediction": Later(f"{__package__}.rendered_prediction", "RenderedPredictionEvaluator", options=()),
     },
 )
 
 
 def evaluator_of(record: ResultRecord) -> type[Evaluator]:
     """Return the class that made a record, or ``Evaluator`` itself where that is not known here."""
+    from .base import Evaluator
+
     return EVALUATORS.get(record.evaluator, Evaluator)
 
 
@@ -61,6 +57,8 @@ def build_evaluator(name: str, data: EvaluationData, *, protocol: str = "full", 
     Raises:
         ValueError: for unknown names, with the nearest known one, and for values of a wrong type.
     """
+    from ..utils.coercion import check_arguments
+
     check_known(protocol, PROTOCOLS, "protocols")
     evaluator = EVALUATORS[name]
     return evaluator(

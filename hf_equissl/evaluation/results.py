@@ -16,7 +16,7 @@ from typing import Any
 from ..utils.files import write_text
 from ..utils.redaction import redact_values
 from ..utils.versions import library_versions
-from .metrics import EFFECTIVE_RANK, FEATURE_STD, R2, R2_SCALAR, TOP1, TOP5, Metric
+from .metric import EFFECTIVE_RANK, FEATURE_STD, R2, R2_SCALAR, TOP1, TOP5, Metric
 
 FORMAT_VERSION = 1
 # Metrics of records that were written before records said what theirs is.

@@ -13,30 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..encoders.frozen import FEATURES, FrozenEncoder
+from ..encoders.frozen import FrozenEncoder
 from ..utils.devices import choose_precision
 from ..utils.options import Option
 from ..views import TRANSFORMATIONS, build_transformation
 from ..views.base import TransformationFamily
 from .base import Evaluator, Plot
-from .circular_mask import CIRCLE, DiskFamily
+from .circular_mask import DiskFamily
 from .data import EvaluationData
 from .images import ImageSet
 from .metrics import R2, R2_FEW_SHOT, R2_LINEAR, R2_SCALAR, Metric, r2_mean, r2_per_parameter, r2_scalar
+from .options import CIRCLE, DEFAULT_FAMILIES, REGRESSION_OPTIONS
 from .probes import RegressionProbe, feature_statistics, seeded_permutation
 from .r2_plot import describe_r2, fill_of, plot_r2
 from .results import ResultRecord
 from .ridge import PENALTIES, fit_ridge
 
-DEFAULT_FAMILIES = ("rotation", "color_jitter", "gaussian_blur", "translation")
 # Draws for the test images are one fixed set, whatever the seeds of the heads.
 _TEST_DRAW = -1
-
-
-def _known_family(name: str) -> str:
-    """Return ``name`` if it is a family that needs no arguments; otherwise raise ``ValueError``."""
-    build_transformation(name)
-    return name
 
 
 class TransformationRegressionEvaluator(Evaluator):
@@ -74,31 +68,7 @@ class TransformationRegressionEvaluator(Evaluator):
         "R2: 1 is perfect, 0 knows nothing; r2_linear is of a linear probe, r2_few_shot of few images."
     )
     has_related_tasks: ClassVar[bool] = True
-    options: ClassVar[tuple[Option, ...]] = (
-        Option(
-            "--tests",
-            f"transformations to regress, among {', '.join(TRANSFORMATIONS)}; default: {' '.join(DEFAULT_FAMILIES)}",
-            "FAMILY",
-            setting="families",
-            type=_known_family,
-            nargs="+",
-        ),
-        Option(
-            "--fill",
-            "outside of turned or shifted images: zeros (default; black corners give angles away), reflect, border, or "
-            "circle: both images are seen through the disk that is never left empty",
-            choices=("zeros", "reflect", "border", CIRCLE),
-        ),
-        Option(
-            "--features",
-            f"features for the regression, among {', '.join(FEATURES)}; default: backbone = [CLS ; mean patch]",
-            "KIND",
-            nargs="+",
-        ),
-        Option("--seeds", "seeds of the regression probe; default: 3", "N", type=int),
-        Option("--epochs", "epochs of the regression probe", "N", type=int),
-        Option("--num_draws", "transformations drawn per training image", "N", type=int),
-    )
+    options: ClassVar[tuple[Option, ...]] = REGRESSION_OPTIONS
     # 32-pixel images on one CPU core (CIFAR-10, 50,000 images): two theta per image, shared by eight epochs. More
     # draws and epochs raise every encoder's R2 a little and cost minutes; the order of encoders stays.
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {

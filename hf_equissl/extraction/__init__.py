@@ -6,7 +6,15 @@ name and renamed when it is whole, so that the result depends neither on the num
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ..utils.lazy_names import import_when_used
 from .settings import ExtractionError, ExtractionSettings
-from .work import Extraction, prepare
 
 __all__ = ["Extraction", "ExtractionError", "ExtractionSettings", "prepare"]
+
+if TYPE_CHECKING:
+    from .work import Extraction, prepare
+
+# Found when they are asked for: the command's help must not wait for torch.
+__getattr__, __dir__ = import_when_used(__name__, __all__, {"Extraction": "work", "prepare": "work"})

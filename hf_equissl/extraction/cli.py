@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data import ImageDecodeError, ImageSourceError
-from ..data.throughput import NOTABLE_WAIT
-from ..encoders.frozen import FEATURES, PATCH_TOKENS, NonFiniteFeaturesError
-from ..evaluation.runner import check_output_dir
+from ..data.places import check_place
+from ..encoders.feature_names import FEATURES, PATCH_TOKENS
 from ..hub.privacy import is_hub_id
-from ..hub.push import account
+from ..utils import load_errors
 from ..utils.commands import command_parser, log_plainly, path_word, say, stop, typed_command
-from ..utils.devices import precision_lines
 from ..utils.files import readable_size
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -27,14 +25,12 @@ from ..utils.options import (
     add_options,
     read_options,
 )
-from .card import write_card
-from .processes import Processes
-from .push import push_features
-from .record import begin, check_own, check_same, finish, keep_precision
-from .run import extract, summarise
+from ..utils.suggestions import check_known
 from .settings import DTYPES, FORMATS, PRECISIONS, ExtractionError, ExtractionSettings
-from .shards import remove_leftovers
-from .work import Extraction, prepare
+
+if TYPE_CHECKING:
+    from .processes import Processes
+    from .work import Extraction
 
 _DESCRIPTION = """\
 Write the features of a large set of images by a frozen encoder to shards of a data set: any encoder that AutoModel
@@ -143,21 +139,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typed_command("extract_features.py", argv)
     log_plainly()
     try:
+        settings, publish = _read(arguments)
+    except (ValueError, OSError) as error:
+        return stop(error, code=2, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+
+    from .processes import Processes
+
+    try:
         processes = Processes()
     except ExtractionError as error:
         return stop(error, code=2)
     try:
-        return _run(processes, arguments, command)
+        dry_run = read_options(arguments, [DRY_RUN])["dry_run"]
+        return _run(processes, settings, publish, command, dry_run)
     except KeyboardInterrupt:
         return stop("the same command goes on, finished shards are kept.", code=130, word="interrupted")
 
 
-def _run(processes: Processes, arguments: argparse.Namespace, command: str) -> int:
-    dry_run = read_options(arguments, [DRY_RUN])["dry_run"]
+def _run(
+    processes: Processes, settings: ExtractionSettings, publish: dict[str, Any], command: str, dry_run: bool
+) -> int:
+    from ..data import ImageDecodeError, ImageSourceError
+    from ..encoders.frozen import NonFiniteFeaturesError
+    from ..hub.push import account
+    from .card import write_card
+    from .push import push_features
+    from .record import finish, keep_precision
+    from .run import extract, summarise
+    from .work import prepare
+
     work, plan = None, {}
     if processes.is_main:  # what is wrong is said once, and downloads and conversions happen once
         try:
-            settings, publish = _settings(arguments)
+            if publish:
+                account(publish["repo_id"])
+            settings = keep_precision(settings)
             work = prepare(settings, processes.device(settings.device))
             plan = _plan(work, command, processes, dry_run)
         except (ValueError, OSError, ImportError, ExtractionError) as error:
@@ -167,7 +183,7 @@ def _run(processes: Processes, arguments: argparse.Namespace, command: str) -> i
         if "error" in plan or dry_run:
             return plan.get("error", 0)
         if work is None:
-            settings, publish = _settings(arguments, check_hub=False)
+            settings = keep_precision(settings)
             work = prepare(settings, processes.device(settings.device))
             _check_same_sight(work, plan)
         workers = work.settings.workers(processes.local_count)
@@ -188,15 +204,22 @@ def _run(processes: Processes, arguments: argparse.Namespace, command: str) -> i
     return 0
 
 
-def _settings(arguments: argparse.Namespace, check_hub: bool = True) -> tuple[ExtractionSettings, dict[str, Any]]:
-    """Read the settings, and what ``push_features`` needs; the latter empty where nothing is published."""
+def _read(arguments: argparse.Namespace) -> tuple[ExtractionSettings, dict[str, Any]]:
+    """Read the settings, and what ``push_features`` needs; the latter empty where nothing is published.
+
+    Raises:
+        ValueError: Something is wrong with the words alone, or encoder or data are not where they are said to be.
+    """
     options = read_options(arguments, (*RUN, *DATA, *ENCODER))
     if "features" in options:
         options["features"] = tuple(options["features"])
     settings = ExtractionSettings(
         **options, source_options=read_options(arguments, SOURCE), load_options=read_options(arguments, LOAD)
     )
-    settings = keep_precision(settings)
+    for name in settings.features:
+        check_known(name, (*FEATURES, PATCH_TOKENS), "--features")
+    load_errors.check_place(settings.encoder)
+    check_place(settings.data)
     publish = read_options(arguments, PUBLISHING)
     if not publish.pop("push_to_hub"):
         for name, value in publish.items():
@@ -205,13 +228,16 @@ def _settings(arguments: argparse.Namespace, check_hub: bool = True) -> tuple[Ex
         return settings, {}
     if not is_hub_id(repo_id := publish.get("repo_id", "")):
         raise ValueError(f"--push_to_hub: --repo_id is {repo_id!r}, expected OWNER/NAME.")
-    if check_hub:
-        account(repo_id)
     return settings, publish
 
 
 def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -> dict[str, Any]:
     """Check the folder and print what will be done; unless it is a dry run, make the folder and begin its record."""
+    from ..evaluation.runner import check_output_dir
+    from ..utils.devices import precision_lines
+    from .record import begin, check_own, check_same
+    from .shards import remove_leftovers
+
     check_own(work)
     check_same(work)
     remaining = work.remaining()
@@ -236,6 +262,8 @@ def _check_same_sight(work: Extraction, plan: dict[str, Any]) -> None:
 
 
 def _report(work: Extraction, record: dict[str, Any], run: dict[str, Any] | None) -> str:
+    from ..data.throughput import NOTABLE_WAIT
+
     split = record["splits"][work.settings.split_name]
     left_out = f", {len(split['skipped'])} left out" if split["skipped"] else ""
     lines = [

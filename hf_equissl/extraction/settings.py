@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils.devices import usable_cores
 from ..utils.files import expand_home
+from ..utils.machine import usable_cores
 from ..utils.suggestions import did_you_mean
 
 

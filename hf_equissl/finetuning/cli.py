@@ -10,7 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..data.places import check_place
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
+from ..utils import load_errors
 from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, say, stop, typed_command
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -24,7 +26,10 @@ from ..utils.options import (
     add_options,
     read_options,
 )
+from ..utils.suggestions import check_known
+from .result_files import find_results
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
+from .tasks import TASKS
 
 _DESCRIPTION = """\
 Fine-tune an encoder for image classification, or for another task: all weights, a head alone, or LoRA / DoRA adapters.
@@ -201,9 +206,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
-    from .report import compare
-
     if "compare" in options:
+        for folder in options["compare"]:
+            find_results(folder)  # what is missing is said before torch is imported
+
+        from .report import compare
+
         say(compare(options["compare"]))
         return 0
     resume = options.pop("resume")
@@ -215,6 +223,10 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         options["task_options"] = _task_options(options["task_options"])
     settings = FineTuningSettings(**options)
     _check_publishing(settings, publish)
+    check_known(settings.task, TASKS, "--task")
+    check_place(settings.data)
+    if not os.path.exists(settings.output_dir):  # a run that goes on may be without the encoder that it started from
+        load_errors.check_place(settings.encoder)
 
     from ..encoders.export import check_replaceable
     from ..running.stops import AGREED, STOPS, explain_stops, run_on_all

@@ -14,7 +14,7 @@ from ..utils.load_errors import explain_load_errors
 from .adapters import find_beside, is_adapter, load_finetuned, read_description
 from .card import write_card
 from .prepared import FineTuningRun
-from .report import RESULTS
+from .result_files import RESULTS
 from .weights import SAVED_BESIDE, save_weights
 
 

@@ -14,6 +14,7 @@ from ..pretraining.run_record import RunRecord
 from ..utils.figures import plot_losses
 from ..utils.files import readable_size, write_text
 from ..utils.markdown import plain, table
+from .result_files import find_results
 from .settings import METHODS
 from .tasks import TASKS
 from .weights import count_parameters
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .prepared import FineTuningRun
 
 logger = logging.getLogger(__name__)
-RESULTS, TABLE, CURVES = "results.json", "results.md", "curves.png"
+TABLE, CURVES = "results.md", "curves.png"
 _TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU"}
 
 
@@ -167,12 +168,7 @@ def compare(folders: Sequence[str]) -> str:
     """
     records: list[ResultRecord] = []
     for folder in folders:
-        path = Path(folder) if folder.endswith(".json") else Path(folder) / RESULTS
-        if not path.is_file():
-            raise ValueError(
-                f"--compare {folder}: there is no {RESULTS}. Give folders of finished runs or of probe.py."
-            )
-        records += load_records(path)
+        records += load_records(find_results(folder))
     if not (text := comparison_table(records)):
         raise ValueError(f"--compare {' '.join(folders)}: no results of {' or '.join(TASKS)} among them.")
     return text

@@ -36,7 +36,8 @@ from .adapters import add_adapters, check_peft, describe
 from .card import write_card
 from .classifier import commit_of
 from .prepared import FineTuningRun
-from .report import RESULTS, make_records, plot_curves, write_table
+from .report import make_records, plot_curves, write_table
+from .result_files import RESULTS
 from .settings import METHODS, FineTuningSettings
 from .tasks import EncoderInput, make_task
 from .trainer import FineTuningTrainer, parameter_groups

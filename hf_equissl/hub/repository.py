@@ -25,6 +25,7 @@ from ..utils.strict_yaml import dump_yaml
 from .card.figures import draw_figures
 from .card.snippets import run_snippets, snippets
 from .card.text import CardFacts, public_recipe, render_card
+from .places import RESULTS_FILE, find_results
 from .pretraining_state import load_pretraining_state
 from .privacy import is_hub_id, last_component, public_record, public_source
 from .run_folder import RECIPE_FILE, RunFolder
@@ -32,7 +33,7 @@ from .run_folder import RECIPE_FILE, RunFolder
 logger = logging.getLogger(__name__)
 
 PARTS = ("encoder", "native", "pretraining", "figures", "card")
-CARD_FILE, RESULTS_FILE = "README.md", "results.json"
+CARD_FILE = "README.md"
 Results = Sequence[ResultRecord | str | Path]
 
 
@@ -122,10 +123,7 @@ def read_results(results: Results) -> list[ResultRecord]:
         if isinstance(item, ResultRecord):
             found.append(item)
             continue
-        path = Path(item) / RESULTS_FILE if Path(item).is_dir() else Path(item)
-        if not path.is_file():
-            raise ValueError(f"There are no results at {item}: expected {RESULTS_FILE} as training/probe.py writes it.")
-        found += load_records(path)
+        found += load_records(find_results(Path(item)))
     return merge_records(found)
 
 

@@ -14,6 +14,7 @@ from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
+from .places import check_run_folder
 from .privacy import last_component
 
 RECIPE_FILE = "recipe.yaml"
@@ -67,10 +68,7 @@ class RunFolder:
                 a newer checkpoint is damaged.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise ValueError(
-                f"{path} is not a folder. Give the folder of a run: what --output_dir of training/pretrain.py named."
-            )
+        check_run_folder(path)
         found = newest_checkpoint(path)
         if found is None:
             raise ValueError(_no_checkpoint(path))

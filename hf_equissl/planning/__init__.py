@@ -1,9 +1,16 @@
 """What a run will cost, found without weights in memory and without the cluster: see ``step``, ``memory``, ``traffic``
-and ``cluster``; ``check`` compares with what a real run takes.
+and ``cluster``; ``check`` compares with what a real run takes. Names are imported when they are first used.
 """
 
 from __future__ import annotations
 
-from .step import Cost, Part, check_step, checkpoint_bytes, measure, parts_of, without_weights
+from typing import TYPE_CHECKING
+
+from ..utils.lazy_names import import_when_used
 
 __all__ = ["Cost", "Part", "check_step", "checkpoint_bytes", "measure", "parts_of", "without_weights"]
+
+if TYPE_CHECKING:
+    from .step import Cost, Part, check_step, checkpoint_bytes, measure, parts_of, without_weights
+
+__getattr__, __dir__ = import_when_used(__name__, __all__, dict.fromkeys(__all__, "step"))

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..pretraining.model import EquiSSLForPreTraining
 from ..recipes.recipe import Recipe
-from ..utils.devices import resident_peak
+from ..utils.machine import resident_peak
 from ..utils.suggestions import RecipeError
 
 STEPS = 3  # the first is not counted: it brings the optimizer's state into being

@@ -1,10 +1,10 @@
-"""Floating-point operations of a step by module, from what torch's FlopCounterMode saw."""
+"""Floating-point operations of a step by module, by the formulas of torch's FlopCounterMode."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -14,18 +14,32 @@ _Counts = dict[str, dict[Any, int]]
 _READS_PIXELS = "student.embeddings"  # the layer whose input needs no gradient
 
 
-def flop_counter(by_module: bool = True) -> FlopCounterMode:
-    """Make a counter that also knows the attention kernels of CPUs.
+class FlopCounter(FlopCounterMode):
+    """Counts as torch's counter does, also the attention kernels of CPUs, from what an observer is told.
 
     Args:
         by_module: Whether to count by module; otherwise there is only the total, "Global", and no hook. Hooks keep the
             tensors that pass modules: in a backward pass that computes layers again, their activations would live
             until the counter ends.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    if not by_module:
-        counter.mod_tracker = cast(Any, _NoTracker())
-    return counter
+
+    def __init__(self, by_module: bool = True) -> None:
+        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
+        if not by_module:
+            self.mod_tracker = cast(Any, _NoTracker())
+
+    def __enter__(self) -> Self:
+        self.flop_counts.clear()
+        self.mod_tracker.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.mod_tracker.__exit__(*exception)
+
+    def __call__(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count an operation: an observer of ``StepMemory``."""
+        if (kind := getattr(func, "_overloadpacket", None)) in self.flop_registry:
+            self._count_flops(kind, result, args, kwargs)
 
 
 def flops_by_module(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -44,7 +43,7 @@ def _without_exchange() -> Iterator[None]:
         dist.distributed_c10d._update_default_pg(real)
 
 
-class Exchanged(TorchDispatchMode):
+class Exchanged:
     """Counts the bytes that collectives make a process send over a ring: (N - 1)/N of a gathered or scattered tensor,
     twice that of a reduced one.
 
@@ -53,12 +52,11 @@ class Exchanged(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __call__(self, func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at an operation: an observer of ``StepMemory``."""
         if func.namespace == "c10d" and dist.get_world_size() > 1:
             largest = max((t.untyped_storage().nbytes() for t in tree_leaves(args) if isinstance(t, Tensor)), default=0)
             share = 1 - 1 / dist.get_world_size()
             self.total += int(largest * share * (2 if "allreduce" in func.name() else 1))
-        return func(*args, **(kwargs or {}))

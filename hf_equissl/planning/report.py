@@ -8,7 +8,8 @@ from typing import Any
 
 from ..utils.files import readable_size
 from .arithmetic import Schedule
-from .cluster import GIB, Cluster, EnginePlan, Planner
+from .assumptions import GIB, Cluster
+from .cluster import EnginePlan, Planner
 from .memory import MemoryUse
 from .step import Cost
 

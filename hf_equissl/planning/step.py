@@ -21,10 +21,10 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from ..pretraining.optimizer import freeze_parameters
 from ..views.base import Views
-from .flop_counts import flop_counter, flops_by_module
+from .flop_counts import FlopCounter, flops_by_module
 from .optimizer_memory import optimizer_memory
 from .processes import Exchanged, as_one_of
-from .storages import KeptStorages, Moment, StepMemory
+from .storages import KeptStorages, Moment, Observer, StepMemory
 
 KINDS = ("student", "teacher", "heads", "decoders")
 FP32_BYTES = 4
@@ -200,21 +200,23 @@ def measure(
     wrapped = {id(parameter) for layer in layers for parameter in layer.parameters()}
     calls: Counter[nn.Module] = Counter()
     counting = [layer.register_forward_pre_hook(lambda layer, _: calls.update([layer])) for layer in layers]
-    live = StepMemory(model.parameters(), lambda parameter: id(parameter) in wrapped)
+    forward, backward, exchanged = FlopCounter(), FlopCounter(by_module=False), Exchanged()
+    observers: list[Observer] = [exchanged, forward]
+    live = StepMemory(model.parameters(), lambda parameter: id(parameter) in wrapped, observers)
     live.watch_gradients(model)
     if model.teacher is not None:
         model.teacher.register_forward_pre_hook(lambda *_: live.begin("teacher"))
         model.teacher.register_forward_hook(lambda *_: live.begin("forward"))
-    forward, backward, exchanged = flop_counter(), flop_counter(by_module=False), Exchanged()
     with as_one_of(processes), mode:
         fake = views.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         kept = KeptStorages(own=(*model.parameters(), *model.buffers(), *_tensors(fake)))
-        with forward, live, exchanged, kept, _autocast(args):
+        with forward, live, kept, _autocast(args):
             output = model(views=fake)
         for handle in counting:  # computing a layer again in the backward pass is no further use of its weights
             handle.remove()
         live.begin("backward")
-        with backward, live, exchanged:
+        observers[1] = backward
+        with backward, live:
             output.loss.backward()
         live.begin("")
     flops = flops_by_module(model, forward.get_flop_counts(), backward.get_flop_counts(), _followers(model))

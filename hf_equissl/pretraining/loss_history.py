@@ -31,6 +31,7 @@ class LossHistory:
         self._averages = averages
         self._steps: list[int] = []
         self._records: list[dict[str, Tensor]] = []
+        self._checked = 0  # so many of them are finite: on one CPU process every step asks
 
     def add(self, step: int, loss: Tensor, logs: dict[str, Tensor]) -> None:
         """Remember one micro-batch of optimizer step ``step`` (1 = the first)."""
@@ -44,8 +45,9 @@ class LossHistory:
         """
         if not self._records:
             return
-        bad_here = ~torch.stack([record["loss"] for record in self._records]).isfinite().all()
-        if not on_any_process(bad_here):
+        new = [record["loss"] for record in self._records[self._checked :]] or [self._records[-1]["loss"]]
+        if not on_any_process(~torch.stack(new).isfinite().all()):
+            self._checked = len(self._records)
             if not self._averages:
                 self._forget()
             return
@@ -66,6 +68,7 @@ class LossHistory:
     def _forget(self) -> None:
         self._steps.clear()
         self._records.clear()
+        self._checked = 0
 
     def _first_bad(self) -> dict[str, Any] | None:
         """Find the earliest loss of this process that is not finite: ``step``, ``rank`` and ``parts`` by name."""

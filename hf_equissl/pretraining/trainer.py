@@ -31,6 +31,7 @@ from .callbacks import EquiSSLProgressCallback, ScheduleCallback
 from .compilation import compile_layers
 from .data_feed import DataFeed
 from .deepspeed import adapt_config, clip_by_parts, restricted_loading
+from .log_lines import bound_lines
 from .loss_history import LossHistory
 from .model import EquiSSLForPreTraining
 from .optimizer import (
@@ -230,7 +231,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return (bool(every) and step % every == 0) or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss parts' mean since the last log to the parent's entry."""
+        """Add the loss parts' mean since the last log to the parent's entry; keep the list of entries short."""
         if "loss" in logs:
             logs |= self.history.drain(self._last_checkpoint)
             logs |= self.throughput.drain()
@@ -238,6 +239,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             self.skipped_images.exchange(gather_objects)
             logs["images_skipped"] = self.skipped_images.count
         super().log(logs, start_time)
+        bound_lines(self.state.log_history)
 
     # ---- optimizer ----
 

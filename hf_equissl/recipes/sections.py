@@ -134,7 +134,7 @@ def check_views(raw: dict[str, Any]) -> ViewsSection:
         PIPELINES[name].override(settings, where=f"The view pipeline {name!r}")
     family = raw.get("transformation")
     if family is not None:
-        family = _check_entry(family, TRANSFORMATIONS | SPECIAL_TRANSFORMATIONS, "views.transformation")
+        family = _check_entry(family, {**TRANSFORMATIONS, **SPECIAL_TRANSFORMATIONS}, "views.transformation")
     hints = get_type_hints(ViewsSection)
     numbers = {k: coerce(raw[k], hints[k], f"views.{k}") for k in ("image_mean", "image_std") if k in raw}
     return ViewsSection(pipeline, family, **numbers)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..planning import Cost, without_weights
 from ..planning.arithmetic import milestones
-from ..planning.cluster import Cluster, Planner, Speed, gpus_of_a_node, launched_engine
+from ..planning.assumptions import Cluster, Speed
+from ..planning.cluster import Planner, gpus_of_a_node, launched_engine
 from ..planning.optimizer_memory import optimizer_memory
 from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines

@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetsError
 from torch.utils.data import IterableDataset
 
 from ..data import ImageSource, ImageViewDataset, StreamingViewDataset
+from ..data.shared_walk import walked_once
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError
@@ -28,7 +29,8 @@ def open_source(recipe: Recipe) -> ImageSource:
         RecipeError: It cannot be opened, with the reason.
     """
     try:
-        return recipe.build_source()
+        with walked_once(recipe.data.get("source")):
+            return recipe.build_source()
     except (OSError, ValueError, DatasetsError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"data: {error}") from error
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
 from ..encoders.convert import convert_encoder, read_normalisation
-from ..encoders.upstream import is_upstream_file
+from ..encoders.places import is_upstream_file
 from ..hub.pretraining_state import load_pretraining_state
 from ..modeling import EquiSSLConfig, EquiSSLModel
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,12 @@ from .plain_values import check_plain, shorten
 from .redaction import drop_secrets, redact, redact_messages
 from .suggestions import RecipeError
 
+# Script -> the command that stands for it, where the scripts were not started themselves.
+_NAMES: dict[str, str] = {}
+_SCRIPT = re.compile(
+    r"(?P<launch>accelerate launch [^\n`#]*?(?:\\\n\s*)?)?(?:(?P<folder>(?:python )?training/)|(?<![\w/.]))"
+    r"(?P<script>\w+)\.py\b"
+)
 _KINDS = {int: "an integer", float: "a number"}
 
 
@@ -51,7 +58,33 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(redact(message), file)
+        super()._print_message(redact(_as_called(message)), file)
+
+
+def call_scripts(names: Mapping[str, str]) -> None:
+    """Name scripts as their user does, from here on, in whatever a command says.
+
+    Args:
+        names: Script -> the command that stands for it, such as ``{"pretrain.py": "hf-equissl pretrain"}``.
+    """
+    _NAMES.update(names)
+
+
+def _as_called(text: str) -> str:
+    """Put the names of commands in place of scripts; a launcher starts their module."""
+    if not _NAMES:
+        return text
+
+    def named(found: re.Match[str]) -> str:
+        launch, script = found["launch"], found["script"]
+        name = _NAMES.get(f"{script}.py")
+        if launch:
+            return f"{launch}-m hf_equissl.training.{script}"
+        if name is None and found["folder"] is None:
+            return found[0]
+        return name or f"python -m hf_equissl.training.{script}"
+
+    return _SCRIPT.sub(named, text)
 
 
 def _read_word(kind: type, word: str) -> Any:
@@ -108,7 +141,8 @@ def check_at_least(options: argparse.Namespace, **least: int) -> None:
 
 def typed_command(script: str, argv: Sequence[str] | None) -> str:
     """Write a command as it was typed, without secrets: paths stay relative where they were."""
-    return shlex.join(["python", f"training/{script}", *drop_secrets(sys.argv[1:] if argv is None else argv)])
+    start = shlex.split(_NAMES.get(script, f"python training/{script}"))
+    return shlex.join([*start, *drop_secrets(sys.argv[1:] if argv is None else argv)])
 
 
 def log_plainly() -> None:
@@ -125,7 +159,7 @@ def is_first_process() -> bool:
 def say(text: str) -> None:
     """Print ``text`` at once, on the first process of a run."""
     if is_first_process() and text:
-        print(redact(text), flush=True)
+        print(redact(_as_called(text)), flush=True)
 
 
 def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks: bool = True) -> int:
@@ -133,7 +167,11 @@ def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks:
     if speaks:
         end_bars()
         # Another process may have left its bar in the line.
-        print(redact(f"{'' if is_first_process() else chr(10)}{word}: {reason}"), file=sys.stderr, flush=True)
+        print(
+            redact(f"{'' if is_first_process() else chr(10)}{word}: {_as_called(str(reason))}"),
+            file=sys.stderr,
+            flush=True,
+        )
     return code
 
 

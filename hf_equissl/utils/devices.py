@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from .machine import usable_cores
 from .suggestions import RecipeError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -47,20 +48,6 @@ def choose_device(name: str) -> torch.device:
     if device.index is not None and device.index >= count:
         raise RecipeError(f"--device {name}: this machine has {count} of {device.type}, counted from 0.")
     return device
-
-
-def resident_peak() -> int:
-    """Read the largest resident memory of this process so far, in bytes, from Linux' /proc.
-
-    ``getrusage`` would count the process that started it.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- precision ----

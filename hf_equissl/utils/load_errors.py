@@ -69,6 +69,17 @@ def read_config(
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub_options)
 
 
+def check_place(source: str | Path, what: str = "encoder") -> None:
+    """Refuse a path at which nothing lies, without importing what would load it. A name of the Hub passes.
+
+    Raises:
+        LoadError: As ``explain_load_errors`` would say it.
+    """
+    place = _Place(str(source), what, _CONFIG)
+    if problem := _nothing_there(place):
+        raise LoadError(f"No {what} at {place}: {problem}")
+
+
 @contextmanager
 def explain_load_errors(
     source: str | Path, what: str = "encoder", *, config_name: str = "config.json", **hub_options: Any
@@ -187,10 +198,8 @@ def _source_problem(chain: list[BaseException], place: _Place) -> str | None:
 
     path, wanted = Path(place.source), place.config_name
     invalid = any(isinstance(link, (HFValidationError, json.JSONDecodeError, UnicodeDecodeError)) for link in chain)
-    expected = f"Expected a folder with {wanted} and the weights, or a Hub id such as 'name/model'."
     if not place.source.strip() or not path.exists():
-        is_path = place.source.startswith((".", "~", os.sep)) or place.source.count("/") > 1
-        return f"there is no such folder.{_nearest_sibling(path)} {expected}" if invalid or is_path else None
+        return _nothing_there(place, invalid)
     if path.is_file():
         return f"that is a file. Give the folder that it lies in, with {wanted}." if invalid else None
     folder = path / place.subfolder
@@ -205,7 +214,20 @@ def _source_problem(chain: list[BaseException], place: _Place) -> str | None:
         )
     if inside := _model_folders(folder):
         return f"the folder has no {wanted}. Did you mean {_listed(inside)}?"
-    return f"the folder has no {wanted} (what it has: {_listed(sorted(folder.iterdir()), folder)}). {expected}"
+    return f"the folder has no {wanted} (what it has: {_listed(sorted(folder.iterdir()), folder)}). {_expected(place)}"
+
+
+def _nothing_there(place: _Place, is_no_id: bool = False) -> str | None:
+    """Say that a folder does not exist; ``None`` where it does, or where the name may be one of the Hub."""
+    path = Path(place.source)
+    is_path = place.source.startswith((".", "~", os.sep)) or place.source.count("/") > 1
+    if not (is_path or is_no_id) or (place.source.strip() and path.exists()):
+        return None
+    return f"there is no such folder.{_nearest_sibling(path)} {_expected(place)}"
+
+
+def _expected(place: _Place) -> str:
+    return f"Expected a folder with {place.config_name} and the weights, or a Hub id such as 'name/model'."
 
 
 def _nearest_sibling(path: Path) -> str:

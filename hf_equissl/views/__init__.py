@@ -1,45 +1,13 @@
-"""Views: transformation families g, and the registry that recipes name them by."""
+"""Views: transformation families g, and the registry that recipes name them by.
+
+Names are imported when they are first used: commands list the families in their help without loading torch.
+"""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..utils.registry import Registry
-from ..utils.suggestions import check_keys, check_known
-from .base import TransformationFamily, Views
-from .color_jitter import ColorJitterFamily
-from .composed import JointFamily, OneOfFamily
-from .crop import CropFamily
-from .flip import FlipFamily
-from .gaussian_blur import GaussianBlurFamily
-from .given import GivenFamily
-from .rot90 import Rot90Family
-from .rotation import RotationFamily
-from .se2 import SE2Family
-from .translation import TranslationFamily
-
-TRANSFORMATIONS = Registry[TransformationFamily](
-    "transformation",
-    TransformationFamily,
-    {
-        "rotation": RotationFamily,
-        "translation": TranslationFamily,
-        "se2": SE2Family,
-        "color_jitter": ColorJitterFamily,
-        "gaussian_blur": GaussianBlurFamily,
-        "crop": CropFamily,
-        "flip": FlipFamily,
-        "rot90": Rot90Family,
-    },
-)
-
-# What else a recipe may name: families that are made of others, or come with the data.
-SPECIAL_TRANSFORMATIONS: dict[str, type[TransformationFamily]] = {
-    "joint": JointFamily,
-    "one_of": OneOfFamily,
-    "given": GivenFamily,
-}
+from ..utils.lazy_names import import_when_used
 
 __all__ = [
     "SPECIAL_TRANSFORMATIONS",
@@ -60,19 +28,39 @@ __all__ = [
     "build_transformation",
 ]
 
+if TYPE_CHECKING:
+    from .base import TransformationFamily, Views
+    from .color_jitter import ColorJitterFamily
+    from .composed import JointFamily, OneOfFamily
+    from .crop import CropFamily
+    from .flip import FlipFamily
+    from .gaussian_blur import GaussianBlurFamily
+    from .given import GivenFamily
+    from .registry import SPECIAL_TRANSFORMATIONS, TRANSFORMATIONS, build_transformation
+    from .rot90 import Rot90Family
+    from .rotation import RotationFamily
+    from .se2 import SE2Family
+    from .translation import TranslationFamily
 
-def build_transformation(name: str, **kwargs: Any) -> TransformationFamily:
-    """Build the family registered as ``name``.
-
-    Args:
-        name: A key of ``TRANSFORMATIONS`` or ``SPECIAL_TRANSFORMATIONS``.
-        kwargs: Keyword arguments of that family.
-
-    Raises:
-        ValueError: unknown name or keyword (the nearest valid one is named), or an impossible value.
-    """
-    families = TRANSFORMATIONS | SPECIAL_TRANSFORMATIONS
-    check_known(name, families, "transformation")
-    family = families[name]
-    check_keys(kwargs, inspect.signature(family).parameters, f"transformation {name!r}")
-    return family(**kwargs)
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "SPECIAL_TRANSFORMATIONS": "registry",
+        "TRANSFORMATIONS": "registry",
+        "ColorJitterFamily": "color_jitter",
+        "CropFamily": "crop",
+        "FlipFamily": "flip",
+        "GaussianBlurFamily": "gaussian_blur",
+        "GivenFamily": "given",
+        "JointFamily": "composed",
+        "OneOfFamily": "composed",
+        "Rot90Family": "rot90",
+        "RotationFamily": "rotation",
+        "SE2Family": "se2",
+        "TransformationFamily": "base",
+        "TranslationFamily": "translation",
+        "Views": "base",
+        "build_transformation": "registry",
+    },
+)

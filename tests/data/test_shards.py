@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import tracemalloc
 from collections import Counter
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_equissl.data import ImageSource, load_images
+from hf_equissl.data import ImageSource, load_images, locations
 from hf_equissl.data.shards import digest, divide, list_shards, read_amplification
 from hf_equissl.views.pipelines import ViewPipeline
 
@@ -172,3 +173,23 @@ def test_a_renamed_shard_begins_the_next_epoch(
         resumed.load_positions(tmp_path, 0)
     assert "The files differ: in names, order or number. It goes on with epoch 1" in caplog.text
     assert {batch["position"].epoch for batch in batches(resumed, workers=0)} == {1}
+
+
+@pytest.mark.parametrize("count", [3, 16, 45])
+def test_a_stream_of_a_list_is_cut_as_datasets_cuts_it(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of runs that go on follow from the shards; ``to_iterable_dataset`` copies the data set for each."""
+    monkeypatch.setattr(locations, "_LIST_SHARDS", 16)
+    monkeypatch.setattr(locations, "_ROWS_AT_ONCE", 2)
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict(
+        {"image": [f"{n}.png" for n in range(count)], "label": [n % 2 for n in range(count)]}, features=features
+    )
+    rows = rows.select(range(count - 1, -1, -1))  # with an order of its own
+    ours = locations._stream(rows, Path("x"), rows["image"][:]).rows
+    theirs = rows.to_iterable_dataset(num_shards=min(16, count))
+    assert (ours.num_shards, ours.features) == (theirs.num_shards, theirs.features)
+    assert list(ours) == list(theirs)
+    for number in {0, 1, ours.num_shards // 2, ours.num_shards - 1}:
+        shard, other = (each.shard(each.num_shards, number) for each in (ours, theirs))
+        assert list(shard.skip(1).iter(8)) == list(other.skip(1).iter(8))
+    assert list(pickle.loads(pickle.dumps(ours)).select_columns(["image"])) == list(theirs.select_columns(["image"]))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from hf_equissl.encoders import FrozenEncoder
-from hf_equissl.evaluation import NAMED_SETS, cli, load_evaluation_data
+from hf_equissl.evaluation import NAMED_SETS, build_evaluator, cli, load_evaluation_data
 
 from .conftest import PixelEncoder, coloured
 
@@ -30,13 +30,13 @@ def test_a_named_set_is_judged_by_its_own_metric(folder: Path) -> None:
     assert data.test.dataset == str(folder / "images")
     assert [len(part) for part in (data.train, *data.tests)] == [60, 30, 12]
     encoder = FrozenEncoder(PixelEncoder(), image_size=8)
-    records = cli.build_evaluator("knn", data, k=3)(encoder)
+    records = build_evaluator("knn", data, k=3)(encoder)
     assert [(each.metric, each.primary, each.split) for each in records[:2]] == [
         ("top1", False, "validation"),
         ("mean_per_class", True, "validation"),
     ]
     plain = load_evaluation_data(f"set:cifar10={folder / 'images'}", progress=False)
-    assert [each.metric for each in cli.build_evaluator("knn", plain, k=3)(encoder)] == ["top1"]
+    assert [each.metric for each in build_evaluator("knn", plain, k=3)(encoder)] == ["top1"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from hf_equissl.evaluation import cli, load_evaluation_data, load_records
+from hf_equissl.evaluation import cli, load_evaluation_data, load_records, runner
 from hf_equissl.evaluation.runner import check_output_dir
 from tests import processes
 
@@ -90,8 +90,8 @@ def test_overwrite_and_changed_weights_compute_again(
 ) -> None:
     quick = arguments(folder, tmp_path, "--evaluators", "knn")
     calls = []
-    real = cli.run_evaluators.__globals__["save_records"]
-    monkeypatch.setitem(cli.run_evaluators.__globals__, "save_records", lambda *a: (calls.append(1), real(*a)))
+    real = runner.save_records
+    monkeypatch.setattr(runner, "save_records", lambda *a: (calls.append(1), real(*a)))
     cli.main(quick)
     cli.main(quick)
     assert len(calls) == 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +181,6 @@ def test_default_targets_are_told_to_peft_when_asked(encoders: dict[str, str], m
     for kind in ("equissl", *STOCK):
         model = get_peft_model(AutoModel.from_pretrained(encoders[kind]), LoraConfig())
         assert sum("lora_A" in name for name, _ in model.named_parameters()) == 12, kind
-
-
-def test_the_command_starts_without_the_big_libraries() -> None:
-    code = (
-        "import sys, hf_equissl.finetuning.cli as cli; cli.build_parser().format_help()\n"
-        "print([name for name in ('peft', 'torch', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[]"]
 
 
 def test_target_modules_can_be_chosen(settings: Any) -> None:

@@ -7,6 +7,7 @@ and the native export is read: no code but transformers'. The Hub is on loopback
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_environments_are_what_they_say(loaded: dict[str, Loaded], environments:
         assert loaded[way].facts["imported"] == []
         assert loaded[way].facts["remote_code"] == (way != "native")
         assert loaded[way].facts["module"].startswith("transformers." if way == "native" else "transformers_modules.")
+
+
+def test_the_command_runs_from_the_wheel(environments: dict[bool, Path], tmp_path: Path) -> None:
+    words = [str(environments[True]), "-I", "-m", "hf_equissl", "recipes"]
+    listed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in listed.splitlines()} == {
+        path.stem for path in (ROOT / "training" / "recipes").glob("*.yaml")
+    }
+    words.append("vits16_ibot_se2")
+    assert "name: se2" in subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
 
 def test_three_ways_give_the_same_tokens(loaded: dict[str, Loaded], published: tuple[LoopbackHub, Published]) -> None:

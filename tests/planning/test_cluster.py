@@ -8,15 +8,8 @@ import pytest
 
 from hf_equissl.distributed.engines import Engine
 from hf_equissl.planning.arithmetic import Schedule
-from hf_equissl.planning.cluster import (
-    GIB,
-    Cluster,
-    Planner,
-    Speed,
-    gpus_of_a_node,
-    launched_engine,
-    parse_engine,
-)
+from hf_equissl.planning.assumptions import GIB, Cluster, Speed, parse_engine
+from hf_equissl.planning.cluster import Planner, gpus_of_a_node, launched_engine
 from hf_equissl.planning.memory import Setup, peak
 from hf_equissl.planning.report import advice, engine_table, plan_data, plan_lines
 from hf_equissl.planning.step import Cost

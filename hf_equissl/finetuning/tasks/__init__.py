@@ -1,22 +1,40 @@
-"""Tasks that an encoder can be fine-tuned for, by name: ``TASKS``."""
+"""Tasks that an encoder can be fine-tuned for, by name: ``TASKS``. Needs no torch before one is used."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...utils.coercion import check_arguments
-from ...utils.registry import Registry
+from ...utils.lazy_names import import_when_used
+from ...utils.registry import Later, Registry
 from ...utils.suggestions import check_known
-from .base import EncoderInput, Samples, Splits, Step, Task
-from .classification import ClassificationTask
-from .dense import DenseTask
-from .segmentation import SegmentationTask
 
 __all__ = ["TASKS", "DenseTask", "EncoderInput", "Samples", "Splits", "Step", "Task", "make_task"]
 
+if TYPE_CHECKING:
+    from .base import EncoderInput, Samples, Splits, Step, Task
+    from .dense import DenseTask
+
 # Own tasks join with ``register``: hf_equissl.utils.registry.
 TASKS: Registry[Task] = Registry(
-    "task", Task, {"classification": ClassificationTask, "semantic_segmentation": SegmentationTask}
+    "task",
+    Later(f"{__package__}.base", "Task"),
+    {
+        "classification": Later(f"{__package__}.classification", "ClassificationTask"),
+        "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),
+    },
+)
+
+__getattr__, __dir__ = import_when_used(
+    __name__,
+    __all__,
+    {
+        "DenseTask": "dense",
+        "EncoderInput": "base",
+        "Samples": "base",
+        "Splits": "base",
+        "Step": "base",
+        "Task": "base",
+    },
 )
 
 
@@ -26,5 +44,7 @@ def make_task(name: str, options: dict[str, Any]) -> Task:
     Raises:
         ValueError: there is no such task, or it has no such option, or an option has another type.
     """
+    from ...utils.coercion import check_arguments
+
     check_known(name, TASKS, "--task")
     return TASKS[name](**check_arguments(options, TASKS[name], f"--set ({name})"))

@@ -1,0 +1,1 @@
+"""The command ``hf-equissl``: the scripts of ``training/`` by one name, without a checkout."""
