@@ -140,33 +140,6 @@ def test_docstring_links_the_paper_and_the_citation_is_bibtex(kind, name):
         assert re.search(rf"^\s+{key}\s*= \{{", cls.citation, flags=re.MULTILINE), key
 
 
-PAIRS = [(a, b) for a in CASES if a[0] == "invariance" for b in CASES if b[0] == "equivariance"]
-
-
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a[1]}-{b[1]}" for a, b in PAIRS])
-def test_a_few_steps_beside_every_entry_of_the_other_registry(first, second):
-    base = tiny_objective(*first)
-    beside_local = own(second[1], "BESIDE_LOCAL_CROPS", {}) if base.needs.local_crops else {}
-    objectives = [base, tiny_objective(*second, **beside_local)]
-    encoder = tiny_encoder()
-    needs = objectives[0].needs | objectives[1].needs
-    views = make_views(needs)
-    parameters = [p for module in (encoder, *objectives) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    losses = []
-    for _ in range(9):  # two updates and the loss after them; with six images a step may lead uphill first
-        student, teacher = encode(encoder, views, needs), teacher_features(needs, views)
-        loss = sum(objective(student, teacher, views).loss for objective in objectives)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if len(losses) > 2 and losses[-1] < losses[0]:
-            break
-    assert torch.isfinite(torch.tensor(losses)).all()
-    assert losses[-1] < losses[0]
-
-
 def loss_and_gradients(kind: str, name: str, rank: int, processes: int) -> dict:
     """Loss, logs and gradients for one process's share of the batch, not yet averaged; buffers after it."""
     objective, encoder = tiny_objective(kind, name), tiny_encoder()

@@ -102,7 +102,8 @@ def copy_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_it_trains_and_a_resumed_run_is_the_unbroken_one(base: str, term: str, labelled: Path, tmp_path: Path) -> None:
     # As of a dry run with data: the step on fake tensors that others take is longer than the real ones.
     options = own(term, "BESIDE_LOCAL_CROPS", {}) if base in MULTI_CROP else {}
-    run = prepare(recipe(base, term, data=labelled, options=options), tmp_path, dry=True)
+    run = prepare(recipe(base, term, labelled, options), None, dry=True)
+    run.args.output_dir = str(tmp_path)
     (before, after), logs = train(run)
     assert len(logs) == 3
     for log in logs:
