@@ -30,7 +30,7 @@ from hf_equissl.utils.commands import check_at_least, command_parser, say, stop
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
 
-PROBES, UNTRAINED = "probes", "untrained"
+PROBES, UNTRAINED, RAW_PIXELS = "probes", "untrained", "raw_pixels"
 TABLE, PLOT, COST = "table.md", "table.png", "benchmark.json"  # beside the records of all systems, RESULTS
 FEATURES = ("backbone", "equivariant")
 PROBE_WORDS = (
@@ -128,7 +128,9 @@ class Comparison:
             for system, members in self.systems.items()
             for member in members
         ]
-        self.lanes = [*(self._untrained(trained) if UNTRAINED in options.references else ()), *trained]
+        pixels = self._raw_pixels(trained) if RAW_PIXELS in options.references else []
+        untrained = self._untrained(trained) if UNTRAINED in options.references else []
+        self.lanes = [*pixels, *untrained, *trained]
         self.chosen = [lane for lane in self.lanes if lane.probe]
         if not self.chosen:
             raise RecipeError("--finished_only: no chosen member is finished. Leave it out, or wait for one.")
@@ -169,7 +171,22 @@ class Comparison:
                 lane.untrained, lane.probe = recipe, self._probe_commands(lane, recipe)
         return list(lanes.values())
 
-    def _probe_commands(self, lane: MemberLane, recipe: Any) -> list[list[str]]:
+    def _raw_pixels(self, trained: Sequence[MemberLane]) -> list[MemberLane]:
+        """Make a lane for the images themselves, of each size: what R2 is read beside."""
+        lanes: dict[int, MemberLane] = {}
+        for member in trained:
+            recipe = self.recipes[member.title]
+            size = recipe.build_encoder_config().image_size
+            if size not in lanes:
+                name = f"{RAW_PIXELS}_{size}" if lanes else RAW_PIXELS
+                run = self.output / name
+                lanes[size] = MemberLane(name, run, system=name, probes=run / self.probes, source=RAW_PIXELS)
+            if member.probe and not lanes[size].probe:
+                more = ("--image_size", str(size), "--evaluators", "transformation_regression")
+                lanes[size].probe = self._probe_commands(lanes[size], recipe, *more)
+        return list(lanes.values())
+
+    def _probe_commands(self, lane: MemberLane, recipe: Any, *more: str) -> list[list[str]]:
         """Write the words of the probes of one encoder, one command for each way to fill images.
 
         Raises:
@@ -182,7 +199,7 @@ class Comparison:
             raise RecipeError("data.source: no data set is named. Give one with --data.")
         features = FEATURES if config.feature_size and config.equivariant_size else FEATURES[:1]
         words = ["--encoder", str(lane.encoder), "--data", str(source), "--output_dir", str(lane.probes)]
-        words += ["--features", *features, *PROBE_WORDS]
+        words += ["--features", *features, *PROBE_WORDS, *more]
         words += [*(SMALL_PROBE_WORDS if protocol_for(config.image_size) == "small" else ()), *self.probe_words]
         return [[*words, *(() if fill is None else ("--fill", fill))] for fill in self.options.fill or [None]]
 
@@ -327,13 +344,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--side_by_side", type=int, metavar="N", help="members at once; default: one per GPU, or per core without one")
     add("--finished_only", action="store_true", help="train nothing: probe what is finished")
-    add("--fill", nargs="+", metavar="FILL", help="probe once with each: zeros, reflect; default: zeros")
+    add("--fill", nargs="+", metavar="FILL", help="probe once with each: zeros, reflect, circle; default: zeros")
     add(
         "--references",
         nargs="*",
-        choices=[UNTRAINED],
-        default=[UNTRAINED],
-        help="further rows: untrained, the same encoder with random weights of each seed; without a word: none",
+        choices=[RAW_PIXELS, UNTRAINED],
+        default=[RAW_PIXELS, UNTRAINED],
+        help="further rows: raw_pixels, the images as their own features; untrained, the same encoder with random "
+        "weights of each seed; default: both, without a word: none",
     )
     add("--probes", metavar="NAME", help=f"keep these probes apart, in folders {PROBES}_NAME in place of {PROBES}")
     text = "timed steps of each system and its base, in turns, when all else is done; 0: none; default: 5"

@@ -33,6 +33,7 @@ class MemberLane(Lane):
         probes: Folder of its results.
         is_trained: Whether its encoder is there.
         untrained: Recipe of the encoder, where it is one of random weights.
+        source: What probe.py calls the encoder, where it is no folder.
         failure: Why it stands still.
         seconds: What its training and its probes took.
     """
@@ -44,13 +45,14 @@ class MemberLane(Lane):
     probes: Path = Path()
     is_trained: bool = False
     untrained: Any = None
+    source: str = ""
     failure: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def encoder(self) -> Path:
-        """Folder of the encoder."""
-        return self.run / "encoder"
+        """Folder of the encoder, or its name."""
+        return Path(self.source or self.run / "encoder")
 
     def prepare(self) -> None:
         """Write the encoder, where it is one of random weights, and note what a finished training took."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..utils.figures import make_figure, save_figure
 from ..utils.markdown import plain, table
-from .metrics import R2
+from .metrics import R2, R2_LINEAR
 from .r2_plot import fill_of
 from .registry import EVALUATORS, evaluator_of
 from .report import aligned, protocol_notes
@@ -75,13 +75,9 @@ def _column(record: ResultRecord) -> tuple[str, ...]:
 
 
 def _check_alike(run: Measured, record: ResultRecord, other_run: Measured, other: ResultRecord) -> None:
-    def facts(of: ResultRecord) -> dict[str, Any]:
-        return {"dataset": of.dataset, "split": of.split, **of.protocol}
-
-    one, two = facts(record), facts(other)
-    unlike = [key for key in {**one, **two} if _plain(one.get(key)) != _plain(two.get(key))]
-    if unlike:
-        key = unlike[0]
+    if record.comparability != other.comparability:
+        one, two = ({"dataset": of.dataset, "split": of.split, **of.protocol} for of in (record, other))
+        key = next(key for key in {**one, **two} if _plain(one.get(key)) != _plain(two.get(key)))
         raise UnlikeProtocolsError(
             f"{record.name} on {record.features} features was measured in different ways: {key} is {one.get(key)!r} "
             f"for {run.system}, seed {run.seed}, and {two.get(key)!r} for {other_run.system}, seed {other_run.seed}. "
@@ -109,10 +105,10 @@ def _of_system(system: str, by_seed: Mapping[int, ResultRecord]) -> ResultRecord
 
 def _means(records: Sequence[ResultRecord]) -> list[ResultRecord]:
     """Average R2 over all families, per system, kind of features and fill."""
-    regressed = [record for record in records if record.metric == R2.name and evaluator_of(record).has_related_tasks]
+    regressed = [record for record in records if record.metric in (R2.name, R2_LINEAR.name)]
     made = []
-    for features in dict.fromkeys(record.features for record in regressed):
-        own = [record for record in regressed if record.features == features]
+    for metric, features in dict.fromkeys((record.metric, record.features) for record in regressed):
+        own = [record for record in regressed if (record.metric, record.features) == (metric, features)]
         for fill in dict.fromkeys(filter(None, map(fill_of, own))) or [""]:
             alike = [record for record in own if fill_of(record) in ("", fill)]
             tasks = list(dict.fromkeys(record.task for record in alike))
@@ -137,17 +133,20 @@ def _means(records: Sequence[ResultRecord]) -> list[ResultRecord]:
 
 
 def comparison_rows(
-    records: Sequence[ResultRecord], systems: Sequence[str], features: str, more: Mapping[str, Mapping[str, str]]
+    records: Sequence[ResultRecord],
+    systems: Sequence[str],
+    kind: tuple[str, str],
+    more: Mapping[str, Mapping[str, str]],
 ) -> list[list[str]]:
-    """Lay the records of one kind of features out: a header, then a row per system.
+    """Lay out the records of one of ``kinds_of_tables``: a header, then a row per system.
 
     Args:
         records: As ``merge_systems`` makes them.
         systems: The rows, in their order; those without records are left out.
-        features: Which kind of features.
+        kind: Which table.
         more: Title of a further column -> system -> its cell.
     """
-    shown = [record for record in records if record.features == features and _is_shown(record)]
+    shown = [record for record in records if _kind(record) == kind and _is_shown(record)]
     titles = dict.fromkeys(map(_title, shown))
     rows = [["system", "seeds", *titles, *more]]
     for system in systems:
@@ -162,18 +161,24 @@ def comparison_rows(
 
 
 def _is_shown(record: ResultRecord) -> bool:
-    """Whether tables have a column for it: the first metric of each evaluator."""
+    """Whether tables have a column for it: the first metric of each evaluator, and R2 of the linear probe."""
     known = EVALUATORS.get(record.evaluator)
-    return record.about.hub_type is not None if known is None else record.metric == known.metrics[0].name
+    first = record.about.hub_type is not None if known is None else record.metric == known.metrics[0].name
+    return first or record.metric == R2_LINEAR.name
 
 
 def _title(record: ResultRecord) -> str:
     return record.name + evaluator_of(record).variant(record)
 
 
-def kinds_of_features(records: Sequence[ResultRecord]) -> list[str]:
-    """List the kinds of features of which tables show something, in the order of the records."""
-    return list(dict.fromkeys(record.features for record in records if _is_shown(record)))
+def kinds_of_tables(records: Sequence[ResultRecord]) -> list[tuple[str, str]]:
+    """List the tables there are: kind of features, and ``r2_linear`` for R2 of the linear probe, else ""."""
+    kinds = dict.fromkeys(map(_kind, filter(_is_shown, records)))
+    return sorted(kinds, key=lambda kind: kind[1])
+
+
+def _kind(record: ResultRecord) -> tuple[str, str]:
+    return record.features, record.metric if record.metric == R2_LINEAR.name else ""
 
 
 def comparison_text(
@@ -184,9 +189,9 @@ def comparison_text(
 ) -> str:
     """Write a Markdown table per kind of features, ``more`` columns in the first one, then how it was measured."""
     parts: list[str] = []
-    for features in kinds_of_features(records):
-        rows = comparison_rows(records, systems, features, {} if parts else more or {})
-        parts += [f"Features: {features}", table([[*map(plain, row)] for row in rows])]
+    for kind in kinds_of_tables(records):
+        rows = comparison_rows(records, systems, kind, {} if parts else more or {})
+        parts += [_heading(kind), table([[*map(plain, row)] for row in rows])]
     measured = protocol_notes([record for record in records if _is_shown(record) and record.task != MEAN])
     several = "Mean +- standard deviation over seeds of the training." if any(r.std for r in records) else ""
     return "\n\n".join(filter(None, [*parts, several, *notes, measured])) + "\n"
@@ -197,12 +202,15 @@ def plain_comparison(
 ) -> str:
     """Write the same tables for the terminal."""
     parts: list[str] = []
-    for features in kinds_of_features(records):
-        parts += [
-            f"Features: {features}",
-            aligned(comparison_rows(records, systems, features, {} if parts else more or {})),
-        ]
+    for kind in kinds_of_tables(records):
+        rows = comparison_rows(records, systems, kind, {} if parts else more or {})
+        parts += [_heading(kind), aligned(rows)]
     return "\n\n".join(parts)
+
+
+def _heading(kind: tuple[str, str]) -> str:
+    features, metric = kind
+    return f"Features: {features}" + (", linear probe" if metric else "")
 
 
 def plot_comparison(
@@ -221,8 +229,8 @@ def plot_comparison(
     Raises:
         ImportError: Without matplotlib.
     """
-    shown = [record for record in records if _is_shown(record)]
-    titles, kinds = list(dict.fromkeys(map(_title, shown))), kinds_of_features(shown)
+    shown = [record for record in records if _is_shown(record) and not _kind(record)[1]]
+    titles, kinds = (list(dict.fromkeys(map(of, shown))) for of in (_title, lambda record: record.features))
     rows = [system for system in systems if any(record.encoder == system for record in shown)]
     figure = make_figure((2.0 + 1.7 * len(titles), 1.4 + 0.26 * len(rows)))
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]

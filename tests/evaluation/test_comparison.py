@@ -56,7 +56,7 @@ def measured() -> list[Measured]:
 
 def test_rows_are_systems_with_mean_and_deviation_over_training_seeds() -> None:
     merged = merge_systems(measured())
-    rows = comparison_rows(merged, ["ours", "base", "absent"], "backbone", {"step": {"ours": "1.25"}})
+    rows = comparison_rows(merged, ["ours", "base", "absent"], ("backbone", ""), {"step": {"ours": "1.25"}})
     mean, reflect = "mean r2 [zeros]", "rotation r2 [reflect]"
     header = ["rotation r2 [zeros]", "gaussian_blur r2", reflect, mean, "linear top1"]
     assert rows[0] == ["system", "seeds", *header, "step"]
@@ -71,16 +71,19 @@ def test_rows_are_systems_with_mean_and_deviation_over_training_seeds() -> None:
 
 def test_texts_and_plot(tmp_path: Path) -> None:
     equivariant = [r2("rotation", 0.95, features="equivariant", primary=False)]
+    equivariant += [r2("rotation", 0.25, features="equivariant", metric="r2_linear", primary=False, about=None)]
     runs = [*measured(), Measured("ours", 0, equivariant)]
     merged = merge_systems(runs)
     text = comparison_text(merged, ["ours", "base"], {"step": {"ours": "1.25"}}, ["Step: a note."])
+    text, linear = text.split("Features: equivariant, linear probe")
     backbone, rest = text.split("Features: equivariant")
+    assert "| system | seeds | rotation r2_linear [zeros] |" in linear
+    assert "| ours | 0 | 0.2500 |" in linear
     assert "| ours | 0 | 0.9000 |" in backbone
     assert "| ours | 0 | 0.9500 |" in rest
     assert "1.25" in backbone
-    assert "1.25" not in rest.split("Mean +-")[0]
-    under = "Mean +- standard deviation over seeds of the training.\n\nStep: a note.\n\n- rotation r2 [zeros]: photos"
-    assert under in rest.replace("\\", "")
+    assert "1.25" not in rest
+    assert "Mean +- standard deviation over seeds of the training.\n\nStep: a note.\n\n- rotation r2" in linear
     assert "0.3000 +- 0.1414" in plain_comparison(merged, ["base"])
     pytest.importorskip("matplotlib")
     figure = plot_comparison(merged, ["ours", "base"], tmp_path / "table.png")

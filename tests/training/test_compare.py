@@ -101,6 +101,7 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
     assert f"| base | 3 4 | {mean:.4f} +- {std:.4f} |" in equivariant
     rows = [line.split(" | ")[:2] for line in equivariant.splitlines() if line.startswith("| ")]
     assert rows[2:5] == [["| untrained", "3 4"], ["| base", "3 4"], ["| fast", "3"]]
+    assert "| raw_pixels | 0 | " in text.split("Features: equivariant")[0]
     assert "linear top1" in text
     assert "knn top1" in text
     assert {"base", "fast"} == json.loads((folder / "benchmark.json").read_text())["systems"].keys()
@@ -114,7 +115,7 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
         entry["protocol"]["train_images"] = 7
     path.write_text(json.dumps(content))
     assert compare.main([*words, "--", *PROBE]) == 2
-    assert "train_images is 7 for fast, seed 3, and 20 for untrained" in capsys.readouterr().err
+    assert "train_images is 7 for fast, seed 3, and 20 for raw_pixels, seed 0" in capsys.readouterr().err
 
 
 def test_places_of_probes_and_ways_to_fill(
@@ -123,8 +124,10 @@ def test_places_of_probes_and_ways_to_fill(
     more = ["--only", "fast", "--probes", "other", "--fill", "zeros", "reflect"]
     options, overrides = parse_words(compare._parser(), [*words, *more])
     comparison = compare.Comparison(options, overrides, ["--epochs", "2"])
-    untrained, fast = comparison.chosen
-    assert (untrained.title, fast.title) == ("untrained_seed-3", "fast-3")
+    pixels, untrained, fast = comparison.chosen
+    assert [lane.title for lane in comparison.chosen] == ["raw_pixels", "untrained_seed-3", "fast-3"]
+    assert pixels.probe[0][:2] == ["--encoder", "raw_pixels"]
+    assert untrained.probe[0][:2] == ["--encoder", str(tmp_path / "runs" / "untrained_seed-3" / "encoder")]
     for command, fill in zip(fast.probe, ("zeros", "reflect"), strict=True):
         assert command[-4:] == ["--epochs", "2", "--fill", fill]
         assert str(tmp_path / "runs" / "fast-3" / "probes_other") in command
