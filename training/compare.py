@@ -50,7 +50,7 @@ alone are one system."""
 
 EPILOG = f"""\
 DIR/NAME holds each run, as sweep.py leaves it, and its probes; DIR/probes the table ({TABLE}), the records
-({RESULTS}) and the plot ({PLOT}), written anew whenever a member is done.
+({RESULTS}), both written anew whenever a member is done, and in the end the plot ({PLOT}).
 Run the same command again to go on: finished runs are skipped, wherever they were trained, an interrupted one resumes,
 what is probed is kept. A member that fails does not stop the others. Ctrl-C and SIGTERM stop all of them; code 75 after
 SIGTERM. Each run is one process here; on several devices train with sweep.py first.
@@ -122,10 +122,9 @@ class Comparison:
         # Those that are not chosen are rows of the table, too, where they are probed.
         self.recipes = load_recipes([member for member in everyone if member not in chosen], {})
         self.recipes |= load_recipes(chosen, overrides)
-        self.systems = group_by_system(everyone)
         trained = [
             self._member(member, system, member in chosen)
-            for system, members in self.systems.items()
+            for system, members in group_by_system(everyone).items()
             for member in members
         ]
         pixels = self._raw_pixels(trained) if RAW_PIXELS in options.references else []
@@ -250,7 +249,7 @@ class Comparison:
         say(f"{len(self.chosen)} members, {at_once} side by side; what their commands say: {self.output}/*/*.log")
         follow(self.chosen, work, watch, at_once)
         self._measure_steps(signals)
-        say(f"\n{self.write()}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
+        say(f"\n{self.write(plot=True)}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
         if failed := [lane.title for lane in self.chosen if lane.failure]:
             return stop(f"{len(failed)} of {len(self.chosen)} members failed: {', '.join(failed)}", code=1)
         return 0
@@ -281,8 +280,8 @@ class Comparison:
         path = self.output / self.probes / COST
         return json.loads(path.read_text())["systems"] if path.is_file() else {}
 
-    def write(self) -> str:
-        """Write table, records and plot of all members that are probed by now; returns the table.
+    def write(self, plot: bool = False) -> str:
+        """Write table and records of all members that are probed by now, and the ``plot``; returns the table.
 
         Raises:
             ValueError: Two members were probed in different ways.
@@ -306,7 +305,8 @@ class Comparison:
         save_records(merged, folder / RESULTS)
         write_text(folder / TABLE, comparison.comparison_text(merged, rows, *step_column(self._step_times())))
         try:
-            comparison.plot_comparison(merged, rows, folder / PLOT)
+            if plot:
+                comparison.plot_comparison(merged, rows, folder / PLOT)
         except ImportError as error:
             say(f"No plot: {error}")
         return comparison.plain_comparison(merged, rows, step_column(self._step_times())[0])
