@@ -45,8 +45,8 @@ class TransformedPairs(ViewMaker):
         x_v = Rot90^{k_v} o Resize_{h_v x w_v} o HFlip^{f_v} o Rot180^{d_v} (u_v)
 
     with h_v, w_v (tokens) and k_v drawn for the batch, d_0 and f_0 for each image; d_1 = 1 - d_0 and f_1 = 1 - f_0, so
-    that the mirror image between the two views is the same for every image. The crops are the first global crop and
-    every other local crop. What comes as u's own flip elsewhere is part of f here.
+    that the mirror image between the two views is the same for every image. As in the released code u is a random crop,
+    the first global one, and every other local one; notes on the paper have the whole image. Its own flip is part of f.
 
     Args:
         settings: The pipeline's.
