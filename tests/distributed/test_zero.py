@@ -30,17 +30,9 @@ STEPS = 4
 # Wide enough that ZeRO-3 shares out some weights; and a head for which the number of masked patches, another one on
 # each process, would decide whether stem and first layer are multiplied before they meet the tokens.
 SIZES = [
-    *(
-        "--model.num_hidden_layers",
-        "3",
-        "--model.feature_size",
-        "1024",
-        "--objectives.invariance.num_prototypes",
-        "2048",
-    ),
-    *("--objectives.invariance.head_hidden_size", "48"),
-    *("--objectives.equivariance.0.decoder_widths", "[16, 16, 16, 16]"),
-]
+    "--model.num_hidden_layers", "2", "--model.feature_size", "1024", "--objectives.invariance.num_prototypes", "2048",
+    "--objectives.invariance.head_hidden_size", "48", "--objectives.equivariance.0.decoder_widths", "[16, 16, 16, 16]",
+]  # fmt: skip
 RUN = {
     "optim": "sgd", "learning_rate": 0.02, "warmup_steps": 2, "weight_decay": 0.1, "weight_decay_end": 0.4,
     "layer_decay": 0.8, "teacher_momentum": 0.8, "epoch_steps": 2, "freeze_last_layer_epochs": 1,
