@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from ..utils.redaction import SECRET_NAME, drop_secrets, redact
+from ..utils.redaction import drop_secrets, redact, redact_values
 
 if TYPE_CHECKING:
     from ..evaluation.results import ResultRecord
@@ -50,11 +50,7 @@ def public_text(text: str) -> str:
 
 def public_values(value: Any) -> Any:
     """Apply ``public_text`` to every string in plain data, and drop entries that are called a token or secret."""
-    if isinstance(value, str):
-        return public_text(value)
-    if isinstance(value, Mapping):
-        return {key: public_values(item) for key, item in value.items() if not SECRET_NAME.search(str(key))}
-    return [public_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return redact_values(value, public_text)
 
 
 def public_command(command: str, names: Mapping[str, str] | None = None) -> str:

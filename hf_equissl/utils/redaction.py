@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -38,7 +38,7 @@ _ALWAYS = (
 )
 _WITH = r"hub|hf|access|auth|api|session|security|refresh|bearer|oauth|sas"
 _NAME = rf"(?:[\w.-]{{0,60}}(?:{_ALWAYS})|(?:[\w.-]{{0,60}}[.-])?(?:(?:{_WITH})_)?(?:token|sig|signature|sas|pwd))"
-SECRET_NAME = re.compile(rf"^(?:{_NAME}|(?:[\w.-]{{0,60}}[.-])?(?:key|authorization))$", re.IGNORECASE)
+_SECRET_NAME = re.compile(rf"^(?:{_NAME}|(?:[\w.-]{{0,60}}[.-])?(?:key|authorization))$", re.IGNORECASE)
 _CERTAIN = re.compile(_NAME, re.IGNORECASE)
 # Those that are called so for no other reason; "key" or "token" alone may name a metric or a word.
 _SURE = re.compile(rf"[\w.-]{{0,60}}(?:{_ALWAYS}|(?:{_WITH})_token)", re.IGNORECASE)
@@ -71,13 +71,13 @@ def redact(text: str) -> str:
     return _ASSIGNED.sub(_drop_assigned, text)
 
 
-def redact_values(value: Any) -> Any:
-    """Apply ``redact`` to every string in plain data, and drop entries that are called as secrets are."""
+def redact_values(value: Any, clean: Callable[[str], str] = redact) -> Any:
+    """Apply ``clean`` to every string in plain data, and drop entries that are called as secrets are."""
     if isinstance(value, str):
-        return redact(value)
+        return clean(value)
     if isinstance(value, Mapping):
-        return {key: redact_values(item) for key, item in value.items() if not SECRET_NAME.search(str(key))}
-    return [redact_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: redact_values(item, clean) for key, item in value.items() if not _SECRET_NAME.search(str(key))}
+    return [redact_values(item, clean) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def drop_secrets(words: Iterable[str]) -> list[str]:
@@ -90,7 +90,7 @@ def drop_secrets(words: Iterable[str]) -> list[str]:
             of_secret = False
             continue
         name, equals, _ = word.lstrip("-").partition("=")
-        is_secret = is_option and bool(SECRET_NAME.search(name))
+        is_secret = is_option and bool(_SECRET_NAME.search(name))
         of_secret = is_secret and not equals
         if not is_secret:
             kept.append(redact(word))
@@ -111,7 +111,7 @@ def find_secret(text: str) -> str | None:
                 return "an address with a password"
             for part in _PARTS.finditer(piece.partition("?")[2]):
                 name, _, value = part[0].partition("=")
-                if SECRET_NAME.search(name) and not _HARMLESS.fullmatch(value) and _is_value(name, value):
+                if _SECRET_NAME.search(name) and not _HARMLESS.fullmatch(value) and _is_value(name, value):
                     return "a signed address"
     return next((f"a {kind}" for kind in _find_assigned(text)), None)
 
@@ -122,7 +122,7 @@ def find_secret_in(values: Any) -> str | None:
         return find_secret(values)
     if isinstance(values, Mapping):
         for key, item in values.items():
-            if isinstance(item, str) and SECRET_NAME.search(str(key)) and _is_value(str(key), item):
+            if isinstance(item, str) and _SECRET_NAME.search(str(key)) and _is_value(str(key), item):
                 return f"a value called {key}"
         values = [*values, *values.values()]
     found = map(find_secret_in, values) if isinstance(values, (list, tuple)) else ()
