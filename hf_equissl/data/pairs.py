@@ -17,7 +17,7 @@ from .errors import ImageDecodeError, ImageSourceError
 if TYPE_CHECKING:
     from .sources import ImageSource
 
-# Under which name the column of second images stands among ``ImageSource.more``.
+# Name under which the column of second images stands among ``ImageSource.more``.
 SECOND = "second image"
 
 
@@ -34,9 +34,9 @@ class Pairs(ABC):
         """Decode one pair.
 
         Args:
-            source: Whose row it is.
-            row: As ``ImageSource.row`` returns it.
-            rng: Chooses, where a row has more than two images.
+            source: The source that the row belongs to.
+            row: A row as ``ImageSource.row`` returns it.
+            rng: Chooses two images, where a row has more.
             content: The row's own image, encoded.
 
         Raises:
@@ -91,10 +91,10 @@ def find_pairs(
     """Name the numbers of the columns that lead from one image to the other.
 
     Args:
-        features: Of the data set.
+        features: Features of the data set.
         first: Its first row.
-        columns: Of numbers; they exist.
-        source: Opens the error messages.
+        columns: Columns of numbers, all of which the data set has.
+        source: Name of the source, which opens the error messages.
 
     Returns:
         Pairs whose numbers are called like their column, or ``<column>_0``, ``<column>_1`` ... where a row holds
@@ -118,7 +118,7 @@ def find_pairs(
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers of one row, in order; none where there is nothing."""
+    """List the numbers of one row, in order; none where there is nothing."""
     if value is None or (isinstance(value, list) and None in value):
         return []
     return np.asarray(value, dtype=np.float64).ravel().tolist()

@@ -20,12 +20,12 @@ from .pairs import Pairs
 if TYPE_CHECKING:
     from .sources import ImageSource
 
-# What split files begin with -> the split's name.
+# Word that the names of split files begin with -> the split's name.
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _SUFFIXES = (".npy", ".npz")
 _NUM_LATENTS = 7
 _NUM_ANGLES = 3
-# What is given of the latents behind the angles: their differences.
+# Names of the latents behind the angles, whose differences are given.
 _DIFFERENCES = ("floor_hue", "light_theta", "light_phi", "light_hue")
 
 
@@ -78,8 +78,8 @@ def open_renders(folder: Path, splits: Mapping[str, tuple[Path, Path]], wanted: 
     """Make rows of objects, each with the path of its first render and its class.
 
     Args:
-        folder: Of the objects.
-        splits: As ``find_split_files`` found them.
+        folder: Folder of the objects.
+        splits: Files of each split, as ``find_split_files`` found them.
         wanted: Splits to read.
 
     Returns:
@@ -106,9 +106,9 @@ def find_rendered_pairs(folder: Path, first: str, source: str) -> RenderedPairs:
     """Count the renders of the first object, as many as every object has.
 
     Args:
-        folder: Of the objects.
+        folder: Folder of the objects.
         first: Path of the first object's first render, below ``folder``.
-        source: Opens the error messages.
+        source: Name of the source, which opens the error messages.
 
     Raises:
         ImageSourceError: There are fewer than two, or one has no latents.
@@ -151,7 +151,7 @@ def relative_rotation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _quaternion(angles: np.ndarray) -> np.ndarray:
-    """The rotation about x, then about y, then about z, as a quaternion."""
+    """Write the rotation about x, then about y, then about z as a quaternion."""
     result = np.array([0.0, 0.0, 0.0, 1.0])
     for axis, angle in enumerate(angles):
         turn = np.zeros(4)
@@ -161,13 +161,13 @@ def _quaternion(angles: np.ndarray) -> np.ndarray:
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Hamilton's product: b first, then a."""
+    """Multiply two quaternions (Hamilton's product): the rotation b first, then a."""
     vector = a[3] * b[:3] + b[3] * a[:3] + np.cross(a[:3], b[:3])
     return np.array([*vector, a[3] * b[3] - a[:3] @ b[:3]])
 
 
 def _read_split(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Folders of the objects of one split, and their classes."""
+    """Read the folders of the objects of one split, and their classes."""
     names, classes = _read_array(images), _read_array(labels)
     if names.dtype.kind != "U" or names.ndim != 1 or not len(names):
         raise ImageSourceError(
