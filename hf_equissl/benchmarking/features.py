@@ -62,7 +62,7 @@ def _measure(options: argparse.Namespace) -> Iterator[str]:
             store.add({"cls": torch.randn(count, options.width, generator=generator)})
 
     yield _line("filled", fill, beside=size)
-    train = store.joined(["cls"])
+    train = store.join(["cls"])
     if train is None:
         raise RuntimeError("Nothing was filled in.")
     labels = torch.arange(options.images) % options.classes

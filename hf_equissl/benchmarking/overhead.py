@@ -42,7 +42,7 @@ from ..views.base import Item, map_tensors
 from ..views.collator import ViewCollator
 from ..views.cropping import Box
 from ..views.pipelines import ViewPipeline
-from .timing import Stopwatch, take_turns, timed
+from .timing import Stopwatch, measure_seconds, take_turns
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)
@@ -152,7 +152,7 @@ class Side:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def without_equivariance(recipe: Recipe) -> Recipe:
+def drop_equivariance(recipe: Recipe) -> Recipe:
     """Set lambda = 0 in a recipe: the base method on the same views."""
     entries = [{**entry, "weight": 0.0} for entry in recipe.objectives.equivariance]
     return replace(recipe, objectives=replace(recipe.objectives, equivariance=entries))
@@ -208,7 +208,7 @@ def both_recipes(recipe: Recipe, base: Recipe | None = None) -> dict[str, Recipe
             f"{recipe.name} has no equivariance objective with a weight above 0, so there is nothing to compare. "
             "Choose a recipe with one, e.g. --recipe vits16_vicreg_rot."
         )
-    return {BASE: without_equivariance(recipe) if base is None else base, FULL: recipe}
+    return {BASE: drop_equivariance(recipe) if base is None else base, FULL: recipe}
 
 
 def build_sides(
@@ -241,13 +241,13 @@ def first_images(source: ImageSource, count: int) -> list[Image.Image]:
     Raises:
         RecipeError: None does.
     """
-    images = [image for _, image in islice(_decoded(source), count)]
+    images = [image for _, image in islice(_decode_all(source), count)]
     if not images:
         raise RecipeError("data: none of the images can be read.")
     return images
 
 
-def _decoded(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
+def _decode_all(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
     for index in range(len(source)):
         try:
             yield index, source.decode(source.content(source.row(index)))
@@ -346,7 +346,7 @@ def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, 
     Left out are images that do not decode, and those turned by their EXIF block, which a plain loop would ignore.
     """
     keys, plain = [], []
-    for index, image in islice(_decoded(dataset.source), count):
+    for index, image in islice(_decode_all(dataset.source), count):
         content = dataset.source.content(dataset.source.row(index))
         with Image.open(BytesIO(content)) as stored:
             if stored.size != image.size:
@@ -384,7 +384,9 @@ def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        runs = take_turns({"loader": lambda: timed(read_all), "plain": lambda: timed(plain_loop)}, repeats)
+        runs = take_turns(
+            {"loader": lambda: measure_seconds(read_all), "plain": lambda: measure_seconds(plain_loop)}, repeats
+        )
     finally:
         torch.set_num_threads(threads)
     result: dict[str, Any] = {"images": len(keys)}

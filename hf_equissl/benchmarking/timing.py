@@ -74,7 +74,7 @@ def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int, rehearse: bool
     return results
 
 
-def timed(task: Callable[[], None]) -> dict[str, float]:
+def measure_seconds(task: Callable[[], None]) -> dict[str, float]:
     """Measure the seconds of ``task`` by the clock (``wall``) and of processor time, all threads (``cpu``)."""
     wall, cpu = time.perf_counter(), time.process_time()
     task()

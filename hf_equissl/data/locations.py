@@ -26,7 +26,7 @@ from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
 from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, show_name, split_files
 from .pairs import Pairs
-from .places import BUILDERS, check_hub_name, is_pattern, match_pattern, numbered
+from .places import BUILDERS, check_hub_name, expand_range, is_pattern, match_pattern
 from .renders import find_rendered_pairs, find_split_files, open_renders
 from .shared_walk import list_folder
 from .tars import tar_builder
@@ -38,7 +38,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Opened:
-    """What was found.
+    """What a source holds.
 
     Attributes:
         rows: All columns.
@@ -91,7 +91,7 @@ def open_dataset(
             "it out."
         )
     if "://" in source:
-        return _open_files(source, numbered(source, source), options)
+        return _open_files(source, expand_range(source, source), options)
     if is_pattern(source):
         folder, patterns = match_pattern(source)
         files = [os.path.join(glob.escape(str(folder)), each) for each in patterns]
@@ -107,7 +107,7 @@ def open_dataset(
 
 
 def _open_files(source: str, files: list[str], options: Mapping[str, Any], root: Path | None = None) -> Opened:
-    suffix = Path(_without_query(files[0])).suffix.lower()
+    suffix = Path(_drop_query(files[0])).suffix.lower()
     if suffix not in BUILDERS:
         raise ImageSourceError(
             f"{source}: files of type {suffix or 'unknown'!r} hold no data set. Expected "
@@ -116,13 +116,13 @@ def _open_files(source: str, files: list[str], options: Mapping[str, Any], root:
     return _build(source, BUILDERS[suffix], options, root, data_files=files)
 
 
-def _without_query(file: str) -> str:
+def _drop_query(file: str) -> str:
     return file.split("?")[0] if "://" in file else file
 
 
 def _digest(names: Iterable[str]) -> str:
-    """The same wherever the files lie: the folder that they share does not count, nor does how an address is signed."""
-    plain = [_without_query(name) for name in names]
+    """Digest names of files: wherever their common folder lies and however addresses are signed, it is the same."""
+    plain = [_drop_query(name) for name in names]
     folder = len(os.path.commonprefix(plain).rpartition("/")[0])  # noqa: RUF071 (commonpath breaks "://")
     return hashlib.blake2b("\n".join(name[folder:] for name in plain).encode(), digest_size=8).hexdigest()
 
@@ -156,7 +156,7 @@ def _open_folder(source: str, path: Path, options: Mapping[str, Any], hub: Mappi
 def _open_objects(
     source: str, path: Path, files: Mapping[str, tuple[Path, Path]], options: Mapping[str, Any]
 ) -> Opened:
-    """A folder of rendered objects, with files that say their splits."""
+    """Open a folder of rendered objects, with files that say their splits."""
     if options["streaming"]:
         raise ImageSourceError(f"{source}: rendered objects are read by their number. Leave out streaming.")
     wanted, names = _canonical_split(source, options["split"], files)
@@ -166,7 +166,7 @@ def _open_objects(
 
 
 def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any], hub: Mapping[str, Any]) -> Opened:
-    """A folder of files of one kind, whose names say their splits."""
+    """Open a folder of files of one kind, whose names say their splits."""
     base = str(path.resolve())
     if glob.escape(base) == base:
         return _build(source, str(path), options, path, name=hub["config_name"])
@@ -175,14 +175,14 @@ def _build_folder(source: str, path: Path, kind: str, options: Mapping[str, Any]
         patterns = datasets.data_files.get_data_patterns(glob.escape(base))
         files = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=glob.escape(base))
     except Exception as error:
-        raise _broken(source, error) from error
+        raise _explain_broken(source, error) from error
     suffixes = [suffix for suffix, builder in BUILDERS.items() if builder == kind]
     named = {split: [name for name in names if name.endswith(tuple(suffixes))] for split, names in files.items()}
     return _build(source, kind, options, path, data_files=named)
 
 
 def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]) -> Opened:
-    """A folder of images: splits from its top folders if they are called so, classes from the folders below."""
+    """Open a folder of images: splits are its top folders if they are called so, classes the folders below."""
     splits, depth = split_files(scan.images)
     metadata, notes = read_metadata(path, scan)
     wanted, names = _canonical_split(source, options["split"], splits)
@@ -192,7 +192,7 @@ def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]
 
 
 def _canonical_split(source: str, wanted: str, known: Iterable[str]) -> tuple[str, list[str]]:
-    """What is wanted with splits by their usual names, and those names: ``val[:10%]`` is of ``validation``."""
+    """Write ``wanted`` with splits by their usual names, and list those: ``val[:10%]`` is of ``validation``."""
     names = {SPLIT_FOLDERS.get(name, name): name for name in _split_names(wanted)}
     _check_splits(source, names, known)
     for canonical, written in names.items():
@@ -201,12 +201,12 @@ def _canonical_split(source: str, wanted: str, known: Iterable[str]) -> tuple[st
 
 
 def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
-    """A folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
+    """Open a folder written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
     _check_chained(source, str(path.resolve()))
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise _broken(source, error) from error
+        raise _explain_broken(source, error) from error
     if isinstance(saved, Dataset):
         # One set: it answers to its own name, and to the default.
         saved = DatasetDict({name: saved for name in {str(saved.split or "train"), "train"}})
@@ -214,21 +214,20 @@ def _open_saved(source: str, path: Path, options: Mapping[str, Any]) -> Dataset:
 
 
 def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None = None, **arguments: Any) -> Opened:
-    """Rows by one of the builders of ``datasets``."""
+    """Read rows with one of the builders of ``datasets``."""
     split = options["split"]
     if root is not None:
         _check_chained(source, str(root.resolve()))
     if "data_files" in arguments:  # what exists under this very name is no pattern
-        arguments["data_files"] = _without_patterns(arguments["data_files"])
+        arguments["data_files"] = _drop_patterns(arguments["data_files"])
     try:
         builder = datasets.load_dataset_builder(path, cache_dir=options["cache_dir"], **arguments)
-        builder = _of_these_splits(builder, split, options["cache_dir"])
+        builder = _keep_splits(builder, split, options["cache_dir"])
         if isinstance(builder, WebDataset):
             builder = tar_builder(builder, options["cache_dir"], **options["members"])
     except Exception as error:
-        raise (
-            _broken(source, error) if os.path.exists(path) or "data_files" in arguments else _not_found(source, error)
-        ) from error
+        is_there = os.path.exists(path) or "data_files" in arguments
+        raise (_explain_broken if is_there else _explain_missing)(source, error) from error
     # Files say their splits by their names; prepared data sets of the Hub by their card.
     files = getattr(builder.config, "data_files", None)
     known = [str(name) for name in (files or builder.info.splits or {})]
@@ -246,24 +245,24 @@ def _build(source: str, path: str, options: Mapping[str, Any], root: Path | None
     except ImageSourceError:
         raise
     except Exception as error:
-        raise _broken(source, error.__cause__ or error) from error
+        raise _explain_broken(source, error.__cause__ or error) from error
 
 
-def _of_these_splits(builder: datasets.DatasetBuilder, split: str, cache_dir: Any) -> datasets.DatasetBuilder:
-    """The same builder without the files of other splits: it takes the first file's columns and classes for all."""
+def _keep_splits(builder: datasets.DatasetBuilder, split: str, cache_dir: Any) -> datasets.DatasetBuilder:
+    """Drop the files of other splits from a builder, which takes the first file's columns and classes for all."""
     files = getattr(builder.config, "data_files", None) or {}
     kind = next((name for cls, name in ((Parquet, "parquet"), (Arrow, "arrow")) if isinstance(builder, cls)), None)
     names = [name for name in _split_names(split) if name in files]
     is_local = not any("://" in str(file) for name in files for file in files[name])
     if kind is None or not names or len(names) == len(files) or not is_local or builder.info.features is not None:
         return builder
-    chosen = _without_patterns({name: list(files[name]) for name in names})
+    chosen = _drop_patterns({name: list(files[name]) for name in names})
     return datasets.load_dataset_builder(kind, cache_dir=cache_dir, data_files=chosen)
 
 
-def _without_patterns(files: Any) -> Any:
+def _drop_patterns(files: Any) -> Any:
     if isinstance(files, Mapping):
-        return {split: _without_patterns(names) for split, names in files.items()}
+        return {split: _drop_patterns(names) for split, names in files.items()}
     return [glob.escape(file) if os.path.exists(file) else file for file in files]
 
 
@@ -291,7 +290,7 @@ def _build_stream(builder: datasets.DatasetBuilder, split: str, root: Path | Non
 
 
 def _take(source: str, split: str, sets: Mapping[str, Dataset]) -> Dataset:
-    """The rows that ``split`` names: ``train``, ``train[:10%]``, ``train+test``."""
+    """Take the rows that ``split`` names: ``train``, ``train[:10%]``, ``train+test``."""
     _check_splits(source, _split_names(split), sets)
     if split in sets:
         return sets[split]
@@ -335,7 +334,7 @@ def _check_chained(source: str, path: str) -> None:
         raise ImageSourceError(f"{source}: {path} has '::' in it, which data sets cannot be read from. Rename it.")
 
 
-def _not_found(source: str, error: BaseException) -> ImageSourceError:
+def _explain_missing(source: str, error: BaseException) -> ImageSourceError:
     offline = datasets.config.HF_HUB_OFFLINE
     hint = (
         "HF_HUB_OFFLINE is set: unset it, or give a local path."
@@ -348,7 +347,7 @@ def _not_found(source: str, error: BaseException) -> ImageSourceError:
     )
 
 
-def _broken(source: str, error: BaseException) -> ImageSourceError:
+def _explain_broken(source: str, error: BaseException) -> ImageSourceError:
     return ImageSourceError(
         f"{source}: the files cannot be read ({type(error).__name__}: {error}). Check that they are complete and of "
         "the type that their name says."

@@ -20,7 +20,7 @@ def check_place(source: str) -> None:
         ImageSourceError: There is no such file or folder, or no file matches.
     """
     if "://" in source:
-        numbered(source, source)
+        expand_range(source, source)
     elif is_pattern(source):
         match_pattern(source)
     elif not Path(source).exists():
@@ -41,7 +41,7 @@ def match_pattern(source: str) -> tuple[Path, list[str]]:
     path = Path(source)
     folder = next(folder for folder in path.parents if folder.exists())
     pattern = str(path.relative_to(folder))
-    patterns = numbered(source, pattern)
+    patterns = expand_range(source, pattern)
     for each in patterns:
         if next(folder.glob(each), None) is None:
             missing = source if each == pattern else str(folder / each)
@@ -49,7 +49,7 @@ def match_pattern(source: str) -> tuple[Path, list[str]]:
     return folder, patterns
 
 
-def numbered(source: str, pattern: str) -> list[str]:
+def expand_range(source: str, pattern: str) -> list[str]:
     """List the names that ``shard-{000..146}.tar`` stands for: as many digits as its first number has.
 
     Raises:
@@ -61,7 +61,7 @@ def numbered(source: str, pattern: str) -> list[str]:
     first, last = found.groups()
     if int(first) > int(last):
         raise ImageSourceError(f"{source}: {found[0]} is empty. Write the smaller number first.")
-    tails = numbered(source, pattern[found.end() :])
+    tails = expand_range(source, pattern[found.end() :])
     numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     return [pattern[: found.start()] + number + tail for number in numbers for tail in tails]
 

@@ -33,7 +33,7 @@ from .loading import read_image_settings
 from .native import save_native
 from .places import is_upstream_file
 from .upstream import convert_upstream
-from .weights import SAME_NAME, build_encoder, grouped, listed, without_load_report
+from .weights import SAME_NAME, build_encoder, count_groups, join_names, without_load_report
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def _convert_model(model: PreTrainedModel) -> EquiSSLModel:
     encoder = getattr(model, model.base_model_prefix, model)
     head = [key for key in model.state_dict() if encoder is not model and not key.startswith(prefix)]
     if head:
-        logger.info("Left out of %s: %s.", name, grouped(head))
+        logger.info("Left out of %s: %s.", name, count_groups(head))
     if isinstance(encoder, EquiSSLModel):
         return encoder
     if converter.model_class is EquiSSLModel:
@@ -243,7 +243,7 @@ def _check_report(report: Mapping[str, Any], converter: Converter, source: str) 
     unknown = {name for name in unexpected if name.split(".")[0] not in converter.dropped}
     if missing or unknown:
         found = [
-            f"{len(names)} {what}: {listed(names)}"
+            f"{len(names)} {what}: {join_names(names)}"
             for what, names in (("missing", missing), ("unknown", unknown))
             if names
         ]
@@ -252,7 +252,7 @@ def _check_report(report: Mapping[str, Any], converter: Converter, source: str) 
             "Give the complete checkpoint that config.json belongs to."
         )
     if unexpected:
-        logger.info("Left out of %s: %s.", source, grouped(unexpected))
+        logger.info("Left out of %s: %s.", source, count_groups(unexpected))
     return _MASK_TOKEN in report["missing_keys"]
 
 
@@ -260,7 +260,7 @@ def _build(converter: Converter, fields: dict[str, Any], state: dict[str, Tensor
     """Build the encoder from renamed weights, without those that are not its own."""
     dropped = [name for name in state if name.split(".")[0] in converter.dropped]
     if dropped:
-        logger.info("Left out of %s: %s.", source, grouped(dropped))
+        logger.info("Left out of %s: %s.", source, count_groups(dropped))
     renamed: dict[str, Tensor] = {}
     for name in state.keys() - set(dropped):
         ours = name

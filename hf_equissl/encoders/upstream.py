@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..modeling import EquiSSLModel
 from .places import check_source
-from .weights import build_encoder, grouped, listed
+from .weights import build_encoder, count_groups, join_names
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _network(checkpoint: Mapping[str, Any], weights_of: str, path: Path) -> Mapp
     network = checkpoint.get(key)
     if not isinstance(network, Mapping) or not network:
         raise ValueError(
-            f"{str(path)!r} has no {weights_of!r} and no 'state_dict': it holds {listed(map(str, checkpoint))}. "
+            f"{str(path)!r} has no {weights_of!r} and no 'state_dict': it holds {join_names(map(str, checkpoint))}. "
             "Choose the other network with weights_of, or save the state dict alone."
         )
     others = sorted(str(name) for name in checkpoint if name != key)
@@ -148,9 +148,11 @@ def _encoder_weights(network: Mapping[str, Any], path: Path) -> dict[str, Tensor
     stray = [name for name in entries if wrapped and name not in heads and not name.startswith("backbone.")]
     stray += [name for name, value in state.items() if not isinstance(value, Tensor)]
     if stray:
-        raise ValueError(f"{str(path)!r}: {len(stray)} entries are neither of an encoder nor a head: {listed(stray)}.")
+        raise ValueError(
+            f"{str(path)!r}: {len(stray)} entries are neither of an encoder nor a head: {join_names(stray)}."
+        )
     if heads:
-        logger.info("Left out of %s: %s.", path, grouped(heads))
+        logger.info("Left out of %s: %s.", path, count_groups(heads))
     return state
 
 
@@ -179,8 +181,8 @@ def _fields(state: Mapping[str, Tensor], num_attention_heads: int | None, path: 
     absent = [name for key, name in needed.items() if name not in state or state[name].ndim != dimensions[key]]
     if absent:
         raise ValueError(
-            f"{str(path)!r} is not a ViT of iBOT, DINO or DINOv2: without {listed(absent)} (our names). "
-            f"It holds {listed(state)}."
+            f"{str(path)!r} is not a ViT of iBOT, DINO or DINOv2: without {join_names(absent)} (our names). "
+            f"It holds {join_names(state)}."
         )
     hidden_size, num_channels, patch_size, _ = state[needed["patches"]].shape
     side = math.isqrt(state[needed["positions"]].shape[1] - 1)

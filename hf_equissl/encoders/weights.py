@@ -38,14 +38,14 @@ def without_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """Join names in order with commas; beyond 20 only their number is given."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
     return ", ".join(ordered[:_LISTED]) + more
 
 
-def grouped(names: Iterable[str]) -> str:
+def count_groups(names: Iterable[str]) -> str:
     """Count names by their first part, e.g. ``"classifier (2), pooler (2)"``."""
     counts: dict[str, int] = {}
     for name in sorted(names):
@@ -78,7 +78,7 @@ def build_encoder(fields: Mapping[str, Any], state: Mapping[str, Tensor], source
         "unknown": state.keys() - expected.keys(),
         "of another shape": shapes,
     }
-    found = [f"{len(names)} {problem}: {listed(names)}" for problem, names in problems.items() if names]
+    found = [f"{len(names)} {problem}: {join_names(names)}" for problem, names in problems.items() if names]
     if found:
         raise ValueError(
             f"The weights of {source!r} do not fit its architecture ({'; '.join(found)}). "

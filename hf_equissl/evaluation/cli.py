@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="compute again what the output folder already has")
     evaluators = parser.add_argument_group("evaluators")
-    add_options(evaluators, [option for name in EVALUATORS for option in EVALUATORS.declared(name, "options")])
+    add_options(evaluators, [option for name in EVALUATORS for option in EVALUATORS.read_declared(name, "options")])
     add_options(parser.add_argument_group("data"), _DATA_OPTIONS)
     add_options(parser.add_argument_group("encoder"), ENCODER_OPTIONS)
     return parser

@@ -16,7 +16,7 @@ from ..utils.markdown import plain, table
 from .metrics import R2, R2_LINEAR
 from .r2_plot import fill_of
 from .registry import EVALUATORS, evaluator_of
-from .report import aligned, protocol_notes
+from .report import align_columns, protocol_notes
 from .results import ResultRecord, merge_records
 
 MEAN = "mean"  # the task of a mean over families
@@ -65,7 +65,7 @@ def merge_systems(measured: Sequence[Measured]) -> list[ResultRecord]:
             column = _column(record)
             _check_alike(run, record, *first.setdefault(column, (run, record)))
             rows.setdefault((run.system, *column), []).append((run.seed, record))
-    merged = [_of_system(system, dict(found)) for (system, *_), found in rows.items()]
+    merged = [_merge_seeds(system, dict(found)) for (system, *_), found in rows.items()]
     order = {name: position for position, name in enumerate(EVALUATORS)}
     return sorted([*merged, *_means(merged)], key=lambda record: order.get(record.evaluator, len(order)))
 
@@ -89,7 +89,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _of_system(system: str, by_seed: Mapping[int, ResultRecord]) -> ResultRecord:
+def _merge_seeds(system: str, by_seed: Mapping[int, ResultRecord]) -> ResultRecord:
     seeds = sorted(by_seed)
     records = [by_seed[seed] for seed in seeds]
     digests = "".join(record.encoder_digest for record in records)
@@ -204,7 +204,7 @@ def plain_comparison(
     parts: list[str] = []
     for kind in kinds_of_tables(records):
         rows = comparison_rows(records, systems, kind, {} if parts else more or {})
-        parts += [_heading(kind), aligned(rows)]
+        parts += [_heading(kind), align_columns(rows)]
     return "\n\n".join(parts)
 
 

@@ -152,7 +152,7 @@ class CorruptionsEvaluator(LinearEvaluator):
         fitted = self.fit(encoder, self.features_of(encoder), seeds)
         records = []
         for part in self.data.tests:
-            found = self._corrupted(encoder, part, fitted)
+            found = self._judge_corrupted(encoder, part, fitted)
             for name in self.features_of(encoder):
                 metrics = {
                     metric.name: [
@@ -172,7 +172,7 @@ class CorruptionsEvaluator(LinearEvaluator):
                 records += self.records(encoder, task, name, metrics, seeds, details, part)
         return records
 
-    def _corrupted(
+    def _judge_corrupted(
         self,
         encoder: FrozenEncoder,
         part: ImageSet,

@@ -45,7 +45,7 @@ class FeatureStore:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def joined(self, names: Sequence[str]) -> Tensor | None:
+    def join(self, names: Sequence[str]) -> Tensor | None:
         """Return kinds of features side by side, (m, .); ``None`` where they do not lie so."""
         if self._buffer is None or not all(name in self._columns for name in names):
             return None

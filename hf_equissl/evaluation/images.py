@@ -221,7 +221,7 @@ class ImageSet:
         Returns:
             Rows (m,) of the images that decode, and name -> (m, .) float32 on the CPU.
         """
-        rows, store = self._collect(encoder, _needed(encoder, names), torch.float32, change)
+        rows, store = self._collect(encoder, _list_needed(encoder, names), torch.float32, change)
         return rows, _compose(encoder, [store], names)
 
     def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -234,7 +234,9 @@ class ImageSet:
         stored = self._features.get(encoder)
         if stored is None or stored["version"] != encoder.version:
             stored = self._features[encoder] = {"version": encoder.version, "stores": []}
-        missing = [name for name in _needed(encoder, names) if not any(name in store for store in stored["stores"])]
+        missing = [
+            name for name in _list_needed(encoder, names) if not any(name in store for store in stored["stores"])
+        ]
         if missing:
             stored["rows"], store = self._collect(encoder, missing, STORED[self.feature_storage])
             stored["stores"].append(store)
@@ -262,7 +264,7 @@ class ImageSet:
         return torch.cat(rows), store
 
 
-def _needed(encoder: FrozenEncoder, names: Sequence[str]) -> list[str]:
+def _list_needed(encoder: FrozenEncoder, names: Sequence[str]) -> list[str]:
     """List what is computed and kept for ``names``: "backbone" is put together from its parts when it is asked for."""
     return list(dict.fromkeys(part for name in names for part in _parts(encoder, name)))
 
@@ -275,7 +277,7 @@ def _compose(encoder: FrozenEncoder, stores: Sequence[FeatureStore], names: Sequ
     """Put together what was asked for; parts that were computed together already lie side by side."""
 
     def find(parts: Sequence[str]) -> Tensor | None:
-        return next((found for store in stores if (found := store.joined(parts)) is not None), None)
+        return next((found for store in stores if (found := store.join(parts)) is not None), None)
 
     composed = {}
     for name in names:

@@ -52,14 +52,14 @@ def knn_votes(
     scores = torch.empty(len(test), num_classes)
     for begin in range(0, len(test), chunk_size):
         queries = F.normalize(test[begin : begin + chunk_size].to(device).float(), dim=1)
-        similarity, neighbours = _nearest(queries, bank, k, block_size)
+        similarity, neighbours = _find_nearest(queries, bank, k, block_size)
         votes = torch.zeros(len(queries), num_classes, device=queries.device)
         votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
         scores[begin : begin + len(queries)] = votes.cpu()
     return scores
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
+def _find_nearest(queries: Tensor, bank: Tensor, k: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Find the ``k`` rows of ``bank`` that are most similar to each query, of unit length: cosines and rows (m, k)."""
     best: list[tuple[Tensor, Tensor]] = []
     for begin in range(0, len(bank), block_size):

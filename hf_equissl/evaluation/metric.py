@@ -36,7 +36,7 @@ class Metric:
         text = " +- ".join(f"{number * self.scale:.{self.digits}f}" for number in numbers)
         return text if self.unit in ("", "%") else f"{text} {self.unit}"
 
-    def rounded(self, value: float) -> float:
+    def round(self, value: float) -> float:
         """Round a value, not scaled, to the digits that ``text`` shows."""
         return round(value, self.digits + (2 if self.unit == "%" else 0))
 

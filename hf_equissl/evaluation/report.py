@@ -75,10 +75,10 @@ def _values(records: Sequence[ResultRecord], task: str, metric: str) -> dict[tup
 def plain_table(records: Sequence[ResultRecord]) -> str:
     """Write a table for the terminal: measurements downwards, encoders across, so that it stays narrow."""
     header, rows = table_rows(records)
-    return aligned([[name, *(row[position] for row in rows)] for position, name in enumerate(header)], heads=2)
+    return align_columns([[name, *(row[position] for row in rows)] for position, name in enumerate(header)], heads=2)
 
 
-def aligned(rows: Sequence[Sequence[str]], heads: int = 1) -> str:
+def align_columns(rows: Sequence[Sequence[str]], heads: int = 1) -> str:
     """Write rows with columns below each other, the first ``heads`` of them as a header."""
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in rows]

@@ -135,7 +135,7 @@ class RenderedPoseEvaluator(Evaluator):
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:
         """Fit the probes of one task, and judge them on one fixed pair of each test object."""
         kinds = self.features_of(encoder)
-        train, test = (self._by_object(encoder, part, kinds) for part in (self.data.train, self.data.test))
+        train, test = (self._group_by_object(encoder, part, kinds) for part in (self.data.train, self.data.test))
         records = []
         for name in kinds:
             mean, std = feature_statistics(train[name].flatten(0, 1))
@@ -150,7 +150,7 @@ class RenderedPoseEvaluator(Evaluator):
             records += self.records(encoder, task, name, values, seeds)
         return records
 
-    def _by_object(self, encoder: FrozenEncoder, part: ImageSet, kinds: Sequence[str]) -> dict[str, Tensor]:
+    def _group_by_object(self, encoder: FrozenEncoder, part: ImageSet, kinds: Sequence[str]) -> dict[str, Tensor]:
         """Compute the features of all renders, name -> (objects, renders, D)."""
         _, features = part.features(encoder, kinds)
         objects, renders = self.latents[part.split].shape[:2]

@@ -232,7 +232,7 @@ class TransformationRegressionEvaluator(Evaluator):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Compute features of I and of g(I), and the targets, for the images of a test set that decode."""
         rows, first = self._base(encoder, images, task)
-        _, second = self._transformed(encoder, images, task, _TEST_DRAW)
+        _, second = self._transform(encoder, images, task, _TEST_DRAW)
         return first, second, self.families[task].targets(self.parameters(task, len(images), _TEST_DRAW))[rows]
 
     def _base(self, encoder: FrozenEncoder, images: ImageSet, task: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -272,7 +272,7 @@ class TransformationRegressionEvaluator(Evaluator):
             device=encoder.device,
         )
 
-    def _transformed(
+    def _transform(
         self, encoder: FrozenEncoder, images: ImageSet, task: str, draw: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute features of g(I) for one draw of theta per image."""
@@ -290,7 +290,7 @@ class TransformationRegressionEvaluator(Evaluator):
             draw = epoch % self.num_draws
             features = kept.get(draw)
             if features is None:
-                _, made = self._transformed(encoder, self.train, task, draw)
+                _, made = self._transform(encoder, self.train, task, draw)
                 features = {name: scaled(name, value) for name, value in made.items()}
                 if self.num_draws < self.epochs:
                     kept[draw] = features

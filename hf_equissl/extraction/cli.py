@@ -179,7 +179,7 @@ def _run(
         except (ValueError, OSError, ImportError, ExtractionError) as error:
             plan = {"error": stop(_message(error), code=2)}
     try:
-        plan = processes.from_main(plan)
+        plan = processes.send_from_main(plan)
         if "error" in plan or dry_run:
             return plan.get("error", 0)
         if work is None:
@@ -240,7 +240,7 @@ def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -
 
     check_own(work)
     check_same(work)
-    remaining = work.remaining()
+    remaining = work.list_remaining()
     say("\n".join(precision_lines(work.encoder.precision, work.encoder.device)))
     say(work.describe(remaining, processes.count, work.settings.workers(processes.local_count)))
     work.check_disk(remaining, processes.count)

@@ -52,7 +52,7 @@ class Processes:
         """Whether this is the process that plans, records and reports."""
         return self.rank == 0
 
-    def from_main(self, value: Any) -> Any:
+    def send_from_main(self, value: Any) -> Any:
         """Send ``value`` of the main process to all of them.
 
         Raises:

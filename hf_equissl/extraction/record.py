@@ -130,7 +130,7 @@ def finish(work: Extraction, command: str, run: Mapping[str, Any] | None) -> dic
     Raises:
         ExtractionError: Shards are missing, or too many images do not decode.
     """
-    if missing := work.remaining():
+    if missing := work.list_remaining():
         raise ExtractionError(
             f"{len(missing)} of {len(work.shards)} shards are missing, the first: {work.path(missing[0]).name}. Start "
             "the same command again."

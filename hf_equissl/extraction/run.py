@@ -125,7 +125,7 @@ class _Files:
         try:
             self._add(batch, made)
         except OSError as error:
-            done = len(self.work.shards) - len(self.work.remaining())
+            done = len(self.work.shards) - len(self.work.list_remaining())
             raise ExtractionError(
                 f"{self.work.path(self.work.shards[batch.shard])} cannot be written ({error.strerror or error}). "
                 f"{done} of {len(self.work.shards)} shards are whole and kept; when there is room, the same command "

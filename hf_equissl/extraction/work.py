@@ -86,7 +86,7 @@ class Extraction:
         name = f"{self.settings.split_name}-{shard.number:05d}-of-{len(self.shards):05d}"
         return self.folder / f"{name}{FORMATS[self.settings.file_format]}"
 
-    def remaining(self) -> list[Shard]:
+    def list_remaining(self) -> list[Shard]:
         """List the shards that are not finished yet.
 
         Raises:

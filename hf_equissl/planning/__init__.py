@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from ..utils.lazy_names import import_when_used
 
-__all__ = ["Cost", "Part", "check_step", "checkpoint_bytes", "measure", "parts_of", "without_weights"]
+__all__ = ["Cost", "Part", "build_without_weights", "check_step", "checkpoint_bytes", "measure", "parts_of"]
 
 if TYPE_CHECKING:
-    from .step import Cost, Part, check_step, checkpoint_bytes, measure, parts_of, without_weights
+    from .step import Cost, Part, build_without_weights, check_step, checkpoint_bytes, measure, parts_of
 
 __getattr__, __dir__ = import_when_used(__name__, __all__, dict.fromkeys(__all__, "step"))

@@ -59,12 +59,12 @@ def flops_by_module(
     """
     passive = tuple(f"{name}." for name in followers)
     own = _own_forward(model, forward)
-    unassigned = Counter(_by_kind(forward["Global"]))
+    unassigned = Counter(_sum_by_kind(forward["Global"]))
     for counts in own.values():
         unassigned.subtract(counts)
     own[""] = dict(unassigned)
     result = {name: float(sum(counts.values())) for name, counts in own.items()}
-    for kind, total in _by_kind(backward.get("Global", {})).items():
+    for kind, total in _sum_by_kind(backward.get("Global", {})).items():
         shares = {
             name: counts.get(kind, 0) * (1 if name.startswith(_READS_PIXELS) else 2)
             for name, counts in own.items()
@@ -81,7 +81,7 @@ def _own_forward(model: nn.Module, counts: _Counts) -> dict[str, dict[str, int]]
     root = type(model).__name__
 
     def of(name: str) -> dict[str, int]:
-        return _by_kind(counts.get(f"{root}.{name}", {}))
+        return _sum_by_kind(counts.get(f"{root}.{name}", {}))
 
     # A branch that drop path calls runs inside drop path, which has no parameters of its own.
     owners = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
@@ -96,7 +96,7 @@ def _own_forward(model: nn.Module, counts: _Counts) -> dict[str, dict[str, int]]
     return result
 
 
-def _by_kind(counts: dict[Any, int]) -> dict[str, int]:
+def _sum_by_kind(counts: dict[Any, int]) -> dict[str, int]:
     kinds: Counter[str] = Counter()
     for op, count in counts.items():
         kinds[next((kind for kind in ("attention", "convolution") if kind in str(op)), "product")] += count

@@ -126,7 +126,7 @@ def moments_of_step(cost: Cost, setup: Setup) -> list[MemoryUse]:
     share = trained // setup.processes
     held = []
     for moment in cost.moments:
-        gradients, exchange = _during(moment, cost, setup)
+        gradients, exchange = _measure_exchange(moment, cost, setup)
         held.append(
             replace(
                 resident,
@@ -202,7 +202,7 @@ def _resident(cost: Cost, setup: Setup) -> MemoryUse:
     return replace(held, weights=weights + own, moments=moments, gradients=kept)
 
 
-def _during(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
+def _measure_exchange(moment: Moment, cost: Cost, setup: Setup) -> tuple[int, int]:
     """Find gradients and memory for the exchange at a moment, beside what stays."""
     engine, backward, trained = setup.engine, moment.phase == "backward", FP32_BYTES * cost.trainable
     gradients = moment.layer_gradients + moment.root_gradients

@@ -117,7 +117,7 @@ def parts_of(model: EquiSSLForPreTraining) -> dict[str, str]:
     return {**parts, "": "loss"}
 
 
-def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, EquiSSLForPreTraining]:
+def build_without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, EquiSSLForPreTraining]:
     """Build the pretraining model with parameters that take no memory, and the mode in which it can run."""
     with torch.device("meta"), no_init_weights():
         model = EquiSSLForPreTraining(config).train()
@@ -128,7 +128,7 @@ def without_weights(config: EquiSSLPreTrainingConfig) -> tuple[FakeTensorMode, E
 
 def checkpoint_bytes(config: EquiSSLPreTrainingConfig, args: EquiSSLTrainingArguments) -> int:
     """Count the bytes of one checkpoint: weights, and the optimizer's state of the trainable ones."""
-    _, model = without_weights(config)
+    _, model = build_without_weights(config)
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return FP32_BYTES * weights + optimizer_memory(args).state_bytes(FP32_BYTES * trainable)
@@ -136,7 +136,7 @@ def checkpoint_bytes(config: EquiSSLPreTrainingConfig, args: EquiSSLTrainingArgu
 
 def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) -> int:
     """Find the fewest images per device that the objectives accept on so many processes; at most ``most``."""
-    _, model = without_weights(config)
+    _, model = build_without_weights(config)
     for images in range(1, most):
         try:
             model.check_batch(images, processes)
@@ -148,7 +148,7 @@ def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) 
 
 def batch_multiple(config: EquiSSLPreTrainingConfig) -> int:
     """Find the number of which the objectives accept multiples alone, as images per device."""
-    _, model = without_weights(config)
+    _, model = build_without_weights(config)
     return math.lcm(*(objective.batch_multiple for objective in model.objectives()))
 
 
@@ -163,7 +163,7 @@ def check_step(config: EquiSSLPreTrainingConfig, views: Views, processes: int = 
     Raises:
         ValueError: Shapes do not fit, in the model's words.
     """
-    mode, model = without_weights(config)
+    mode, model = build_without_weights(config)
     with as_one_of(processes), mode:
         model(views=views.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)))
 
@@ -185,7 +185,7 @@ def measure(
         processes: Number of processes whose batches the objectives see.
     """
     batch = batch or views.batch_size
-    mode, model = without_weights(config)
+    mode, model = build_without_weights(config)
     freeze_parameters(model, args)
     if args.activation_checkpointing:
         given = args.activation_checkpointing_kwargs

@@ -63,7 +63,7 @@ def traffic(cost: Cost, setup: Setup, accumulation: int = 1) -> Traffic:
     elif engine is Engine.ZERO3:
         again = max(0, trained - FP32_BYTES * (ZERO3_REUSE_DISTANCE // 2))
         if (layers := sum(cost.trained_layers)) > ZERO3_REUSE_DISTANCE:  # gone before the next pass comes to them
-            again += 2 * FP32_BYTES * (_passed(cost.trained_layers, cost.trained_calls) - layers)
+            again += 2 * FP32_BYTES * (_count(cost.trained_layers, cost.trained_calls) - layers)
         weights, gradients = (every + again) * accumulation, trained * accumulation
     elif engine is not Engine.SINGLE:
         weights, gradients = trained, 2 * trained * (accumulation if engine is Engine.ZERO2 else 1)
@@ -79,11 +79,11 @@ def traffic(cost: Cost, setup: Setup, accumulation: int = 1) -> Traffic:
 
 def _fsdp2(cost: Cost, processes: int, accumulation: int) -> tuple[int, int]:
     """Count the elements that are gathered and those that are reduced in a step."""
-    passed = _passed(cost.frozen_layers, cost.frozen_calls) + 2 * _passed(cost.trained_layers, cost.trained_calls)
+    passed = _count(cost.frozen_layers, cost.frozen_calls) + 2 * _count(cost.trained_layers, cost.trained_calls)
     times = [min(calls, 2) if accumulation > 1 else 1 for calls in cost.trained_calls]
-    reduced = root_parameters(cost, processes, trained=True) + _passed(cost.trained_layers, times)
+    reduced = root_parameters(cost, processes, trained=True) + _count(cost.trained_layers, times)
     return accumulation * (root_parameters(cost, processes) + passed), reduced
 
 
-def _passed(layers: Sequence[int], times: Sequence[int]) -> int:
+def _count(layers: Sequence[int], times: Sequence[int]) -> int:
     return sum(size * count for size, count in zip(layers, times, strict=True))

@@ -47,10 +47,10 @@ class SettingChange:
     @property
     def text(self) -> str:
         """Describe the change, with the step from which it holds."""
-        return f"after step {self.step} {self.setting} is {_written(self.after)} instead of {_written(self.before)}"
+        return f"after step {self.step} {self.setting} is {_format(self.after)} instead of {_format(self.before)}"
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 

@@ -11,7 +11,7 @@ from ..utils.coercion import coerce
 from ..utils.files import expand_home, is_file, readable_size
 from ..utils.plain_values import shorten
 from ..utils.strict_yaml import load_yaml
-from ..utils.suggestions import RecipeError, check_keys, nearest
+from ..utils.suggestions import RecipeError, check_keys, find_nearest
 
 SECTIONS = ("model", "objectives", "views", "data", "training", "monitor")
 TOP_KEYS = ("name", "description", "num_processes", "imports", *SECTIONS)
@@ -141,7 +141,7 @@ def parse_overrides(words: Sequence[str], options: Sequence[str] = ()) -> dict[s
         section = key.partition(".")[0]
         if not option.startswith("--") or "." not in key or section not in SECTIONS:
             dotted = {f"--{known}.{key.partition('.')[2]}" for known in SECTIONS} if "." in key else set()
-            guess = nearest(option, [*options, *dotted])
+            guess = find_nearest(option, [*options, *dotted])
             hint = f" Did you mean {guess}?" if guess else ""
             raise RecipeError(f"{word!r} is not an option of this command.{hint} See --help.")
         if not has_value:

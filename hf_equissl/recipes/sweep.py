@@ -122,7 +122,7 @@ def group_by_system(members: Sequence[Member]) -> dict[str, list[Member]]:
     groups: dict[str, list[Member]] = {}
     for member in members:
         group = groups.setdefault(member.system or member.name, [])
-        if group and _but_seed(group[0]) != _but_seed(member):
+        if group and _drop_seed(group[0]) != _drop_seed(member):
             raise RecipeError(
                 f"{group[0].name} and {member.name} differ in more than {SEED}, and without it both are called "
                 f"{member.system!r}. Put what tells them apart into `name`."
@@ -131,7 +131,7 @@ def group_by_system(members: Sequence[Member]) -> dict[str, list[Member]]:
     return groups
 
 
-def _but_seed(member: Member) -> tuple[Path, dict[str, Any]]:
+def _drop_seed(member: Member) -> tuple[Path, dict[str, Any]]:
     return member.recipe, {key: value for key, value in member.overrides.items() if key != SEED}
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..planning import Cost, without_weights
+from ..planning import Cost, build_without_weights
 from ..planning.arithmetic import milestones
 from ..planning.assumptions import Cluster, Speed
 from ..planning.cluster import Planner, gpus_of_a_node, launched_engine
@@ -34,7 +34,7 @@ GAP = 2
 def dry_run_report(run: Run, speed: Speed | None = None) -> str:
     """Write everything that a person would want to know before starting ``run``."""
     cost, speed = run.cost(), (speed or Speed()).of(run.args)
-    _, model = without_weights(run.config)
+    _, model = build_without_weights(run.config)
     freeze_parameters(model, run.args)
     sections = {
         f"Recipe {run.recipe.name}": run.recipe.to_yaml().rstrip().splitlines(),

@@ -302,7 +302,7 @@ class OnlineMonitor(TrainerCallback):
         self.records = [known for known in self.records if known["step"] < record["step"]]
         record["collapsing"] = self._collapses(record)
         if record["collapsing"] and not (self.records and self.records[-1]["collapsing"]):
-            logger.warning("%s", self._warning(record))
+            logger.warning("%s", self._describe_collapse(record))
         self.records.append(record)
         lines = [json.dumps({key: _replace_infinite(value) for key, value in item.items()}) for item in self.records]
         try:
@@ -319,7 +319,7 @@ class OnlineMonitor(TrainerCallback):
         fell = value < best / 2 or (trained and best < COLLAPSED_RANK)
         return fell and value < max(COLLAPSED_RANK, COLLAPSED_SHARE * best)
 
-    def _warning(self, record: dict[str, Any]) -> str:
+    def _describe_collapse(self, record: dict[str, Any]) -> str:
         best = max(self.records, key=lambda item: item[_RANK], default=None)
         before = f", and was {best[_RANK]:.1f} at step {best['step']}" if best else ""
         return (

@@ -27,7 +27,7 @@ from ..encoders import save_encoder
 from ..hub.pretraining_state import load_pretraining_state
 from ..hub.publishable import PublishError
 from ..modeling import EquiSSLModel
-from ..planning import Cost, check_step, checkpoint_bytes, measure, without_weights
+from ..planning import Cost, build_without_weights, check_step, checkpoint_bytes, measure
 from ..planning.arithmetic import Schedule, schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
@@ -193,7 +193,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     config = recipe.build_pretraining_config(_count_classes(recipe, source))
     check_known(config.encoder_config.hidden_act, sorted(ACT2FN), "model.hidden_act")
     with refuse_errors("model, objectives"):
-        _, model = without_weights(config)
+        _, model = build_without_weights(config)
     with refuse_errors("training"):
         check_last_layer(model, args)
     pipeline = recipe.build_pipeline(model.needs)

@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(redact(_as_called(message)), file)
+        super()._print_message(redact(_name_commands(message)), file)
 
 
 def call_scripts(names: Mapping[str, str]) -> None:
@@ -70,7 +70,7 @@ def call_scripts(names: Mapping[str, str]) -> None:
     _NAMES.update(names)
 
 
-def _as_called(text: str) -> str:
+def _name_commands(text: str) -> str:
     """Put the names of commands in place of scripts; a launcher starts their module."""
     if not _NAMES:
         return text
@@ -159,7 +159,7 @@ def is_first_process() -> bool:
 def say(text: str) -> None:
     """Print ``text`` at once, on the first process of a run."""
     if is_first_process() and text:
-        print(redact(_as_called(text)), flush=True)
+        print(redact(_name_commands(text)), flush=True)
 
 
 def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks: bool = True) -> int:
@@ -168,7 +168,7 @@ def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks:
         end_bars()
         # Another process may have left its bar in the line.
         print(
-            redact(f"{'' if is_first_process() else chr(10)}{word}: {_as_called(str(reason))}"),
+            redact(f"{'' if is_first_process() else chr(10)}{word}: {_name_commands(str(reason))}"),
             file=sys.stderr,
             flush=True,
         )

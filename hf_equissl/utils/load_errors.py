@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .hostile import check_config_sizes
 from .hub_waits import limit_waiting
-from .suggestions import nearest
+from .suggestions import find_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,7 +76,7 @@ def check_place(source: str | Path, what: str = "encoder") -> None:
         LoadError: As ``explain_load_errors`` would say it.
     """
     place = _Place(str(source), what, _CONFIG)
-    if problem := _nothing_there(place):
+    if problem := _say_absent(place):
         raise LoadError(f"No {what} at {place}: {problem}")
 
 
@@ -161,7 +161,7 @@ def _explain(error: Exception, place: _Place) -> str | None:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    if (denied := _denied(chain, place)) is not None:
+    if (denied := _find_denied(chain, place)) is not None:
         return (
             f"No {place.what} can be loaded from {place}: this account has no right to read {denied}. Ask its owner "
             "for it: chmod -R a+rX on the folder, and a+x on those above."
@@ -178,7 +178,7 @@ def _explain(error: Exception, place: _Place) -> str | None:
     return None
 
 
-def _denied(chain: list[BaseException], place: _Place) -> str | None:
+def _find_denied(chain: list[BaseException], place: _Place) -> str | None:
     """Name the file or folder that may not be read; ``None`` where that is not what went wrong."""
     for link in chain:
         if isinstance(link, PermissionError) or (isinstance(link, Exception) and "Permission denied" in str(link)):
@@ -199,34 +199,35 @@ def _source_problem(chain: list[BaseException], place: _Place) -> str | None:
     path, wanted = Path(place.source), place.config_name
     invalid = any(isinstance(link, (HFValidationError, json.JSONDecodeError, UnicodeDecodeError)) for link in chain)
     if not place.source.strip() or not path.exists():
-        return _nothing_there(place, invalid)
+        return _say_absent(place, invalid)
     if path.is_file():
         return f"that is a file. Give the folder that it lies in, with {wanted}." if invalid else None
     folder = path / place.subfolder
     if (folder / wanted).is_file():
         return None
     if not folder.is_dir():
-        return f"no such subfolder. With a model in them: {_listed(_model_folders(path), path)}."
+        return f"no such subfolder. With a model in them: {_join_names(_model_folders(path), path)}."
     if (folder / _ADAPTER).is_file():
         return (
             "the folder holds a PEFT adapter, not a model. Load the model that it was made for, then "
             "peft.PeftModel.from_pretrained(model, folder)."
         )
     if inside := _model_folders(folder):
-        return f"the folder has no {wanted}. Did you mean {_listed(inside)}?"
-    return f"the folder has no {wanted} (what it has: {_listed(sorted(folder.iterdir()), folder)}). {_expected(place)}"
+        return f"the folder has no {wanted}. Did you mean {_join_names(inside)}?"
+    held = _join_names(sorted(folder.iterdir()), folder)
+    return f"the folder has no {wanted} (what it has: {held}). {_say_expected(place)}"
 
 
-def _nothing_there(place: _Place, is_no_id: bool = False) -> str | None:
+def _say_absent(place: _Place, is_no_id: bool = False) -> str | None:
     """Say that a folder does not exist; ``None`` where it does, or where the name may be one of the Hub."""
     path = Path(place.source)
     is_path = place.source.startswith((".", "~", os.sep)) or place.source.count("/") > 1
     if not (is_path or is_no_id) or (place.source.strip() and path.exists()):
         return None
-    return f"there is no such folder.{_nearest_sibling(path)} {_expected(place)}"
+    return f"there is no such folder.{_nearest_sibling(path)} {_say_expected(place)}"
 
 
-def _expected(place: _Place) -> str:
+def _say_expected(place: _Place) -> str:
     return f"Expected a folder with {place.config_name} and the weights, or a Hub id such as 'name/model'."
 
 
@@ -236,7 +237,7 @@ def _nearest_sibling(path: Path) -> str:
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     folders = [found.name for found in missing.parent.iterdir() if found.is_dir()] if missing.parent.is_dir() else []
-    near = nearest(missing.name, folders)
+    near = find_nearest(missing.name, folders)
     return f" Did you mean {str(missing.with_name(near) / path.relative_to(missing))!r}?" if near else ""
 
 
@@ -246,7 +247,7 @@ def _model_folders(folder: Path) -> list[Path]:
     return [path for path in dict.fromkeys([*found, *sorted(folder.glob("*/"))]) if (path / _CONFIG).is_file()]
 
 
-def _listed(paths: list[Path], base: Path | None = None) -> str:
+def _join_names(paths: list[Path], base: Path | None = None) -> str:
     names = [repr(str(path.relative_to(base) if base else path)) for path in paths]
     return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
 

@@ -20,7 +20,7 @@ class Later:
     Args:
         module: Full name of its module.
         name: Its name there.
-        **declared: Attributes of the class that ``Registry.declared`` tells before it is imported.
+        **declared: Attributes of the class that ``Registry.read_declared`` tells before it is imported.
     """
 
     def __init__(self, module: str, name: str, **declared: Any) -> None:
@@ -76,7 +76,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T]):
 
         return add
 
-    def declared(self, name: str, attribute: str) -> Any:
+    def read_declared(self, name: str, attribute: str) -> Any:
         """Return an attribute of a class, without importing the class where it is declared.
 
         Raises:

@@ -12,7 +12,7 @@ class RecipeError(ValueError):
     """Something in a recipe or on the command line is wrong; the message says what, where and what to do."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str | None:
+def find_nearest(name: str, valid: Iterable[str]) -> str | None:
     """Find the member of ``valid`` that ``name`` was probably meant to be; ``None`` if none is like it."""
     matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
     return matches[0] if matches else None
@@ -20,7 +20,7 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest member of ``valid``; nothing if none is like ``name``."""
-    guess = nearest(name, valid)
+    guess = find_nearest(name, valid)
     return f" Did you mean {guess!r}?" if guess else ""
 
 

@@ -83,4 +83,4 @@ assert any(value == 0.75 for value in both.compute(predictions=[[0], [1], [1], [
 def test_a_metric_shows_its_numbers() -> None:
     assert metrics.TOP1.text(0.71254, 0.0031) == "71.25 +- 0.31"
     assert metrics.Metric("mean_error", "px", digits=1, higher_is_better=False).text(3.14159) == "3.1 px"
-    assert metrics.TOP1.rounded(0.712549) == 0.7125
+    assert metrics.TOP1.round(0.712549) == 0.7125

@@ -55,11 +55,11 @@ def test_features_lie_side_by_side_once() -> None:
     store.add({"cls": first, "patches": -first})
     store.add({"cls": second, "patches": -second})
     both = torch.cat([first, second])
-    assert torch.equal(store.joined(["cls"]), both)
-    assert torch.equal(store.joined(["cls", "patches"]), torch.cat([both, -both], 1))
-    assert store.joined(["patches", "cls"]) is None  # in another order
-    assert store.joined(["backbone"]) is None
-    parts = [store.joined(names) for names in (["cls"], ["patches"], ["cls", "patches"])]
+    assert torch.equal(store.join(["cls"]), both)
+    assert torch.equal(store.join(["cls", "patches"]), torch.cat([both, -both], 1))
+    assert store.join(["patches", "cls"]) is None  # in another order
+    assert store.join(["backbone"]) is None
+    parts = [store.join(names) for names in (["cls"], ["patches"], ["cls", "patches"])]
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
 
 

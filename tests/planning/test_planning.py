@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_equissl.planning import checkpoint_bytes, measure, without_weights
+from hf_equissl.planning import build_without_weights, checkpoint_bytes, measure
 from hf_equissl.planning.arithmetic import milestones, schedule
 from hf_equissl.planning.optimizer_memory import OptimizerMemory, optimizer_memory
 from hf_equissl.planning.optimizer_table import fold_names, optimizer_rows
@@ -309,7 +309,7 @@ def test_hours_and_milestones_by_hand() -> None:
     run = prepare(teacher_student(), None, dry=True)
     # 100 steps x 6 images x 3e12 operations at half of 10 TFLOP/s: 360 s.
     assert run.plan.hours(3e12, utilisation=0.5, device_tflops=10) == pytest.approx(0.1)
-    _, model = without_weights(run.config)
+    _, model = build_without_weights(run.config)
     rows = {row.name: row for row in milestones(run.args, run.plan, model)}
     assert [row.step for row in rows.values()] == [0, 20, 50, 99]
 
@@ -351,7 +351,7 @@ def test_names_fold() -> None:
 
 def test_optimizer_table_of_vitl16_dinov2_has_every_parameter() -> None:
     recipe = Recipe.load(RECIPES / "vitl16_dinov2_se2.yaml")
-    _, model = without_weights(recipe.build_pretraining_config())
+    _, model = build_without_weights(recipe.build_pretraining_config())
     args = recipe.build_training_arguments("unused", bf16=False, use_cpu=True)
     rows = optimizer_rows(parameter_rules(model, args))[1:]
     treated: dict[str, tuple[str, str]] = {}

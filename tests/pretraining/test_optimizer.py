@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from hf_equissl.modeling import EquiSSLConfig
-from hf_equissl.planning import without_weights
+from hf_equissl.planning import build_without_weights
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.pretraining.optimizer import (
@@ -72,7 +72,7 @@ def expected_multipliers() -> dict[str, float]:
 
 def test_every_parameter_of_dinov2_vitl16(tmp_path: Path) -> None:
     recipe = Recipe.load(RECIPES / "vitl16_dinov2_se2.yaml", search=[RECIPES])
-    _, model = without_weights(recipe.build_pretraining_config())
+    _, model = build_without_weights(recipe.build_pretraining_config())
     args = recipe.build_training_arguments(tmp_path, use_cpu=True, bf16=False)
     rules = parameter_rules(model, args)
     multipliers = expected_multipliers()

@@ -69,7 +69,7 @@ def eval_result(record: ResultRecord) -> EvalResult:
     arguments: dict[str, Any] = {"evaluator": record.evaluator, "features": record.features}
     arguments["seeds"] = list(record.seeds)
     if record.std is not None:
-        arguments["std"] = record.about.rounded(record.std)
+        arguments["std"] = record.about.round(record.std)
     if record.command:
         arguments["command"] = record.command
     return EvalResult(
@@ -80,7 +80,7 @@ def eval_result(record: ResultRecord) -> EvalResult:
         dataset_split=record.split,
         metric_type=record.about.hub_type or record.metric,
         metric_name=metric_name(record),
-        metric_value=record.about.rounded(record.value),
+        metric_value=record.about.round(record.value),
         metric_args=arguments,
     )
 
