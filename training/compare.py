@@ -39,8 +39,8 @@ PROBE_WORDS = (
 )
 # Images of up to 64 pixels: about half a minute per family on one core. Others have the probe's own settings.
 SMALL_PROBE_WORDS = (
-    *("--set", "transformation_regression.train_images=5000"),
-    *("--epochs", "12", "--num_draws", "4"),
+    *("--set", "transformation_regression.train_images=25000"),
+    *("--epochs", "12", "--num_draws", "1"),
 )
 
 DESCRIPTION = """\
