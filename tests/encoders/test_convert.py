@@ -20,6 +20,7 @@ from hf_equissl.encoders.native import to_native
 from hf_equissl.modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
 from hf_equissl.utils.load_errors import LoadError
 
+pytest_plugins = ["tests.hub.fixtures"]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 VIT = {**TINY, "intermediate_size": 48, "initializer_range": 0.3}
