@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -12,14 +13,14 @@ import torch
 from .augmentation import VIEW_DRAWS, read_draws
 from .base import TransformationFamily
 from .cropping import as_fractions, draw_box
-from .view_specs import PipelineSpec
+from .view_specs import PipelineSpec, ViewSpec
 
-__all__ = ["ViewFacts"]
+__all__ = ["ViewFacts", "measure_draws"]
 
 _STRENGTHS = ("brightness", "contrast", "saturation", "hue", "solarize_threshold")
 _PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize")
 _BOX = ("top", "left", "height", "width")
-# Draws per view behind means and deviations, of boxes in square images of that side.
+# Draws per view behind means and deviations, and the side of the images.
 SAMPLES, SIDE = 2048, 256
 
 
@@ -52,14 +53,14 @@ class ViewFacts:
             view.crop_scale is not None or any(getattr(view, f"{name}_probability") for name in _PROBABILITIES)
             for view in spec.views
         )
-        drawn = _draw(spec)
+        means, deviations = measure_draws(spec.views)
         return cls(
             parameter_names=() if family is None else tuple(family.parameter_names),
             strengths=tuple({name: getattr(view, name) for name in _STRENGTHS} for view in spec.views),
             num_classes=num_classes,
             same_base=not any(changed),
-            means={name: round(float(values.mean()), 6) for name, values in drawn.items()},
-            deviations={name: round(float(values.std()), 6) for name, values in drawn.items()},
+            means=dict(means),
+            deviations=dict(deviations),
         )
 
     @classmethod
@@ -73,13 +74,16 @@ class ViewFacts:
         return asdict(self)
 
 
-def _draw(spec: PipelineSpec) -> dict[str, np.ndarray]:
-    """Draw what a pipeline draws of its global views for ``SAMPLES`` images: name -> (views * samples,)."""
+@cache
+def measure_draws(views: tuple[ViewSpec, ...], side: int = SIDE) -> tuple[dict[str, float], dict[str, float]]:
+    """Estimate mean and deviation of what a pipeline draws of its global views, of images with that side, by name."""
     rng = np.random.default_rng(0)
     parts = []
-    for view in spec.views:
+    for view in views:
         uniform = torch.from_numpy(rng.random((SAMPLES, len(VIEW_DRAWS)), dtype=np.float32))
-        boxes = [as_fractions(draw_box(SIDE, SIDE, SIDE, view, rng), SIDE, SIDE) for _ in range(SAMPLES)]
+        boxes = [as_fractions(draw_box(side, side, side, view, rng), side, side) for _ in range(SAMPLES)]
         drawn = {name: values.numpy() for name, values in read_draws(uniform, view).items()}
         parts.append({**dict(zip(_BOX, np.array(boxes).T, strict=True)), **drawn})
-    return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
+    together = {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
+    means = {name: round(float(values.mean()), 6) for name, values in together.items()}
+    return means, {name: round(float(values.std()), 6) for name, values in together.items()}

@@ -141,6 +141,9 @@ def test_heads_have_the_published_layers():
     norms = [m.affine for m in objective.modules() if isinstance(m, nn.BatchNorm1d)]
     assert norms == [True, True, False, True, False]
     assert not any(isinstance(m, nn.ReLU) for m in objective.predictor)
+    with torch.device("meta"):  # SER's table: 43.27 M parameters, 42.89 M without EquiMod
+        large = EquiModObjective(tiny_config(hidden_size=384), FACTS)
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(0.38e6, abs=0.01e6)
 
 
 @pytest.mark.parametrize("layer", [None, 1, 2])

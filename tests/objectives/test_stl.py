@@ -102,6 +102,17 @@ def test_loss_equals_the_reference(form):
     assert output.loss.item() == pytest.approx(0.7 * equivariance + 0.3 * transformation, rel=1e-5)
 
 
+def test_heads_have_the_published_sizes():
+    objective = STLObjective(tiny_config(), FACTS)
+    widths = [(m.in_features, m.out_features) for m in objective.modules() if isinstance(m, nn.Linear)]
+    assert widths == [(64, 128), (128, 128), (128 * 32, 32), (32, 512), (512, 128), (128, 128), (128, 128)]
+    assert all(m.bias is None for m in objective.modules() if isinstance(m, nn.Linear))
+    assert objective.transform.maps.weight.abs().max().item() == pytest.approx(128**-0.5, rel=0.01)
+    with torch.device("meta"):  # SER's table: 62.18 M parameters, 42.89 M without STL
+        large = STLObjective(tiny_config(hidden_size=384), FACTS)
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(19.29e6, abs=0.01e6)
+
+
 def test_an_image_is_predicted_with_the_code_of_its_partner_alone():
     """Sanity value of the method: with fixed statistics, image 2i depends on 2i and 2i + 1, its code on 2i + 1."""
     objective = tiny().eval()
