@@ -64,7 +64,7 @@ class _NotifyingLoader(Loader):
         finally:
             self.finder.loading.discard(module.__name__)
         module.__loader__ = self.loader
-        self.finder.loaded(module.__name__)
+        self.finder.note_loaded(module.__name__)
 
 
 class _RegisteringFinder(MetaPathFinder):
@@ -85,7 +85,7 @@ class _RegisteringFinder(MetaPathFinder):
             spec.loader = _NotifyingLoader(spec.loader, self)
         return spec
 
-    def loaded(self, fullname: str) -> None:
+    def note_loaded(self, fullname: str) -> None:
         """Register what has become possible."""
         if fullname == CONFIG_FILE:
             _register_config()
@@ -101,4 +101,4 @@ def register_auto_classes() -> None:
     sys.meta_path.insert(0, finder)
     for name in (CONFIG_FILE, MODEL_FILES[0]):
         if name in sys.modules:
-            finder.loaded(name)
+            finder.note_loaded(name)

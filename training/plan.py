@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from hf_equissl.planning import check, report
-    from hf_equissl.planning.cluster import launched_engine
+    from hf_equissl.planning.cluster import name_engine
     from hf_equissl.planning.memory import Setup, peaks_by_phase
     from hf_equissl.planning.optimizer_memory import optimizer_memory
     from hf_equissl.running.run import build_training, prepare
@@ -93,7 +93,7 @@ def _check(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         check.noise_images(images, check.images_needed(recipe, world))
         run = prepare(recipe, scratch / "run", resume="never")
         cost = run.cost()
-        engine, offload = parse_engine(launched_engine(run.args, world))
+        engine, offload = parse_engine(name_engine(run.args, world))
         setup = Setup(
             engine,
             world,

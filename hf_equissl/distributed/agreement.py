@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .collectives import T, _initialized, is_main_process, rank, world_size
+from .collectives import T, _is_initialized, is_main_process, rank, world_size
 
 _LEFT_TO_MAIN = itertools.count()
 # Keys of the rendezvous store: the rank that speaks for all, and how many processes have asked who does.
@@ -33,7 +33,7 @@ def end_process(code: int) -> NoReturn:
     threads may still use it, and the process would abort after all its work is done.
     """
     several = world_size() > 1
-    if _initialized():
+    if _is_initialized():
         dist.destroy_process_group()
     if several:
         atexit._run_exitfuncs()

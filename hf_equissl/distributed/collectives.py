@@ -34,18 +34,18 @@ __all__ = [
 T = TypeVar("T")
 
 
-def _initialized() -> bool:
+def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Return the index of this process, 0 without a process group."""
-    return dist.get_rank() if _initialized() else 0
+    return dist.get_rank() if _is_initialized() else 0
 
 
 def world_size() -> int:
     """Return the number of processes W, 1 without a process group."""
-    return dist.get_world_size() if _initialized() else 1
+    return dist.get_world_size() if _is_initialized() else 1
 
 
 def is_main_process() -> bool:

@@ -96,7 +96,7 @@ def check_engine(args: TrainingArguments) -> None:
         )
 
 
-def granted_engine(accelerator: Accelerator) -> Engine:
+def find_granted_engine(accelerator: Accelerator) -> Engine:
     """Find what accelerate will wrap a model with, known once it is set up."""
     state = accelerator.state
     kind = str(state.distributed_type.value)
@@ -117,7 +117,7 @@ def running_engine(accelerator: Accelerator, model_wrapped: nn.Module) -> Engine
         return Engine.FSDP2
     if isinstance(wrapped, DistributedDataParallel):
         return Engine.DDP
-    if granted_engine(accelerator).is_deepspeed and hasattr(wrapped, "zero_optimization_stage"):
+    if find_granted_engine(accelerator).is_deepspeed and hasattr(wrapped, "zero_optimization_stage"):
         return Engine(f"zero{wrapped.zero_optimization_stage()}")  # type: ignore[operator]
     return Engine.SINGLE
 
@@ -161,7 +161,7 @@ def check_same(asked: Engine, given: Engine, device: str) -> None:
 
     Args:
         asked: What ``asked_engine`` found.
-        given: What ``granted_engine`` or ``running_engine`` found.
+        given: What ``find_granted_engine`` or ``running_engine`` found.
         device: Type of the training device.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.places import check_place
 from ..encoders.places import check_measured, is_raw_pixels, split_untrained
 from ..utils import load_errors
-from ..utils.commands import command_parser, end_bars, log_plainly, path_word, say, typed_command
+from ..utils.commands import command_parser, end_bars, log_plainly, path_word, restate_command, say
 from ..utils.files import expand_home
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any]
     parser = build_parser()
     arguments = parser.parse_args(argv)
     log_plainly()
-    command = typed_command("probe.py", argv)
+    command = restate_command("probe.py", argv)
     try:
         records = run(arguments, command, load_predictor)
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ from ..data.places import check_place
 from ..encoders.feature_names import FEATURES, PATCH_TOKENS
 from ..hub.privacy import is_hub_id
 from ..utils import load_errors
-from ..utils.commands import command_parser, log_plainly, path_word, say, stop, typed_command
+from ..utils.commands import command_parser, log_plainly, path_word, restate_command, say, stop
 from ..utils.files import readable_size
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if interrupted.
     """
     arguments = build_parser().parse_args(argv)
-    command = typed_command("extract_features.py", argv)
+    command = restate_command("extract_features.py", argv)
     log_plainly()
     try:
         settings, publish = _read(arguments)

@@ -13,7 +13,7 @@ from typing import Any
 from ..data.places import check_place
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
 from ..utils import load_errors
-from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, say, stop, typed_command
+from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, restate_command, say, stop
 from ..utils.options import (
     MAX_BAD_SHARE,
     NUM_WORKERS,
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM, SIGUSR1 or SIGHUP, 130 if interrupted.
     """
     options = read_arguments(argv)
-    command = typed_command("finetune.py", argv)
+    command = restate_command("finetune.py", argv)
     log_plainly()
     try:
         with Signals(options.get("output_dir")) as signals:

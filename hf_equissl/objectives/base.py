@@ -221,7 +221,7 @@ class Objective(nn.Module, ABC):
     def begin_step(self, progress: TrainingProgress) -> None:
         """Set what changes from step to step; called before the first micro-batch of each optimizer step."""
 
-    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+    def read_schedules(self, progress: TrainingProgress) -> dict[str, float]:
         """Return by name the values that ``begin_step`` would set; dry runs show them.
 
         Raises:

@@ -175,7 +175,7 @@ class SelfDistillationObjective(Objective):
         if self.patch_schedule is not None:
             self.patch_temperature = self.patch_schedule.at(progress)
 
-    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+    def read_schedules(self, progress: TrainingProgress) -> dict[str, float]:
         """Return the temperature of the teacher's CLS targets."""
         return {"teacher_temperature": self.cls_schedule.at(progress)}
 

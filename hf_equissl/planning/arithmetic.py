@@ -128,7 +128,7 @@ def milestones(args: EquiSSLTrainingArguments, plan: Schedule, model: EquiSSLFor
                 learning_rate=None if rate is None else rate(step),
                 weight_decay=weight_decay(args, progress),
                 teacher_momentum=teacher_momentum(args, progress) if model.needs.teacher else None,
-                scheduled={} if progress.steps_per_epoch is None else model.scheduled(progress),
+                scheduled={} if progress.steps_per_epoch is None else model.read_schedules(progress),
             )
         )
     return rows

@@ -63,7 +63,7 @@ class EnginePlan:
         return "arithmetic" if self.compute >= self.exchange else "exchange"
 
 
-def launched_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
+def name_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
     """Name the engine that this launch asks for, as ``--engine`` does; without a launcher DDP."""
     engine = asked_engine(args)
     if engine is Engine.SINGLE and processes > 1:

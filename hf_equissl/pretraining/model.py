@@ -177,13 +177,13 @@ class EquiSSLForPreTraining(PreTrainedModel):
         encoder = self.config.encoder_config
         if self.needs.masks and not encoder.use_mask_token:
             raise ValueError(
-                f"{self.asking('masks')} masks patches, and this encoder has no token to put in their place. "
+                f"{self.name_askers('masks')} masks patches, and this encoder has no token to put in their place. "
                 "Set model.use_mask_token: true."
             )
-        asked = [(layer, self.asking("hidden_layers")) for layer in self.needs.hidden_layers]
+        asked = [(layer, self.name_askers("hidden_layers")) for layer in self.needs.hidden_layers]
         for extra in self.needs.extra:
             last = () if extra.last_layer is None else (extra.last_layer,)
-            asked += [(layer, self.asking("extra")) for layer in (*extra.hidden_layers, *last)]
+            asked += [(layer, self.name_askers("extra")) for layer in (*extra.hidden_layers, *last)]
             if last and not extra.patches and 0 < encoder.cls_insertion_layer >= min(last):
                 raise ValueError(
                     f"The further views {extra.name!r} keep CLS alone and stop after block {extra.last_layer}, and CLS "
@@ -231,11 +231,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
         for objective in self.objectives():
             objective.begin_step(progress)
 
-    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+    def read_schedules(self, progress: TrainingProgress) -> dict[str, float]:
         """Return by name what the objectives change over the run, as it will be at ``progress``."""
         values: dict[str, float] = {}
         for objective in self.objectives():
-            values |= objective.scheduled(progress)
+            values |= objective.read_schedules(progress)
         return values
 
     @torch.no_grad()
@@ -275,7 +275,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
                 return place, objective, name.removeprefix(place).removeprefix(".")
         return None
 
-    def asking(self, need: str) -> str:
+    def name_askers(self, need: str) -> str:
         """Name the objectives whose declaration has ``need``."""
         names = (self.config.invariance["name"], *self.equivariance_names)
         pairs = zip(names, self.objectives(), strict=True)
@@ -304,7 +304,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         for need in ("masks", "local_crops", "labels"):
             if getattr(self.needs, need) and getattr(views, need) is None:
                 raise ValueError(
-                    f"{self.asking(need)} needs {need.replace('_', ' ')}, and the views have none. Build the view "
+                    f"{self.name_askers(need)} needs {need.replace('_', ' ')}, and the views have none. Build the view "
                     "pipeline with this model's `needs`."
                 )
         masks = None if views.masks is None else views.masks.flatten(0, 1)

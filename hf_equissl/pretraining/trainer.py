@@ -21,7 +21,7 @@ from ..checkpoints import ARGUMENTS_FILE, checkpoint_step
 from ..checkpoints.portable import PortableStates
 from ..data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from ..distributed.agreement import gather_objects, leave_to_main
-from ..distributed.engines import Engine, asked_engine, check_same, fp32_sharding, granted_engine, running_engine
+from ..distributed.engines import Engine, asked_engine, check_same, find_granted_engine, fp32_sharding, running_engine
 from ..objectives.progress import TrainingProgress
 from ..utils.files import write_text
 from ..views.collator import ViewCollator
@@ -180,7 +180,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Create as the parent does, and refuse another engine than the one that was asked for."""
         super().create_accelerator_and_postprocess()
-        check_same(asked_engine(self.args), granted_engine(self.accelerator), self.accelerator.device.type)
+        check_same(asked_engine(self.args), find_granted_engine(self.accelerator), self.accelerator.device.type)
         if self.is_deepspeed_enabled:
             adapt_config(self.accelerator, self.args)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..planning import Cost, build_without_weights
 from ..planning.arithmetic import milestones
 from ..planning.assumptions import Cluster, Speed
-from ..planning.cluster import Planner, gpus_of_a_node, launched_engine
+from ..planning.cluster import Planner, gpus_of_a_node, name_engine
 from ..planning.optimizer_memory import optimizer_memory
 from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
@@ -191,7 +191,7 @@ def _time_lines(run: Run, cost: Cost, speed: Speed) -> list[str]:
 
 def _engine_sections(run: Run, cost: Cost, speed: Speed) -> dict[str, list[str]]:
     """Estimate memory and traffic under the engine of the launch, by the formulas of ``training/plan.py``."""
-    name = launched_engine(run.args, run.plan.processes)
+    name = name_engine(run.args, run.plan.processes)
     cluster = Cluster(gpus=run.plan.processes, gpus_per_node=gpus_of_a_node(run.plan.processes))
     planner = Planner(lambda batch: cost, run.plan, cluster, speed, optimizer_memory(run.args))
     plan = planner.plan(name, search=False)

@@ -234,7 +234,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         check_disk_space(output_dir, need)
     first, unreadable = first_views(unshuffled, pipeline)
     if model.needs.labels:
-        require_labels(first.labels, model.asking("labels"))
+        require_labels(first.labels, model.name_askers("labels"))
     monitor = build_monitor(recipe, dataset.source)
     run = Run(
         recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, changes, notes

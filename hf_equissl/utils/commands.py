@@ -139,7 +139,7 @@ def check_at_least(options: argparse.Namespace, **least: int) -> None:
             raise RecipeError(f"--{name} {value}: expected at least {bound}.")
 
 
-def typed_command(script: str, argv: Sequence[str] | None) -> str:
+def restate_command(script: str, argv: Sequence[str] | None) -> str:
     """Write a command as it was typed, without secrets: paths stay relative where they were."""
     start = shlex.split(_NAMES.get(script, f"python training/{script}"))
     return shlex.join([*start, *drop_secrets(sys.argv[1:] if argv is None else argv)])

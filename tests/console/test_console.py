@@ -81,7 +81,7 @@ def test_mistakes_name_the_command(capsys: pytest.CaptureFixture[str], tmp_path:
     )
     assert code == 2
     assert said.startswith("hf-equissl probe: error: /no/such: no such file or folder")
-    assert commands.typed_command("probe.py", ["--data", "x"]) == "hf-equissl probe --data x"
+    assert commands.restate_command("probe.py", ["--data", "x"]) == "hf-equissl probe --data x"
     assert run(capsys, "recipes", "--model.image_size", "3")[0] == 2
 
 

@@ -9,7 +9,7 @@ import pytest
 from hf_equissl.distributed.engines import Engine
 from hf_equissl.planning.arithmetic import Schedule
 from hf_equissl.planning.assumptions import GIB, Cluster, Speed, parse_engine
-from hf_equissl.planning.cluster import Planner, gpus_of_a_node, launched_engine
+from hf_equissl.planning.cluster import Planner, gpus_of_a_node, name_engine
 from hf_equissl.planning.memory import Setup, peak
 from hf_equissl.planning.report import advice, engine_table, plan_data, plan_lines
 from hf_equissl.planning.step import Cost
@@ -200,9 +200,9 @@ def test_engines_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         planner().plan("single")
     args = EquiSSLTrainingArguments(output_dir="unused", use_cpu=True)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (launched_engine(args, 1), launched_engine(args, 2)) == ("single", "ddp")
+    assert (name_engine(args, 1), name_engine(args, 2)) == ("single", "ddp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert launched_engine(args, 2) == "fsdp2"
+    assert name_engine(args, 2) == "fsdp2"
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert launched_engine(args, 2) == "fsdp2+offload"
+    assert name_engine(args, 2) == "fsdp2+offload"

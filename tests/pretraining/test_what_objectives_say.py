@@ -46,7 +46,7 @@ class Asking(Objective):
         layers = (self.layer,) if self.layer else ()
         return Needs(**dict.fromkeys(self.wants, True), hidden_layers=layers)
 
-    def scheduled(self, progress: TrainingProgress) -> dict[str, float]:
+    def read_schedules(self, progress: TrainingProgress) -> dict[str, float]:
         return {"sharpness": progress.epoch}
 
     def forward(self, student: Any, teacher: Any, views: Any) -> LossOutput:
