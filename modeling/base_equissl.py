@@ -67,8 +67,8 @@ class EquiSSLPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normal (std `initializer_range`) as ViT, iBOT and DINOv2; zero biases and mask token."""
-        super()._init_weights(module)  # norms
+        """Draw from a truncated normal (std `initializer_range`) as ViT, iBOT, DINOv2; zero biases and mask token."""
+        super()._init_weights(module)  # the parent initialises norms
         std = self.config.initializer_range
         if isinstance(module, EquiSSLStem):
             # Drawn and replaced, as the parent does with every nn.Linear: a seed gives the weights that it always gave.
@@ -121,7 +121,7 @@ class EquiSSLEncoder(EquiSSLPreTrainedModel):
         last_layer: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """(B, T, D) -> (B, T, D); `prefix_tokens` (B, P, D) go in front after block `cls_insertion_layer`.
+        """Map (B, T, D) -> (B, T, D); `prefix_tokens` (B, P, D) go in front after block `cls_insertion_layer`.
 
         With `num_queries` = Q the last block gives the first Q tokens only, (B, Q, D). `last_layer` is the number of
         the last block; `None` is that of all.

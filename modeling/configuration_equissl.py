@@ -156,7 +156,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A standard architecture by name, e.g. `"vit_small_patch16"`.
+        """Make a standard architecture by name, e.g. `"vit_small_patch16"`.
 
         Sizes `vit_tiny` (192/12/3), `vit_small` (384/12/6), `vit_base` (768/12/12), `vit_large` (1024/24/16) and
         `vit_giant` (1536/40/24: width/blocks/heads), each with patch 4, 8, 14 or 16. All have an MLP of ratio 4 with
@@ -184,12 +184,12 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, with the version looked at first: in a newer file other fields may mean other things."""
+        """Read as transformers does, the version first: in a newer file other fields may mean other things."""
         check_version(config_dict.get("equissl_version", FORMAT_VERSION))
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with an `auto_map` of the classes whose code lies in the folder.
+        """Save as transformers does, with an `auto_map` of the classes whose code lies in the folder.
 
         Saving a model copies the code there before it saves the configuration, so one folder serves every Auto class;
         a configuration alone points at no file that is missing. A derived configuration keeps the entries of its own
@@ -205,7 +205,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         super(EquiSSLConfig, saved).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def encoder_only(self, keep_stem: bool = False) -> Self:
-        """A copy without decoder and, unless asked for, without stem: for models that do not read their output."""
+        """Copy without decoder and, unless asked for, without stem: for models that do not read their output."""
         config = copy.deepcopy(self)
         config.decoder_type = None
         if not keep_stem:
@@ -261,15 +261,15 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_pooling()
 
     def validate_patch_size(self) -> None:
-        """One side, or two equal ones."""
+        """Check that there is one side, or two equal ones."""
         if not isinstance(self.patch_size, int) and (len(self.patch_size) != 2 or len(set(self.patch_size)) != 1):
             raise ValueError(f"patch_size={self.patch_size}: expected an int or two equal sides: patches are square.")
 
     def validate_positive(self) -> None:
-        """Sizes and counts."""
+        """Check that sizes, counts and rates lie in their ranges."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_side", "num_channels")
         for name in (*names, "initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0:  # nor is NaN
+            if not getattr(self, name) > 0:  # this refuses NaN, too
                 raise ValueError(f"{name.replace('side', 'size')}={getattr(self, name)}: expected a value above 0.")
         for name, most in LARGEST.items():
             value = getattr(self, name)
@@ -282,7 +282,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a probability in [0, 1).")
 
     def validate_encoder(self) -> None:
-        """Heads, drop path and the place of CLS."""
+        """Check heads, the mode of drop path and the place of CLS."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
@@ -297,7 +297,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_image_size(self) -> None:
-        """Whole patches."""
+        """Check that images consist of whole patches."""
         sides = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(sides) not in (1, 2) or (len(sides) == 1 and not isinstance(self.image_size, int)):
             raise ValueError(f"image_size={self.image_size}: expected an int or (height, width).")
@@ -308,7 +308,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_stem(self) -> None:
-        """Both sizes or none, and both parts non-empty."""
+        """Check that both sizes are given or none, and that neither part is empty."""
         if (self.feature_size is None) != (self.equivariant_size is None):
             raise ValueError(
                 f"feature_size={self.feature_size} and equivariant_size={self.equivariant_size}: set both (a stem) or "
@@ -325,12 +325,12 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_pooling(self) -> None:
-        """A known name. That there is a stem to slice, the classifier checks: other models do not pool."""
+        """Check that the name is known. The classifier looks for the stem itself: other models do not pool."""
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling={self.pooling!r}: expected one of {', '.join(POOLINGS)}.")
 
     def validate_decoder(self) -> None:
-        """The chosen decoder's own needs; fields of the other kind are not looked at."""
+        """Check what the chosen decoder needs; fields of the other kind are not looked at."""
         if self.decoder_type is None:
             return
         if self.decoder_type not in DECODER_TYPES:

@@ -24,13 +24,13 @@ class EquiSSLUpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
+        """Map (B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
         kernel = self._widen(self._widen(self.weight, 2), 3).transpose(0, 1)
         return nn.functional.conv_transpose2d(images, kernel, self.bias, stride=2, padding=1)
 
     @staticmethod
     def _widen(weight: Tensor, dim: int) -> Tensor:
-        """3 -> 4 along `dim`: what one input pixel adds to output pixels 2i-1 ... 2i+2."""
+        """Widen a kernel from 3 to 4 along `dim`: what one input pixel adds to output pixels 2i-1 ... 2i+2."""
         first, middle, last = weight.unbind(dim)
         return torch.stack((last, middle + last, first + middle, first), dim)
 
@@ -50,7 +50,7 @@ class EquiSSLConvDecoderBranch(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, width), width) for width in outputs[:-1])
 
     def forward(self, grid: Tensor) -> Tensor:
-        """(B, widths[0], h, w) -> (B, C, H, W)."""
+        """Map (B, widths[0], h, w) -> (B, C, H, W)."""
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             grid = nn.functional.gelu(norm(conv(grid)))
         return self.convs[-1](grid)
@@ -98,7 +98,7 @@ class EquiSSLConvDecoder(nn.Module):
         return self.paint(self.projection(torch.cat((equivariant_1, equivariant_2), dim=-1)), grid)
 
     def project_tokens(self, tokens_1: Tensor, tokens_2: Tensor, stem: EquiSSLStem) -> Tensor:
-        """The decoders' linear layers on the stem's equivariant features of tokens, as one linear map of the tokens.
+        """Apply the stem's equivariant part and the decoders' linear layers to tokens, as one linear map.
 
         The stem and these layers follow each other without anything between. Their product reads D dimensions per
         token in place of d_equi (384 and 2048 in the paper's iBOT), and the features are never stored.
@@ -118,7 +118,7 @@ class EquiSSLConvDecoder(nn.Module):
         return nn.functional.linear(tokens_1, weight_1) + nn.functional.linear(tokens_2, weight_2, bias)
 
     def paint(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The convolutions: (B, N, K * width), the linear layers' output -> (B, K, C, H, W)."""
+        """Run the convolutions: (B, N, K * width), the linear layers' output -> (B, K, C, H, W)."""
         rows, columns = grid
         hidden = hidden.view(hidden.shape[0], rows, columns, self.num_images, -1).permute(3, 0, 4, 1, 2)
         # Channels first and one branch at a time: on CPU, channels_last costs 1.1x (fp32) to 1.8x (bf16) and grouped
@@ -144,7 +144,7 @@ class EquiSSLDecoderAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
-        """(B, N, D) and (B, M, D) -> (B, N, D)."""
+        """Map (B, N, D) and (B, M, D) -> (B, N, D)."""
         parts = ((self.q_proj, query), (self.k_proj, context), (self.v_proj, context))
         heads = [layer(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer, tokens in parts]
         return self.o_proj(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
@@ -163,7 +163,7 @@ class EquiSSLDecoderLayer(nn.Module):
         self.mlp = EquiSSLMLP(size)
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, D), with the context (B, M, D) of a cross-attention block -> (B, N, D)."""
+        """Map (B, N, D), with the context (B, M, D) of a cross-attention block -> (B, N, D)."""
         query = self.norm1(hidden_states)
         normed = query if self.norm_context is None else self.norm_context(context)
         hidden_states = hidden_states + self.attention(query, normed)
@@ -214,7 +214,7 @@ class EquiSSLCrossAttentionDecoder(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], size: int, device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D positions (N, size), row-major: [sin, cos] of the row in the first half, of the column in the second.
+    """Compute fixed 2-D positions (N, size), row-major: first [sin, cos] of the row, then of the column.
 
     Frequencies 10000^(-4i / size), i = 0 ... size/4 - 1, as in MAE (https://arxiv.org/abs/2111.06377).
     """
@@ -226,14 +226,14 @@ def sincos_positions(grid: tuple[int, int], size: int, device: torch.device | No
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """(B, N, C * p * p), row-major patches of channels, rows, columns -> (B, C, H, W)."""
+    """Put together (B, N, C * p * p), row-major patches of channels, rows, columns -> (B, C, H, W)."""
     rows, columns = grid
     images = patches.unflatten(-1, (-1, patch_size, patch_size)).unflatten(1, (rows, columns))
     return images.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, rows * patch_size, columns * patch_size)
 
 
 def build_decoder(config: EquiSSLConfig) -> EquiSSLConvDecoder | EquiSSLCrossAttentionDecoder:
-    """The decoder named by `config.decoder_type`.
+    """Build the decoder named by `config.decoder_type`.
 
     Raises:
         ValueError: If it is `None` or unknown.

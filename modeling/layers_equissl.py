@@ -33,7 +33,7 @@ class EquiSSLPatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, D)."""
+        """Embed images: (B, C, H, W) -> (B, N, D)."""
         self._check(pixel_values)
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
@@ -76,7 +76,7 @@ class EquiSSLEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
 
     def interpolate_patch_positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, N, D) for a grid of patches, bicubic in fp32 unless it is the stored one."""
+        """Return position embeddings (1, N, D) for a grid of patches, bicubic in fp32 unless it is the stored one."""
         positions = self.position_embeddings if self.is_cls_late else self.position_embeddings[:, 1:]
         if all(_is_known(side) for side in grid) and grid == self.grid_size:
             return positions
@@ -96,7 +96,7 @@ class EquiSSLEmbeddings(nn.Module):
         self.grid_size = grid
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, H, W) -> tokens (B, 1 + R + N, D) and `None`; for a late CLS (B, N, D) and the prefix (B, 1 + R, D).
+        """Embed (B, C, H, W) -> (B, 1 + R + N, D) and `None`; for a late CLS (B, N, D) and the prefix (B, 1 + R, D).
 
         Masked patches take the mask token before positions are added.
         """
@@ -131,7 +131,7 @@ class EquiSSLEmbeddings(nn.Module):
 
 
 def _is_known(size: int | torch.SymInt | Tensor) -> bool:
-    """Whether a size is a number; while a model is traced or exported it may stand for any."""
+    """Return whether a size is a number; while a model is traced or exported it may stand for any."""
     return isinstance(size, int) and not torch.jit.is_tracing()
 
 
@@ -145,7 +145,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention with its weights. (B, H, T, d) each -> (B, T, H, d) and (B, H, T, T)."""
+    """Compute softmax attention with its weights: (B, H, T, d) each -> (B, T, H, d) and (B, H, T, T)."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -172,7 +172,7 @@ class EquiSSLAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, Q, D) and the attention weights (B, H, Q, T) where the kernel has them.
+        """Map (B, T, D) -> (B, Q, D) and the attention weights (B, H, Q, T) where the kernel has them.
 
         The first `num_queries` = Q tokens ask, all by default; all T answer.
         """
@@ -198,7 +198,7 @@ class EquiSSLLayerScale(nn.Module):
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), self.initial_value))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) -> (..., D)."""
         return hidden_states * self.lambda1
 
 
@@ -212,7 +212,7 @@ class EquiSSLMLP(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) -> (..., D)."""
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -231,7 +231,7 @@ class EquiSSLDropPath(nn.Module):
     def forward(
         self, hidden_states: Tensor, branch: Callable[[Tensor], Tensor], num_tokens: int | None = None
     ) -> Tensor:
-        """(B, T, D) -> hidden_states + branch(hidden_states), with samples dropped in training.
+        """Add the branch: (B, T, D) -> hidden_states + branch(hidden_states), with samples dropped in training.
 
         A branch that gives the first `num_tokens` only is added to those: (B, num_tokens, D).
         """
@@ -251,7 +251,7 @@ class EquiSSLDropPath(nn.Module):
         return output * factor.view(-1, *(1,) * (output.ndim - 1)) + residual
 
     def extra_repr(self) -> str:
-        """The rate."""
+        """Return the rate, which `repr` shows."""
         return f"rate={self.rate:.3g}, exact={self.exact}"
 
 
@@ -272,7 +272,7 @@ class EquiSSLLayer(GradientCheckpointingLayer):
         self.layer_scale2 = EquiSSLLayerScale(config) if has_scale else nn.Identity()
 
     def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, Q, D) for the first `num_queries` = Q tokens alone."""
+        """Map (B, T, D) -> (B, T, D), or (B, Q, D) for the first `num_queries` = Q tokens alone."""
 
         def attend(x: Tensor) -> Tensor:
             return self.layer_scale1(self.attention(self.norm1(x), num_queries, **kwargs)[0])
@@ -298,7 +298,7 @@ class EquiSSLStem(nn.Module):
         self._sizes = {"invariant": self.invariant_size, "equivariant": equivariant_size}
 
     def forward(self, tokens: Tensor, part: str | None = None) -> Tensor:
-        """Features of tokens.
+        """Compute features of tokens.
 
         Args:
             tokens: (..., D), normed tokens.
@@ -316,7 +316,7 @@ class EquiSSLStem(nn.Module):
         return nn.functional.linear(tokens, self.weight[rows], self.bias[rows])
 
     def fold(self, weight: Tensor, part: str) -> tuple[Tensor, Tensor]:
-        """A linear map of a part and the stem as one map of the tokens, with gradient for both.
+        """Fold a linear map of a part and the stem into one map of the tokens, with gradient for both.
 
         Args:
             weight: (h, d_inv) or (h, d_equi).
@@ -330,7 +330,7 @@ class EquiSSLStem(nn.Module):
         return weight @ self.weight[rows], (weight @ self.bias[rows].unsqueeze(-1)).squeeze(-1)
 
     def is_fold_cheaper(self, num_tokens: int, output_size: int, part: str) -> bool:
-        """Whether `fold` saves products for so many tokens.
+        """Return whether `fold` saves products for so many tokens.
 
         Never under ZeRO-3, which gathers a weight only inside the `forward` of its own layer.
         """

@@ -134,7 +134,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         )
 
     def _features(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(B, 1 + R + N, D) -> (B, 1 + N, d_inv), (B, 1 + N, d_equi), or nothing without a stem."""
+        """Map (B, 1 + R + N, D) -> (B, 1 + N, d_inv), (B, 1 + N, d_equi), or nothing without a stem."""
         if self.stem is None:
             return None, None
         if self.num_prefix_tokens > 1:
@@ -143,7 +143,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
         return features[..., : self.stem.invariant_size], features[..., self.stem.invariant_size :]
 
     def reconstruct(self, pixel_values_1: Tensor, pixel_values_2: Tensor) -> Tensor:
-        """Images that the decoder reads off the equivariant features of two views.
+        """Reconstruct images from the equivariant features of two views.
 
         Args:
             pixel_values_1: (B, C, H, W), first view, normalised.
@@ -230,7 +230,7 @@ class EquiSSLForImageClassification(EquiSSLPreTrainedModel):
         )
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        """(B, 1 + R + N, D) -> (B, classifier.in_features)."""
+        """Pool tokens: (B, 1 + R + N, D) -> (B, classifier.in_features)."""
         pooling, cls = self.config.pooling, tokens[:, 0]
         if pooling == "cls":
             return cls
@@ -286,7 +286,7 @@ class EquiSSLBackbone(BackboneMixin, EquiSSLPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
-        """Feature maps of images.
+        """Compute feature maps of images.
 
         Args:
             pixel_values: (B, C, H, W); H and W are multiples of the patch size.
@@ -310,7 +310,7 @@ class EquiSSLBackbone(BackboneMixin, EquiSSLPreTrainedModel):
         return BackboneOutput(feature_maps=maps, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
 
     def _feature_map(self, hidden_state: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, ... + N, D) -> (B, D, rows, columns) or (B, N, D)."""
+        """Lay patches out: (B, ... + N, D) -> (B, D, rows, columns) or (B, N, D)."""
         # From the back: with a late CLS the first stages have no tokens before the patches.
         patches = hidden_state[:, -grid[0] * grid[1] :]
         if self.config.apply_layernorm:

@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _is_repository(source: Path) -> bool:
-    """Whether a folder holds a card beside a model, and no checkpoints, so that it is not a run."""
+    """Return whether a folder holds a card beside a model, and no checkpoints, so that it is not a run."""
     from hf_equissl.checkpoints import newest_checkpoint
 
     models = (source, source / "native", source / "pretraining")

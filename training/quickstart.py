@@ -105,7 +105,7 @@ class EncoderLane(Lane):
         return self.run / "probes"
 
     def is_pretrained(self, steps: int) -> bool:
-        """Whether a run of ``steps`` is finished and exported."""
+        """Return whether a run of ``steps`` is finished and exported."""
         finished = self.run / f"checkpoint-{steps}" / "trainer_state.json"
         return finished.is_file() and (self.encoder / "model.safetensors").is_file()
 
@@ -215,7 +215,7 @@ def claim(output: Path, steps: int | None, crops_per_photograph: int) -> dict[st
 
 
 def make_lanes(output: Path, tiles: Path, steps: int) -> list[EncoderLane]:
-    """The base method, and the same with reconstruction: same budget, seed, images and views."""
+    """Make a lane of the base method and one with reconstruction: same budget, seed, images and views."""
     from hf_equissl.recipes.recipe import Recipe
 
     weight = Recipe.load(RECIPE).objectives.equivariance[0]["weight"]
@@ -367,6 +367,6 @@ def _positive(text: str) -> int:
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: else the commands would train on, unwatched
-        if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it, and so it stays
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -114,7 +114,7 @@ def check_places(raw: dict[str, Any], *, starts: bool = True) -> None:
         starts: Whether first weights will be read: a run that goes on needs none.
 
     Raises:
-        RecipeError: As loading them would say it.
+        RecipeError: It says what loading them would say.
     """
     data, model = raw.get("data"), raw.get("model")
     source = data.get("source") if isinstance(data, dict) else None
@@ -132,7 +132,7 @@ def check_data(source: str) -> None:
     """Refuse a source of images that is not where ``--data`` says.
 
     Raises:
-        RecipeError: As loading it would say it.
+        RecipeError: It says what loading it would say.
     """
     try:
         check_place(source)

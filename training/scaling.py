@@ -20,7 +20,7 @@ from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
 
 CONFIGS = Path(__file__).resolve().parent / "accelerate_configs"
-QUIET = 0.95  # of a core's time, for a process that waits for nothing
+QUIET = 0.95  # share of a core's time that a process gets which waits for nothing
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 DESCRIPTION = """\
