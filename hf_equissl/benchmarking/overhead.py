@@ -55,7 +55,7 @@ PARTS = (VIEWS, TEACHER, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIM
 EQUIVARIANCE_BACKWARD = "reconstruction backward"
 MIB = 1024**2
 NUM_CLASSES = 10  # of the images, for objectives with labels
-# A step costs what it costs at any point of a run.
+# Any point of a run will do: a step costs the same at all of them.
 PROGRESS = TrainingProgress(step=0, max_steps=1, steps_per_epoch=1)
 # Output size, filter and box of one PIL resize.
 Crop: TypeAlias = tuple[tuple[int, int], int, Box]

@@ -16,7 +16,7 @@ from ..utils.versions import library_versions
 if TYPE_CHECKING:
     import torch
 
-# Beside those that results name.
+# Libraries that are listed beside those that results name.
 LIBRARIES = (
     *("accelerate", "huggingface-hub", "safetensors", "evaluate", "peft", "deepspeed", "onnx", "onnxruntime"),
     *("matplotlib", "tensorboard", "trackio", "wandb", "torchvision", "pillow-heif", "simplejpeg"),

@@ -79,14 +79,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether ``error`` is what torch.distributed raises when another process has ended or cannot be reached."""
+    """Return whether ``error`` is what torch.distributed raises when another process has ended or cannot be reached."""
     text = str(error)
     spoken_by_backend = isinstance(error, dist.DistError) or "/gloo/" in text or "ProcessGroup" in text
     return isinstance(error, RuntimeError) and world_size() > 1 and spoken_by_backend
 
 
 def speaks_for_all(patience: float = 5.0) -> bool:
-    """Whether this process is the first that asked, and so says for all what stopped them.
+    """Return whether this process is the first that asked, and so says for all what stopped them.
 
     It is, too, where nobody can be asked: with one process, or where the one that keeps the rendezvous store is gone or
     does not answer within ``patience`` seconds.
@@ -139,7 +139,7 @@ class SharedFlag:
         self._pending: tuple[Any, Tensor] | None = None
 
     def in_step(self, raised: bool) -> bool:
-        """Whether a process had raised it in the step before (a single one: whether it has). Called once per step."""
+        """Return whether a process had raised it in the step before (with one process: by now). Call it once a step."""
         if self._group is None:
             return raised
         earlier = self._wait()
@@ -147,7 +147,7 @@ class SharedFlag:
         return earlier
 
     def now(self, raised: bool) -> bool:
-        """Whether a process has raised it by now. Waits for the other hosts."""
+        """Return whether a process has raised it by now. Waits for the other hosts."""
         if self._group is None:
             return raised
         earlier = self._wait()

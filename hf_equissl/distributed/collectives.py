@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that logs and writes, rank 0."""
+    """Return whether this process is the one that logs and writes, rank 0."""
     return rank() == 0
 
 
@@ -72,7 +72,7 @@ def wait_for_shards(parameter: Tensor) -> None:
 
 
 def is_gathered(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds a whole copy of ``parameter`` beside its shard at the moment."""
+    """Return whether ZeRO-3 holds a whole copy of ``parameter`` beside its shard at the moment."""
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "AVAILABLE"
 
 
@@ -150,7 +150,7 @@ def reduce_mean(scalars: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def on_any_process(flag: Tensor) -> bool:
-    """Whether a scalar ``flag`` is set on at least one process; all get the same answer. Waits for the device."""
+    """Return whether a scalar ``flag`` is set on any process; all get the same answer. Waits for the device."""
     if world_size() == 1:
         return bool(flag)
     value = flag.detach().float()

@@ -196,7 +196,7 @@ def _fsdp_version(args: TrainingArguments | None) -> str:
 
 
 def _deepspeed_config(args: TrainingArguments | None) -> dict[str, Any] | None:
-    """DeepSpeed's own configuration, if there is one: else accelerate makes it from the environment."""
+    """Read DeepSpeed's own configuration, if there is one; otherwise accelerate makes it from the environment."""
     config = getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     return None if config in (None, "", "none", "None") else _read_json(config)
 

@@ -28,7 +28,7 @@ ONE_REQUEST_SECONDS = 5.0
 # Processes that become the parent of those whose own has ended.
 _ADOPTERS = ("systemd", "init", "tini", "dumb-init", "slurmstepd", "containerd-shim", "docker-init")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_BORN = os.getpid(), os.getppid()  # before anything takes time
+_BORN = os.getpid(), os.getppid()  # read before anything that takes time
 # Seconds that a process goes on without its launcher: before training there is nothing to save, in training there is.
 UNTIL_TRAINING, IN_TRAINING = 5.0, 600.0
 _training = threading.Event()
@@ -81,7 +81,7 @@ class Signals:
         self._before = {}
 
     def begin_training(self) -> None:
-        """From now on there is something to save: a signal is remembered, and a launcher that ends is no hurry."""
+        """Note that there is something to save from now on: signals and a launcher's end leave time for it."""
         self.raises = False
         _training.set()
 
@@ -96,7 +96,7 @@ class Signals:
                     file.write(f"{text}\n")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked child, whose signals are its own affair
+        if os.getpid() != self._process:  # a forked child, which handles its own signals
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -198,9 +198,9 @@ def listen_to_launcher() -> None:
 
 
 def _is_launcher(pid: int) -> bool:
-    """Whether the parent of a process of torchrun may be torchrun or its script, and is not what adopts orphans."""
+    """Return whether the parent of a process of torchrun may be torchrun or its script, and does not adopt orphans."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return True  # what else sets our variables is known to nobody
+        return True  # nobody knows what else may set the variables of a launcher
     if pid == 1:
         # In a container torchrun itself may be process 1.
         return any(word in _read_process(pid, "cmdline") for word in ("python", "torch", "accelerate"))
@@ -211,7 +211,7 @@ def _read_process(pid: int, what: str) -> str:
     try:
         return Path(f"/proc/{pid}/{what}").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "python" if what == "cmdline" else ""  # hidden from us
+        return "python" if what == "cmdline" else ""  # the system hides it from this process
 
 
 def _outlive(parent: int) -> None:
@@ -231,7 +231,7 @@ def _end_without_launcher() -> NoReturn:
 
 
 def speaks_for_failure() -> bool:
-    """Whether this process is the one that says what stopped all of them.
+    """Return whether this process is the one that says what stopped all of them.
 
     Mistakes in words are answered before torch is imported and the processes know each other: one per machine speaks.
     """

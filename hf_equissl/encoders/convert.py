@@ -318,7 +318,7 @@ def _registers_fields(config: Any) -> dict[str, Any]:
 
 
 def _own_fields(config: EquiSSLConfig) -> dict[str, Any]:
-    return {}  # loaded as it is
+    return {}  # an EquiSSL encoder is loaded as it is
 
 
 _VIT_NAMES = (

@@ -10,5 +10,5 @@ FEATURES = (
     *("cls", "patches", "backbone", *BLOCK_FEATURES, "stem", "invariant", "equivariant"),
     *(f"{part}_{row}" for part in ("invariant", "equivariant") for row in ("cls", "patches")),
 )
-# All patch tokens after the final norm, (B, N, D): for who keeps them, not for probes.
+# All patch tokens after the final norm, (B, N, D): for extraction, not for probes.
 PATCH_TOKENS = "patch_tokens"

@@ -143,7 +143,7 @@ class FrozenEncoder:
 
     @property
     def backbone_parts(self) -> tuple[str, ...]:
-        """What ``backbone`` is put together of: of a module that says ``gives_vectors``, that vector once."""
+        """The features that make up ``backbone``: of a module that says ``gives_vectors`` its one vector."""
         return ("cls",) if getattr(self.module, "gives_vectors", False) else ("cls", "patches")
 
     @property
@@ -169,7 +169,7 @@ class FrozenEncoder:
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Changes when weights or buffers are written to: what was cached of this encoder is then stale."""
+        """A value that changes when weights or buffers are written to: what was cached before is then stale."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
@@ -329,7 +329,7 @@ class FrozenEncoder:
 
     def _last_cls_tokens(self, output: Any, pixel_values: Tensor) -> Tensor:
         norm, num_patches = final_norm(self.module), self._num_patches(pixel_values)
-        assert norm is not None  # ``check_features`` has looked
+        assert norm is not None  # ``check_features`` made sure of it
         return last_cls_tokens(output.hidden_states, norm, num_patches or 0, last_state(output))
 
     def _read(self, output: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

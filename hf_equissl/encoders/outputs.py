@@ -29,10 +29,10 @@ def as_map(tokens: Tensor, image_sides: tuple[int, ...], patch: int | None, name
     """Lay tokens (B, T, D) out in the grid of their patches, (B, D, rows, columns); return a map as it is.
 
     Args:
-        tokens: Patches last.
+        tokens: The tokens, patches last.
         image_sides: Height and width of the images.
         patch: Side of a patch in pixels; ``None`` where it is not known.
-        name: Of the encoder, for the message.
+        name: Name of the encoder, for the message.
 
     Raises:
         ValueError: it gives one vector per image, or its patches have no known size.

@@ -50,7 +50,7 @@ def check_measured(source: str) -> None:
     """Refuse what is to be measured where it names a path at which nothing lies.
 
     Raises:
-        LoadError: As loading it would say it.
+        LoadError: It says what loading it would say.
     """
     if not is_raw_pixels(source):
         found = split_untrained(source)

@@ -111,7 +111,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # of bytes that are no checkpoint, the reader raises anything
+    except Exception as error:  # the reader may raise anything on bytes that are no checkpoint
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(checkpoint).__name__}: expected a state dict.")

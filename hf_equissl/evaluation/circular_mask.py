@@ -11,7 +11,6 @@ from torch import Tensor
 from ..views.base import TransformationFamily
 from .options import CIRCLE
 
-# What records name as the fill.
 # A disk of less than this share of the side would hide what is judged.
 _SMALLEST_SHARE = 0.25
 _NUM_TRIED = 256
@@ -72,7 +71,7 @@ class DiskFamily(TransformationFamily):
 
     @property
     def identity_parameters(self) -> tuple[float, ...]:
-        """Those of the transformation."""
+        """The transformation's own identity parameters."""
         return self.family.identity_parameters
 
     def mask(self, images: Tensor) -> Tensor:

@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any]
     from .runner import RESULTS, write_report
 
     print(plain_table(records))
-    # Of all that the folder holds by now, earlier commands' included.
+    # The report covers all that the folder holds by now, also from earlier commands.
     everything = load_records(Path(arguments.output_dir) / RESULTS)
     written = write_report(everything, arguments.output_dir)
     print(f"\nWritten to {arguments.output_dir}: {', '.join([RESULTS, *(path.name for path in written)])}")

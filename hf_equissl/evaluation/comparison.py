@@ -29,7 +29,7 @@ class Measured:
     Attributes:
         system: What was trained, whatever the seed.
         seed: Seed of the training.
-        records: Of its encoder.
+        records: Records of its encoder.
     """
 
     system: str
@@ -161,7 +161,7 @@ def comparison_rows(
 
 
 def _is_shown(record: ResultRecord) -> bool:
-    """Whether tables have a column for it: the first metric of each evaluator, and R2 of the linear probe."""
+    """Return whether tables have a column for it: the first metric of each evaluator, and R2 of the linear probe."""
     known = EVALUATORS.get(record.evaluator)
     first = record.about.hub_type is not None if known is None else record.metric == known.metrics[0].name
     return first or record.metric == R2_LINEAR.name

@@ -130,7 +130,7 @@ class CorruptionsEvaluator(LinearEvaluator):
 
     @classmethod
     def applies_to(cls, data: EvaluationData) -> bool:
-        """Return ``False``: 75 passes over the test images are for who asks for them."""
+        """Return ``False``: 75 passes over the test images are made only when asked for."""
         return False
 
     def check(self, encoder: FrozenEncoder) -> None:

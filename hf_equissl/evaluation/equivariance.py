@@ -118,7 +118,7 @@ class LayerwiseEquivarianceEvaluator(EquivarianceEvaluator):
 
     @classmethod
     def applies_to(cls, data: EvaluationData) -> bool:
-        """Return ``False``: so many rows are shown to who asks for them."""
+        """Return ``False``: so many rows are shown only when asked for."""
         return False
 
     def layers(self, encoder: FrozenEncoder) -> dict[str, int]:

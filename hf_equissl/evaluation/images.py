@@ -25,7 +25,7 @@ from .feature_store import STORED, FeatureStore
 
 logger = logging.getLogger(__name__)
 
-# Bad files that an error message lists.
+# How many bad files an error message lists at most.
 _LISTED = 10
 
 
@@ -230,7 +230,7 @@ class ImageSet:
         return rows, {name: value.float() for name, value in stored.items()}
 
     def stored_features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``features`` as they are kept, in the type of ``feature_storage``: for who reads them in pieces."""
+        """Return ``features`` as they are kept, in the type of ``feature_storage``, to be read in pieces."""
         stored = self._features.get(encoder)
         if stored is None or stored["version"] != encoder.version:
             stored = self._features[encoder] = {"version": encoder.version, "stores": []}

@@ -66,7 +66,7 @@ def _find_nearest(queries: Tensor, bank: Tensor, k: int, block_size: int) -> tup
         block = F.normalize(bank[begin : begin + block_size].float(), dim=1)
         similarity, rows = (queries @ block.T).topk(min(k, len(block)), dim=1)
         best.append((similarity, rows + begin))
-        if len(best) > 1:  # what is nearest of all so far
+        if len(best) > 1:  # keep the nearest of all blocks so far
             similarity, rows = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
             similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best = [(similarity, rows.gather(1, order))]

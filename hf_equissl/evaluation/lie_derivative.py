@@ -86,7 +86,7 @@ class LieDerivativeEvaluator(Evaluator):
 
     @classmethod
     def applies_to(cls, data: EvaluationData) -> bool:
-        """Return ``False``: so many rows are shown to who asks for them."""
+        """Return ``False``: so many rows are shown only when asked for."""
         return False
 
     def check(self, encoder: FrozenEncoder) -> None:

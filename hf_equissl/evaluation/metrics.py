@@ -1,7 +1,4 @@
-"""Metrics as plain functions.
-
-Sums are float64.
-"""
+"""Compute metrics with plain functions, whose sums are in float64."""
 
 from __future__ import annotations
 
@@ -99,7 +96,7 @@ def r2_scalar(predictions: ArrayLike, targets: ArrayLike) -> float:
 
 
 def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
-    """Share of samples whose label is among the ``k`` largest logits: (n, classes), (n,) -> [0, 1]."""
+    """Compute the share of samples whose label is among the ``k`` largest logits: (n, classes), (n,) -> [0, 1]."""
     scores, true = torch.as_tensor(logits), torch.as_tensor(labels).to(torch.long)
     if scores.ndim != 2 or true.shape != scores.shape[:1] or not len(true):
         raise ValueError(
@@ -112,7 +109,7 @@ def topk_accuracy(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
 
 
 def top1_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Share of samples whose predicted class (n,) is their label (n,)."""
+    """Compute the share of samples whose predicted class (n,) is their label (n,)."""
     predicted, true = torch.as_tensor(predictions), torch.as_tensor(labels)
     if predicted.shape != true.shape or predicted.ndim != 1 or not len(true):
         raise ValueError(
@@ -124,7 +121,7 @@ def top1_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Average the accuracy of each class that occurs in ``labels`` over classes: (n,), (n,) -> [0, 1]."""
     predicted, true = torch.as_tensor(predictions).long(), torch.as_tensor(labels).long()
-    top1_accuracy(predicted, true)  # the same checks
+    top1_accuracy(predicted, true)  # called for its checks alone
     counts = torch.bincount(true).double()
     hits = torch.bincount(true[predicted == true], minlength=len(counts)).double()
     present = counts > 0

@@ -1,4 +1,4 @@
-"""By the size of the images: for which sizes evaluators have settings. Which settings, each says itself."""
+"""The sizes of images that evaluators have settings for; each evaluator says itself what its settings are."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ..utils.versions import library_versions
 from .metric import EFFECTIVE_RANK, FEATURE_STD, R2, R2_SCALAR, TOP1, TOP5, Metric
 
 FORMAT_VERSION = 1
-# Metrics of records that were written before records said what theirs is.
+# Older records do not say what their metric is: it is one of these.
 _BEFORE = {metric.name: metric for metric in (TOP1, TOP5, R2, R2_SCALAR, EFFECTIVE_RANK, FEATURE_STD)}
 # Properties that ``to_dict`` writes down, too.
 _DERIVED = ("value", "std", "comparability")
@@ -81,7 +81,7 @@ class ResultRecord:
         for name, entries in self.details.items():
             if len(entries) != len(self.seeds):
                 raise ValueError(f"details[{name!r}] has {len(entries)} entries for {len(self.seeds)} seeds.")
-        for name in ("dataset", "split", "encoder", "command", "protocol", "details"):  # written down and published
+        for name in ("dataset", "split", "encoder", "command", "protocol", "details"):  # all of them may be published
             object.__setattr__(self, name, redact_values(getattr(self, name)))
         if self.about is None or self.about.name != self.metric:
             object.__setattr__(self, "about", _BEFORE.get(self.metric, Metric(self.metric)))

@@ -1,4 +1,4 @@
-"""Does a predictor find the right view among those of an object: MRR, hits, prediction retrieval error."""
+"""Judge whether a predictor finds the right view of an object: MRR, hits, prediction retrieval error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def target_ranks(predictions: Tensor, views: Tensor, targets: Tensor) -> Tensor:
         targets: (n,), which of the V is the true one.
 
     Returns:
-        (n,) int64. Views as similar as the true one count as better than it: who makes all views alike finds none.
+        (n,) int64. Views as similar as the true one count as better than it: where all views are alike, none is found.
     """
     similarity = torch.einsum("nd,nvd->nv", F.normalize(predictions, dim=1), F.normalize(views, dim=2))
     own = similarity.gather(1, targets[:, None])
@@ -59,7 +59,7 @@ def mean_reciprocal_rank(ranks: Tensor) -> float:
 
 
 def hit_rate(ranks: Tensor, k: int) -> float:
-    """Share of true views among the ``k`` most similar ones, H@k."""
+    """Compute the share of true views among the ``k`` most similar ones, H@k."""
     return (ranks <= k).double().mean().item()
 
 

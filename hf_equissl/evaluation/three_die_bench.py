@@ -21,10 +21,10 @@ from .rendered_objects import RenderedData
 from .results import ResultRecord
 from .retrieval import quaternions, relative_rotation
 
-# Of an encoder with a stem; of another one its backbone.
+# Features that are probed of an encoder with a stem; of another one it is the backbone.
 PARTS = ("stem", "invariant", "equivariant")
 _ANGLES, _HUES = slice(0, 3), [3, 6]
-# A quaternion, and two differences of hues.
+# The targets are a quaternion, and two differences of hues.
 _NUM_TARGETS = {"rotation": 4, "color": 2}
 
 

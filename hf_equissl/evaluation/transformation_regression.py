@@ -284,7 +284,7 @@ class TransformationRegressionEvaluator(Evaluator):
         return images.encode(encoder, self.features_of(encoder), change)
 
     def _epochs(self, encoder: FrozenEncoder, task: str, scaled: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Draw and scaled training features of g(I) for each epoch; draws that come again are kept."""
+        """Yield the draw and scaled training features of g(I) of each epoch; draws that come again are kept."""
         kept: dict[int, dict[str, Tensor]] = {}
         for epoch in tqdm(range(self.epochs), desc=task, unit="epoch", leave=False, disable=not self.progress):
             draw = epoch % self.num_draws

@@ -14,7 +14,7 @@ from ..utils.files import readable_size, write_text
 from ..utils.strict_yaml import dump_yaml
 from .record import CARD
 
-# Left-out images that the card names.
+# How many images that were left out the card names at most.
 _SHOWN = 10
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _MEANING = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RECORD, FORMAT_VERSION = "extraction.json", 1
 # The card beside it, and how its text begins.
 CARD, TITLE = "README.md", "# Features of"
-# Bad images that an error message lists.
+# How many bad images an error message lists at most.
 _LISTED = 10
 
 
@@ -50,7 +50,7 @@ def read_extraction(folder: Path) -> dict[str, Any]:
 
 
 def classes_before(settings: ExtractionSettings) -> tuple[list[str], str]:
-    """Names of the classes that other splits in the output folder have, and which split that is; empty without any.
+    """Return the classes' names in another split in the output folder, and which split that is; empty without any.
 
     Raises:
         ExtractionError: as ``read_extraction``.
@@ -100,7 +100,7 @@ def check_same(work: Extraction) -> None:
     if not record:
         return
     selection = record["splits"].get(work.settings.split_name, {}).get("selection", {})
-    usual = {"value_range": "full"}  # is not written down
+    usual = {"value_range": "full"}  # the usual value is not written down
     flat_before = _flatten({**usual, **record["encoding"], **selection})
     flat_now = _flatten({**usual, **work.encoding, **{key: work.selection.get(key) for key in selection}})
     for key in flat_before | flat_now:

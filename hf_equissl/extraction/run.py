@@ -159,7 +159,7 @@ def _report(work: Extraction, share: Share, batch: Batch) -> None:
 
 
 def summarise(work: Extraction, shares: list[Share], num_workers: int) -> dict[str, Any] | None:
-    """Speed and settings of one command for the record; ``None`` where it had nothing to do."""
+    """Sum up speed and settings of one command for the record; ``None`` where it had nothing to do."""
     images = sum(share.images for share in shares)
     if not images:
         return None

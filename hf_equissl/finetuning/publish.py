@@ -67,7 +67,7 @@ def publish(
     """Merge and push a finished run as asked.
 
     Args:
-        run: Trained.
+        run: The trained run.
         merge: Write ``merged/`` beside the adapter.
         push_to_hub: Publish the merged model if there is one, else the adapter or model.
         repo_id: Name on the Hub, "owner/name".
@@ -80,7 +80,8 @@ def publish(
     lines = []
     if merge:
         settings = run.settings
-        # What the description names may not lie there yet; else it knows the commit and the sub-folder.
+        # The Hub id in the description may not exist yet: then the base is the folder of the encoder. Without such an
+        # id the description knows the place, with commit and sub-folder.
         base = None if settings.base_id is None else Path(settings.encoder) / settings.subfolder
         folder = merge_adapter(
             run.folder, Path(settings.output_dir) / "merged", base, trust_remote_code=settings.trust_remote_code

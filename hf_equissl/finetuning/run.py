@@ -254,7 +254,7 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
     output = Path(settings.output_dir)
     found = newest_checkpoint(output)
     if (output / SETTINGS_FILE).is_file():
-        if found or (output / RESULTS).is_file():  # a folder without results is anybody's
+        if found or (output / RESULTS).is_file():  # a folder without results may be anybody's
             _check_same_run(settings, output)
     elif found or (output / "run.json").is_file() or (output / RESULTS).is_file():
         raise ValueError(f"--output_dir {output}: holds another run (no {SETTINGS_FILE}). Name a new folder.")

@@ -17,7 +17,7 @@ POOLINGS = ("cls", "patches", "cls_patches", "invariant", "equivariant")
 KEEPS = ("last", "best")
 # The base learning rates hold at this global batch and grow with its square root, as suits Adam.
 REFERENCE_BATCH = 256
-# Of these the trained weights are independent, but for images that are left out: a run may go on with other values.
+# The trained weights do not depend on these, but for images that are left out: a run may go on with other values.
 _NOT_IDENTITY = (
     "output_dir",
     "num_workers",

@@ -93,7 +93,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         return dataset.sampler(multiple=self.args.epoch_multiple)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Build the parent's, whose workers leave a scheduler's signals to this process."""
+        """Build the parent's loader, whose workers leave a scheduler's signals to this process."""
         return guard_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -59,7 +59,7 @@ __all__ = [
     "weight_of",
 ]
 
-# Own objectives join with ``register``: hf_equissl.utils.registry.
+# Objectives of other packages are added with ``register`` (see hf_equissl.utils.registry).
 INVARIANCE_OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     Objective,

@@ -22,7 +22,7 @@ __all__ = ["AugSelfObjective", "blur_difference", "color_difference", "crop_diff
 
 QUARTERS = 4
 COLORS = ("brightness", "contrast", "saturation", "hue")
-# Widths of what is predicted of each factor.
+# How many numbers are predicted of each factor.
 WIDTHS = {"crop": 4, "color": 4, "flip": 1, "blur": 1, "solarize": 1, "rotation": 4}
 TURNS = "turns"  # the parameter of the family rot90, also where it is a member of another one
 
@@ -108,14 +108,14 @@ class AugSelfObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """How views were cropped, coloured and, as the case may be, turned; the tokens of the layer."""
+        """Ask how views were cropped, coloured and, for rotations, turned; and for the tokens of the layer."""
         layers = () if self.layer is None else (self.layer,)
         turned = "rotation" in self.weights
         return Needs(crop_boxes=True, photometric=True, parameters=turned, hidden_layers=layers)
 
     @property
     def trains(self) -> Reach:
-        """All blocks and the final norm, or the blocks up to the layer; never the stem."""
+        """Train all blocks and the final norm, or the blocks up to the layer; never the stem."""
         return Reach(blocks=self.layer, norm=self.layer is None, stem=False)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
@@ -190,7 +190,7 @@ def color_difference(
 
     Args:
         first, last: Name -> (B,), the factors, and the hue in turns; neutral where jitter was skipped.
-        strengths: Of the same two views, as ``ViewSpec`` states them.
+        strengths: Ranges of the factors in the same two views, as ``ViewSpec`` states them.
     """
     return torch.stack([_shift(name, first, strengths[0]) - _shift(name, last, strengths[1]) for name in COLORS], dim=1)
 

@@ -82,7 +82,7 @@ class BarlowTwinsObjective(Objective):
         self.check_batch(images, world_size())
         h = student.invariant(student.cls)  # (2, B, d_inv)
         z = torch.stack([self.projector(view) for view in h])  # (2, B, d)
-        with torch.autocast(z.device.type, enabled=False):  # a sum of d^2 squares
+        with torch.autocast(z.device.type, enabled=False):  # a sum of d^2 squares needs fp32
             return self._loss(z.float())
 
     def _loss(self, z: Tensor) -> LossOutput:

@@ -194,7 +194,7 @@ class Objective(nn.Module, ABC):
     def prepare_encoder(self, encoder: EquiSSLModel) -> None:
         """Change the initial weights of the student in place, before the teacher becomes a copy of it.
 
-        A run that starts from an encoder that exists, and one that goes on, load their weights over these. To freeze
+        A run that starts from an encoder that exists, and one that goes on, load their weights over these. Freezing
         the patch embedding is an argument of the training.
         """
 

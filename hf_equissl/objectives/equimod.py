@@ -151,14 +151,14 @@ class EquiModObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """The un-augmented image, of which CLS alone is read; what was done to the views; the tokens of the layer."""
+        """Ask for CLS of the un-augmented image, for what was done to the views, and for the tokens of the layer."""
         image = ExtraViews("unaugmented", UnaugmentedImage, patches=False, last_layer=self.layer)
         layers = () if self.layer is None else (self.layer,)
         return Needs(crop_boxes=True, photometric=True, hidden_layers=layers, extra=(image,))
 
     @property
     def trains(self) -> Reach:
-        """All blocks and the final norm, or the blocks up to the layer; never the stem."""
+        """Train all blocks and the final norm, or the blocks up to the layer; never the stem."""
         return Reach(blocks=self.layer, norm=self.layer is None, stem=False)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
@@ -199,5 +199,5 @@ def augmentation_parameters(boxes: Tensor, photometric: Mapping[str, Tensor]) ->
         photometric: Name -> (V, B), as ``Views`` have it.
     """
     known = {**dict(zip(BOX, boxes.unbind(-1), strict=True)), **photometric}
-    order = {f"order_{place}": torch.full_like(boxes[..., 0], place) for place in range(4)}  # the same for all
+    order = {f"order_{place}": torch.full_like(boxes[..., 0], place) for place in range(4)}  # the same in all views
     return torch.stack([(known | order)[name].float() for name in PARAMETERS], dim=-1)

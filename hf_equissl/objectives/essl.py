@@ -31,9 +31,9 @@ class FourRotations(ViewMaker):
     """A small crop of each image, coloured, at 0, 1, 2 and 3 quarter turns counter-clockwise: four views of one size.
 
     Args:
-        settings: The pipeline's.
+        settings: Settings of the pipeline.
         size: Side of the crop in pixels.
-        spec: Its box and its colours.
+        spec: How the crop is cut and coloured.
     """
 
     def __init__(self, settings: ViewSettings, size: int, spec: ViewSpec) -> None:
@@ -118,12 +118,12 @@ class ESSLObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """The four rotations of a small crop, of which CLS alone is read."""
+        """Ask for the four rotations of a small crop, of which CLS alone is read."""
         return Needs(extra=(ExtraViews("four_rotations", FourRotations, self.options, patches=False),))
 
     @property
     def trains(self) -> Reach:
-        """Everything but the stem."""
+        """Train everything but the stem."""
         return Reach(stem=False)
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:

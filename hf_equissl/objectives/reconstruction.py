@@ -94,7 +94,7 @@ class ReconstructionObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """The images at fractions k / (K + 1) of g."""
+        """Ask for the images at fractions k / (K + 1) of g."""
         steps = self.num_intermediate_images + 1
         return Needs(fractions=tuple(k / steps for k in range(1, steps)))
 

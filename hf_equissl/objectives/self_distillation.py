@@ -36,7 +36,7 @@ class TeacherRows(NamedTuple):
 
 
 class SelfDistillationObjective(Objective):
-    """What the objectives have in common. Subclasses build the heads and may add terms (``_regularizers``), or change
+    """What these objectives have in common. Subclasses build the heads and may add terms (``_regularizers``), or change
     which patches the center averages (``_teacher_rows``).
 
     Args:
@@ -106,7 +106,7 @@ class SelfDistillationObjective(Objective):
         self.center_momentum, self.centering = center_momentum, centering
         self.local_crops = local_crops
         self.equivariant_logits = equivariant_logits
-        self.num_logits = num_prototypes - equivariant_logits  # that the loss sees
+        self.num_logits = num_prototypes - equivariant_logits  # those that the loss sees
 
     def _build_heads(
         self,
@@ -140,7 +140,7 @@ class SelfDistillationObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """A teacher; local crops and masks where the loss uses them."""
+        """Ask for a teacher, and for local crops and masks where the loss uses them."""
         return Needs(teacher=True, local_crops=self.local_crops, masks=self.patch_schedule is not None)
 
     @property
@@ -161,7 +161,7 @@ class SelfDistillationObjective(Objective):
     def _split_logits(self, tokens: Tensor, part: str) -> Tensor:
         if part == "invariant":
             return tokens
-        # The patches' head: only their rows enter decoders.
+        # The head is that of the patches: only their rows enter decoders.
         features = Features(tokens=tokens, num_prefix_tokens=0, grid=(0, 0), stem=None)
         flat = tokens.flatten(0, -2)
         _, rows = self.head(features, flat[:0], flat)
@@ -267,7 +267,7 @@ class SelfDistillationObjective(Objective):
         if self.centering != "centering" or not self.training:
             return
         width = weights[0].shape[1]
-        rows = weights[0].new_zeros(len(means), width + 1)  # and how many processes have one
+        rows = weights[0].new_zeros(len(means), width + 1)  # the last column counts the processes that have a mean
         for row, mean in zip(rows, means, strict=True):
             if mean is not None:
                 row[:width], row[width] = mean, 1.0

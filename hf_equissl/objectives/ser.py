@@ -50,7 +50,7 @@ class TransformedPairs(ViewMaker):
 
     Args:
         settings: The pipeline's.
-        share: Of the images of a batch, rounded.
+        share: Share of a batch's images that is set apart, rounded to whole images.
         local_pairs: Pairs that are made of local crops.
         grid_scale: Tokens of a view over those of a square one, uniform in this range.
         grid_ratio: Columns over rows, log-uniform in this range.
@@ -83,7 +83,7 @@ class TransformedPairs(ViewMaker):
         self.specs = [replace(spec, flip_probability=0.0) for spec in (first, second)]
 
     def takes_from_batch(self, images: int) -> int:
-        """Take the share."""
+        """Count the images of the share that is set apart."""
         return sub_batch(images, self.share)
 
     def crop(self, item: Item, rng: np.random.Generator) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class TransformedPairs(ViewMaker):
         return Geometry(max(1, rows), max(1, columns), int(rng.integers(4)))
 
     def most_tokens(self, size: int) -> int:
-        """Return as many tokens as no view has more of: sides are rounded up by half a token at most."""
+        """Return a number of tokens that no view exceeds: sides are rounded up by half a token at most."""
         area = self.grid_scale[1] * (size / self.patch_size) ** 2
         around = max(math.sqrt(ratio) + 1 / math.sqrt(ratio) for ratio in self.grid_ratio)
         return max(1, int(area + math.sqrt(area) * around / 2 + 0.25))
@@ -240,7 +240,7 @@ class SERObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """The transformed pairs, which join the usual crops, and the tokens of the layer."""
+        """Ask for the transformed pairs, which join the usual crops, and for the tokens of the layer."""
         views = ExtraViews(
             NAME,
             TransformedPairs,
@@ -255,7 +255,7 @@ class SERObjective(Objective):
 
     @property
     def trains(self) -> Reach:
-        """The blocks up to the layer; the final norm behind the last one."""
+        """Train the blocks up to the layer, and the final norm where the layer is the last one."""
         return Reach(blocks=self.layer, norm=self.is_last, stem=False)
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -314,10 +314,10 @@ class SERObjective(Objective):
         """Return loss, cosine and accuracy of one pair, scalars.
 
         Args:
-            maps: Of the student, of both views.
-            taught: What keys are made of: those of the teacher, or the same.
+            maps: The student's token maps of both views.
+            taught: The maps that keys are made of: the teacher's, or the student's again.
             seen: Geometry of both views.
-            most_tokens: As many as no process has more of.
+            most_tokens: A number of tokens that no process exceeds.
         """
         if self.form == "symmetric":
             both = torch.stack([_rows(maps[0]), _rows(act(maps[1], seen[1], seen[0]))], dim=2)  # (P, n, 2, E)

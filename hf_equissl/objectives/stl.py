@@ -41,7 +41,7 @@ class PairedViews(ViewMaker):
     its two images.
 
     Args:
-        settings: The pipeline's.
+        settings: Settings of the pipeline.
     """
 
     replaces_global_crops: ClassVar[bool] = True
@@ -173,12 +173,12 @@ class STLObjective(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Global crops that pairs of images share."""
+        """Ask for global crops that pairs of images share."""
         return Needs(extra=(ExtraViews("pairs", PairedViews),))
 
     @property
     def trains(self) -> Reach:
-        """Everything but the stem."""
+        """Train everything but the stem."""
         return Reach(stem=False)
 
     def check_batch(self, images: int, processes: int) -> None:

@@ -38,7 +38,7 @@ class SupervisedObjective(Objective):
     Args:
         config: The encoder's configuration.
         label_smoothing: epsilon.
-        facts: Say C.
+        facts: Say how many classes there are, C.
 
     Logs:
         ``loss_classes``: the loss; ``accuracy``: of this batch, in training.

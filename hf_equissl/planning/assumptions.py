@@ -16,7 +16,7 @@ GIB = 1024**3
 MOST_GIB = 1e9  # of memory, and of a link in a second
 OFFLOAD = "+offload"
 A100_TFLOPS = 312.0
-A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # of its data sheet, dense
+A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # dense products, from its data sheet
 # What the table compares, from the simplest to the one that needs the least memory.
 COMPARED = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3+offload")
 ENGINES = (*COMPARED, "fsdp2+offload", "zero1+offload", "zero2+offload")

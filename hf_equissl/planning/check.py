@@ -37,7 +37,7 @@ OVERRIDES: dict[str, Any] = {
     "training.disable_tqdm": True,
 }
 _RESET = Path("/proc/self/clear_refs")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _SMALL = -1, -3, 1 << 16  # of malloc.h; bytes
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _SMALL = -1, -3, 1 << 16  # two options of malloc.h, and a size in bytes
 
 
 @dataclass
@@ -140,7 +140,7 @@ def scratch_folder(world: int) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="equissl_check_") as alone:
             yield Path(alone)
         return
-    # The launcher is the same for all, and no two that live have one number.
+    # All processes have the same launcher, and no two that run share a process id.
     folder = Path(tempfile.gettempdir()) / f"equissl_check_{os.getppid()}"
     is_main = os.environ.get("RANK", "0") == "0"
     own = folder / os.environ.get("RANK", "0")

@@ -145,7 +145,8 @@ class Planner:
         ``exact``, always, until it fits and one image more would not.
         """
         step = self.multiple
-        low, high = self.smallest - step, LARGEST_BATCH // step * step + step  # fits, or is no batch; does not fit
+        # ``low`` fits or lies below the smallest batch, ``high`` does not fit.
+        low, high = self.smallest - step, LARGEST_BATCH // step * step + step
         first, second = max(self.smallest, 2, self.schedule.per_device // 2), max(self.smallest + 1, 3)
         self.cost(-(-first // step) * step), self.cost(max(-(-second // step) * step, self.schedule.per_device))
         guess = self.schedule.per_device

@@ -267,7 +267,8 @@ def _parts(model: EquiSSLForPreTraining, flops: dict[str, float]) -> tuple[Part,
         add(name, parameter.numel(), parameter.numel() * parameter.requires_grad)
     for name, value in flops.items():
         add(name, flops=value)
-    shown = sorted(parts.values(), key=lambda part: (part.name == "loss", part.kind == "teacher"))  # what learns first
+    # Trained parts come first, then the teacher, then the loss.
+    shown = sorted(parts.values(), key=lambda part: (part.name == "loss", part.kind == "teacher"))
     return tuple(part for part in shown if part.parameters or part.flops)
 
 

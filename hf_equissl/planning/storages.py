@@ -95,7 +95,7 @@ class StepMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DEVICE:  # two of three calls: autograd asks where a tensor is, and fake ones know
             return getattr(args[0], "fake_device", None) or func(*args, **kwargs)
-        if _is_composite(func):  # what reaches a mode whole under inference mode
+        if _is_composite(func):  # under inference mode these reach a mode whole
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -133,7 +133,7 @@ class StepMemory(TorchDispatchMode):
 
 @cache
 def _is_composite(func: Any) -> bool:
-    """Whether an operation is nothing but a sequence of others."""
+    """Return whether an operation is nothing but a sequence of others."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return isinstance(func, OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .arguments import EquiSSLTrainingArguments
 
 _MOST = 2**31 - 1
-# Closed intervals; those of numbers that may be None hold where they are not.
+# Closed intervals. A number that may be None is checked where it is not None.
 RANGES: Mapping[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, 2**16),
     "gradient_accumulation_steps": (1, _MOST),

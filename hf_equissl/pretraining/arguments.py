@@ -35,8 +35,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
         learning_rate_reference_batch: Global batch at which the base value holds.
         monitor_features: Log feature standard deviation and effective rank at every logging step.
         weight_decay_end: Weight decay follows half a cosine from ``weight_decay`` to this; ``None``: constant.
-        teacher_momentum: The EMA teacher's momentum in the first step, and
-        teacher_momentum_end: towards the last, along half a cosine. Without a teacher neither is used.
+        teacher_momentum: The EMA teacher's momentum in the first step. Without a teacher it is not used.
+        teacher_momentum_end: What that momentum approaches by the last step, along half a cosine.
         epoch_steps: Steps of an epoch, for what is stated in epochs (temperatures, held layers). ``None``: those of a
             pass over the data; DINOv2 has 1250, whatever the data.
         layer_decay: Learning rate of a block, relative to the block above it (``optimizer.parameter_group``).

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Elements of a bucket of gradients. DeepSpeed's 500 million are more than most models have: nothing would be sent
 # before the backward pass is over.
 REDUCE_BUCKET = 50_000_000
-_RESTRICT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # of torch.load
+_RESTRICT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # variable with which torch.load refuses code in pickles
 
 
 def adapt_config(accelerator: Accelerator, args: EquiSSLTrainingArguments) -> None:

@@ -30,7 +30,7 @@ class LARS(Optimizer):
         params: Parameters or groups of them.
         lr: gamma.
         momentum: mu.
-        weight_decay: lambda. Whether it spares parameters with one dimension is the groups' affair.
+        weight_decay: lambda. The parameter groups decide whether it spares parameters with one dimension.
         trust_coefficient: eta.
 
     Raises:

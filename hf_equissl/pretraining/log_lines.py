@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# Of training: 1.1 MB and a quarter of a second in each checkpoint. Their pictures have fewer points.
+# So many lines of training take 1.1 MB and a quarter of a second in each checkpoint; plots show fewer points.
 MOST_LINES = 2000
-# What opens the keys of other lines, which are few and all stay.
+# Keys of other lines begin with one of these. Those lines are few, and all are kept.
 _MEASURED = ("eval_", "monitor/", "train_")
 
 

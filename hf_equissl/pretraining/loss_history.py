@@ -31,7 +31,7 @@ class LossHistory:
         self._averages = averages
         self._steps: list[int] = []
         self._records: list[dict[str, Tensor]] = []
-        self._checked = 0  # so many of them are finite: on one CPU process every step asks
+        self._checked = 0  # so many were found finite: one process on a CPU asks at every step
 
     def add(self, step: int, loss: Tensor, logs: dict[str, Tensor]) -> None:
         """Remember one micro-batch of optimizer step ``step`` (1 = the first)."""

@@ -145,7 +145,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
             objective.prepare_encoder(self.student)
         for objective in self._kept():
             needs = objective.needs
-            # Made as it asks, and encoded where they join the usual ones.
+            # Its views are made as it asks, and encoded only where they join the usual ones.
             made = tuple(replace(extra, student=(), teacher=(), hidden_layers=()) for extra in needs.extra)
             self.needs = self.needs | replace(needs, teacher=False, hidden_layers=(), extra=made)
         self._check_needs()
@@ -242,7 +242,8 @@ class EquiSSLForPreTraining(PreTrainedModel):
     def update_teacher(self, momentum: float) -> None:
         """Update parameters and buffers after a step: teacher <- momentum * teacher + (1 - momentum) * student.
 
-        All tensors in one fused call, in the teacher's fp32, each process its shards; buffers that count are copied.
+        One fused call updates all tensors, in the teacher's fp32, and each process its own shards. Buffers that hold
+        counts are copied.
         """
         leading: list[Tensor] = []
         following: list[Tensor] = []
@@ -328,7 +329,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     def forward(self, views: Views, monitor: bool = False) -> EquiSSLPreTrainingOutput:
         """Compute the loss of one batch; ``monitor`` adds feature statistics (eigenvalues: at logging steps only)."""
-        # First, so that its large intermediate results are gone when the student's are kept.
+        # The teacher comes first, so that its large intermediate results are gone when the student's are kept.
         teacher = self.encode_teacher(views)
         student = self.encode(views)
         invariance = self.invariance(student, teacher, views)

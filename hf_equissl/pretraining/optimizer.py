@@ -163,7 +163,7 @@ def optim_arguments(args: EquiSSLTrainingArguments) -> dict[str, str]:
 
 
 def chooses_own_groups(kind: Any, given: dict[str, Any]) -> bool:
-    """Whether an optimizer, as ``choose_optimizer`` gives it, takes the model's parameters in groups of its own."""
+    """Return whether an optimizer, as ``choose_optimizer`` gives it, groups the model's parameters by itself."""
     return is_optimizer_factory(kind) or bool(given.keys() & {"params", "model", "optimizer_dict"})
 
 

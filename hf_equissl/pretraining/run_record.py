@@ -248,7 +248,7 @@ def new_record(
 
 def note_preemption(folder: str | Path) -> None:
     """Say in ``run.json`` that a signal stopped the run now."""
-    if (record := RunRecord.find(folder)) is not None:  # else it was stopped before
+    if (record := RunRecord.find(folder)) is not None:  # a run that was stopped earlier has no record
         replace(record, preempted=_now()).save(folder)
 
 

@@ -369,7 +369,8 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         return self.publisher
 
     def _finish_current_push(self) -> None:
-        # Who is asked to stop has no time for an upload; else what comes next is an exchange, whose patience ends.
+        # A run that is asked to stop has no time for an upload. At the end of a whole run the other processes wait for
+        # it here, since the exchange that comes next would time out.
         if self.args.push_to_hub and self.state.global_step >= self.state.max_steps:
             leave_to_main(super()._finish_current_push)
 

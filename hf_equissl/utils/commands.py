@@ -152,7 +152,7 @@ def log_plainly() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether a launcher started this process as the first of a run; also without a launcher."""
+    """Return whether a launcher started this process as the first of a run; also without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -25,7 +25,7 @@ def check_own_place(path: Path) -> None:
 
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """Give a new folder of a name that nobody knows, beside ``target`` and called as it, until the block ends.
+    """Give a new folder called as ``target``, inside one beside it whose name nobody can guess, until the block ends.
 
     Nothing that lies there can be hit, and what is moved out of it has the rights of a folder made by hand.
     """
@@ -126,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file lies there: no pipe or device, which may never end. A name that cannot be is none."""
+    """Return whether a regular file lies there: no pipe or device, which may never end, and no impossible name."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a character that no name has

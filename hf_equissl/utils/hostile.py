@@ -1,4 +1,4 @@
-"""Configurations and image processors of anybody: numbers that no model has are refused before anything is built."""
+"""Check configurations and image processors of strangers: refuse numbers that no model has, before it is built."""
 
 from __future__ import annotations
 

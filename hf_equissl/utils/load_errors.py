@@ -73,7 +73,7 @@ def check_place(source: str | Path, what: str = "encoder") -> None:
     """Refuse a path at which nothing lies, without importing what would load it. A name of the Hub passes.
 
     Raises:
-        LoadError: As ``explain_load_errors`` would say it.
+        LoadError: It says what ``explain_load_errors`` would say.
     """
     place = _Place(str(source), what, _CONFIG)
     if problem := _say_absent(place):

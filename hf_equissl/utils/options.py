@@ -27,7 +27,7 @@ class Option:
         nargs: How many words, as argparse counts them; ``None`` for one.
         choices: The words that are allowed; empty for all.
         repeated: Whether the option may be given several times, each value an entry of a list.
-        default: The setting where the option is not given; ``None``: there is none, and who is set has a default.
+        default: The setting where the option is not given; ``None``: there is none, and its receiver's default holds.
         switched: The setting of a switch that is given, or of an option that takes words and is given without.
         required: Whether the command ends without it.
     """
@@ -63,7 +63,7 @@ class Option:
 
 
 def _keep_error_text(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``convert`` whose ``ValueError`` argparse shows; of other callables argparse shows their name alone."""
+    """Wrap ``convert`` so that argparse shows the text of its ``ValueError``, and not its name alone."""
     if isinstance(convert, type):
         return convert
 
@@ -91,13 +91,13 @@ def add_options(group: _TakesOptions, options: Iterable[Option]) -> None:
 
 
 def read_options(arguments: argparse.Namespace, options: Iterable[Option]) -> dict[str, Any]:
-    """The settings that these options give: what was typed, otherwise the option's default; absent without either."""
+    """Return the settings that these options give: what was typed, else the default; absent without either."""
     found = {option.key: getattr(arguments, option.flag.lstrip("-"), option.default) for option in options}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def read_value_range(word: str) -> Any:
-    """Read ``full``, ``auto`` or two numbers, ``[0, 4095]`` or ``0,4095``; who decodes says which ones mean something.
+    """Read ``full``, ``auto`` or two numbers, ``[0, 4095]`` or ``0,4095``; the decoder says what is allowed.
 
     Raises:
         ValueError: It is none of them.

@@ -40,7 +40,7 @@ _WITH = r"hub|hf|access|auth|api|session|security|refresh|bearer|oauth|sas"
 _NAME = rf"(?:[\w.-]{{0,60}}(?:{_ALWAYS})|(?:[\w.-]{{0,60}}[.-])?(?:(?:{_WITH})_)?(?:token|sig|signature|sas|pwd))"
 _SECRET_NAME = re.compile(rf"^(?:{_NAME}|(?:[\w.-]{{0,60}}[.-])?(?:key|authorization))$", re.IGNORECASE)
 _CERTAIN = re.compile(_NAME, re.IGNORECASE)
-# Those that are called so for no other reason; "key" or "token" alone may name a metric or a word.
+# Names that only secrets have; "key" or "token" alone may name a metric or a word.
 _SURE = re.compile(rf"[\w.-]{{0,60}}(?:{_ALWAYS}|(?:{_WITH})_token)", re.IGNORECASE)
 # name=value; "name": "value" of JSON; a line `name: value` of YAML. Only how the name ends: see _is_assigned.
 _ASSIGNED = re.compile(
@@ -225,7 +225,7 @@ def _find_assigned(text: str) -> Iterator[str]:
 
 
 def _is_value(name: str, value: str, quoted: bool = True) -> bool:
-    """Whether a value that is called a secret is one, and no name of a variable or gap to fill in."""
+    """Return whether a value that is called a secret is one, and no name of a variable or gap to fill in."""
     if _NOTHING.fullmatch(value) or _GAP.fullmatch(value) or len(value) < 4:
         return False
     sure = bool(_SURE.fullmatch(name))

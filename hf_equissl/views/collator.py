@@ -1,4 +1,4 @@
-"""Samples to one batch."""
+"""Put samples together into one batch."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ViewCollator:
         """Collate what the workers made.
 
         Args:
-            samples: What ``ViewPipeline.crop`` returned, with ``index``; as the case may be ``skipped``, ``seconds``
-                and ``position``.
+            samples: What ``ViewPipeline.crop`` returned, with ``index``; where there are any, ``skipped``,
+                ``seconds`` and ``position``.
 
         Returns:
             What ``collate_views`` returns, of the B images of the usual views; with masks ``masks`` bool (B, V, N) and
@@ -86,7 +86,7 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack what the workers made, without masks and further views.
 
     Args:
-        samples: Each with ``draws`` (n,) and ``index``; as the case may be ``global_crops`` uint8 (V, 3, S, S),
+        samples: Each with ``draws`` (n,) and ``index``; where there are any, ``global_crops`` uint8 (V, 3, S, S),
             ``crop_boxes`` (V, 4), ``local_crops`` uint8 (L, 3, s, s), ``parameters`` (p,), ``label``, ``position``;
             ``skipped``, a list of records of bad files; ``seconds``.
 

@@ -41,7 +41,7 @@ class JointFamily(TransformationFamily):
 
     @property
     def identity_parameters(self) -> tuple[float, ...]:
-        """Those of the members, side by side."""
+        """The members' identity parameters, side by side."""
         return tuple(value for family in self.families for value in family.identity_parameters)
 
     def sample(self, draws: Tensor) -> Tensor:

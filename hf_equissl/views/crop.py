@@ -58,7 +58,7 @@ class CropFamily(TransformationFamily):
 
     @property
     def identity_parameters(self) -> tuple[float, ...]:
-        """The whole image."""
+        """The box of the whole image."""
         return (0.0, 0.0, 1.0, 1.0)
 
     def sample(self, draws: Tensor) -> Tensor:

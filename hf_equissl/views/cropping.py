@@ -1,4 +1,4 @@
-"""The worker's half of a view: where to crop, and crop plus resize in one pass. PIL and numpy only."""
+"""Crop views in the worker: choose a box, then cut and resize in one pass. Needs PIL and numpy only."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ViewFacts:
 
     @classmethod
     def of(cls, spec: PipelineSpec, family: TransformationFamily | None, num_classes: int | None = None) -> Self:
-        """Read them off an augmentation pipeline and the family g behind it."""
+        """Read the facts off an augmentation pipeline and the family g behind it."""
         changed = (
             view.crop_scale is not None or any(getattr(view, f"{name}_probability") for name in _PROBABILITIES)
             for view in spec.views

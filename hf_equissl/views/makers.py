@@ -42,7 +42,7 @@ class ViewMaker(ABC):
     after a resume. A maker's generators are its own: it moves neither the usual crops nor another maker's.
 
     Args:
-        settings: The pipeline's. Subclasses take keyword arguments after it, ``ExtraViews.options``.
+        settings: Settings of the pipeline. Subclasses take keyword arguments after it, ``ExtraViews.options``.
 
     Attributes:
         replaces_global_crops: The images become the global crops themselves: one for each view of the pipeline, all

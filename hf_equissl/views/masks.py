@@ -1,4 +1,4 @@
-"""Block masks: which patches of the global crops the student does not see. NumPy only; made in workers."""
+"""Block masks: which patches of the global crops the student does not see. Workers draw them, with NumPy alone."""
 
 from __future__ import annotations
 

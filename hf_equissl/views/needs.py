@@ -18,7 +18,7 @@ class ExtraViews:
 
     Attributes:
         name: Where ``Views.extra``, ``Views.facts`` and ``Features.extra`` have them.
-        maker: Makes them. The class, as it is built with the settings of the pipeline.
+        maker: The class that makes them, which is built with the settings of the pipeline.
         options: Keyword arguments of ``maker``.
         student: Views that the student encodes; ``None``: all.
         teacher: Views that the teacher encodes, where there is one (``Needs.teacher`` says that there must be).

@@ -28,7 +28,7 @@ __all__ = ["PIPELINES", "LocalSpec", "MaskSpec", "PipelineSpec", "ViewPipeline",
 # So many draws come first for g, whatever it is: runs with another g, or with none, then see the same crops and
 # colours. A family that needs more gets the others from a generator of its own.
 TRANSFORMATION_DRAWS = 24
-# Images of which ``blank`` makes crops, and draws masks to count them.
+# For so many images ``blank`` makes crops, and for so many it draws masks to count masked patches.
 BLANK_CROPS, BLANK_MASKS = 16, 256
 
 
@@ -131,8 +131,8 @@ class ViewPipeline:
 
         Returns:
             ``draws`` float32 (num_draws,); ``global_crops`` uint8 (V, 3, S, S); ``crop_boxes`` float32 (V, 4), top,
-            left, height, width as fractions of the image (before any flip); as the case may be ``local_crops`` uint8
-            (L, 3, s, s), ``mask_seed``, ``parameters`` (p,), ``label``; with further views ``extra``, what
+            left, height, width as fractions of the image (before any flip); where there are any, ``local_crops``
+            uint8 (L, 3, s, s), ``mask_seed``, ``parameters`` (p,), ``label``; with further views ``extra``, what
             their makers returned by name, and ``seed``. Pixels lie channels-last in memory, as PIL makes them.
 
         Raises:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .base import EncoderInput, Samples, Splits, Step, Task
     from .dense import DenseTask
 
-# Own tasks join with ``register``: hf_equissl.utils.registry.
+# Tasks of other packages are added with ``register`` (see hf_equissl.utils.registry).
 TASKS: Registry[Task] = Registry(
     "task",
     Later(f"{__package__}.base", "Task"),

@@ -91,7 +91,7 @@ class Step(NamedTuple):
 
 
 class Task(ABC):
-    """Something to fine-tune an encoder for. Who makes one writes a class, and ``TASKS.register``s it.
+    """Something to fine-tune an encoder for. A new one is a class that ``TASKS.register`` adds.
 
     A run calls, in this order: ``complete`` and ``load`` with its settings, ``load_model``, and ``bind``. Then, in
     worker processes, ``transform`` and ``collate``; on the device ``to_inputs``, ``loss`` and, at evaluation,

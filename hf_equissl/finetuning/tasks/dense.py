@@ -25,7 +25,7 @@ from .base import Task
 WEIGHTS = "model.safetensors"
 # How many layers a head reads, evenly spaced, unless they are named.
 NUM_LAYERS = 4
-# A mask token is not read, and heads are new.
+# Weights that a checkpoint may lack, because no head here reads them.
 _UNUSED = ("mask_token", "pooler")
 
 

@@ -22,7 +22,7 @@ from ...utils.suggestions import did_you_mean
 from ..settings import FineTuningSettings
 from .labelled_images import SourceSamples, load_sources
 
-# Of a pixel that counts neither for the loss nor for metrics, once a mask is read.
+# Value, in a mask that was read, of pixels that count neither for the loss nor for metrics.
 IGNORED = -100
 MASK_COLUMNS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask", "label", "labels")
 IMAGE_FOLDERS, MASK_FOLDERS = ("images", "image", "imgs"), ("masks", "mask", "annotations", "labels")
@@ -143,7 +143,7 @@ def read_classes(data: str) -> tuple[tuple[str, ...] | None, int | None]:
     """Read ``classes.json`` in a folder: a list of names, or ``{"classes": [names], "ignore_index": number}``.
 
     Returns:
-        Names and the number that is ignored; ``None`` for what is not said.
+        Names and the number that is ignored; ``None`` for what the file does not say.
 
     Raises:
         ValueError: the file is there and is something else.

@@ -80,7 +80,7 @@ class SegmentationTask(DenseTask):
         }
 
     def complete(self, settings: FineTuningSettings) -> FineTuningSettings:
-        """Refuse batches of one image: of those, the head's batch normalisation has no statistics."""
+        """Refuse batches of one image: the head's batch normalisation finds no statistics in them."""
         if settings.batch_size < 2:
             raise ValueError(f"--batch_size {settings.batch_size}: UPerNet normalises over the batch; give 2 or more.")
         return super().complete(settings)
@@ -175,7 +175,7 @@ class SegmentationTask(DenseTask):
         masks = [mask[None, None].float() for mask in batch["mask"]]
         fitted = [mask if mask.shape[2:] == size else F.interpolate(mask, size, mode="nearest-exact") for mask in masks]
         labels = torch.cat(fitted)[:, 0].long()
-        # Of no pixel that counts the mean is not a number; the sum is 0, and its gradient.
+        # Without a pixel that counts the mean is not a number; the sum is 0, and so is its gradient.
         total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return Step(total / (labels != IGNORED).sum().clamp(min=1), logits)
 
