@@ -226,7 +226,7 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Dimensions that `pooling` gives per image; 0 where it reads a stem that is not there."""
+        """Number of dimensions that `pooling` gives per image; 0 where it reads a stem that is not there."""
         part_sizes = {"invariant": self.invariant_size or 0, "equivariant": self.equivariant_size or 0}
         count = 2 if self.pooling in ("cls_patches", *part_sizes) else 1
         return count * part_sizes.get(self.pooling, self.hidden_size)
@@ -239,12 +239,12 @@ class EquiSSLConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_decoder_upsamplings(self) -> int:
-        """Doublings of the patch grid in the convolutional decoders: log2 of the patch size, rounded up."""
+        """Number of doublings of the patch grid in the convolutional decoders: log2 of the patch size, rounded up."""
         return (self.patch_side - 1).bit_length()
 
     @property
     def num_decoded_images(self) -> int:
-        """Images that the decoder returns per pair of views; 0 without a decoder."""
+        """Number of images that the decoder returns per pair of views; 0 without a decoder."""
         if self.decoder_type == "conv":
             return self.num_intermediate_images + int(self.decoder_reconstructs_final)
         return int(self.decoder_type == "cross_attention")

@@ -80,7 +80,7 @@ class EquiSSLModel(EquiSSLPreTrainedModel):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Rows before the patches in `last_hidden_state`: CLS and registers."""
+        """Number of rows before the patches in `last_hidden_state`: CLS and registers."""
         return 1 + self.config.num_register_tokens
 
     @can_return_tuple

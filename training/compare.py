@@ -156,7 +156,7 @@ class Comparison:
 
     def _untrained(self, trained: Sequence[MemberLane]) -> list[MemberLane]:
         """Make a lane for random weights of each architecture and seed; it is a member of the table like any other."""
-        names: dict[str, str] = {}  # by architecture
+        names: dict[str, str] = {}  # architecture -> its system
         lanes: dict[str, MemberLane] = {}
         for member in trained:
             recipe = self.recipes[member.title]
@@ -231,7 +231,7 @@ class Comparison:
                 lane.work()
             except StoppedError:
                 pass
-            except (CommandError, ValueError, OSError) as error:  # of one member: the others go on
+            except (CommandError, ValueError, OSError) as error:  # one member failed: the others go on
                 lane.failure = str(error)
                 say(f"\n{lane.title} failed, the others go on. {error}")
             finally:

@@ -18,7 +18,7 @@ from hf_equissl.utils.machine import usable_cores
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS, DONE_PROBES = "results.json", "probes.json"  # what probe.py writes, and which of its commands are done
 TRAINING, PROBING = "training", "probing"
-SPEED_SECONDS = 10.0  # of training after which its speed is known
+SPEED_SECONDS = 10.0  # after so much training its speed is known
 
 
 @dataclass
@@ -89,7 +89,7 @@ class MemberLane(Lane):
 
     @property
     def state(self) -> str:
-        """How far it is, in words."""
+        """How far this member is, in words."""
         if self.train and not self.is_trained:
             return "not finished" if self.run.exists() else "not begun"
         return "probed" if self.is_probed else "trained" if self.train else "not probed"

@@ -34,7 +34,7 @@ TEST_PHOTOGRAPHS = {"skimage": ["data/chelsea.png", "data/coffee.png"], "sklearn
 
 TILE = 48  # pixels; training crops again, to 32 px
 SMALLEST_WINDOW = 64
-LARGEST_WINDOW = 0.7  # of the photograph's shorter side
+LARGEST_WINDOW = 0.7  # as a share of the photograph's shorter side
 # Windows with less contrast (standard deviation of grey values in 0..255) are left out: sky does not look turned.
 SMALLEST_CONTRAST = 16.0
 

@@ -130,7 +130,7 @@ def run(output: Path, steps: int | None, crops_per_photograph: int) -> None:
 
     Args:
         output: Folder of all results.
-        steps: Of either training; ``None``: ``STEPS``, or as many as fit into ten minutes.
+        steps: Steps of either training; ``None``: ``STEPS``, or as many as fit into ten minutes.
         crops_per_photograph: Images to cut.
     """
     start = time.monotonic()
@@ -366,7 +366,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: else the commands would train on, unwatched
+    for number in (signal.SIGTERM, signal.SIGHUP):  # these act as Ctrl-C: otherwise the commands would train on
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it, and so it stays
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -141,7 +141,7 @@ def _launch(words: list[str], marker: Path) -> int:
     """Run one member, and pass a request to stop on to it; the code is the launcher's, or ``EXIT_PREEMPTED``."""
     from hf_equissl.distributed.signals import EXIT_PREEMPTED, STOP_SIGNALS, Signals, remove_marker
 
-    remove_marker(marker.parent)  # of an earlier start: this one may end before it removes it
+    remove_marker(marker.parent)  # an earlier start may have left it, and this one may end before it removes it
     with Signals() as signals:
         signals.raises = False
         process, told = subprocess.Popen(words), False

@@ -54,7 +54,7 @@ BACKWARD, OPTIMIZER, UPDATE = "backward", "optimizer", "teacher update"
 PARTS = (VIEWS, TEACHER, ENCODER, INVARIANCE, EQUIVARIANCE, SUM, BACKWARD, OPTIMIZER, UPDATE)
 EQUIVARIANCE_BACKWARD = "reconstruction backward"
 MIB = 1024**2
-NUM_CLASSES = 10  # of the images, for objectives with labels
+NUM_CLASSES = 10  # classes that the images are given, for objectives with labels
 # Any point of a run will do: a step costs the same at all of them.
 PROGRESS = TrainingProgress(step=0, max_steps=1, steps_per_epoch=1)
 # Output size, filter and box of one PIL resize.

@@ -117,7 +117,7 @@ class Launcher:
         folder: Folder for logs and runs, which is thrown away.
         images: Folder with images, as in ``Task``.
         environment: Variables of the processes, where the user has not set them.
-        say: Gets a line for each measurement.
+        say: Called with a line for each measurement.
     """
 
     script: Path

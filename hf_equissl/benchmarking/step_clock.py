@@ -26,7 +26,7 @@ from ..utils.machine import usable_cores
 from ..utils.suggestions import RecipeError
 
 TASK = "EQUISSL_SCALING_TASK"  # environment variable: what a launched process has to measure
-PATIENCE = timedelta(hours=1)  # with which processes wait for each other; data sets may be slow to open
+PATIENCE = timedelta(hours=1)  # processes wait for each other so long, since data sets may be slow to open
 STEP = "scaling: step"
 COLLECTIVES = ("gloo:", "ncclDevKernel", "ncclKernel")  # beginnings of their names in a profile
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 
 def _is_initialized() -> bool:
+    """Return whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -37,7 +37,7 @@ class Engine(StrEnum):
 
     @property
     def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed runs it."""
+        """Whether this engine is one of DeepSpeed's."""
         return self in (Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
 
 

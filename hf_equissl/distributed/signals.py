@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last one: 
 ONE_REQUEST_SECONDS = 5.0
 # Processes that become the parent of those whose own has ended.
 _ADOPTERS = ("systemd", "init", "tini", "dumb-init", "slurmstepd", "containerd-shim", "docker-init")
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # its number in linux/prctl.h
 _BORN = os.getpid(), os.getppid()  # read before anything that takes time
 # Seconds that a process goes on without its launcher: before training there is nothing to save, in training there is.
 UNTIL_TRAINING, IN_TRAINING = 5.0, 600.0
@@ -53,7 +53,7 @@ class Signals:
         output_dir: Where the marker file goes, since launchers hide exit codes.
 
     Attributes:
-        output_dir: The same; may be set later.
+        output_dir: Folder of the marker file, which may be set later.
         received: Name of the first signal, or ``None``.
         raises: Whether a signal raises ``Preempted``; the Trainer switches it off when training begins.
     """

@@ -18,7 +18,7 @@ def last_state(output: Any) -> Tensor:
 
 def read_states(output: Any) -> tuple[Any, ...]:
     """Return the states after each layer that an output holds, the last one after the final norm; or that one alone."""
-    states = getattr(output, "feature_maps", None)  # of a backbone its chosen stages
+    states = getattr(output, "feature_maps", None)  # the chosen stages of a backbone
     if states is not None:
         return tuple(states)
     earlier = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)

@@ -206,7 +206,7 @@ def _fields(state: Mapping[str, Tensor], num_attention_heads: int | None, path: 
         "patch_size": patch_size,
         "num_channels": num_channels,
         "qkv_bias": first + "attention.q_proj.bias" in state,
-        "layerscale_value": 1e-5 if first + "layer_scale1.lambda1" in state else None,  # as DINOv2 begins
+        "layerscale_value": 1e-5 if first + "layer_scale1.lambda1" in state else None,  # DINOv2 begins with it
         "num_register_tokens": 0 if registers is None else registers.shape[1],
         "use_mask_token": "embeddings.mask_token" in state,
     }

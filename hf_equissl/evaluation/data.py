@@ -57,7 +57,7 @@ class EvaluationData:
 
     @property
     def num_classes(self) -> int:
-        """Classes, from the largest label of any part."""
+        """Number of classes, by the largest label of any part."""
         labels = torch.cat([part.require_labels("Counting classes") for part in (self.train, *self.tests)])
         return int(labels.max()) + 1
 

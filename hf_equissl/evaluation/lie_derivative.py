@@ -77,7 +77,7 @@ class LieDerivativeEvaluator(Evaluator):
 
         Args:
             data: Images, of which the test sets are used.
-            step: Of the differences: radians, half sides, logarithm of a factor. 0.03 is half a pixel of 32.
+            step: Step of the differences: radians, half sides, logarithm of a factor. 0.03 is half a pixel of 32.
         """
         super().__init__(data, features=("blocks",), seeds=1)
         if not 0 < step < 1:

@@ -34,7 +34,7 @@ class ResidentImages:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that this process's share takes."""
+        """Memory that this process's share takes, in bytes."""
         return self._pixels.numel()
 
     def features(self, encoder: FrozenEncoder) -> tuple[Tensor, Tensor]:

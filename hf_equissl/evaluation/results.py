@@ -104,7 +104,7 @@ class ResultRecord:
 
     @property
     def value(self) -> float:
-        """Mean over seeds."""
+        """Mean of the values over seeds."""
         return statistics.fmean(self.values)
 
     @property

@@ -30,7 +30,7 @@ class Preprocessing:
 
     Args:
         source: Folder or Hub id of the encoder.
-        encoder: The same, loaded.
+        encoder: The loaded encoder.
         image_size: The user's choice of a side in pixels.
         **load_options: As for ``load_encoder``.
 
@@ -55,7 +55,7 @@ class Preprocessing:
         self._processor = _load_processor(source, **load_options)
         settings = {key: value for key, value in sorted(self._processor.to_dict().items()) if value is not None}
         settings = {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
-        self.settings = json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
         self._try_out(source, encoder)
 
     def __call__(self, image: Image.Image) -> Tensor:

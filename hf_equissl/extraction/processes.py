@@ -24,7 +24,7 @@ class Processes:
 
     Attributes:
         rank, count: Number of this process, and of how many.
-        local_rank, local_count: The same on this machine.
+        local_rank, local_count: Number of this process on this machine, and of how many.
 
     Raises:
         ExtractionError: Slurm started several processes and did not say which one this is.

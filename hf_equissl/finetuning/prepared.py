@@ -56,7 +56,7 @@ class FineTuningRun:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return schedule(self.args, self.args.world_size, len(self.splits.train)).steps or 0
 
     def summary(self) -> str:

@@ -124,7 +124,7 @@ def train(run: FineTuningRun, command: str | None = None, signals: Signals | Non
     ``results.md``, ``run.json`` and, with matplotlib, ``curves.png``.
 
     Args:
-        run: From ``prepare``.
+        run: The run that ``prepare`` returned.
         command: The command line, for the records.
         signals: Entered already, where signals shall be caught before training, too.
 

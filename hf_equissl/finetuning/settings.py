@@ -251,7 +251,7 @@ class FineTuningSettings:
         mine = self.to_dict()
         # A run of an earlier version knows nothing of settings that came later: it has their defaults.
         theirs = {item.name: redact_values(other.get(item.name, _default(item))) for item in fields(self)}
-        theirs |= {name: os.path.expanduser(theirs[name]) for name in _PATHS}  # nor was ``~`` expanded then
+        theirs |= {name: os.path.expanduser(theirs[name]) for name in _PATHS}  # an earlier version did not expand ``~``
         names = [name for name in mine if name not in _NOT_IDENTITY and mine[name] != theirs[name]]
         return [(name, theirs[name], mine[name]) for name in names]
 

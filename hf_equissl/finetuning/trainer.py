@@ -45,7 +45,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         model: What the task made, or a PEFT model around it.
         args: Arguments; ``layer_decay`` is read here.
         task: Bound to what its encoder reads.
-        splits: From the task's ``load``.
+        splits: What the task's ``load`` returned.
         skipped_images: Counts training images that do not decode.
         num_blocks: Blocks of the encoder.
         keep_best: Never delete the checkpoint with the best primary metric.
@@ -154,7 +154,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """Compute the task's metrics over the samples that decode."""
-        labels: Any = prediction.label_ids  # what prediction_step gave third
+        labels: Any = prediction.label_ids  # the third value that prediction_step returned
         targets, missing = labels
         bad, allowed = int(missing.sum()), self.skipped_images.max_share
         if bad > allowed * len(missing):

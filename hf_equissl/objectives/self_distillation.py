@@ -296,7 +296,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
     """
     crops, images = targets.shape[:2]
     pairs = crops * (len(rows) // images - 1)
-    # For each global crop the sum over the others, then the sum over all, which is for local crops.
+    # A global crop takes the sum of the targets of the others, a local crop, last here, that of all of them.
     others = [torch.cat([targets[:crop], targets[crop + 1 :]]).sum(dim=0) for crop in range(crops)]
     sums = torch.stack([*others, targets.sum(dim=0)])  # (V + 1, B, K)
     of_row = torch.arange(len(rows), device=rows.device)

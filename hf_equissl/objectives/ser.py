@@ -376,7 +376,7 @@ def token_contrast(
 
     Args:
         queries: (P, n, v, E): P places of n images, v of each; of any length.
-        keys: Likewise; that of a query has the same place, image and number.
+        keys: Of the same shape; that of a query has the same place, image and number.
         temperature: tau.
         most_tokens: A number of places that no process exceeds, the same on all.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..pretraining.arguments import EquiSSLTrainingArguments
 
 GIB = 1024**3
-MOST_GIB = 1e9  # of memory, and of a link in a second
+MOST_GIB = 1e9  # bounds memory, and what a link sends in a second
 OFFLOAD = "+offload"
 A100_TFLOPS = 312.0
 A100_PEAKS = {"bf16": A100_TFLOPS, "TF32": 156.0, "fp32": 19.5}  # dense products, from its data sheet
@@ -52,7 +52,7 @@ class Speed:
 
     @property
     def peak(self) -> float:
-        """10^12 operations per second of one device."""
+        """Peak of one device, in 10^12 operations per second."""
         return A100_TFLOPS if self.device_tflops is None else self.device_tflops
 
     def describe(self) -> str:
@@ -107,12 +107,12 @@ class Cluster:
 
     @property
     def free(self) -> float:
-        """GiB that the plan leaves free."""
+        """Memory that the plan leaves free, in GiB."""
         return 1.5 + 0.05 * self.memory if self.reserve is None else self.reserve
 
     @property
     def usable(self) -> int:
-        """Bytes that a step may take."""
+        """Memory that a step may take, in bytes."""
         return int((self.memory - self.free) * GIB)
 
     @property

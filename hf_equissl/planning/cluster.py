@@ -49,7 +49,7 @@ class EnginePlan:
 
     @property
     def name(self) -> str:
-        """As ``--engine`` names it."""
+        """Name of the engine, as ``--engine`` takes it."""
         return self.setup.engine.value + (OFFLOAD if self.setup.offload else "")
 
     @property

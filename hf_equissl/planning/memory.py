@@ -163,7 +163,7 @@ def host_bytes(cost: Cost, setup: Setup) -> int:
     if not setup.offload:
         return 0
     trained, every = (FP32_BYTES * count // setup.processes for count in (cost.trainable, cost.parameters))
-    state = setup.optimizer.state_bytes(trained) + trained  # and gradients
+    state = setup.optimizer.state_bytes(trained) + trained  # the last term is gradients
     if setup.engine is Engine.FSDP2:
         return every + state
     # The optimizer's own weights, and a buffer of gradients as large; ZeRO-3 has the shards of all weights beside them.

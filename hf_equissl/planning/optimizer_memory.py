@@ -12,7 +12,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.lars import LARS
 from ..pretraining.optimizer import choose_optimizer
 
-SIDE = 256  # of the matrix: Adafactor's statistics of rows and columns are next to nothing
+SIDE = 256  # side of the matrix: Adafactor's statistics of rows and columns are next to nothing
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class OptimizerMemory:
     """What an optimizer takes; the defaults are those of AdamW, fused.
 
     Attributes:
-        name: Its class.
+        name: Name of its class.
         states: Bytes that it keeps for each byte of trained fp32 weights: AdamW's two moments, LARS's momentum.
         fused: Whether its step makes no temporary tensors as large as all gradients.
     """

@@ -48,7 +48,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """One of ``KINDS``."""
+        """Kind of this part, one of ``KINDS``."""
         owner, _, what = self.name.rpartition(": ")
         return {"encoder": "student", "teacher": "teacher"}.get(owner, "decoders" if what == "decoders" else "heads")
 
@@ -87,12 +87,12 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole pretraining model."""
+        """Number of parameters of the whole pretraining model."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def trainable(self) -> int:
-        """Parameters that get a gradient."""
+        """Number of parameters that get a gradient."""
         return sum(part.trainable for part in self.parts)
 
     @property

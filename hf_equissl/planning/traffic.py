@@ -47,7 +47,7 @@ class Traffic:
 
     @property
     def network(self) -> int:
-        """Bytes between devices."""
+        """Bytes that travel between devices."""
         return self.weights + self.gradients + self.objectives
 
 

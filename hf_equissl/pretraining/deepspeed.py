@@ -45,7 +45,7 @@ def adapt_config(accelerator: Accelerator, args: EquiSSLTrainingArguments) -> No
 
     Args:
         accelerator: Set up for DeepSpeed.
-        args: Their ``bf16`` and ``grad_clipping`` count.
+        args: The run's, of which ``bf16`` and ``grad_clipping`` are read.
     """
     plugin: Any = accelerator.state.deepspeed_plugin
     config: dict[str, Any] = plugin.deepspeed_config

@@ -30,7 +30,7 @@ _PROJECTIONS = re.compile(r"\.[qkv]_proj\.")
 # What settings of a run say in an optimizer's groups, beside the learning rate. Whatever else stands there is how it
 # keeps its state, or state itself (schedule-free optimizers count their steps there), which a checkpoint brings.
 _OF_SETTINGS = ("betas", "eps", "weight_decay", "momentum", "trust_coefficient", "warmup_steps")
-CLIP_EPSILON = 1e-6  # of iBOT's and of PyTorch's rule
+CLIP_EPSILON = 1e-6  # the value in iBOT's and in PyTorch's rule
 
 
 @dataclass(frozen=True)

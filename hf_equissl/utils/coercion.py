@@ -112,7 +112,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
 def _is_scalar(text: str, annotation: Any) -> bool:
     try:
         _coerce(load_yaml(text, "value"), annotation)
-    except (TypeError, ValueError):  # also what is no YAML
+    except (TypeError, ValueError):  # what is no YAML raises one of these, too
         return False
     return True
 

@@ -20,7 +20,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _BF16_UNITS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "bf16": "ARM-BF16"}
 # Instruction sets of ONEDNN_MAX_CPU_ISA that have no product in bf16, although some convert numbers from and to it.
 _ISA_WITHOUT_BF16 = re.compile(r"sse41|avx|avx2(_vnni.*)?|avx512_core(_vnni)?", re.IGNORECASE)
-_PRODUCT_SIDE, _PRODUCT_REPEATS = 256, 3  # of the products that measure a speed: 0.1 s where bf16 is emulated
+_PRODUCT_SIDE, _PRODUCT_REPEATS = 256, 3  # products that measure a speed take 0.1 s where bf16 is emulated
 
 
 def synchronize(device: torch.device) -> None:

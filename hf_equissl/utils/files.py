@@ -87,7 +87,7 @@ def umask() -> int:
     try:
         with open("/proc/self/status", encoding="ascii", errors="ignore") as status:
             return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
-    except (OSError, StopIteration, ValueError):  # not on Linux
+    except (OSError, StopIteration, ValueError):  # only Linux has this file
         mask = os.umask(0o077)
         os.umask(mask)
         return mask

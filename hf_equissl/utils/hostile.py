@@ -11,7 +11,7 @@ MOST_LAYERS = 10_000
 LARGEST_SIDE = 2**14  # pixels of an encoder's images
 LARGEST_SIZE = 2**24  # anything else that a configuration counts
 _COUNTED = ("size", "dim", "width", "layers", "depth", "heads", "channels", "tokens", "ratio")
-MOST_WEIGHTS = 10**12  # of all blocks together: 4 TB
+MOST_WEIGHTS = 10**12  # all blocks together: 4 TB in fp32
 
 
 def check_config_sizes(config: Mapping[str, Any], source: str | Path) -> None:

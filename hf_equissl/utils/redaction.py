@@ -58,7 +58,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s\"'<>`]*")
 # A password with a slash, as keys of AWS have; no port.
 _SLASHED = re.compile(r"[^/:@]+:(?!:|\d+(?:/|$))[^@]*@")
 _PLACES = re.compile(r"\b(?:abfss?|wasbs?)://$", re.IGNORECASE)  # abfss://container@account
-_PARTS = re.compile(r"[^&;)#]+")  # of what stands behind "?"
+_PARTS = re.compile(r"[^&;)#]+")  # each part of what stands behind "?"
 _HARMLESS = re.compile(r"true|false|\d{0,6}|" + REMOVED, re.IGNORECASE)
 _SUFFIX = re.compile(r"\.\w{1,8}$")
 

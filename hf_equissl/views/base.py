@@ -70,7 +70,7 @@ class Views:
 
     @property
     def batch_size(self) -> int:
-        """Images in this batch, B."""
+        """Number of images in this batch, B."""
         return self.global_crops.shape[1]
 
     def map(self, function: Callable[[Tensor], Any]) -> Views:

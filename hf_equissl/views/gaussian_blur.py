@@ -17,7 +17,7 @@ class GaussianBlurFamily(UniformFamily):
 
     Args:
         min_sigma: Sigma is uniform in [min_sigma, max_sigma], in pixels of the image at hand.
-        max_sigma: See ``min_sigma``.
+        max_sigma: The upper end of that range.
         kernel_size: Odd length of the kernel; images must be larger than half of it.
 
     Parameters (B, 1): ``sigma`` in pixels.

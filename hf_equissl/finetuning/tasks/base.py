@@ -184,7 +184,7 @@ class Task(ABC):
         """Make what ``collate`` takes of one sample, in a worker.
 
         Args:
-            sample: From ``Samples.read``.
+            sample: What ``Samples.read`` returned.
             rng: The ``numpy.random.Generator`` of this sample in this epoch, from which everything random is drawn;
                 ``None`` at evaluation, where nothing is random.
         """
