@@ -112,10 +112,11 @@ class Lane:
 
     def steps_done(self) -> tuple[int, int] | None:
         """Read off the last progress bar in the log how many steps are done, of how many; ``None`` without a bar."""
-        if self.log is None or not self.log.is_file():
+        log = self.log  # the lane's own thread turns to the next command's log meanwhile
+        if log is None or not log.is_file():
             return None
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 4096))
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
             text = file.read().decode(errors="replace")
         # As tqdm writes it: "pretraining:  30%|###    | 120/400 [01:02<02:24, 1.9it/s]".
         bars = re.findall(re.escape(self.bar) + r": +\d+%\|[^|]*\| (\d+)/(\d+) \[", text)

@@ -100,7 +100,10 @@ def _commit(root: Path) -> str | None:
     if not (root / ".git").exists():
         return None
     words = ["git", "-C", str(root)]
-    done = subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return None
     if done.returncode:
         return None
     changed = subprocess.run([*words, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout

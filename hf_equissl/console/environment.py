@@ -27,7 +27,7 @@ VARIABLES = (
     *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "NCCL_DEBUG", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"),
 )
-_PLAIN = re.compile(r"[\w.,:+ -]{0,80}")
+_PLAIN = re.compile(r"(?!.*(?:GPU|MIG)-)[\w.,:+ -]{0,80}")  # GPU-..., MIG-...: ids of one device in the world
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,10 @@ def _lines() -> Iterator[tuple[str, str]]:
 
     where = environment(torch.device("cpu"))
     versions = library_versions(LIBRARIES)
-    yield "hf-equissl", f"{where['hf_equissl']}, " + (f"commit {where['commit']}" if where["commit"] else "no checkout")
+    yield (
+        "hf-equissl",
+        f"{where['hf_equissl']}, " + (f"commit {where['commit']}" if where["commit"] else "commit unknown"),
+    )
     yield "python", f"{versions.pop('python')} ({platform.python_implementation()})"
     yield "platform", platform.platform()
     yield from ((name, version) for name, version in versions.items() if name != "hf-equissl")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
-import pickle
 import tempfile
 import time
 from collections import Counter
@@ -53,20 +53,20 @@ def walked_once(source: str | None) -> Iterator[None]:
 
 
 def _publish(path: Path, key: str) -> Scan | None:
-    store, file = _get_default_store(), ""
+    store, complete = _get_default_store(), ""
     store.set(f"{key}/begun", "yes")
     try:
         scan = scan_folder(path, BUILDERS)
         handle, file = tempfile.mkstemp(prefix="hf_equissl-walk-")
         atexit.register(_remove, file)
-        with os.fdopen(handle, "wb") as opened:
-            pickle.dump(scan, opened, protocol=pickle.HIGHEST_PROTOCOL)
+        with os.fdopen(handle, "w", encoding="ascii") as opened:
+            json.dump(vars(scan), opened)  # ASCII: names that are not UTF-8 stay what they are
+        complete = file
         return scan
     except OSError:  # who opens the folder finds the same, and says it
-        file = ""
         return None
     finally:
-        store.set(f"{key}/done", file)
+        store.set(f"{key}/done", complete)
 
 
 def _receive(key: str) -> Scan | None:
@@ -79,10 +79,11 @@ def _receive(key: str) -> Scan | None:
     if not file:
         return None
     try:
-        with open(file, "rb") as opened:
-            scan: Scan = pickle.load(opened)
-    except OSError:
+        with open(file, encoding="ascii") as opened:
+            found = json.load(opened)
+    except (OSError, ValueError):
         return None
+    scan = Scan(**{**found, "kinds": Counter(found["kinds"]), "others": Counter(found["others"])})
     if store.add(f"{key}/read", 1) == int(os.environ["LOCAL_WORLD_SIZE"]) - 1:
         _remove(file)
     return scan

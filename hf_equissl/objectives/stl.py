@@ -166,7 +166,7 @@ class STLObjective(Objective):
         width = config.hidden_size
         self.coder = Projector(2 * width, coder_sizes, bias=False)
         self.transform = HyperPredictor(self.coder.out_features, width)
-        # As the authors' nn.Linear(code, D * D): predictions are as large as features whatever D is.
+        # As the authors' nn.Linear(code, D * D). Predictions grow as sqrt(D), which the projector's batch norm takes out.
         nn.init.uniform_(self.transform.maps.weight, -(self.coder.out_features**-0.5), self.coder.out_features**-0.5)
         self.projector = Projector(width, projector_sizes, bias=False)
         self.code_projector = Projector(self.coder.out_features, code_projector_sizes, bias=False)
@@ -230,7 +230,8 @@ def swap(codes: Tensor) -> Tensor:
 
 def _check_views(facts: ViewFacts) -> None:
     """Refuse views that share nothing which could be read off them; warn where g is not shared."""
-    if facts.same_base:
+    shared = [deviation for name, deviation in facts.deviations.items() if name not in OWN_DRAWS]
+    if facts.same_base or (shared and not any(shared)):  # flips and blur alone are each image's own
         raise ValueError(
             "STL reads off two views how they were cropped and coloured, and this view pipeline does neither. Choose "
             "one that does, for example views.pipeline: {name: vicreg}."

@@ -376,7 +376,10 @@ def test_behind_the_last_block_the_encoders_own_norm_serves():
     assert not any("stem" in name for name in names)
     assert own == {"projector.0.weight": True, "projector.2.weight": True}
     middle = tiny(config, layer=1)
-    assert [(m.weight.shape, t.requires_grad_) for m, t in middle.ema_pairs()]
+    ((leader, follower),) = middle.ema_pairs()  # the projector is shared: it follows nobody
+    assert leader is middle.norm
+    assert follower is middle.teacher_norm
+    assert not any(parameter.requires_grad for parameter in follower.parameters())
     assert middle.needs.extra[0].hidden_layers == (1,)
     assert not tiny(config, form="student").needs.teacher
 

@@ -205,6 +205,7 @@ def recipe(pipeline: dict[str, Any], batch: int, **stl: Any) -> Recipe:
     [
         ("vicreg", 5, {}, r"per_device_train_batch_size: 5 images .* STL pairs the images .* an even number of them"),
         ("center", 4, {}, "this view pipeline does neither"),
+        ("center, flipped", 4, {}, "this view pipeline does neither"),  # flips are each image's own
         ("vicreg", 4, {"equivariance_weight": 0, "transformation_weight": 0}, "one must be above 0"),
         ("vicreg", 4, {"transformation_weight": -1}, "may not be negative"),
         ("vicreg", 4, {"temperature": 0}, "`temperature` is 0.*above 0"),
@@ -213,8 +214,10 @@ def recipe(pipeline: dict[str, Any], batch: int, **stl: Any) -> Recipe:
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_step(pipeline, batch, stl, message):
+    name, _, flipped = pipeline.partition(", ")
+    views = {"name": name} | ({"flip_probability": 0.5} if flipped else {})
     with pytest.raises(RecipeError, match=message):
-        prepare(recipe({"name": pipeline}, batch, **stl), None, dry=True)
+        prepare(recipe(views, batch, **stl), None, dry=True)
 
 
 def test_a_run_is_planned_and_wrong_inputs_are_refused():
