@@ -166,7 +166,7 @@ class STLObjective(Objective):
         width = config.hidden_size
         self.coder = Projector(2 * width, coder_sizes, bias=False)
         self.transform = HyperPredictor(self.coder.out_features, width)
-        # As the authors' nn.Linear(code, D * D). Predictions grow as sqrt(D), which the projector's batch norm takes out.
+        # As the authors' nn.Linear(code, D * D). Predictions grow as sqrt(D), which the projector's norm takes out.
         nn.init.uniform_(self.transform.maps.weight, -(self.coder.out_features**-0.5), self.coder.out_features**-0.5)
         self.projector = Projector(width, projector_sizes, bias=False)
         self.code_projector = Projector(self.coder.out_features, code_projector_sizes, bias=False)
