@@ -198,7 +198,7 @@ class Comparison:
             raise RecipeError("data.source: no data set is named. Give one with --data.")
         features = FEATURES if config.feature_size and config.equivariant_size else FEATURES[:1]
         words = ["--encoder", str(lane.encoder), "--data", str(source), "--output_dir", str(lane.probes)]
-        words += ["--features", *features, *PROBE_WORDS, *more]
+        words += [*import_words({"imports": recipe.imports}), "--features", *features, *PROBE_WORDS, *more]
         words += [*(SMALL_PROBE_WORDS if protocol_for(config.image_size) == "small" else ()), *self.probe_words]
         return [[*words, *(() if fill is None else ("--fill", fill))] for fill in self.options.fill or [None]]
 
@@ -326,9 +326,9 @@ def step_column(times: dict[str, Any]) -> tuple[dict[str, dict[str, str]], list[
 
 def check_probe_words(words: Sequence[str]) -> None:
     """End the command with probe.py's own message where it does not understand ``words``."""
-    from hf_equissl.evaluation.cli import build_parser, read_settings
+    from hf_equissl.evaluation.cli import parse_words, read_settings
 
-    read_settings(build_parser().parse_args(list(words)).set)
+    read_settings(parse_words(list(words)).set)
 
 
 def listen(signals: Signals) -> None:

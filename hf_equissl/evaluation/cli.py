@@ -14,6 +14,7 @@ from ..encoders.places import check_measured, is_raw_pixels, split_untrained
 from ..utils import load_errors
 from ..utils.commands import command_parser, end_bars, log_plainly, path_word, restate_command, say
 from ..utils.files import expand_home
+from ..utils.imports import IMPORT, import_named
 from ..utils.options import (
     MAX_BAD_SHARE,
     NUM_WORKERS,
@@ -27,7 +28,7 @@ from ..utils.options import (
     read_options,
 )
 from ..utils.strict_yaml import load_yaml
-from ..utils.suggestions import check_known
+from ..utils.suggestions import RecipeError, check_known
 from .named_sets import NAMED_SETS, find_set, is_named
 from .protocols import PROTOCOLS, protocol_for
 from .registry import EVALUATORS
@@ -75,7 +76,8 @@ _DATA_OPTIONS = (
     NUM_WORKERS,
     Option(
         "--feature_storage",
-        "type in which linear probe and kNN keep features; the two short ones take half the memory; default: fp32",
+        "type in which features of images as they are lie in memory, for all evaluators that read them; the two short "
+        "ones take half the memory, and records say so; default: fp32",
         choices=("fp32", "bf16", "fp16"),
     ),
 )
@@ -146,11 +148,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="any other setting of an evaluator, e.g. knn.k=10; may be repeated",
     )
     add("--overwrite", action="store_true", help="compute again what the output folder already has")
+    add_options(parser, [IMPORT])
     evaluators = parser.add_argument_group("evaluators")
     add_options(evaluators, [option for name in EVALUATORS for option in EVALUATORS.read_declared(name, "options")])
     add_options(parser.add_argument_group("data"), _DATA_OPTIONS)
     add_options(parser.add_argument_group("encoder"), ENCODER_OPTIONS)
     return parser
+
+
+def parse_words(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the words of a command, after the modules that they name with ``--import`` have been imported.
+
+    Raises:
+        RecipeError: A module cannot be imported.
+    """
+    import_named(argv)
+    return build_parser().parse_args(argv)
 
 
 def read_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -308,15 +321,17 @@ def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any]
         argv: The words; default: those of the process.
         load_predictor: Loads what ``--predictor`` names.
     """
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parse_words(argv)
+    except RecipeError as error:
+        build_parser().exit(2, f"probe.py: error: {error}\n")
     log_plainly()
     command = restate_command("probe.py", argv)
     try:
         records = run(arguments, command, load_predictor)
     except (ValueError, OSError) as error:
         end_bars()
-        parser.exit(2, f"probe.py: error: {error}\n")
+        build_parser().exit(2, f"probe.py: error: {error}\n")
 
     from .report import plain_table
     from .results import load_records

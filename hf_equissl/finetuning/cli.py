@@ -14,6 +14,7 @@ from ..data.places import check_place
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
 from ..utils import load_errors
 from ..utils.commands import command_parser, is_first_process, log_plainly, path_word, restate_command, say, stop
+from ..utils.imports import IMPORT, import_named
 from ..utils.options import (
     MAX_BAD_SHARE,
     NUM_WORKERS,
@@ -26,7 +27,7 @@ from ..utils.options import (
     add_options,
     read_options,
 )
-from ..utils.suggestions import check_known
+from ..utils.suggestions import RecipeError, check_known
 from .result_files import find_results
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 from .tasks import TASKS
@@ -42,7 +43,7 @@ tasks:
   semantic_segmentation  a class for every pixel: images/train/*.jpg with masks/train/*.png, val beside train, and
                          classes.json; or a data set with a column of masks and --set classes=150. Further options:
                          ignore_index, reduce_labels, mask_column, hidden_size, layers
-  Others can be registered: hf_equissl.finetuning.TASKS.
+  Others can be registered (hf_equissl.finetuning.TASKS) in a module that --import names.
 """
 
 _EXIT_CODES = """\
@@ -92,6 +93,7 @@ RUN = (
         type=path_word,
         default="auto",
     ),
+    IMPORT,
     Option("--compare", "train nothing: one table over the results in these folders", "DIR", type=path_word, nargs="+"),
 )
 # Title of a group -> its options; the settings that they give are fields of ``FineTuningSettings``.
@@ -190,7 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for what can be mended before training, 1 for a run that stopped, 75 if it was asked to by
         SIGTERM, SIGUSR1 or SIGHUP, 130 if interrupted.
     """
+    try:
+        import_named(argv)
+    except RecipeError as error:
+        return stop(error, code=2, speaks=is_first_process())
     options = read_arguments(argv)
+    options.pop(IMPORT.key, None)
     command = restate_command("finetune.py", argv)
     log_plainly()
     try:

@@ -42,6 +42,7 @@ from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..utils.coercion import coerce
 from ..utils.files import write_text
+from ..utils.imports import import_modules
 from ..utils.plain_values import check_plain
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import dump_yaml
@@ -50,7 +51,6 @@ from ..utils.versions import __version__
 from ..views import build_transformation
 from ..views.facts import ViewFacts
 from ..views.pipelines import PIPELINES, build_pipeline
-from .imports import import_modules
 from .overrides import INIT_KEYS, TOP_KEYS, as_mapping, check_processes, expand_paths, resolve_recipe
 from .sections import (
     DATA_KEYS,

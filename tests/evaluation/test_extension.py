@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,12 +107,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module in the current folder that registers the evaluator when it is imported."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    text = f"from {__name__} import EVALUATORS, BrightnessEvaluator\n\n"
+    text += "EVALUATORS.register('brightness')(BrightnessEvaluator)\n"
+    (tmp_path / "own_measures.py").write_text(text)
+    yield "own_measures"
+    EVALUATORS.pop("brightness", None)
+    sys.modules.pop("own_measures", None)
+
+
 def test_an_evaluator_from_outside_is_run_recorded_shown_and_published(
-    registered: None, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_module: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--encoder", str(folder / "encoder"), "--data", str(folder / "images"), "--output_dir", str(tmp_path)]
     words += ["--evaluators", "brightness", "effective_rank", "--further_test", str(folder / "images"), "validation"]
-    cli.main([*words, "--ridge", "0.01", "--set", "brightness.scale=3"])
+    for wrong, message in (([], "no 'brightness'"), (["--import", "own_measure"], "there is no module 'own_measure'")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*words, *wrong])
+        assert message in capsys.readouterr().err
+    cli.main([*words, "--import", own_module, "--ridge", "0.01", "--set", "brightness.scale=3"])
     shown = capsys.readouterr().out
 
     records = load_records(tmp_path / "results.json")

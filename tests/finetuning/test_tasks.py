@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hf_equissl.finetuning import (
     prepare,
     train,
 )
+from hf_equissl.finetuning.cli import main
 from hf_equissl.finetuning.run import build_trainer
 
 SIDE, PATCH = 32, 8
@@ -110,6 +112,26 @@ def registered() -> Iterator[None]:
     TASKS.register("squares")(_BoxTask)
     yield
     del TASKS["squares"]
+
+
+def test_the_command_imports_modules_of_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_tasks.py").write_text(f"from {__name__} import TASKS, _BoxTask\n\nTASKS['squares'] = _BoxTask\n")
+    words = ["--encoder", "x", "--data", str(tmp_path / "nothing"), "--output_dir", "run", "--task", "squares"]
+    try:
+        for more, message in (
+            ([], "no 'squares'"),
+            (["--import", "own_task"], "there is no module 'own_task'"),
+            (["--import", "own_tasks"], "no such file or folder"),  # the task is known, and the data come next
+        ):
+            assert main([*words, *more]) == 2
+            assert message in capsys.readouterr().err
+    finally:
+        TASKS.pop("squares", None)
+        sys.modules.pop("own_tasks", None)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -122,7 +122,7 @@ def test_places_of_probes_and_ways_to_fill(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--only", "fast", "--probes", "other", "--fill", "zeros", "reflect"]
-    options, overrides = parse_words(compare._parser(), [*words, *more])
+    options, overrides = parse_words(compare._parser(), [*words, *more, "--import", "json"])
     comparison = compare.Comparison(options, overrides, ["--epochs", "2"])
     pixels, untrained, fast = comparison.chosen
     assert [lane.title for lane in comparison.chosen] == ["raw_pixels", "untrained_seed-3", "fast-3"]
@@ -130,9 +130,10 @@ def test_places_of_probes_and_ways_to_fill(
     assert untrained.probe[0][:2] == ["--encoder", str(tmp_path / "runs" / "untrained_seed-3" / "encoder")]
     for command, fill in zip(fast.probe, ("zeros", "reflect"), strict=True):
         assert command[-4:] == ["--epochs", "2", "--fill", fill]
+        assert command[command.index("--import") + 1] == "json"
         assert str(tmp_path / "runs" / "fast-3" / "probes_other") in command
         assert str(tmp_path / "runs" / "fast-3" / "encoder") in command
-    assert fast.train[-2:] == ["--data.source", json.dumps(str(tmp_path / "images"))]
+    assert fast.train[-4:] == ["--data.source", json.dumps(str(tmp_path / "images")), "--import", "json"]
 
 
 def test_a_request_to_stop_ends_all(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +164,7 @@ def test_a_request_to_stop_ends_all(words: list[str], tmp_path: Path, capsys: py
         (["--finished_only"], "no chosen member is finished"),
         (["--", "--set", "knn=2"], "expected EVALUATOR.KEY=VALUE"),
         (["--", "--set", "kn.k=2"], "Did you mean 'knn'"),
+        (["--", "--import", "no_measures"], "there is no module 'no_measures'"),
     ],
 )
 def test_mistakes(words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,38 @@
-"""Modules of users, which register objectives and transformations of their own. Needs no torch."""
+"""Modules of users, which register classes of their own: objectives, measurements, tasks. Needs no torch."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..utils.suggestions import RecipeError
+from .options import Option
+from .suggestions import RecipeError
+
+# Of commands that read no recipe; those that do put the modules into it (``hf_equissl.training.recipe_options``).
+IMPORT = Option(
+    "--import",
+    "import a module of yours that registers measurements, transformations or tasks; repeat it for more",
+    "MODULE",
+    setting="imports",
+    repeated=True,
+)
+
+
+def import_named(argv: Sequence[str] | None) -> None:
+    """Import what ``--import`` names in a command line, whose parser is made of what is registered by then.
+
+    What is wrong with the words themselves is left to that parser.
+
+    Raises:
+        RecipeError: There is no such module, or importing it fails.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(IMPORT.flag, dest=IMPORT.key, action="append", nargs="?", default=[])
+    known, _ = parser.parse_known_args(argv)
+    import_modules([name for name in known.imports if name])
 
 
 def import_modules(names: Sequence[str]) -> None:
