@@ -57,6 +57,7 @@ class Evaluator(ABC):
         data_type: What it is given. Another class than ``EvaluationData`` has a ``load`` of its own.
         needs_labels: Whether every image must have a class.
         needs_tokens: Whether it reads the patch tokens (``FrozenEncoder.maps``), which some encoders do not have.
+        reads_stored: Whether it reads ``ImageSet.features``, which records name where ``feature_storage`` rounds them.
         options: Options that it adds to the command. Evaluators may share one.
         protocols: Protocol -> the settings that differ from the constructor's defaults.
         plots: Pictures of its records.
@@ -75,6 +76,7 @@ class Evaluator(ABC):
     data_type: ClassVar[type[EvaluationData]] = EvaluationData
     needs_labels: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
+    reads_stored: ClassVar[bool] = True
     options: ClassVar[tuple[Option, ...]] = ()
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     plots: ClassVar[tuple[Plot, ...]] = ()
@@ -147,11 +149,13 @@ class Evaluator(ABC):
     def protocol(self, encoder: FrozenEncoder, task: str, test: ImageSet | None = None) -> dict[str, Any]:
         """Return ``settings`` together with those of the data and of the encoder's input."""
         side = resized_side(encoder.image_size)
+        stored = self.data.train.feature_storage if self.reads_stored else "fp32"
         return {
             **self.settings(task),
             "image_size": encoder.image_size,
             **({} if side == encoder.image_size else {"resized_side": side}),
             "encoder_precision": encoder.precision,
+            **({} if stored == "fp32" else {"feature_storage": stored}),
             **self.data.train.decoding.difference(),
             "train_split": self.data.train.split,
             "train_images": len(self.data.train),

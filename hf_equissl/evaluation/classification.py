@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -47,11 +47,6 @@ class ClassificationEvaluator(Evaluator):
         """Return the features of the images that decode, as they are kept, name -> (m, D), and their labels (m,)."""
         rows, features = images.stored_features(encoder, names)
         return features, images.require_labels(type(self).__name__)[rows]
-
-    def protocol(self, encoder: FrozenEncoder, task: str, test: ImageSet | None = None) -> dict[str, Any]:
-        """Return the protocol, with the type of the features where it is not float32."""
-        kept = self.data.train.feature_storage
-        return super().protocol(encoder, task, test) | ({} if kept == "fp32" else {"feature_storage": kept})
 
     def accuracies(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
         """Compute the accuracy by each recorded metric: scores (m, classes), labels (m,) -> name -> [0, 1]."""

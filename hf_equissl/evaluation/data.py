@@ -110,7 +110,7 @@ def load_evaluation_data(
         num_workers: Processes that decode; 0: this one.
         cache_bytes: Base images are kept in memory up to this size per split.
         max_bad_share: Share of either split's images that may fail to decode; they are left out.
-        feature_storage: In which type linear probes and kNN keep features: "fp32", "bf16" or "fp16".
+        feature_storage: In which type features of the images as they are lie in memory: "fp32", "bf16" or "fp16".
         progress: Whether to show bars.
         **source_options: Further arguments of ``load_images``: ``column``, ``label_column``, ``config_name``, ...
 

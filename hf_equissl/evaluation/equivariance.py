@@ -50,6 +50,7 @@ class EquivarianceEvaluator(Evaluator):
     )
     has_related_tasks: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = True
+    reads_stored: ClassVar[bool] = False
     tasks = tuple(ACTIONS)
 
     def __init__(self, data: EvaluationData) -> None:

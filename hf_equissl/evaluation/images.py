@@ -225,7 +225,10 @@ class ImageSet:
         return rows, _compose(encoder, [store], names)
 
     def features(self, encoder: FrozenEncoder, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change."""
+        """Return ``encode`` of the images as they are, computed once per encoder, and again when its weights change.
+
+        They are float32, of the precision in which they are kept (``feature_storage``).
+        """
         rows, stored = self.stored_features(encoder, names)
         return rows, {name: value.float() for name, value in stored.items()}
 

@@ -70,6 +70,7 @@ class LieDerivativeEvaluator(Evaluator):
     reading: ClassVar[str] = "Lie derivative: 0 moves with the image, 1 stays where it is, more changes otherwise."
     has_related_tasks: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = True
+    reads_stored: ClassVar[bool] = False
     tasks = tuple(GROUPS)
 
     def __init__(self, data: EvaluationData, *, step: float = 0.03) -> None:

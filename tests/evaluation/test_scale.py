@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from hf_equissl.benchmarking import features as measuring
 from hf_equissl.encoders import FrozenEncoder
-from hf_equissl.evaluation import EvaluationData, ImageSet, KNNEvaluator, LinearEvaluator
+from hf_equissl.evaluation import (
+    EffectiveRankEvaluator,
+    EquivarianceEvaluator,
+    EvaluationData,
+    ImageSet,
+    KNNEvaluator,
+    LinearEvaluator,
+    TransformationRegressionEvaluator,
+)
 from hf_equissl.evaluation.feature_store import FeatureStore
 from hf_equissl.evaluation.knn import knn_votes
 from hf_equissl.evaluation.probes import fit_linear_lbfgs, fit_linear_steps
@@ -64,18 +72,26 @@ def test_features_lie_side_by_side_once() -> None:
 
 
 def test_half_the_memory(colours: EvaluationData, pixels_8: FrozenEncoder) -> None:
-    """Features in two bytes: accuracies hardly change, records say so, other evaluators read float32."""
+    """Features in two bytes: numbers hardly change, and records of all evaluators that read them say so."""
     half = EvaluationData(*(
         ImageSet(part.images, part.labels, "d", part.split, progress=False, feature_storage="bf16")
         for part in (colours.train, colours.test)
     ))  # fmt: skip
-    for kind in (KNNEvaluator, LinearEvaluator):
-        settings = {} if kind is KNNEvaluator else {"epochs": 5, "batch_size": 64}
+    regression = {"families": ("color_jitter",), "seeds": 1, "epochs": 1, "num_draws": 1}
+    for kind, settings, apart in (
+        (KNNEvaluator, {}, 0.02),
+        (LinearEvaluator, {"epochs": 5, "batch_size": 64}, 0.02),
+        (EffectiveRankEvaluator, {}, 0.2),
+        (TransformationRegressionEvaluator, regression, 0.1),
+    ):
         full, short = (kind(data, features=("cls",), **settings)(pixels_8)[0] for data in (colours, half))
-        assert abs(full.value - short.value) < 0.02
-        assert full.value > 0.5
+        assert abs(full.value - short.value) < apart
+        assert full.value > 0.5 or not kind.needs_labels
         assert "feature_storage" not in full.protocol
         assert short.protocol["feature_storage"] == "bf16"
+        assert short.comparability != full.comparability
+    full, short = (EquivarianceEvaluator(data).protocol(pixels_8, "rotation") for data in (colours, half))
+    assert full == short  # maps are not kept
     rows, stored = half.test.stored_features(pixels_8, ("cls",))
     assert stored["cls"].dtype is torch.bfloat16
     assert half.test.features(pixels_8, ("cls",))[1]["cls"].dtype is torch.float32
