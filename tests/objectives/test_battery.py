@@ -90,9 +90,11 @@ def test_the_teacher_gets_no_gradient(kind, name):
     views = make_views(objective.needs)
     # Leaves with gradient, which production's teacher never has: the objective itself must not let any through.
     teacher = encode(tiny_encoder(seed=5).requires_grad_(False), views, objective.needs, masked=False)
-    leaf = teacher.tokens.requires_grad_(True)
+    further = [view for views_of in teacher.extra.values() for view in views_of.values()]
+    maps = [part for features in (teacher, *further) for part in (features, *features.hidden.values())]
+    leaves = [part.tokens.requires_grad_(True) for part in maps]
     objective(encode(encoder, views, objective.needs), teacher, views).loss.backward()
-    assert leaf.grad is None
+    assert all(leaf.grad is None for leaf in leaves)
 
 
 @every_objective

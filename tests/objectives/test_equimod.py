@@ -92,20 +92,32 @@ def test_loss_equals_the_reference(form, layer):
     objective, config = tiny(contrast=form, layer=layer).double(), tiny_config()
     views = make_views(objective.needs)
     student, deep = random_features(config, views), random_features(config, views, seed=8)
-    student.tokens = student.tokens.double()
-    student.hidden[1] = replace(deep, tokens=deep.tokens.double())
+    student.tokens = student.tokens.double().requires_grad_(True)
+    student.hidden[1] = replace(deep, tokens=deep.tokens.double().requires_grad_(True))
     student.joined = torch.randn(2, 1, 32)  # images that join the usual ones: what was done to them is not known
-    image = torch.randn(6, 1, 32, dtype=torch.float64)
+    image = torch.randn(6, 1, 32, dtype=torch.float64, requires_grad=True)
     student.extra["unaugmented"] = {0: Features(image, 1, (4, 4), None)}
     tokens = student.tokens if layer is None else student.hidden[1].tokens
-    h = np.concatenate([image[:, 0].numpy(), *tokens[:, :, 0].numpy()])
-    if layer is not None:
-        h = (h - h.mean(axis=1, keepdims=True)) / np.sqrt(h.var(axis=1, keepdims=True) + config.layer_norm_eps)
-    y, predicted = heads(objective, h, np.array(parameters_of(views)))
-    expected, gain = reference(y, predicted, 6, 0.2, form)
+
+    def evaluate(h: np.ndarray) -> tuple[float, float]:
+        if layer is not None:
+            h = (h - h.mean(axis=1, keepdims=True)) / np.sqrt(h.var(axis=1, keepdims=True) + config.layer_norm_eps)
+        return reference(*heads(objective, h, np.array(parameters_of(views))), 6, 0.2, form)
+
+    h = np.concatenate([image[:, 0].detach().numpy(), *tokens[:, :, 0].detach().numpy()])  # the images, then two views
+    expected, gain = evaluate(h)
     output = objective(student, None, views)
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
     assert output.logs["equivariance_gain"].item() == pytest.approx(gain, abs=1e-5)
+    if form == "nt_xent":  # nothing is detached
+        output.loss.backward()
+        gradient = torch.cat([image.grad[:, 0], *tokens.grad[:, :, 0]])
+        for entry in [(0, 3), (4, 20), (7, 5), (15, 30)]:
+            step = np.zeros_like(h)
+            step[entry] = 1e-5
+            difference = (evaluate(h + step)[0] - evaluate(h - step)[0]) / 2e-5
+            assert gradient[entry].item() == pytest.approx(difference, rel=1e-3, abs=1e-6)
+            assert abs(difference) > 1e-4
 
 
 def test_parameters_are_standardised_as_the_pipeline_draws_them():

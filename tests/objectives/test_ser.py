@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,23 @@ def tokens_of(one: np.ndarray, other: np.ndarray, image: int) -> list[tuple[Any,
     ]
 
 
-def reference(objective: SERObjective, student: Any, teacher: Any, views: Views) -> float:
+def reference(
+    objective: SERObjective, student: Any, teacher: Any, views: Views, of_keys: SERObjective | None = None
+) -> float:
+    """The loss; keys of the form "teacher" are made by the heads of ``of_keys``, by default the objective's own."""
     facts, total = views.facts["ser"], 0.0
     for pair in range(len(facts["most_tokens"])):
         numbers = (2 * pair, 2 * pair + 1)
         lie = [facts["geometries"][number] for number in numbers]
 
-        def maps(features: Any, numbers: tuple[int, int] = numbers) -> list[list[np.ndarray]]:
+        def maps(
+            features: Any, numbers: tuple[int, int] = numbers, heads: SERObjective = objective
+        ) -> list[list[np.ndarray]]:
             found = []
             for number in numbers:
                 view = features.extra["ser"][number]
                 tokens = (view if objective.is_last else view.hidden[objective.layer]).patches.detach().double().numpy()
-                found.append([project(objective, image, view.grid, norm=not objective.is_last) for image in tokens])
+                found.append([project(heads, image, view.grid, norm=not objective.is_last) for image in tokens])
             return found
 
         own = maps(student)
@@ -137,7 +143,7 @@ def reference(objective: SERObjective, student: Any, teacher: Any, views: Views)
             moved = [rho(own[1][i], lie[1], lie[0]) for i in images]
             total += nt_xent([t for i in images for t in tokens_of(own[0][i], moved[i], i)], objective.temperature)
             continue
-        keys = maps(teacher) if objective.form == "teacher" else own
+        keys = maps(teacher, heads=of_keys or objective) if objective.form == "teacher" else own
         directions = [(0, 1), (1, 0)] if objective.form == "teacher" else [(0, 1)]
         for source, target in directions:
             moved = [rho(keys[source][i], lie[source], lie[target]) for i in images]
@@ -168,6 +174,22 @@ def test_loss_equals_the_reference(options):
     assert len(grids) > 1  # something was resized
     assert -1 <= output.logs["cosine"] <= 1
     assert 0 <= output.logs["accuracy"] <= 1
+
+
+def test_keys_of_the_teacher_train_no_projector():
+    objective = tiny()
+    views = make_views(objective.needs, seed=3)
+    student, teacher = encode(tiny_encoder(), views, objective.needs), teacher_features(objective.needs, views)
+    objective(student, teacher, views).loss.backward()
+    for layer, entry in [(0, (3, 7)), (1, (2, 11))]:
+        above, below = deepcopy(objective).double(), deepcopy(objective).double()
+        for moved, step in ((above, 1e-4), (below, -1e-4)):
+            list(moved.projector.parameters())[layer].data[entry] += step
+        queries = [reference(moved, student, teacher, views, of_keys=objective) for moved in (above, below)]
+        both = [reference(moved, student, teacher, views) for moved in (above, below)]
+        expected = (queries[0] - queries[1]) / 2e-4
+        assert list(objective.projector.parameters())[layer].grad[entry].item() == pytest.approx(expected, rel=1e-2)
+        assert (both[0] - both[1]) / 2e-4 != pytest.approx(expected, rel=0.05)  # the two can be told apart
 
 
 # ---- values that are known ----
