@@ -30,14 +30,16 @@ class Pairs(ABC):
         """Names of the numbers that lead from the first image of a pair to the second; views name those they take."""
 
     @abstractmethod
-    def item(self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes) -> Item:
+    def item(
+        self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes | None = None
+    ) -> Item:
         """Decode one pair.
 
         Args:
             source: The source that the row belongs to.
             row: A row as ``ImageSource.row`` returns it.
             rng: Chooses two images, where a row has more.
-            content: The row's own image, encoded.
+            content: The row's own image, encoded, where it was read before.
 
         Raises:
             ImageDecodeError: An image or its numbers cannot be read.
@@ -59,8 +61,11 @@ class ColumnPairs(Pairs):
         """Names of all numbers, column by column."""
         return tuple(name for names in self.columns.values() for name in names)
 
-    def item(self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes) -> Item:
+    def item(
+        self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes | None = None
+    ) -> Item:
         """Decode one pair; nothing is drawn."""
+        content = source.content(row) if content is None else content
         images = tuple(source.decode(each) for each in (content, source.content(row, source.more[SECOND])))
         parameters: dict[str, float] = {}
         for column, names in self.columns.items():

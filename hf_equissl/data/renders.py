@@ -49,8 +49,10 @@ class RenderedPairs(Pairs):
         """The quaternion's four, then the differences."""
         return (*(f"rotation_{axis}" for axis in "xyzw"), *_DIFFERENCES)
 
-    def item(self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes) -> Item:
-        """Draw two renders and decode them."""
+    def item(
+        self, source: ImageSource, row: Mapping[str, Any], rng: np.random.Generator, content: bytes | None = None
+    ) -> Item:
+        """Draw two renders and decode them; the row's own, which ``content`` would hold, is one of many."""
         folder = (source.root or Path()) / PurePosixPath(row[source.image_column]).parent
         numbers = rng.choice(self.views, size=2, replace=False)
         try:

@@ -166,9 +166,9 @@ class ImageSource:
         Raises:
             ImageDecodeError: An image, or what a pair is told of, cannot be read or decoded.
         """
-        content = self.content(row) if content is None else content
-        if self.pairs is not None:
+        if self.pairs is not None:  # which may read other images than the row's own
             return self.pairs.item(self, row, rng, content)
+        content = self.content(row) if content is None else content
         return Item((self.decode(content),), label=self.label(row))
 
     def label(self, row: Mapping[str, Any]) -> int | None:

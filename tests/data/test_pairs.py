@@ -106,6 +106,25 @@ def test_split_files_and_latents_may_be_npz(own: Path) -> None:
     assert all(source.item(source.row(1), np.random.default_rng(seed)).parameters for seed in range(8))
 
 
+def test_a_broken_render_spoils_the_pairs_that_hold_it_alone(own: Path) -> None:
+    source = load_images(own)
+    row = source.row(1)
+    (own / row["image"]).write_bytes(b"broken")  # image_0.jpg, which names the object
+    drawn = 0
+    for seed in range(20):
+        numbers = np.random.default_rng(seed).choice(4, size=2, replace=False)
+        if 0 in numbers:
+            with pytest.raises(ImageDecodeError):
+                source.item(row, np.random.default_rng(seed))
+        else:
+            assert len(source.item(row, np.random.default_rng(seed)).images) == 2
+            drawn += 1
+    assert drawn
+    (own / row["image"]).unlink()
+    sound = next(seed for seed in range(20) if 0 not in np.random.default_rng(seed).choice(4, size=2, replace=False))
+    assert source.item(row, np.random.default_rng(sound)).parameters
+
+
 ABSENT = None
 TWO = {"a": np.zeros(9, int), "b": np.zeros(9, int)}  # of an .npz file
 FIRST = "00000000/train-0000"
