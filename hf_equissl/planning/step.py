@@ -149,7 +149,8 @@ def smallest_batch(config: EquiSSLPreTrainingConfig, processes: int, most: int) 
 def batch_multiple(config: EquiSSLPreTrainingConfig) -> int:
     """Find the number of which the objectives accept multiples alone, as images per device."""
     _, model = build_without_weights(config)
-    return math.lcm(*(objective.batch_multiple for objective in model.objectives()))
+    # Of those whose views are kept, too: ``check_batch`` asks them.
+    return math.lcm(*(objective.batch_multiple for objective in (*model.objectives(), *model.build_kept())))
 
 
 def check_step(config: EquiSSLPreTrainingConfig, views: Views, processes: int = 1) -> None:

@@ -143,7 +143,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         for objective in (self.invariance, *self.equivariance):
             self.needs = self.needs | objective.needs
             objective.prepare_encoder(self.student)
-        for objective in self._kept():
+        for objective in self.build_kept():
             needs = objective.needs
             # Its views are made as it asks, and encoded only where they join the usual ones.
             made = tuple(replace(extra, student=(), teacher=(), hidden_layers=()) for extra in needs.extra)
@@ -202,7 +202,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
         Objectives whose views are kept are asked, too: a control refuses what the runs do that it is for.
         """
-        for objective in (*self.objectives(), *self._kept()):
+        for objective in (*self.objectives(), *self.build_kept()):
             objective.check_batch(images, processes)
 
     def freeze_unused(self) -> None:
@@ -287,7 +287,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         facts = None if self.config.facts is None else ViewFacts.from_dict(self.config.facts)
         return build_objective(registry, entry["name"], sizes, facts=facts, **arguments)
 
-    def _kept(self) -> list[Objective]:
+    def build_kept(self) -> list[Objective]:
         """Build, without memory, the objectives that are not trained and whose views are made all the same."""
         with torch.device("meta"):
             sizes = self.invariance.feature_config

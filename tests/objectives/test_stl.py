@@ -91,15 +91,24 @@ def test_loss_equals_the_reference(form):
     objective = tiny(contrast=form, equivariance_weight=0.7, transformation_weight=0.3).double()
     views = make_views(Needs(), crops=3)
     student = random_features(tiny_config(), views)
-    student.tokens = student.tokens.double()
+    student.tokens = student.tokens.double().requires_grad_(True)
     student.joined = torch.randn(3, 1, 32)  # images that join the usual ones have no partner
-    equivariance, transformation = reference(
-        objective, student.tokens[0, :, 0].numpy(), student.tokens[-1, :, 0].numpy(), form
-    )
+    h = student.tokens[[0, -1], :, 0].detach().numpy()  # (2, B, D)
+    equivariance, transformation = reference(objective, *h, form)
     output = objective(student, None, views)
     assert output.logs["loss_equivariance"].item() == pytest.approx(0.7 * equivariance, rel=1e-5)
     assert output.logs["loss_transformation"].item() == pytest.approx(0.3 * transformation, rel=1e-5)
     assert output.loss.item() == pytest.approx(0.7 * equivariance + 0.3 * transformation, rel=1e-5)
+    if form == "nt_xent":  # nothing is detached
+        output.loss.backward()
+        gradient = student.tokens.grad[[0, -1], :, 0]
+        for entry in [(0, 0, 3), (0, 3, 20), (1, 2, 5), (1, 5, 30)]:
+            step = np.zeros_like(h)
+            step[entry] = 1e-5
+            above, below = (reference(objective, *(h + way * step), form) for way in (1, -1))
+            difference = (0.7 * (above[0] - below[0]) + 0.3 * (above[1] - below[1])) / 2e-5
+            assert gradient[entry].item() == pytest.approx(difference, rel=1e-3, abs=1e-6)
+            assert abs(difference) > 1e-4
 
 
 def test_heads_have_the_published_sizes():
@@ -224,6 +233,8 @@ def test_a_run_is_planned_and_wrong_inputs_are_refused():
     run = prepare(recipe({"name": "vicreg"}, 4), None, dry=True)
     assert run.cost().view_bytes > 0
     assert (smallest_batch(run.config, 1, 4), batch_multiple(run.config)) == (2, 2)
+    control = prepare(recipe({"name": "vicreg"}, 4, weight=0, views="keep"), None, dry=True)
+    assert (smallest_batch(control.config, 1, 4), batch_multiple(control.config)) == (2, 2)
     objective, views = tiny(), make_views(Needs(), batch=3)
     student = random_features(tiny_config(), views)
     with pytest.raises(ValueError, match="even number of them, got 3"):
