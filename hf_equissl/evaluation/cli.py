@@ -59,8 +59,33 @@ examples:
 """
 
 
+def read_subset(text: str) -> dict[str, Any]:
+    """Read the fields of a ``Subset``, as YAML.
+
+    Raises:
+        ValueError: They choose no images.
+    """
+    from ..data.subsets import Subset
+    from ..utils.coercion import check_arguments
+
+    where = "--train_subset"
+    fields = load_yaml(text, where)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} {text}: expected fields, such as '{{share: 0.2, stratified: true}}'.")
+    fields = check_arguments(fields, Subset, where)
+    Subset(**fields)
+    return fields
+
+
 _DATA_OPTIONS = (
     *SPLIT_OPTIONS,
+    Option(
+        "--train_subset",
+        "part of the training images that all probes are fitted on, as a recipe's data.subset, e.g. "
+        "'{share: 0.2, stratified: true}'",
+        "YAML",
+        type=read_subset,
+    ),
     Option(
         "--further_test",
         "judge the same probes on another source, too (its test split by default); may be repeated",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -13,7 +13,7 @@ import torch
 from ..data import ImageSource, list_remarks, load_images
 from ..data.labels import match_classes
 from ..data.splits import load_splits, load_test_split
-from ..data.subsets import choose_rows
+from ..data.subsets import Subset, choose_rows, take_subset
 from .images import ImageSet
 from .named_sets import find_set, is_named
 
@@ -83,6 +83,7 @@ def load_evaluation_data(
     *,
     train_split: str = "train",
     test_split: str | None = None,
+    train_subset: Mapping[str, Any] | None = None,
     train_images: int | None = None,
     test_images: int | None = None,
     further_tests: Sequence[Sequence[str]] = (),
@@ -102,6 +103,7 @@ def load_evaluation_data(
         train_split: Split on which probes are fitted.
         test_split: Split on which they are judged; ``None``: the first of test, validation, val that exists, otherwise
             a tenth of the training split is held out.
+        train_subset: Fit probes on a part of the training images alone: the fields of a ``Subset``. It is recorded.
         train_images: Use a fixed random subset of this size (of a stream: its first images); ``None``: all.
         test_images: The most images of each test set.
         further_tests: More test sets, each a source, or a source and a split; also by name. Where both name classes,
@@ -130,6 +132,7 @@ def load_evaluation_data(
         metric, test_split = chosen.metric, test_split or chosen.test_split or None
         source_options = chosen.columns() | source_options
     sources = load_splits(source, train_split, test_split, train_images, test_images, source_options, seed=subset_seed)
+    train, fitted = take_train_subset(sources.train, sources.train_split, train_subset)
     _say_remarks(sources.remarks())
     options: dict[str, Any] = {
         "num_workers": num_workers,
@@ -144,11 +147,23 @@ def load_evaluation_data(
     )
     judged = match_classes(sources.test, sources.train.classes, sources.train.name)
     return EvaluationData(
-        image_set(sources.train, source, sources.train_split, train_images, subset_seed, **options),
+        image_set(train, source, fitted, train_images, subset_seed, **options),
         image_set(judged, source, sources.test_split, test_images, subset_seed, **options),
         others,
         metric,
     )
+
+
+def take_train_subset(train: ImageSource, split: str, subset: Mapping[str, Any] | None) -> tuple[ImageSource, str]:
+    """Take what ``subset`` says of the training images, ``None`` for all; return them and what records call them.
+
+    Raises:
+        ValueError: They are a stream, have no classes although the choice needs them, or none is left.
+    """
+    if subset is None:
+        return train, split
+    chosen = Subset(**subset)
+    return take_subset(train, chosen), f"{split} ({chosen.describe()})"
 
 
 def _further_test(

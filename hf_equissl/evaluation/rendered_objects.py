@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
@@ -14,7 +15,7 @@ from ..data.renders import RenderedPairs, read_latents
 from ..data.sources import ImageSource
 from ..data.splits import load_test_split
 from ..data.subsets import choose_rows
-from .data import EvaluationData
+from .data import EvaluationData, take_train_subset
 from .images import ImageSet
 
 
@@ -38,6 +39,7 @@ class RenderedData(EvaluationData):
         *,
         train_split: str = "train",
         test_split: str | None = None,
+        train_subset: Mapping[str, Any] | None = None,
         train_images: int | None = None,
         test_images: int | None = None,
         subset_seed: int = 0,
@@ -56,14 +58,15 @@ class RenderedData(EvaluationData):
             raise ValueError(
                 f"{source} has no split of objects to judge by: expected val_images.npy beside its objects."
             )
+        train, fitted = take_train_subset(train, train_split, train_subset)
         parts = {
-            train_split: (train, choose_rows(len(train), train_images, subset_seed), cls.train_renders),
+            fitted: (train, choose_rows(len(train), train_images, subset_seed), cls.train_renders),
             test[1]: (test[0], choose_rows(len(test[0]), test_images, subset_seed), None),
         }
         sets, latents = {}, {}
         for split, (images, rows, most) in parts.items():
             sets[split], latents[split] = _read(images, rows, most, source, split, **kept)
-        return cls(sets[train_split], sets[test[1]], latents=latents)
+        return cls(sets[fitted], sets[test[1]], latents=latents)
 
     @property
     def is_labelled(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
+from hf_equissl.data import load_images
 from hf_equissl.evaluation import cli, load_evaluation_data, load_records, runner
 from hf_equissl.evaluation.runner import check_output_dir
 from tests import processes
@@ -112,6 +113,9 @@ def test_overwrite_and_changed_weights_compute_again(
         (["--features", "equivariant"], "no features"),
         (["--label_column", "klass"], "klass"),
         (["--test_split", "tset"], "tset"),
+        (["--train_subset", "0.2"], "--train_subset 0.2: expected fields, such as '{share: 0.2"),
+        (["--train_subset", "{part: half, share: 0.2}"], "expected first or rest, got 'half'"),
+        (["--train_subset", "{shares: 0.2}"], "Did you mean 'share'"),
         (["--train_images", "0"], "train_images must be at least 1"),
         (["--max_bad_share", "2"], "(--max_bad_share) must be a share from 0 to 1, got 2.0"),
         (["--device", "gpu"], "--device gpu: not a device"),
@@ -214,6 +218,19 @@ def test_held_out_and_subsets_are_fixed_and_disjoint(folder: Path) -> None:
     small = load_evaluation_data(str(folder / "images"), train_images=10, test_images=5, progress=False)
     assert (len(small.train), len(small.test), small.test.split) == (10, 5, "test")
     assert small.train.labels is not None
+
+
+def test_probes_are_fitted_on_the_part_that_was_known_in_training(folder: Path) -> None:
+    known = cli.read_subset("{share: 0.25, stratified: true}")
+    data = load_evaluation_data(str(folder / "images"), train_subset=known, progress=False)
+    whole = load_evaluation_data(str(folder / "images"), progress=False)
+    source = load_images(folder / "images", subset=known)
+    assert [*data.train.images] == [source.content(source.row(n)) for n in range(len(source))]
+    assert data.train.labels.bincount().tolist() == [round(0.25 * n) for n in whole.train.labels.bincount().tolist()]
+    assert (len(data.test), whole.train.split) == (len(whole.test), "train")
+    assert data.train.split == "train (0.25 of the images of each class, seed 0)"  # which protocols record
+    with pytest.raises(ValueError, match="Leave out streaming"):
+        load_evaluation_data(str(folder / "images"), train_subset={"share": 0.5}, streaming=True, progress=False)
 
 
 def test_cifar10(shared_data: Path) -> None:

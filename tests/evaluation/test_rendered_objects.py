@@ -62,6 +62,8 @@ def test_pose_and_colour_are_read_from_features_that_have_them(folder: Path) -> 
     assert not torch.equal(draw_pairs(50, 4, 1, 3)[:, 0], first)
     few = RenderedData.load(str(folder), train_images=5, test_images=2, progress=False)
     assert [len(few.latents[split]) for split in ("train", "validation")] == [5, 2]
+    half = RenderedData.load(str(folder), train_subset={"share": 0.5, "stratified": True}, progress=False)
+    assert {split: len(latents) for split, latents in half.latents.items()} == {half.train.split: 6, "validation": 6}
 
 
 class Oracle:
