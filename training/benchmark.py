@@ -96,7 +96,12 @@ def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Name
     dtype = (options.dtype or [choose_precision("auto", device)])[0]
     report: dict[str, Any] = {
         "recipe": path.stem,
-        "settings": {"dtype": dtype, "repeats": options.repeats, "images": "synthetic"},
+        "settings": {
+            "dtype": dtype,
+            "repeats": options.repeats,
+            "images": "synthetic",
+            "overrides": {key: value for key, value in overrides.items() if key != "imports"},
+        },
         "environment": environment(device),
         "systems": {},
     }

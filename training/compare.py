@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,9 +14,10 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
-from hf_equissl.training.members import RESULTS, SCRIPTS, MemberLane, expected_end, places
+from hf_equissl.training.members import RESULTS, MemberLane, check_alike, expected_end, places, read_words
 from hf_equissl.training.recipe_options import RECIPES, find_recipe, import_words, parse_words
-from hf_equissl.training.side_by_side import DONE, CommandError, Lane, StoppedError, follow
+from hf_equissl.training.side_by_side import DONE, CommandError, StoppedError, follow
+from hf_equissl.training.step_times import StepTimes
 from hf_equissl.training.sweep import (
     add_options,
     check_output_dir,
@@ -31,7 +31,8 @@ from hf_equissl.utils.files import write_text
 from hf_equissl.utils.suggestions import RecipeError
 
 PROBES, UNTRAINED, RAW_PIXELS = "probes", "untrained", "raw_pixels"
-TABLE, PLOT, COST = "table.md", "table.png", "benchmark.json"  # beside the records of all systems, RESULTS
+TABLE, PLOT = "table.md", "table.png"  # beside the records of all systems, RESULTS
+REGRESSION = "transformation_regression"  # the one task of raw pixels
 FEATURES = ("backbone", "equivariant")
 PROBE_WORDS = (
     *("--seeds", "1"),
@@ -39,7 +40,7 @@ PROBE_WORDS = (
 )
 # Images of up to 64 pixels: about half a minute per family on one core. Others have the probe's own settings.
 SMALL_PROBE_WORDS = (
-    *("--set", "transformation_regression.train_images=25000"),
+    *("--set", f"{REGRESSION}.train_images=25000"),
     *("--epochs", "12", "--num_draws", "1"),
 )
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.list:
             say(comparison.listing())
             return 0
+        comparison.check()
         comparison.write()
     except (ValueError, OSError) as error:
         return stop(error, code=2)
@@ -120,14 +122,18 @@ class Comparison:
         self.options, self.overrides, self.probe_words = options, overrides, list(probe_words)
         self.output, self.probes = Path(options.output_dir), "_".join(filter(None, (PROBES, options.probes)))
         # Those that are not chosen are rows of the table, too, where they are probed.
-        self.recipes = load_recipes([member for member in everyone if member not in chosen], {})
-        self.recipes |= load_recipes(chosen, overrides)
+        self.recipes = load_recipes(chosen, overrides)
+        for member in everyone:
+            if member not in chosen:
+                self.recipes |= load_recipes([member], _common(overrides, member))
         trained = [
             self._member(member, system, member in chosen)
             for system, members in group_by_system(everyone).items()
             for member in members
         ]
-        pixels = self._raw_pixels(trained) if RAW_PIXELS in options.references else []
+        evaluators = read_words(self.probe_words).get("--evaluators", (REGRESSION,))
+        with_pixels = RAW_PIXELS in options.references and REGRESSION in evaluators
+        pixels = self._raw_pixels(trained) if with_pixels else []
         untrained = self._untrained(trained) if UNTRAINED in options.references else []
         self.lanes = [*pixels, *untrained, *trained]
         self.chosen = [lane for lane in self.lanes if lane.probe]
@@ -135,6 +141,39 @@ class Comparison:
             raise RecipeError("--finished_only: no chosen member is finished. Leave it out, or wait for one.")
         for words in self.chosen[0].probe:
             check_probe_words(words)
+        self.steps = StepTimes(self.output / self.probes, find_recipe(options.recipe), overrides)
+        self.said: set[str] = set()
+
+    def check(self) -> None:
+        """Refuse what one table cannot hold, before anything runs.
+
+        Raises:
+            ValueError: The encoders see images of several sizes, or probes have other words than those that are there.
+        """
+        recipes = {lane.title: self.recipes[lane.title] for lane in self.chosen if lane.train}
+        sizes = {
+            str(recipe.build_encoder_config().image_size): title
+            for title, recipe in recipes.items()
+            if recipe.model.get("init_from") is None
+        }
+        if len(sizes) > 1:
+            found = ", ".join(f"{size} ({title})" for size, title in sizes.items())
+            raise RecipeError(
+                f"one table holds images of one size, and the members have several: {found}. Choose those of one size "
+                "with --only, and give each size a place of its own with --probes NAME."
+            )
+        check_alike([lane for lane in self.lanes if not self._why_not(lane)])
+
+    def _why_not(self, lane: MemberLane) -> str:
+        """Say why the results that a lane has are no row of the table; "" where they are one, or there are none."""
+        if not (lane.probes / RESULTS).is_file():
+            return ""
+        from hf_equissl.running.resume import name_difference
+
+        if not lane.measured_words():
+            return f"{lane.title}: its encoder is not the one that was probed"
+        difference = name_difference(self.recipes[lane.title], lane.run) if lane.train else ""
+        return difference and f"{lane.title} was trained in another way: {difference}"
 
     def _member(self, member: Any, system: str, is_chosen: bool) -> MemberLane:
         from hf_equissl.running.resume import is_finished
@@ -181,8 +220,10 @@ class Comparison:
                 run = self.output / name
                 lanes[size] = MemberLane(name, run, system=name, probes=run / self.probes, source=RAW_PIXELS)
             if member.probe and not lanes[size].probe:
-                more = ("--image_size", str(size), "--evaluators", "transformation_regression")
+                more = ("--image_size", str(size), "--evaluators", REGRESSION)
                 lanes[size].probe = self._probe_commands(lanes[size], recipe, *more)
+                if "--evaluators" in read_words(self.probe_words):  # they may name what raw pixels cannot do
+                    lanes[size].probe = [[*words, "--evaluators", REGRESSION] for words in lanes[size].probe]
         return list(lanes.values())
 
     def _probe_commands(self, lane: MemberLane, recipe: Any, *more: str) -> list[list[str]]:
@@ -213,8 +254,6 @@ class Comparison:
 
         Raises:
             Preempted: A signal asked to stop.
-            ValueError: Two members were probed in different ways.
-            CommandError: The steps cannot be measured.
         """
         at_once, devices = places(self.options.side_by_side)
         free: SimpleQueue[int] = SimpleQueue()
@@ -243,42 +282,34 @@ class Comparison:
             listen(signals)
             if (done := sum(lane.stage == DONE for lane in self.chosen)) > written:
                 written = done
-                self.write()
+                try:
+                    self.write()
+                except ValueError as error:  # the trainings that run have nothing to do with it
+                    self._say_once(f"No table: {error}")
             return expected_end(self.chosen, at_once)
 
         say(f"{len(self.chosen)} members, {at_once} side by side; what their commands say: {self.output}/*/*.log")
         follow(self.chosen, work, watch, at_once)
-        self._measure_steps(signals)
-        say(f"\n{self.write(plot=True)}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
+        problems = []
         if failed := [lane.title for lane in self.chosen if lane.failure]:
-            return stop(f"{len(failed)} of {len(self.chosen)} members failed: {', '.join(failed)}", code=1)
-        return 0
+            problems.append(f"{len(failed)} of {len(self.chosen)} members failed: {', '.join(failed)}")
+        try:
+            self.write(plot=True)
+            if self.options.step_repeats:
+                trained = [lane for lane in self.chosen if lane.train and not lane.failure]
+                known = self.steps.read().get("systems", {})
+                systems = {lane.system: self.recipes[lane.title] for lane in self.lanes if lane.system in known}
+                systems |= {lane.system: self.recipes[lane.title] for lane in trained}
+                self.steps.measure(systems, self.options.step_repeats, lambda: listen(signals))
+            say(f"\n{self.write()}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
+        except ValueError as error:
+            problems.append(str(error))
+        return stop("; ".join(problems), code=1) if problems else 0
 
-    def _measure_steps(self, signals: Signals) -> None:
-        """Measure what a step costs, unless that is known of all systems; nothing else runs here meanwhile."""
-        known = self._step_times()
-        wanted = dict.fromkeys(lane.system for lane in self.chosen if lane.train and not lane.failure)
-        if self.options.step_repeats == 0 or known.keys() >= wanted.keys():
-            return
-        from hf_equissl.recipes.sweep import Member
-
-        lane = Lane("steps", self.output / self.probes)
-        words: list[object] = ["--recipe", find_recipe(self.options.recipe), "--repeats", self.options.step_repeats]
-        words += ["--output_dir", lane.run, "--only", *dict.fromkeys([*known, *wanted])]
-        values = {
-            key: value for key, value in self.overrides.items() if key.partition(".")[0] not in ("data", "imports")
-        }
-        words += [*Member("", Path(), values).words, *import_words(self.overrides)]
-
-        def work(lane: Lane) -> None:
-            lane.call("measuring", SCRIPTS / "benchmark.py", *words, bar="systems")
-            lane.finish()
-
-        follow([lane], work, lambda: listen(signals))
-
-    def _step_times(self) -> dict[str, Any]:
-        path = self.output / self.probes / COST
-        return json.loads(path.read_text())["systems"] if path.is_file() else {}
+    def _say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            say(f"\n{text}")
 
     def write(self, plot: bool = False) -> str:
         """Write table and records of all members that are probed by now, and the ``plot``; returns the table.
@@ -288,11 +319,16 @@ class Comparison:
         """
         from hf_equissl.evaluation import comparison, load_records, save_records
 
+        probed = {lane.title: lane for lane in self.lanes if (lane.probes / RESULTS).is_file()}
+        left_out = {title: reason for title, lane in probed.items() if (reason := self._why_not(lane))}
         measured = [
             comparison.Measured(lane.system, lane.seed, comparison.newest_encoder(load_records(lane.probes / RESULTS)))
-            for lane in self.lanes
-            if (lane.probes / RESULTS).is_file()
+            for title, lane in probed.items()
+            if title not in left_out
         ]
+        notes = [f"Left out: {'; '.join(left_out.values())}."] if left_out else []
+        for note in notes:
+            self._say_once(note)
         if not measured:
             return ""
         try:
@@ -303,25 +339,20 @@ class Comparison:
         folder = self.output / self.probes
         folder.mkdir(parents=True, exist_ok=True)
         save_records(merged, folder / RESULTS)
-        write_text(folder / TABLE, comparison.comparison_text(merged, rows, *step_column(self._step_times())))
+        column, note = self.steps.column()
+        write_text(folder / TABLE, comparison.comparison_text(merged, rows, column, [*note, *notes]))
         try:
             if plot:
                 comparison.plot_comparison(merged, rows, folder / PLOT)
         except ImportError as error:
             say(f"No plot: {error}")
-        return comparison.plain_comparison(merged, rows, step_column(self._step_times())[0])
+        return comparison.plain_comparison(merged, rows, column)
 
 
-def step_column(times: dict[str, Any]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Make the table's column of step times relative to the base, and what is said of it; nothing without times."""
-    if not times:
-        return {}, []
-    cells = {system: f"{1 + timing.get('cpu_overhead', 0.0):.2f}" for system, timing in times.items()}
-    note = (
-        "Step: processor time of a training step over that of the same recipe with every lambda = 0, the median of "
-        f"pairs measured in turns ({COST})."
-    )
-    return {"step": cells}, [note]
+def _common(overrides: dict[str, Any], member: Any) -> dict[str, Any]:
+    """Take the overrides of the chosen members that a row beside them has to share: how it is trained, on what."""
+    shared = {key: value for key, value in overrides.items() if key.partition(".")[0] in ("training", "data")}
+    return {key: value for key, value in shared.items() if key not in member.overrides and key != "training.seed"}
 
 
 def check_probe_words(words: Sequence[str]) -> None:
@@ -340,7 +371,7 @@ def listen(signals: Signals) -> None:
 def _parser() -> argparse.ArgumentParser:
     usage = "compare.py --recipe NAME|PATH --data SOURCE --output_dir DIR [options] [--section.key VALUE ...] [-- ...]"
     parser = command_parser("compare.py", usage=usage, description=DESCRIPTION, epilog=EPILOG)
-    add_options(parser)
+    add_options(parser, "how far each member is")
     add = parser.add_argument
     add("--side_by_side", type=int, metavar="N", help="members at once; default: one per GPU, or per core without one")
     add("--finished_only", action="store_true", help="train nothing: probe what is finished")

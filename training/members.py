@@ -11,12 +11,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_equissl.training.side_by_side import DONE, Lane, clock
+from hf_equissl.training.side_by_side import DONE, CommandError, Lane, clock
 from hf_equissl.utils.files import write_text
 from hf_equissl.utils.machine import usable_cores
 
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS, DONE_PROBES = "results.json", "probes.json"  # what probe.py writes, and which of its commands are done
+# Options of probe.py that change no number, or whose values have columns or encoders of their own.
+_FREE = {
+    *("--encoder", "--output_dir", "--features", "--evaluators", "--tests", "--fill", "--seeds", "--image_size"),
+    *("--overwrite", "--device", "--batch_size", "--num_workers", "--import"),
+}
+_REPEATED = ("--set", "--further_test")
 TRAINING, PROBING = "training", "probing"
 SPEED_SECONDS = 10.0  # after so much training its speed is known
 
@@ -77,10 +83,18 @@ class MemberLane(Lane):
             self.is_trained, self.seconds[TRAINING] = True, seconds_of(self.run)
         for words in self.probe:
             if not self._is_probed(words):
-                start = time.monotonic()
-                self.call(PROBING, SCRIPTS / "probe.py", *words, bar=str(self.encoder))
-                self._note_probe(words, time.monotonic() - start)
-        self.seconds[PROBING] = sum(entry["seconds"] for entry in self._done_probes())
+                self._probe(words)
+        self.seconds[PROBING] = sum(entry["seconds"] or 0.0 for entry in self._noted())
+
+    def _probe(self, words: Sequence[str]) -> None:
+        start, before = time.monotonic(), _modified(self.probes / RESULTS)
+        try:
+            self.call(PROBING, SCRIPTS / "probe.py", *words, bar=str(self.encoder))
+        except CommandError:
+            if _modified(self.probes / RESULTS) != before:
+                self._note(words, None)  # some of its numbers are there
+            raise
+        self._note(words, time.monotonic() - start)
 
     @property
     def is_probed(self) -> bool:
@@ -94,19 +108,26 @@ class MemberLane(Lane):
             return "not finished" if self.run.exists() else "not begun"
         return "probed" if self.is_probed else "trained" if self.train else "not probed"
 
-    def _done_probes(self) -> list[dict[str, Any]]:
-        """Read which commands are done; none where the results are gone."""
+    def measured_words(self) -> list[list[str]]:
+        """List the words of the probes, done or begun, that measured the encoder as it is now."""
+        weights = self._weights()
+        return [entry["words"] for entry in self._noted() if entry["weights"] == weights]
+
+    def _noted(self) -> list[dict[str, Any]]:
+        """Read which commands are done or, without their seconds, begun; none where the results are gone."""
         path = self.probes / DONE_PROBES
         return json.loads(path.read_text()) if path.is_file() and (self.probes / RESULTS).is_file() else []
 
     def _is_probed(self, words: Sequence[str]) -> bool:
+        wanted = list(words), self._weights()
         return any(
-            (entry["words"], entry["weights"]) == (list(words), self._weights()) for entry in self._done_probes()
+            (entry["words"], entry["weights"]) == wanted and entry["seconds"] is not None for entry in self._noted()
         )
 
-    def _note_probe(self, words: Sequence[str], seconds: float) -> None:
-        entry = {"words": list(words), "weights": self._weights(), "seconds": round(seconds, 1)}
-        write_text(self.probes / DONE_PROBES, json.dumps([*self._done_probes(), entry], indent=2) + "\n")
+    def _note(self, words: Sequence[str], seconds: float | None) -> None:
+        took = None if seconds is None else round(seconds, 1)
+        entry = {"words": list(words), "weights": self._weights(), "seconds": took}
+        write_text(self.probes / DONE_PROBES, json.dumps([*self._noted(), entry], indent=2) + "\n")
 
     def _weights(self) -> list[int] | None:
         """Size and time of the weights: another training has others."""
@@ -115,6 +136,52 @@ class MemberLane(Lane):
         except OSError:
             return None
         return [stat.st_size, stat.st_mtime_ns]
+
+
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def read_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read options with their values as probe.py does: the last of an option counts, of ``--set`` that of each key."""
+    found: dict[str, list[str]] = {}
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            found[option] = [value] if equals else found.get(option, []) if option in _REPEATED else []
+        else:
+            found.setdefault(option, []).append(word)
+    settings = dict(word.partition("=")[::2] for word in found.pop("--set", []))
+    return {option: tuple(values) for option, values in found.items()} | {
+        f"--set {key}": (value,) for key, value in settings.items()
+    }
+
+
+def check_alike(lanes: Sequence[MemberLane]) -> None:
+    """Refuse probes that would measure in another way than those that are there: one column cannot hold both.
+
+    Raises:
+        ValueError: The message names the option, and what to do.
+    """
+    first: tuple[str, dict[str, tuple[str, ...]]] | None = None
+    every = [(f"{lane.title} was probed", words) for lane in lanes for words in lane.measured_words()]
+    every += [(f"{lane.title} would be probed", words) for lane in lanes for words in lane.probe]
+    for what, words in every:
+        settings = {option: values for option, values in read_words(words).items() if option not in _FREE}
+        if first is None:
+            first = what, settings
+        for option in first[1] | settings:
+            if first[1].get(option) != settings.get(option):
+                one, other = (_say_option(option, of.get(option)) for of in (first[1], settings))
+                raise ValueError(
+                    f"{first[0]} {one}, and {what} {other}: one table cannot hold both. Give the same words behind --, "
+                    "or keep the other probes in a place of their own with --probes NAME."
+                )
+
+
+def _say_option(option: str, values: tuple[str, ...] | None) -> str:
+    return f"without {option}" if values is None else " ".join(("with", option, *values))
 
 
 def seconds_of(run: Path) -> float:

@@ -219,13 +219,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which runs of which sweep are meant, and where they go."""
+def add_options(parser: argparse.ArgumentParser, listed: str = "names of the runs and what they set") -> None:
+    """Add the options that say which runs of which sweep are meant, and where they go; ``listed``: by ``--list``."""
     add = parser.add_argument
     add("--recipe", type=path_word, metavar="NAME|PATH", help="a sweep that ships (vits16_ibot_sweep), or a YAML file")
     add("--data", type=path_word, metavar="SOURCE", help="as pretrain.py's, for all runs")
     add("--output_dir", type=path_word, metavar="DIR", help="each run gets the folder DIR/NAME")
-    add("--list", action="store_true", help="names of the runs and what they set; runs nothing")
+    add("--list", action="store_true", help=f"{listed}; runs nothing")
     add("--only", nargs="+", metavar="NAME", help="these runs alone; a name without its seed: all of its seeds")
     add("--dry_run", action="store_true", help="size and cost of each run, of one its whole plan; trains nothing")
     add_import(parser)

@@ -153,11 +153,18 @@ def comparison_rows(
         own = {_title(record): record for record in shown if record.encoder == system}
         if own:
             seeds = sorted({seed for record in own.values() for seed in record.seeds})
-            cells = [own[title].text if title in own else "" for title in titles]
+            cells = [_cell(own[title], seeds) if title in own else "" for title in titles]
             rows.append(
                 [system, " ".join(map(str, seeds)), *cells, *(column.get(system, "") for column in more.values())]
             )
     return rows
+
+
+def _cell(record: ResultRecord, seeds: Sequence[int]) -> str:
+    """Write the value, and the seeds that it is of where the row has further ones."""
+    if set(record.seeds) == set(seeds):
+        return record.text
+    return f"{record.text} (seed{'s' if len(record.seeds) > 1 else ''} {' '.join(map(str, record.seeds))})"
 
 
 def _is_shown(record: ResultRecord) -> bool:
@@ -192,9 +199,11 @@ def comparison_text(
     for kind in kinds_of_tables(records):
         rows = comparison_rows(records, systems, kind, {} if parts else more or {})
         parts += [_heading(kind), table([[*map(plain, row)] for row in rows])]
+    fewer = "Cells with (seed ...) are of these seeds alone: the row's other seeds were not measured there."
+    fewer = fewer if any(" (seed" in part for part in parts) else ""
     measured = protocol_notes([record for record in records if _is_shown(record) and record.task != MEAN])
     several = "Mean +- standard deviation over seeds of the training." if any(r.std for r in records) else ""
-    return "\n\n".join(filter(None, [*parts, several, *notes, measured])) + "\n"
+    return "\n\n".join(filter(None, [*parts, several, fewer, *notes, measured])) + "\n"
 
 
 def plain_comparison(

@@ -59,9 +59,31 @@ def is_finished(recipe: Recipe, folder: str | Path) -> bool:
     stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
     if not (stored.is_file() and encoder.is_file()):
         return False
-    recipe = keep_precision(_adopt_as_stored(recipe, Path(folder)) or recipe, folder)
-    asked = drop_without_effect(redact_values(recipe.to_dict()))
-    return encoder.stat().st_mtime >= stored.stat().st_mtime and drop_without_effect(_read_stored(stored)) == asked
+    before, asked = _read_both(recipe, stored)
+    return encoder.stat().st_mtime >= stored.stat().st_mtime and before == asked
+
+
+def name_difference(recipe: Recipe, folder: str | Path) -> str:
+    """Name the first value in which the run in ``folder`` is not of this recipe, names and descriptions aside.
+
+    Returns:
+        "KEY is VALUE, not VALUE", the run's first; "" where there is none, or no run.
+    """
+    stored = Path(folder) / "recipe.yaml"
+    if not stored.is_file():
+        return ""
+    sections = (*_IDENTITY, "training", "data")
+    before, asked = (_flatten({key: of.get(key) for key in sections}) for of in _read_both(recipe, stored))
+    for key in before | asked:
+        if before.get(key) != asked.get(key):
+            return f"{key} is {before.get(key)!r}, not {asked.get(key)!r}"
+    return ""
+
+
+def _read_both(recipe: Recipe, stored: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what a run keeps as its recipe, and write ``recipe`` as the run would have kept it."""
+    recipe = keep_precision(_adopt_as_stored(recipe, stored.parent) or recipe, stored.parent)
+    return drop_without_effect(_read_stored(stored)), drop_without_effect(redact_values(recipe.to_dict()))
 
 
 def find_start(

@@ -69,6 +69,18 @@ def test_rows_are_systems_with_mean_and_deviation_over_training_seeds() -> None:
     assert (base.seeds, base.details) == ((0, 7), {"values_by_probe_seed": [[0.1, 0.3], [0.4]]})
 
 
+def test_a_cell_of_fewer_seeds_than_its_row_says_so() -> None:
+    runs = [*measured(), Measured("base", 8, [top1(0.46)]), Measured("base", 9, [top1(0.46)])]
+    merged = merge_systems(runs)
+    row = comparison_rows(merged, ["base"], ("backbone", ""), {})[1]
+    assert row[1:3] == ["0 7 8 9", "0.3000 +- 0.1414 (seeds 0 7)"]
+    assert row[-1] == "44.00 +- 2.83"
+    assert "(seed ...)" not in comparison_text(merge_systems(measured()), ["base"])
+    text = comparison_text(merge_systems([*measured()[:1], Measured("base", 7, [top1(0.44)])]), ["base"])
+    assert "| base | 0 7 | 0.2000 (seed 0) |" in text
+    assert "Cells with (seed ...) are of these seeds alone" in text
+
+
 def test_texts_and_plot(tmp_path: Path) -> None:
     equivariant = [r2("rotation", 0.95, features="equivariant", primary=False)]
     equivariant += [r2("rotation", 0.25, features="equivariant", metric="r2_linear", primary=False, about=None)]

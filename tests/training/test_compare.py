@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_equissl.distributed.signals import EXIT_PREEMPTED
+from hf_equissl.distributed.signals import EXIT_PREEMPTED, Signals
 from hf_equissl.evaluation import load_records
 from hf_equissl.training import compare, side_by_side
-from hf_equissl.training.members import MemberLane, expected_end
+from hf_equissl.training.members import MemberLane, check_alike, expected_end, read_words
 from hf_equissl.training.recipe_options import parse_words
+from hf_equissl.training.step_times import StepTimes
 from tests import processes
 
 BASE = """
@@ -67,8 +68,14 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
     # A member that cannot be trained: the others are.
     (runs / "fast-3").mkdir(parents=True)
     (runs / "fast-3" / "pretrain.log").mkdir()
-    assert compare.main([*words, "--step_repeats", "0", "--references", "--", *PROBE]) == 1
+    # Nor can the steps be measured: the table is written all the same.
+    (runs / "probes" / "benchmark.log").mkdir(parents=True)
+    assert compare.main([*words, "--step_repeats", "1", "--references", "--", *PROBE]) == 1
     printed = capsys.readouterr()
+    assert "No step times: " in printed.out
+    assert "| base | 3 4 | " in (runs / "probes" / "table.md").read_text()
+    assert (runs / "probes" / "table.png").is_file()
+    (runs / "probes" / "benchmark.log").rmdir()
     assert "fast-3 failed, the others go on" in printed.out
     assert "error: 1 of 3 members failed: fast-3" in printed.err
     (runs / "fast-3" / "pretrain.log").rmdir()
@@ -108,6 +115,34 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
     assert "rotation r2 [zeros]" in printed
     assert (folder / "table.png").is_file()
 
+    # Other words are refused before anything is written, and the first command goes on.
+    kept = {path: path.read_bytes() for path in runs.glob("*/probes/*.json")}
+    assert compare.main([*words, "--", *PROBE, "--train_images", "10"]) == 2
+    refused = capsys.readouterr().err
+    assert "was probed without --train_images, and raw_pixels would be probed with --train_images 10" in refused
+    assert "--probes NAME" in refused
+    assert kept == {path: path.read_bytes() for path in runs.glob("*/probes/*.json")}
+    assert compare.main([*words, "--step_repeats", "1", "--", *PROBE]) == 0
+    assert (folder / "table.md").read_text() == text
+
+    # Rows beside the chosen ones stand for what this command would train and probe.
+    capsys.readouterr()
+    recipe, encoder = runs / "base_seed-4" / "recipe.yaml", runs / "base_seed-3" / "encoder" / "model.safetensors"
+    before, stat = recipe.read_text(), encoder.stat()
+    recipe.write_text(before.replace("max_steps: 1", "max_steps: 9"))
+    os.utime(encoder, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert compare.main([*words, "--only", "fast", "--step_repeats", "0", "--", *PROBE]) == 0
+    printed = capsys.readouterr().out
+    for reason in (
+        "base_seed-3: its encoder is not the one that was probed",
+        "base_seed-4 was trained in another way: training.max_steps is 9, not 1",
+    ):
+        assert printed.count(reason) == 1
+        assert reason in (folder / "table.md").read_text()
+    assert "| base | " not in (folder / "table.md").read_text()
+    recipe.write_text(before)
+    os.utime(encoder, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
     # Another budget in the same place is refused.
     path = runs / "fast-3" / "probes" / "results.json"
     content = json.loads(path.read_text())
@@ -115,7 +150,30 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
         entry["protocol"]["train_images"] = 7
     path.write_text(json.dumps(content))
     assert compare.main([*words, "--", *PROBE]) == 2
-    assert "train_images is 7 for fast, seed 3, and 20 for raw_pixels, seed 0" in capsys.readouterr().err
+    unlike = "train_images is 7 for fast, seed 3, and 20 for raw_pixels, seed 0"
+    assert unlike in capsys.readouterr().err
+    # Where that shows on the way, nothing stops for it.
+    comparison = compare.Comparison(*parse_words(compare._parser(), words), PROBE)
+    with Signals() as signals:
+        assert comparison.run(signals) == 1
+    printed = capsys.readouterr()
+    assert (
+        printed.out.count(f"No table: rotation r2 on backbone features was measured in different ways: {unlike}") == 1
+    )
+    assert unlike in printed.err
+
+
+def test_probes_that_were_only_begun_count_as_measured(tmp_path: Path) -> None:
+    lane = MemberLane("pixels", tmp_path, probes=tmp_path, source="raw_pixels", probe=[["--fill", "x", "--epochs=2"]])
+    (tmp_path / "results.json").write_text("{}")
+    lane._note(["--epochs", "1"], None)
+    with pytest.raises(
+        ValueError, match="pixels was probed with --epochs 1, and pixels would be probed with --epochs 2"
+    ):
+        check_alike([lane])
+    lane.probe = [["--epochs", "1"]]
+    check_alike([lane])
+    assert not lane.is_probed
 
 
 def test_places_of_probes_and_ways_to_fill(
@@ -134,6 +192,32 @@ def test_places_of_probes_and_ways_to_fill(
         assert str(tmp_path / "runs" / "fast-3" / "probes_other") in command
         assert str(tmp_path / "runs" / "fast-3" / "encoder") in command
     assert fast.train[-4:] == ["--data.source", json.dumps(str(tmp_path / "images")), "--import", "json"]
+    # Raw pixels have no score but R2.
+    comparison = compare.Comparison(options, {}, ["--evaluators", "equivariance"])
+    assert [lane.title for lane in comparison.chosen] == ["untrained_seed-3", "fast-3"]
+    both = ["--evaluators", "transformation_regression", "equivariance"]
+    pixels = compare.Comparison(options, {}, both).chosen[0]
+    assert pixels.title == "raw_pixels"
+    assert read_words(pixels.probe[0])["--evaluators"] == ("transformation_regression",)
+
+
+def test_images_of_one_size_in_one_table(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "systems.yaml").write_text(SYSTEMS.replace("training.learning_rate: 0.01", "model.image_size: 32"))
+    assert compare.main(words) == 2
+    assert "have several: 16 (base_seed-4), 32 (fast-3). Choose" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_column_of_steps_by_device_and_overrides(tmp_path: Path) -> None:
+    timings = {"base": {}, "ours": {"overhead": 0.5, "cpu_overhead": 0.25}}
+    for device, cell in (("cpu", "1.25"), ("NVIDIA H200", "1.50")):
+        settings = {"overrides": {"model.image_size": 32}}
+        report = {"environment": {"device": device}, "settings": settings, "systems": timings}
+        (tmp_path / "benchmark.json").write_text(json.dumps(report))
+        column, notes = StepTimes(tmp_path, tmp_path, {"model.image_size": 32, "data.source": "x"}).column()
+        assert column == {"step": {"base": "1.00", "ours": cell}}
+        assert f"in turns on {device}" in notes[0]
+    assert StepTimes(tmp_path, tmp_path, {"model.image_size": 64}).column() == ({}, [])
 
 
 def test_a_request_to_stop_ends_all(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "training"
-NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "side_by_side"}
+NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "side_by_side", "step_times"}
 # Script -> words that its help must have beside "examples:".
 WORDS = {
     "benchmark": ("--recipe", "--repeats"),
