@@ -165,7 +165,9 @@ def check_alike(lanes: Sequence[MemberLane]) -> None:
         ValueError: The message names the option, and what to do.
     """
     first: tuple[str, dict[str, tuple[str, ...]]] | None = None
-    every = [(f"{lane.title} was probed", words) for lane in lanes for words in lane.measured_words()]
+    every: list[tuple[str, Sequence[str]]] = [
+        (f"{lane.title} was probed", words) for lane in lanes for words in lane.measured_words()
+    ]
     every += [(f"{lane.title} would be probed", words) for lane in lanes for words in lane.probe]
     for what, words in every:
         settings = {option: values for option, values in read_words(words).items() if option not in _FREE}
