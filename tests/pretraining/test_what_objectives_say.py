@@ -14,7 +14,9 @@ from PIL import Image
 
 from hf_equissl.modeling import EquiSSLConfig
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES, LossOutput, Objective
+from hf_equissl.objectives.essl import FourRotations
 from hf_equissl.objectives.progress import TrainingProgress
+from hf_equissl.objectives.ser import TransformedPairs
 from hf_equissl.planning import measure
 from hf_equissl.planning.arithmetic import milestones, schedule
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
@@ -27,7 +29,6 @@ from hf_equissl.views.facts import ViewFacts
 from hf_equissl.views.needs import ExtraViews, Needs
 from hf_equissl.views.view_specs import PipelineSpec, ViewSpec
 from tests.objectives.helpers import make_views, tiny_config
-from tests.views.makers import SmallTurnedCrops, TransformedShare
 
 VICREG = {"name": "vicreg", "expander_sizes": [8, 8]}
 
@@ -267,8 +268,10 @@ def test_a_control_encodes_what_joins_and_refuses_what_its_runs_refuse(monkeypat
     class Sharing(Asking):
         @property
         def needs(self) -> Needs:
-            joining = ExtraViews("share", TransformedShare, {"images": 2}, hidden_layers=(1,), joins=(0, 1))
-            return Needs(teacher=True, extra=(joining, ExtraViews("turned", SmallTurnedCrops)))
+            third = {"share": 1 / 3, "local_pairs": 0, "grid_scale": (0.7, 1.3), "grid_ratio": (0.75, 4 / 3)}
+            joining = ExtraViews("share", TransformedPairs, third, hidden_layers=(1,), joins=(0, 1))
+            turned = ExtraViews("turned", FourRotations, {"size": 16, "spec": ViewSpec()})
+            return Needs(teacher=True, extra=(joining, turned))
 
         def check_batch(self, images: int, processes: int) -> None:
             if images < 4:

@@ -12,6 +12,10 @@ from torch.utils.data import DataLoader
 
 from hf_equissl.data import ImageViewDataset, load_images
 from hf_equissl.modeling import EquiSSLModel
+from hf_equissl.objectives.equimod import UnaugmentedImage
+from hf_equissl.objectives.essl import FourRotations
+from hf_equissl.objectives.ser import TransformedPairs
+from hf_equissl.objectives.stl import PairedViews
 from hf_equissl.pretraining.encoding import encode_crops, encode_extra
 from hf_equissl.views import RotationFamily, build_transformation
 from hf_equissl.views.base import UNLABELLED, Item, map_tensors
@@ -20,16 +24,21 @@ from hf_equissl.views.needs import ExtraViews, Needs
 from hf_equissl.views.pipelines import PipelineSpec, ViewPipeline, ViewSpec
 from tests.objectives.helpers import tiny_config
 
-from .makers import PairedCrops, SmallTurnedCrops, TransformedShare, UnaugmentedImage
-
 ORIGINAL = ExtraViews("original", UnaugmentedImage, hidden_layers=(1,), last_layer=1)
-TURNED = ExtraViews("turned", SmallTurnedCrops, {"size": 16}, patches=False)
-SHARE = ExtraViews("share", TransformedShare, {"images": 2}, teacher=(0, 1), hidden_layers=(1,), joins=(0, 1))
+SMALL_CROP = ViewSpec(crop_scale=(0.05, 0.14))
+TURNED = ExtraViews("turned", FourRotations, {"size": 16, "spec": SMALL_CROP}, patches=False)
+# A third of the images, as SER sets apart.
+THIRD = {"share": 1 / 3, "local_pairs": 0, "grid_scale": (0.7, 1.3), "grid_ratio": (0.75, 4 / 3)}
+SHARE = ExtraViews("share", TransformedPairs, THIRD, teacher=(0, 1), hidden_layers=(1,), joins=(0, 1))
+PAIRS = ExtraViews("pairs", PairedViews)
 
 
-def pipeline_of(*extra: ExtraViews, family=None, labels: bool = False, **needs) -> ViewPipeline:
+USUAL = (ViewSpec(), ViewSpec(solarize_probability=0.5))
+
+
+def pipeline_of(*extra: ExtraViews, family=None, labels: bool = False, specs=USUAL, **needs) -> ViewPipeline:
     return ViewPipeline(
-        PipelineSpec((ViewSpec(), ViewSpec(solarize_probability=0.5))),
+        PipelineSpec(specs),
         image_size=32,
         transformation=family or RotationFamily(),
         needs=Needs(extra=extra, labels=labels, **needs),
@@ -74,12 +83,12 @@ def test_kinds_and_shapes():
     assert [view.shape for view in views.extra["turned"]] == [(4, 3, 16, 16)] * 4
     assert torch.equal(views.extra["turned"][1], views.extra["turned"][0].rot90(1, dims=(-2, -1)))
     facts = views.facts["share"]
-    for view, grid, turns in zip(views.extra["share"], facts["grids"], facts["turns"], strict=True):
+    for view, (*grid, turns) in zip(views.extra["share"], facts["geometries"], strict=True):
         sides = grid if turns % 2 == 0 else grid[::-1]
         assert view.shape == (2, 3, 8 * sides[0], 8 * sides[1])
-    grids = {str(batch_of(pipeline, seed=seed)["extra"]["share"]["grids"]) for seed in range(8)}
-    assert len(grids) > 2
-    assert batch_of(pipeline)["extra"]["share"]["grids"] == facts["grids"]
+    drawn = {str(batch_of(pipeline, seed=seed)["extra"]["share"]["geometries"]) for seed in range(8)}
+    assert len(drawn) > 2
+    assert batch_of(pipeline)["extra"]["share"]["geometries"] == facts["geometries"]
 
 
 def test_features_are_those_of_a_pass_of_their_own():
@@ -136,7 +145,8 @@ def test_a_share_of_no_images_is_not_all_of_them():
 
 
 def test_pairs_share_their_crops_and_g_follows():
-    pipeline = pipeline_of(ExtraViews("pairs", PairedCrops), parameters=True)
+    shared = tuple(replace(spec, flip_probability=0.0, blur_probability=0.0) for spec in USUAL)
+    pipeline = pipeline_of(PAIRS, parameters=True, specs=shared)
     same = picture(0)
     samples = [{**pipeline.crop(Item((same,)), np.random.default_rng(number)), "index": number} for number in range(4)]
     assert "global_crops" not in samples[0]
@@ -150,9 +160,10 @@ def test_pairs_share_their_crops_and_g_follows():
     assert not views.extra
 
 
+@pytest.mark.parametrize("extra", [(ORIGINAL, TURNED, SHARE), (PAIRS,)], ids=["beside", "instead"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_workers_and_resume_change_nothing(photo_folder, streaming):
-    pipeline = pipeline_of(TURNED, SHARE)
+def test_workers_and_resume_change_nothing(photo_folder, streaming, extra):
+    pipeline = pipeline_of(*extra)
 
     def batches(workers: int, skip: int = 0):
         if streaming:
@@ -166,13 +177,19 @@ def test_workers_and_resume_change_nothing(photo_folder, streaming):
         return list(DataLoader(data, 8, sampler=keys, collate_fn=ViewCollator(pipeline), num_workers=workers))
 
     expected = batches(0)
-    facts = [batch["extra"]["share"]["grids"] for batch in expected]
-    assert len({str(each) for each in facts}) > 1
+    drawn = [drawn_for_all(batch) for batch in expected]
+    assert len({str(each) for each in drawn}) > 1
     for workers, skip in ((1, 0), (0, 1)):
         again = batches(workers, skip)
         for one, other in zip(again, expected[skip:], strict=False):
-            assert one["extra"]["share"]["grids"] == other["extra"]["share"]["grids"]
+            assert drawn_for_all(one) == drawn_for_all(other)
             assert all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
+
+
+def drawn_for_all(batch):
+    """What SER draws for a batch; without its views what STL draws for the first pair."""
+    extra = batch["extra"]
+    return extra["share"]["geometries"] if "share" in extra else extra["pairs"]["draws"][:2].tolist()
 
 
 def test_blank_views_have_the_shapes_of_training():
@@ -182,24 +199,26 @@ def test_blank_views_have_the_shapes_of_training():
         assert getattr(blank, name).shape == getattr(real, name).shape
         assert getattr(blank, name).device.type == "meta"
     assert [view.shape for view in blank.extra["turned"]] == [view.shape for view in real.extra["turned"]]
-    assert len(blank.extra["share"][0]) == 2
-    assert isinstance(blank.facts["share"]["turns"][0], int)
+    assert len(blank.extra["share"][0]) == len(real.extra["share"][0]) == 7
+    assert all(isinstance(number, int) for number in blank.facts["share"]["geometries"][0])
 
 
-ExtraViewsOfAnotherKind = ExtraViews("second", SmallTurnedCrops, {"size": 24})
+ExtraViewsOfAnotherKind = ExtraViews("second", FourRotations, {"size": 24, "spec": SMALL_CROP})
 
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="join the usual crops"):
-        pipeline_of(ExtraViews("share", TransformedShare, joins=(0,)))
+        pipeline_of(ExtraViews("share", TransformedPairs, THIRD, joins=(0,)))
     with pytest.raises(ValueError, match=r"replaces the global crops.*how they were cropped"):
-        pipeline_of(ExtraViews("pairs", PairedCrops), photometric=True)
+        pipeline_of(PAIRS, photometric=True)
     with pytest.raises(ValueError, match=r"'pairs' replaces the global crops, and 'share' is made of them"):
-        pipeline_of(ExtraViews("pairs", PairedCrops), ExtraViews("share", TransformedShare))
+        pipeline_of(PAIRS, SHARE)
     with pytest.raises(ValueError, match="different further images called 'turned'"):
-        _ = Needs(extra=(TURNED,)) | Needs(extra=(ExtraViews("turned", SmallTurnedCrops, {"size": 8}),))
+        _ = Needs(extra=(TURNED,)) | Needs(
+            extra=(ExtraViews("turned", FourRotations, {"size": 8, "spec": SMALL_CROP}),)
+        )
     assert (Needs(extra=(TURNED,)) | Needs(extra=(TURNED,))).extra == (TURNED,)
-    pipeline = pipeline_of(SHARE)
+    pipeline = pipeline_of(replace(SHARE, options=THIRD | {"share": 0.9}))
     with pytest.raises(ValueError, match="too small: further views take 2"):
         batch_of(pipeline, 2)
 
