@@ -327,8 +327,8 @@ class Comparison:
             if title not in left_out
         ]
         notes = [f"Left out: {'; '.join(left_out.values())}."] if left_out else []
-        for note in notes:
-            self._say_once(note)
+        for sentence in notes:
+            self._say_once(sentence)
         if not measured:
             return ""
         try:
