@@ -63,6 +63,7 @@ def test_options_give_settings() -> None:
     assert {option.key for option in (*cli.RUN, *chain.from_iterable(cli.OPTIONS.values()))} - known == {
         "resume",
         "compare",
+        "imports",
     }
     assert cli.read_arguments([]) == {"resume": "auto", "bf16": "auto"}
     words = "--no_flip --bf16 --crop_scale 0.5 1 --value_range 0,4095 --image_column x --set a=1 b=2 --resume never"
