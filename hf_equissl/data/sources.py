@@ -120,7 +120,7 @@ class ImageSource:
         return replace(self, dataset=self.dataset.select(rows), numbers=numbers)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return one row."""
+        """Return the row ``index`` of the data set, column name -> value, with images still encoded."""
         return self.dataset[index]
 
     def content(self, row: Mapping[str, Any], column: str | None = None) -> bytes:

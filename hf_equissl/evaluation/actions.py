@@ -44,7 +44,7 @@ def rotations(size: int, grid: int) -> list[Action]:
 
 
 def horizontal_flip(size: int, grid: int) -> list[Action]:
-    """Mirror left and right."""
+    """Give the one action that exchanges left and right, of images and of token maps alike."""
     return [_same(lambda value: value.flip(-1))]
 
 

@@ -123,7 +123,7 @@ class LayerwiseEquivarianceEvaluator(EquivarianceEvaluator):
         return False
 
     def layers(self, encoder: FrozenEncoder) -> dict[str, int]:
-        """Number every block."""
+        """Name the output of each block of the encoder: name -> its number, counted from 0."""
         return {f"block_{number}": number for number in range(encoder.count_layers())}
 
     def features_of(self, encoder: FrozenEncoder) -> tuple[str, ...]:

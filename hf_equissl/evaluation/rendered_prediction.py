@@ -83,7 +83,7 @@ class RenderedPredictionEvaluator(Evaluator):
         super().check(encoder)
 
     def settings(self, task: str) -> dict[str, Any]:
-        """Return the definition."""
+        """Return what the numbers depend on beside the data: the render that is the start, and the similarity."""
         return {"from": "the first render of each object", "similarity": "cosine"}
 
     def evaluate(self, encoder: FrozenEncoder, task: str, seeds: Sequence[int]) -> list[ResultRecord]:

@@ -56,7 +56,7 @@ class Speed:
         return A100_TFLOPS if self.device_tflops is None else self.device_tflops
 
     def describe(self) -> str:
-        """Say it in words."""
+        """Say in words which peak and which share of it the hours are computed from."""
         precision = next((name for name, peak in A100_PEAKS.items() if peak == self.peak), None)
         device = f" (A100, {precision})" if precision else ""
         return f"at {100 * self.utilisation:g} % of {self.peak:g} TFLOP/s per device{device}"
@@ -117,7 +117,7 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of machines."""
+        """Number of machines that hold these GPUs; at least 1."""
         return max(1, self.gpus // self.gpus_per_node)
 
     def bandwidth(self) -> float:
