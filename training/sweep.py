@@ -28,7 +28,7 @@ from hf_equissl.utils.commands import command_parser, path_word, say, stop
 from hf_equissl.utils.suggestions import RecipeError
 
 PRETRAIN = Path(__file__).resolve().parent / "pretrain.py"
-SECONDS_TO_SAVE = 120
+SECONDS_TO_SAVE, SECONDS_TO_END = 120, 20
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 
 EPILOG = """\
@@ -145,11 +145,15 @@ def _launch(words: list[str], marker: Path) -> int:
     with Signals() as signals:
         signals.raises = False
         process, told = subprocess.Popen(words), False
-        while (code := process.poll()) is None:
-            if signals.received and not told:
-                process.terminate()
-                told = True
-            time.sleep(0.1)
+        try:
+            while (code := process.poll()) is None:
+                if signals.received and not told:
+                    process.terminate()
+                    told = True
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            wait_for_end(process)
+            raise
     if signals.received or -code in STOP_SIGNALS:
         # A launcher may die at once, while the run still saves: nobody must start it again meanwhile.
         end = time.monotonic() + SECONDS_TO_SAVE
@@ -157,6 +161,18 @@ def _launch(words: list[str], marker: Path) -> int:
             time.sleep(0.5)
         return EXIT_PREEMPTED
     return EXIT_PREEMPTED if marker.exists() else code  # the launcher's code is its own
+
+
+def wait_for_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a launcher that Ctrl-C reached, too, so that nothing of it runs on; one that stays is made to end."""
+    for end, seconds in ((None, SECONDS_TO_END), (process.terminate, SECONDS_TO_SAVE), (process.kill, None)):
+        if end is not None:
+            end()
+        try:
+            process.wait(seconds)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def pretrain_words(member: Any, overrides: dict[str, Any], folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
-from ..distributed.engines import Engine, running_engine
+from ..distributed.engines import Engine, find_running_engine
 from ..pretraining.trainer import EquiSSLTrainer
 from ..recipes.recipe import Recipe
 from ..running.run import build_training, prepare
@@ -122,7 +122,7 @@ class StepClock(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check what wraps the model."""
         wrapped = self.trainer.model_wrapped
-        running = running_engine(self.trainer.accelerator, wrapped)
+        running = find_running_engine(self.trainer.accelerator, wrapped)
         if running != self.asked:
             raise RecipeError(
                 f"{self.asked.value} was asked for, and {running.value} wraps the model ({type(wrapped).__name__}): "

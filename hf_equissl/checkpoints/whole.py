@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..distributed.agreement import first_message
-from ..distributed.engines import running_engine
+from ..distributed.engines import find_running_engine
 from ..distributed.signals import end_workers
 from ..utils.files import move_into_place, readable_size, sync_to_disk
 from .integrity import checksums
@@ -161,7 +161,7 @@ class WholeCheckpoints(_Trainer):
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         files = dict(sorted(files.items()))
         Manifest(
-            engine=running_engine(self.accelerator, self.model_wrapped),
+            engine=find_running_engine(self.accelerator, self.model_wrapped),
             world_size=self.args.world_size,
             global_batch=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
             step=self.state.global_step,

@@ -41,7 +41,7 @@ class Engine(StrEnum):
         return self in (Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
 
 
-def asked_engine(args: TrainingArguments | None = None) -> Engine:
+def find_asked_engine(args: TrainingArguments | None = None) -> Engine:
     """Find the engine that a launch asks for: by ``fsdp`` or ``deepspeed`` of ``args``, else by the environment.
 
     Raises:
@@ -76,7 +76,7 @@ def check_engine(args: TrainingArguments) -> None:
     Raises:
         ValueError: The engine is not supported or not installed, or precision or compilation contradict it.
     """
-    engine = asked_engine(args)
+    engine = find_asked_engine(args)
     if engine.is_deepspeed:
         _check_deepspeed(args, engine)
     if engine is Engine.FSDP2:
@@ -107,7 +107,7 @@ def find_granted_engine(accelerator: Accelerator) -> Engine:
     return Engine.DDP if kind.startswith("MULTI_") else Engine.SINGLE
 
 
-def running_engine(accelerator: Accelerator, model_wrapped: nn.Module) -> Engine:
+def find_running_engine(accelerator: Accelerator, model_wrapped: nn.Module) -> Engine:
     """Find what really wraps a model, by the module itself and not by settings."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
@@ -160,8 +160,8 @@ def check_same(asked: Engine, given: Engine, device: str) -> None:
     """Refuse to train with another engine than the one that was asked for.
 
     Args:
-        asked: What ``asked_engine`` found.
-        given: What ``find_granted_engine`` or ``running_engine`` found.
+        asked: What ``find_asked_engine`` found.
+        given: What ``find_granted_engine`` or ``find_running_engine`` found.
         device: Type of the training device.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 from ..checkpoints import Manifest, newest_checkpoint
 from ..data import SkippedImages
 from ..distributed.collectives import is_main_process
-from ..distributed.engines import Engine, asked_engine
+from ..distributed.engines import Engine, find_asked_engine
 from ..distributed.signals import Signals, remove_marker
 from ..encoders.frozen import FrozenEncoder
 from ..evaluation.results import ResultRecord, save_records
@@ -67,7 +67,7 @@ def prepare(settings: FineTuningSettings, resume: str = "auto") -> FineTuningRun
 
 
 def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
-    if (engine := asked_engine()) not in (Engine.SINGLE, Engine.DDP):
+    if (engine := find_asked_engine()) not in (Engine.SINGLE, Engine.DDP):
         raise ValueError(
             f"Fine-tuning runs on one process or under DDP, and this launch asks for {engine.value}. Start it with "
             "training/accelerate_configs/ddp.yaml."

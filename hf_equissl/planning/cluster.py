@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..distributed.engines import Engine, asked_engine
+from ..distributed.engines import Engine, find_asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..utils.suggestions import RecipeError
 from .arithmetic import Schedule
@@ -65,7 +65,7 @@ class EnginePlan:
 
 def name_engine(args: EquiSSLTrainingArguments, processes: int) -> str:
     """Name the engine that this launch asks for, as ``--engine`` does; without a launcher DDP."""
-    engine = asked_engine(args)
+    engine = find_asked_engine(args)
     if engine is Engine.SINGLE and processes > 1:
         engine = Engine.DDP
     setting = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE" if engine.is_deepspeed else "FSDP_OFFLOAD_PARAMS"

@@ -21,7 +21,14 @@ from ..checkpoints import ARGUMENTS_FILE, checkpoint_step
 from ..checkpoints.portable import PortableStates
 from ..data import ImageViewDataset, SkippedImages, StreamingViewDataset
 from ..distributed.agreement import gather_objects, leave_to_main
-from ..distributed.engines import Engine, asked_engine, check_same, find_granted_engine, fp32_sharding, running_engine
+from ..distributed.engines import (
+    Engine,
+    check_same,
+    find_asked_engine,
+    find_granted_engine,
+    find_running_engine,
+    fp32_sharding,
+)
 from ..objectives.progress import TrainingProgress
 from ..utils.files import write_text
 from ..views.collator import ViewCollator
@@ -173,22 +180,22 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         given = super()._build_accelerator_args(**kwargs)
         given["dynamo_plugin"] = TorchDynamoPlugin(backend="no")  # layers are compiled here, in their places
-        if asked_engine(self.args) is Engine.FSDP2:
+        if find_asked_engine(self.args) is Engine.FSDP2:
             given["fsdp_plugin"] = fp32_sharding(given.get("fsdp_plugin"))
         return given
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create as the parent does, and refuse another engine than the one that was asked for."""
         super().create_accelerator_and_postprocess()
-        check_same(asked_engine(self.args), find_granted_engine(self.accelerator), self.accelerator.device.type)
+        check_same(find_asked_engine(self.args), find_granted_engine(self.accelerator), self.accelerator.device.type)
         if self.is_deepspeed_enabled:
             adapt_config(self.accelerator, self.args)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with restricted_loading() if self.is_deepspeed_enabled else nullcontext():
             prepared = super()._prepare_for_training(*args, **kwargs)
-        running = running_engine(self.accelerator, self.model_wrapped)
-        check_same(asked_engine(self.args), running, self.accelerator.device.type)
+        running = find_running_engine(self.accelerator, self.model_wrapped)
+        check_same(find_asked_engine(self.args), running, self.accelerator.device.type)
         if running.is_deepspeed and self.args.grad_clipping != "global":
             clip_by_parts(self.accelerator, cast(EquiSSLForPreTraining, self.model), self.args)
         if self.args.torch_compile:
@@ -197,7 +204,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """Return autocast under FSDP2; elsewhere accelerate puts it into the model's forward pass."""
-        if asked_engine(self.args) is Engine.FSDP2:
+        if find_asked_engine(self.args) is Engine.FSDP2:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
 

@@ -51,7 +51,7 @@ def build_dataset(
     )
 
 
-def first_views(
+def make_first_views(
     dataset: ViewDataset, pipeline: ViewPipeline, count: int = FIRST_IMAGES
 ) -> tuple[Views, tuple[str, ...]]:
     """Make the views of the first images, as epoch 0 does; also the names of images that do not decode.

@@ -9,15 +9,15 @@ from typing import Any
 
 from ..checkpoints import ENCODER_FOLDER, Manifest, checkpoint_step, newest_checkpoint
 from ..data import ImageSource
-from ..distributed.engines import Engine, asked_engine
+from ..distributed.engines import Engine, find_asked_engine
 from ..pretraining.arguments import EquiSSLTrainingArguments
-from ..pretraining.run_record import RunRecord
+from ..pretraining.run_record import RunRecord, SettingChange
 from ..recipes.overrides import as_mapping, expand_paths
 from ..recipes.recipe import Recipe, drop_without_effect
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
 from ..utils.suggestions import RecipeError
-from .changes import KEPT
+from .changes import KEPT, describe_changes, find_changes
 from .checks import read_named_checkpoint
 from .initial_weights import InitialWeights, adopt_encoder, load_initial_weights
 from .precision import keep_precision
@@ -45,7 +45,7 @@ class Launch:
     @classmethod
     def of(cls, args: EquiSSLTrainingArguments, processes: int, dry: bool = False) -> Launch:
         """Make the launch of these arguments on so many processes."""
-        engine = None if dry else asked_engine(args)
+        engine = None if dry else find_asked_engine(args)
         return cls(args.per_device_train_batch_size, processes, args.gradient_accumulation_steps, engine)
 
     @property
@@ -202,6 +202,31 @@ def describe_resume(checkpoint: str | None, launch: Launch) -> tuple[str, ...]:
     if saved.world_size != launch.processes:
         lines.append("note: drop path, if the model has it, draws anew: each process had random numbers of its own")
     return tuple(lines)
+
+
+def check_continuation(
+    checkpoint: str | None, args: EquiSSLTrainingArguments, steps: int | None, source: ImageSource
+) -> tuple[tuple[SettingChange, ...], tuple[str, ...]]:
+    """Check that a run has something left to train after its checkpoint, and that on the images it has seen so far.
+
+    Returns:
+        The settings that changed since the run's first steps, and lines for people about them; nothing of a new run or
+        of one whose last step is done.
+
+    Raises:
+        RecipeError: The checkpoint is further than the run's last step, or the images are other ones.
+    """
+    done = None if checkpoint is None else Manifest.read(checkpoint).step
+    if checkpoint is None or done == steps:
+        return (), ()
+    if done is not None and steps is not None and done > steps:
+        raise RecipeError(
+            f"{checkpoint} is at step {done}, and this run ends at step {steps}. Name a new --output_dir, or "
+            "train longer: a larger --training.max_steps or --training.num_train_epochs."
+        )
+    notes = check_same_data(checkpoint, source)
+    changes = find_changes(checkpoint, args, steps)
+    return changes, notes + describe_changes(changes, checkpoint, args)
 
 
 def check_same_data(checkpoint: str, source: ImageSource) -> tuple[str, ...]:

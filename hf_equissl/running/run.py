@@ -40,7 +40,6 @@ from ..utils.files import expand_home
 from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
-from .changes import describe_changes, find_changes
 from .checks import (
     check_agreement,
     check_batches,
@@ -51,7 +50,7 @@ from .checks import (
     require_labels,
     require_parameters,
 )
-from .first_views import ViewDataset, build_dataset, first_views, make_blank_views, open_source
+from .first_views import ViewDataset, build_dataset, make_blank_views, make_first_views, open_source
 from .initial_weights import InitialWeights
 from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
@@ -70,7 +69,7 @@ from .precision import assume_precision, describe_precision, keep_precision, lea
 from .preemption import PreemptionCallback
 from .publishing import Publisher
 from .rehearsal import rehearse
-from .resume import Launch, check_same_data, describe_resume, find_start
+from .resume import Launch, check_continuation, describe_resume, find_start
 from .stops import ExportError, explain_stops, refuse_errors
 
 ASSUMED_CLASSES = 1000  # number of classes in a dry run without a data set
@@ -218,21 +217,12 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     require_parameters(dataset.source, pipeline)
     check_steps(args, num_images, processes)
     plan = _make_plan(args, model, processes, num_images)
-    changes: tuple[SettingChange, ...] = ()
-    done = None if checkpoint is None else Manifest.read(checkpoint).step
-    if done is not None and plan.steps is not None and done > plan.steps:
-        raise RecipeError(
-            f"{checkpoint} is at step {done}, and this run ends at step {plan.steps}. Name a new --output_dir, or "
-            "train longer: a larger --training.max_steps or --training.num_train_epochs."
-        )
-    if checkpoint is not None and done != plan.steps:
-        notes += check_same_data(checkpoint, dataset.source)
-        changes = find_changes(checkpoint, args, plan.steps)
-        notes += describe_changes(changes, checkpoint, args)
-    if output_dir is not None and (checkpoint is None or done != plan.steps):
+    changes, remarks = check_continuation(checkpoint, args, plan.steps, dataset.source)
+    notes += remarks
+    if output_dir is not None and (checkpoint is None or Manifest.read(checkpoint).step != plan.steps):
         need = estimate_disk_use(args, plan, checkpoint_bytes(config, args), measure_checkpoints(output_dir))
         check_disk_space(output_dir, need)
-    first, unreadable = first_views(unshuffled, pipeline)
+    first, unreadable = make_first_views(unshuffled, pipeline)
     if model.needs.labels:
         require_labels(first.labels, model.name_askers("labels"))
     monitor = build_monitor(recipe, dataset.source)

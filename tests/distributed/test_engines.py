@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from hf_equissl.distributed.engines import Engine, asked_engine
+from hf_equissl.distributed.engines import Engine, find_asked_engine
 from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.pretraining.optimizer import clip_gradients
 
@@ -226,21 +226,21 @@ def test_the_arguments_decide_the_precision(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_launch_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert asked_engine() is Engine.SINGLE
+    assert find_asked_engine() is Engine.SINGLE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert asked_engine() is Engine.DDP
+    assert find_asked_engine() is Engine.DDP
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert asked_engine() is Engine.FSDP2
+    assert find_asked_engine() is Engine.FSDP2
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for stage in (1, 2, 3):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
-        assert asked_engine() is Engine(f"zero{stage}")
+        assert find_asked_engine() is Engine(f"zero{stage}")
     config = tmp_path / "zero.json"
     config.write_text('{"zero_optimization": {"stage": 1}}')
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(config))
-    assert asked_engine() is Engine.ZERO1
+    assert find_asked_engine() is Engine.ZERO1
 
 
 def test_clipping_without_shards_is_what_it_was() -> None:

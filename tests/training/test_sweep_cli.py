@@ -107,6 +107,25 @@ while not pathlib.Path({str(marker)!r}).exists():
     assert sweep._launch([sys.executable, "-c", run], marker) == EXIT_PREEMPTED
 
 
+def test_ctrl_c_waits_until_the_launcher_has_ended(tmp_path: Path) -> None:
+    ended = tmp_path / "ended"
+    run = f"import os, pathlib, time; os.kill({os.getpid()}, 2); time.sleep(0.5); pathlib.Path({str(ended)!r}).touch()"
+    with pytest.raises(KeyboardInterrupt):
+        sweep._launch([sys.executable, "-c", run], tmp_path / MARKER_FILE)
+    assert ended.exists()
+
+
+def test_ctrl_c_ends_a_launcher_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SECONDS_TO_END", 0.2)
+    run = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); " + (
+        f"os.kill({os.getpid()}, 2); time.sleep(600)"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        sweep._launch([sys.executable, "-c", run], tmp_path / MARKER_FILE)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "id").read_text()), 0)
+
+
 def test_a_run_that_fails_does_not_stop_the_others(
     words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
