@@ -74,6 +74,8 @@ ARROWS: dict[str, set[str]] = {
         "views",
     },
     "benchmarking": {
+        "encoders",
+        "modeling",
         "data",
         "distributed",
         "evaluation",

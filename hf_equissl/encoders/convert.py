@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BitImageProcessorPil,
     Dinov2Model,
     Dinov2WithRegistersModel,
     PreTrainedConfig,
@@ -32,6 +33,8 @@ from .export import image_processor, save_encoder
 from .loading import read_image_settings
 from .native import save_native
 from .places import is_upstream_file
+from .programs import save_program
+from .targets import PROGRAM_FILES, check_target
 from .upstream import convert_upstream
 from .weights import SAME_NAME, build_encoder, count_groups, join_names, without_load_report
 
@@ -149,7 +152,10 @@ def convert_to_folder(
     source: str | Path,
     directory: str | Path,
     *,
-    native: bool = False,
+    to: str = "equissl",
+    tokens_only: bool = False,
+    int8: bool = False,
+    images: Callable[[BitImageProcessorPil], Tensor] | None = None,
     image_size: int | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
@@ -157,12 +163,17 @@ def convert_to_folder(
     num_attention_heads: int | None = None,
     **hub_options: Any,
 ) -> EquiSSLModel:
-    """Convert, and save what ``AutoModel`` and ``AutoImageProcessor`` load; the folder appears when it is whole.
+    """Convert, and save the encoder with its image processor; the folder appears when it is whole.
 
     Args:
         source: As in ``convert_encoder``.
         directory: Folder to write, absent or empty.
-        native: Save a stock model (``to_native``) instead of an EquiSSL encoder.
+        to: One of ``TARGETS``: "equissl" and "native" (``to_native``) load with ``AutoModel``; "onnx" and
+            "torch_export" are programs (``save_program``).
+        tokens_only: As in ``save_program``.
+        int8: As in ``save_program``.
+        images: Gives normalised images (B, C, H, W) to measure the loss of ``int8`` on, made by the processor that it
+            is handed; default: some that are made up.
         image_size: Side in pixels that the image processor crops; default: that of the source's processor, else the
             size of the stored positions.
         image_mean: Mean of each channel; default: as ``read_normalisation`` finds it.
@@ -175,8 +186,10 @@ def convert_to_folder(
         The encoder.
 
     Raises:
-        ValueError: As ``convert_encoder``; the folder holds files; nothing says how images are normalised.
+        ValueError: As ``check_target`` and ``convert_encoder``; the folder holds files; nothing says how images are
+            normalised; the image size is no multiple of the patch size; a program computes something else.
     """
+    check_target(to, tokens_only=tokens_only, int8=int8)
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{str(directory)!r} holds files already: give a new folder.")
@@ -202,8 +215,14 @@ def convert_to_folder(
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".converting-") as scratch:
-        staging = (save_native if native else save_encoder)(encoder, Path(scratch, "encoder"), mean, std)
-        image_processor(size, mean, std).save_pretrained(staging)
+        staging, processor = Path(scratch, "encoder"), image_processor(size, mean, std)
+        if to in PROGRAM_FILES:
+            staging.mkdir()
+            given = images(processor) if images is not None and int8 else None
+            save_program(encoder, staging, to, size, tokens_only=tokens_only, int8=int8, images=given)
+        else:
+            (save_native if to == "native" else save_encoder)(encoder, staging, mean, std)
+        processor.save_pretrained(staging)
         move_into_place(staging, directory)
     return encoder
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -15,7 +18,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_equissl.modeling import EquiSSLModel
+from hf_equissl import save_encoder
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.training.convert import main
 from tests import processes
 
@@ -48,7 +52,7 @@ def test_a_stock_encoder_and_back(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "classifier (2)" in done.stderr
     assert "AutoModel.from_pretrained('ours')" in done.stdout
-    assert main([str(tmp_path / "ours"), "--native", "--output_dir", str(tmp_path / "native")]) == 0
+    assert main([str(tmp_path / "ours"), "--to", "native", "--output_dir", str(tmp_path / "native")]) == 0
     assert isinstance(AutoModel.from_pretrained(tmp_path / "ours"), EquiSSLModel)
     for name in ("ours", "native"):
         torch.testing.assert_close(tokens(tmp_path / name), tokens(source), atol=1e-5, rtol=1e-5)
@@ -90,9 +94,102 @@ def test_a_source_without_processor_needs_the_normalisation(source: Path, tmp_pa
     assert list(processor.image_std) == [1, 1, 1]
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An EquiSSL encoder with stem and registers, and two photographs beside it."""
+    folder = tmp_path_factory.mktemp("programs")
+    torch.manual_seed(0)
+    shape = {"num_register_tokens": 2, "feature_size": 32, "equivariant_size": 16}
+    save_encoder(EquiSSLModel(EquiSSLConfig(**TINY, **shape)), folder / "encoder", [0.5] * 3, [0.5] * 3)
+    (folder / "photos").mkdir()
+    for number in range(2):
+        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(folder / "photos" / f"{number}.png")
+    return folder
+
+
+def test_a_program_for_onnxruntime(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any batch and size within 1e-4 of PyTorch; another size is refused; what int8 loses is measured."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    words = [str(encoder / "encoder"), "--to", "onnx", "--output_dir", str(tmp_path / "program")]
+    assert main([*words, "--int8", "--images", str(encoder / "photos"), "--speed", "--batch_size", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "images 2 of yours" in said
+    assert all(f"  {name} " in said for name in ("PyTorch", "onnx", "onnx int8"))
+    assert sorted(path.name for path in (tmp_path / "program").iterdir()) == [
+        *("model.onnx", "model_int8.onnx", "preprocessor_config.json", "program.json")
+    ]
+    model = AutoModel.from_pretrained(encoder / "encoder").eval()
+    program = runtime.InferenceSession(tmp_path / "program" / "model.onnx")
+    small = runtime.InferenceSession(tmp_path / "program" / "model_int8.onnx")
+    names = [output.name for output in program.get_outputs()]
+    assert names == ["last_hidden_state", "pooler_output", "invariant_features", "equivariant_features"]
+    lost = json.loads((tmp_path / "program" / "program.json").read_text())["int8_cosine"]
+    for shape in [(1, 3, 32, 32), (5, 3, 32, 32), (1, 3, 48, 24), (5, 3, 48, 24), (2, 3, 8, 8)]:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(images)
+        computed = program.run(None, {"pixel_values": images.numpy()})
+        rounded = small.run(None, {"pixel_values": images.numpy()})
+        for name, value, other in zip(names, computed, rounded, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), expected[name], atol=1e-4, rtol=1e-4)
+            cosine = torch.cosine_similarity(torch.from_numpy(other), expected[name], dim=-1)
+            assert 0.9 < cosine.min() < 1 - 1e-7  # it is another program, and near
+            assert 0.9 < lost[name]["least"] <= lost[name]["mean"] < 1
+    with pytest.raises(Exception, match="cannot be reshaped"):
+        program.run(None, {"pixel_values": torch.zeros(1, 3, 32, 36).numpy()})
+
+
+def test_a_program_of_torch_export(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(encoder / "encoder"), "--to", "torch_export", "--tokens_only"]
+    assert main([*words, "--output_dir", str(tmp_path / "program")]) == 0
+    assert "multiples of 8 pixels, from 16." in capsys.readouterr().out
+    program = torch.export.load(tmp_path / "program" / "model.pt2").module()
+    model = AutoModel.from_pretrained(encoder / "encoder").eval()
+    for shape in [(1, 3, 32, 32), (5, 3, 48, 24)]:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            tokens, pooled = program(images)
+            expected = model(images)
+        torch.testing.assert_close(tokens, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.zeros(1, 3, 32, 36))
+
+
+def test_a_program_that_computes_something_else_is_not_written(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_equissl.encoders.programs.TOLERANCE", -1.0)
+    words = [str(encoder / "encoder"), "--to", "torch_export", "--output_dir", str(tmp_path / "program")]
+    assert main(words) == 2
+    assert "differs from PyTorch's by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_are_missing_are_named_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "hf_equissl.encoders.targets.find_spec", lambda name: None if name.startswith("onnx") else find_spec(name)
+    )
+    assert main(["absent", "--to", "onnx", "--output_dir", str(tmp_path / "program")]) == 2
+    said = capsys.readouterr().err
+    assert "needs onnx, onnxscript, onnxruntime: pip install 'hf-equissl[onnx]'" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["stock", "--output_dir", "new", "--int8"], "--int8) is for to='onnx'"),
+        (["stock", "--output_dir", "new", "--to", "torch_export", "--int8"], "--int8) is for to='onnx'"),
+        (["stock", "--output_dir", "new", "--to", "native", "--tokens_only"], "--tokens_only) is for"),
+        (["stock", "--output_dir", "new", "--to", "native", "--speed"], "--speed is for"),
+        (["stock", "--output_dir", "new", "--to", "onnx", "--images", "full"], "Give both, or none"),
+        (["stock", "--output_dir", "new", "--to", "onnx", "--int8", "--images", "none"], "none"),
+        (["stock", "--output_dir", "full", "--to", "torch_export"], "holds files already"),
+        (["stock", "--output_dir", "new", "--to", "torch_export", "--image_size", "30"], "no multiple of the patches'"),
         (["absent", "--output_dir", "new"], "absent"),
         (["stock", "--output_dir", "full"], "holds files already"),
         (["stock", "--output_dir", "new", "--image_size", "30"], "no multiple of the patches' 8 pixels"),

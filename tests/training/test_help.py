@@ -15,7 +15,7 @@ NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "s
 WORDS = {
     "benchmark": ("--recipe", "--repeats"),
     "compare": ("--side_by_side", "--finished_only", "--step_repeats"),
-    "convert": ("--output_dir", "--native"),
+    "convert": ("--output_dir", "--to", "--int8"),
     "extract_features": ("--encoder", "--shard_size"),
     "finetune": ("DoRA", "--lora_rank", "layer decay 0.75"),
     "plan": ("--check_memory", "--gpus_per_node", "--json", "--section.key"),
@@ -57,6 +57,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         (["x/y", "--output_dir", "out", "--no_such_option"], "--no_such_option"),
         ([NO_PATH, "--output_dir", "out"], f"No encoder at '{NO_PATH}'"),
         (["nothing.pth", "--output_dir", "out"], "No file at 'nothing.pth'"),
+        (["x/y", "--output_dir", "out", "--to", "onyx"], "invalid choice: 'onyx'"),
     ],
     "extract_features": [
         ([*HERE, "--no_such_option"], "--no_such_option"),
