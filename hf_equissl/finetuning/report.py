@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TABLE, CURVES = "results.md", "curves.png"
-_TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU"}
+_TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "mce": "MCE"}
+# What a task measures under such a name is the primary metric of doing without a network, a row of its own in tables.
+BASELINE = "baseline_"
 
 
 def make_records(
@@ -138,7 +140,20 @@ def _table(records: Sequence[ResultRecord], metrics: Mapping[str, Metric]) -> st
         row[3 + list(metrics).index(record.metric)] = metrics[record.metric].text(record.value, record.std)
         if record.primary and record.evaluator == FINE_TUNING:
             row[-4:] = _cost(record)
+            for name, number in _baselines(record):
+                empty = [""] * (len(metrics) + 5)
+                row = rows.setdefault((name, str(record.dataset), number), [name, "no network", *empty])
+                row[3 + list(metrics).index(record.metric)] = number
     return table([[*map(plain, row)] for row in (header, *rows.values())]) + "\n"
+
+
+def _baselines(record: ResultRecord) -> list[tuple[str, str]]:
+    """List (name, value in words) of what a record says is reached without a network."""
+    return [
+        (name.removeprefix(BASELINE).replace("_", " "), record.about.text(values[0]))
+        for name, values in record.details.items()
+        if name.startswith(BASELINE)
+    ]
 
 
 def _method(record: ResultRecord) -> str:

@@ -20,6 +20,7 @@ TASKS: Registry[Task] = Registry(
     Later(f"{__package__}.base", "Task"),
     {
         "classification": Later(f"{__package__}.classification", "ClassificationTask"),
+        "homography": Later(f"{__package__}.homography", "HomographyTask"),
         "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),
     },
 )
