@@ -26,25 +26,35 @@ MODEL_FILES = (
     f"{__package__}.modeling.base_equissl",
     f"{__package__}.modeling.decoders_equissl",
     f"{__package__}.modeling.layers_equissl",
+    f"{__package__}.modeling.pyramid_equissl",
 )
 
 
 def _register_config() -> None:
     from transformers import AutoConfig
 
-    from .modeling import EquiSSLConfig
+    from .modeling import EquiSSLConfig, FeaturePyramidConfig
 
-    AutoConfig.register(EquiSSLConfig.model_type, EquiSSLConfig, exist_ok=True)
+    for config in (EquiSSLConfig, FeaturePyramidConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models() -> None:
     from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
-    from .modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
+    from .modeling import (
+        EquiSSLBackbone,
+        EquiSSLConfig,
+        EquiSSLForImageClassification,
+        EquiSSLModel,
+        FeaturePyramidBackbone,
+        FeaturePyramidConfig,
+    )
 
     AutoModel.register(EquiSSLConfig, EquiSSLModel, exist_ok=True)
     AutoModelForImageClassification.register(EquiSSLConfig, EquiSSLForImageClassification, exist_ok=True)
     AutoBackbone.register(EquiSSLConfig, EquiSSLBackbone, exist_ok=True)
+    AutoBackbone.register(FeaturePyramidConfig, FeaturePyramidBackbone, exist_ok=True)
 
 
 class _NotifyingLoader(Loader):

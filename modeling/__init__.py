@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base_equissl import EquiSSLPreTrainedModel
     from .configuration_equissl import EquiSSLConfig
+    from .configuration_pyramid_equissl import FeaturePyramidConfig
     from .decoders_equissl import (
         EquiSSLConvDecoder,
         EquiSSLCrossAttentionDecoder,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         EquiSSLModel,
         EquiSSLModelOutput,
     )
+    from .pyramid_equissl import FeaturePyramidBackbone
 
 _FILES = {
     "EquiSSLBackbone": "modeling_equissl",
@@ -35,6 +37,8 @@ _FILES = {
     "EquiSSLPreTrainedModel": "base_equissl",
     "EquiSSLStem": "layers_equissl",
     "EquiSSLUpsampleConv2d": "decoders_equissl",
+    "FeaturePyramidBackbone": "pyramid_equissl",
+    "FeaturePyramidConfig": "configuration_pyramid_equissl",
     "build_decoder": "decoders_equissl",
 }
 
@@ -50,6 +54,8 @@ __all__ = [
     "EquiSSLPreTrainedModel",
     "EquiSSLStem",
     "EquiSSLUpsampleConv2d",
+    "FeaturePyramidBackbone",
+    "FeaturePyramidConfig",
     "build_decoder",
 ]
 
@@ -57,7 +63,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name != "EquiSSLConfig":
+    if name not in ("EquiSSLConfig", "FeaturePyramidConfig"):
         # The model's file imports the others. Loaded first, it is whole when a listener to transformers' Auto classes,
         # which that import brings in, asks for the model; from inside a helper file it would find a circle.
         import_module(".modeling_equissl", __name__)

@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "encoders",
         "evaluation",
         "hub",
+        "modeling",
         "planning",
         "pretraining",
         "running",

@@ -41,7 +41,7 @@ from .result_files import RESULTS
 from .settings import METHODS, FineTuningSettings
 from .tasks import EncoderInput, make_task
 from .trainer import FineTuningTrainer, parameter_groups
-from .weights import SAVED_BESIDE, freeze_unused, num_blocks, save_weights
+from .weights import SAVED_BESIDE, freeze_unused, save_weights
 
 SETTINGS_FILE = "finetune.json"
 
@@ -113,7 +113,7 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     elif METHODS[settings.method].frozen:
         encoder.requires_grad_(False)
     freeze_unused(task, model, splits)
-    parameter_groups(model, args, num_blocks(encoder))  # refuses a layer decay that cannot be
+    parameter_groups(model, args, encoder)  # refuses a layer decay that cannot be
     return FineTuningRun(settings, args, task, splits, model, network, description, frozen.digest(), checkpoint)
 
 
@@ -182,7 +182,6 @@ def _final_metrics(trainer: FineTuningTrainer) -> dict[str, float]:
 def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuningTrainer:
     """Build the Trainer of a run, and note its settings in its folder, because checkpoints may follow."""
     settings, inputs = run.settings, run.task.inputs
-    encoder = run.task.encoder(run.network)
     trainer = FineTuningTrainer(
         run.model,
         run.args,
@@ -190,8 +189,8 @@ def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuning
         run.splits,
         skipped_images=SkippedImages(settings.max_bad_share, num_images=len(run.splits.train)),
         keep_best=settings.keep == "best",
-        num_blocks=num_blocks(encoder),
-        frozen=encoder if METHODS[settings.method].frozen else None,
+        encoder=run.task.encoder(run.network),
+        frozen=METHODS[settings.method].frozen,
         callbacks=list(callbacks),
     )
     if trainer.is_world_process_zero():

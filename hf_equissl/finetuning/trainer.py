@@ -24,7 +24,7 @@ from ..pretraining.loss_history import LossHistory
 from ..utils.files import write_text
 from .samples import EvaluationDataset, TaskCollator, TaskDataset
 from .tasks.base import Splits, Task
-from .weights import save_weights
+from .weights import num_blocks, save_weights
 
 _BLOCK = re.compile(r"\.layers?\.(\d+)\.")
 
@@ -47,9 +47,9 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         task: Bound to what its encoder reads.
         splits: What the task's ``load`` returned.
         skipped_images: Counts training images that do not decode.
-        num_blocks: Blocks of the encoder.
+        encoder: The encoder in it.
         keep_best: Never delete the checkpoint with the best primary metric.
-        frozen: The encoder, if none of its weights is trained.
+        frozen: Whether none of the encoder's weights is trained.
 
     Raises:
         NonFiniteLossError, TooManyBadImages: from ``train``.
@@ -65,9 +65,9 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         splits: Splits,
         *,
         skipped_images: SkippedImages,
-        num_blocks: int,
+        encoder: nn.Module,
         keep_best: bool = False,
-        frozen: nn.Module | None = None,
+        frozen: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -80,7 +80,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
             **kwargs,
         )
         self.task, self.skipped_images = task, skipped_images
-        self.num_blocks, self.keep_best, self.frozen = num_blocks, keep_best, frozen
+        self.encoder, self.keep_best, self.frozen = encoder, keep_best, frozen
         self.loss_is_scaled_for_ga = False
         self.history = LossHistory()
         # Dropout draws from the global generator, which the parent seeds alike on every process.
@@ -134,8 +134,8 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Let the task compute its loss, and remember it."""
-        if self.frozen is not None:
-            self.frozen.eval()
+        if self.frozen:
+            self.encoder.eval()
         loss, output, parts = self.task.loss(model, inputs)
         if model.training:
             self.history.add(self.state.global_step + 1, loss, parts)
@@ -184,7 +184,7 @@ class FineTuningTrainer(WholeCheckpoints, Trainer):
         if self.optimizer is None:
             module: Any = self.model if model is None else model
             kind, given = self.get_optimizer_cls_and_kwargs(self.args, module)
-            groups = parameter_groups(module, self.args, self.num_blocks)
+            groups = parameter_groups(module, self.args, self.encoder)
             self.optimizer_cls_and_kwargs = kind, {**given, "params": groups}
         return super().create_optimizer(model)
 
@@ -226,30 +226,32 @@ def _rows(values: Any, chosen: Any) -> Any:
     return tuple(_rows(value, chosen) for value in values) if isinstance(values, (tuple, list)) else values[chosen]
 
 
-def parameter_groups(model: nn.Module, args: EquiSSLTrainingArguments, num_blocks: int) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, args: EquiSSLTrainingArguments, encoder: nn.Module) -> list[dict[str, Any]]:
     """Group the trained weights for the optimizer by ``learning_rate``, ``weight_decay`` and ``layer_decay``.
 
-    With layer decay d, block i of n has the learning rate times d^(n - i), the embeddings d^(n + 1), and everything
-    else (final norm, stem, head) 1, as in BEiT and MAE. Weight decay spares biases and what has one dimension.
+    With layer decay d, block i of the encoder's n has the learning rate times d^(n - i), its embeddings d^(n + 1), and
+    everything else (final norm, stem, head with layers of its own) 1, as in BEiT and MAE. Weight decay spares biases
+    and what has one dimension.
 
     Raises:
-        ValueError: layer decay, and the model's blocks are not ``num_blocks`` in a row.
+        ValueError: layer decay, and the encoder's blocks are not as many in a row as its configuration says.
     """
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    blocks, inside = num_blocks(encoder), {id(parameter) for parameter in encoder.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        power = 0
-        if block := _BLOCK.search(name):
-            power = num_blocks - int(block[1])
+        power, of_encoder = 0, id(parameter) in inside
+        if of_encoder and (block := _BLOCK.search(name)):
+            power = blocks - int(block[1])
             if power < 1 and args.layer_decay < 1:
                 raise ValueError(
                     f"--layer_decay {args.layer_decay:g}: the blocks of {type(model).__name__} do not follow one "
-                    f"another as in a ViT ({name}, {num_blocks} blocks). Give --layer_decay 1 and a smaller "
+                    f"another as in a ViT ({name}, {blocks} blocks). Give --layer_decay 1 and a smaller "
                     "--learning_rate."
                 )
-        elif ".embeddings." in name:
-            power = num_blocks + 1
+        elif of_encoder and ".embeddings." in name:
+            power = blocks + 1
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decayed = sum(side > 1 for side in shape) > 1 and not name.endswith(".bias")
         members.setdefault((args.layer_decay**power, decayed), []).append(parameter)

@@ -113,7 +113,7 @@ def test_a_linear_head_leaves_the_encoder_alone(settings: Any, encoders: dict[st
 
 def test_layer_decay_follows_depth(settings: Any) -> None:
     run = prepare(settings("vit", method="full", learning_rate=1.0, weight_decay=0.05, layer_decay=0.5))
-    groups = parameter_groups(run.model, run.args, num_blocks=2)
+    groups = parameter_groups(run.model, run.args, run.task.encoder(run.network))
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     named = dict(run.model.named_parameters())

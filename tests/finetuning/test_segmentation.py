@@ -25,6 +25,7 @@ from hf_equissl.finetuning.run import build_trainer
 from hf_equissl.finetuning.tasks.base import EncoderInput
 from hf_equissl.finetuning.tasks.masks import IGNORED, Labels
 from hf_equissl.finetuning.tasks.segmentation import SegmentationTask
+from hf_equissl.finetuning.trainer import parameter_groups
 from hf_equissl.views.cropping import random_box
 
 from .conftest import equissl, save
@@ -192,6 +193,54 @@ def test_it_learns_and_leaves_a_model_of_transformers(make: Any, shapes: Path, t
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-segmentation"
     assert 'segment = pipeline("image-segmentation"' in card.content
+
+
+def test_a_linear_head_reads_single_patches(make: Any, tmp_path: Path) -> None:
+    encoder = save(equissl(patch_size=4), tmp_path / "encoder")
+    settings = make(task="linear_segmentation", task_options={}, epochs=12, learning_rate=2e-2, save_steps=24)
+    run = prepare(replace(settings, encoder=encoder, method="frozen"))
+    miou, _ = train(run)
+    assert (miou.task, miou.features) == ("linear_segmentation", "layers 2")
+    assert miou.value > 0.45  # all ground: below 0.3
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, head = load_finetuned(run.folder), run.network.eval()
+    with torch.no_grad():
+        (logits,) = model(pixels)
+        torch.testing.assert_close(logits, head(pixels).logits)
+        # By hand: each patch alone, through the norm of all patches and a matrix; then bilinear to the image.
+        patches = model.backbone(pixels).feature_maps[0]
+        mean, var = (getattr(model.norm, f"running_{name}")[:, None, None] for name in ("mean", "var"))
+        normed = (patches - mean) / (var + 1e-5).sqrt() * model.norm.weight[:, None, None]
+        normed += model.norm.bias[:, None, None]
+        maps = torch.einsum("bdhw,kd->bkhw", normed, model.classifier.weight[:, :, 0, 0])
+        maps += model.classifier.bias[:, None, None]
+        by_hand = interpolate(maps, (32, 32), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_a_pyramid_under_the_head(make: Any, tmp_path: Path) -> None:
+    settings = make(method="full", epochs=1, layer_decay=0.5, task_options={**OPTIONS, "pyramid": True})
+    with pytest.raises(ValueError, match="has 2 stages and the pyramid 4 levels"):
+        prepare(settings)
+    run = prepare(replace(settings, encoder=save(equissl(num_hidden_layers=4), tmp_path / "encoder")))
+    assert run.task.encoder_name(run.network) == "backbone.backbone"
+    groups = parameter_groups(run.model, run.args, run.task.encoder(run.network))
+    rate = {id(p): group["lr"] / run.args.learning_rate for group in groups for p in group["params"]}
+    named = dict(run.network.named_parameters())
+    assert rate[id(named["backbone.levels.level1.weight"])] == 1.0
+    assert rate[id(named["backbone.backbone.encoder.layer.0.mlp.fc1.weight"])] == 0.5**4
+    miou, _ = train(run)
+    assert miou.protocol["pyramid"] is True
+    pixels = torch.randn(1, 3, 32, 32)
+    model = AutoModelForSemanticSegmentation.from_pretrained(run.folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).logits, run.network.eval()(pixels).logits)
+
+
+def test_the_paper_s_layers(make: Any, tmp_path: Path) -> None:
+    deep = save(equissl(num_hidden_layers=12), tmp_path / "deep")
+    task = SegmentationTask(hidden_size=8)
+    assert task.reads(task.load_model(deep, ["a", "b"])) == "layers 4, 6, 8, 12"
 
 
 def test_a_frozen_encoder_stays_as_it_is(make: Any) -> None:

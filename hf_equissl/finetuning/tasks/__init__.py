@@ -21,6 +21,7 @@ TASKS: Registry[Task] = Registry(
     {
         "classification": Later(f"{__package__}.classification", "ClassificationTask"),
         "homography": Later(f"{__package__}.homography", "HomographyTask"),
+        "linear_segmentation": Later(f"{__package__}.linear_segmentation", "LinearSegmentationTask"),
         "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),
     },
 )

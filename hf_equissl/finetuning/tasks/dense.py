@@ -23,8 +23,9 @@ from ..classifier import check_report, set_drop_path
 from .base import Task
 
 WEIGHTS = "model.safetensors"
-# How many layers a head reads, evenly spaced, unless they are named.
-NUM_LAYERS = 4
+# Number of blocks of an encoder -> those that a head of four maps reads, as the paper of EquiSSL does (appendix A.1.2,
+# https://arxiv.org/abs/2503.18753: 3, 5, 7, 11 of ViT-S and 7, 11, 15, 23 of ViT-L, from 0), after iBOT's.
+PAPER_LAYERS = {12: (4, 6, 8, 12), 24: (8, 12, 16, 24)}
 # Weights that a checkpoint may lack, because no head here reads them.
 _UNUSED = ("mask_token", "pooler")
 
@@ -37,13 +38,16 @@ class DenseTask(Task):
     move together.
 
     Args:
-        layers: Blocks whose feature maps the head reads, from 1; ``None``: four of them, evenly spaced.
+        layers: Blocks whose feature maps the head reads, from 1; ``None``: ``num_layers`` of them, those of
+            ``PAPER_LAYERS`` or evenly spaced.
 
     Attributes:
+        num_layers: How many layers the head reads, unless they are named.
         auto_class: Name of transformers' auto class that loads the trained model, if there is one.
         stacked: Entries of a sample that have the same shape in all samples.
     """
 
+    num_layers: ClassVar[int] = 4
     auto_class: ClassVar[str | None] = None
     stacked: ClassVar[tuple[str, ...]] = ("pixels",)
 
@@ -90,7 +94,8 @@ class DenseTask(Task):
     def _layers_of(self, config: Any, source: str) -> list[int]:
         blocks = config.num_hidden_layers
         if self.layers is None:
-            return sorted({math.ceil(blocks * part / NUM_LAYERS) for part in range(1, NUM_LAYERS + 1)})
+            evenly = sorted({math.ceil(blocks * part / self.num_layers) for part in range(1, self.num_layers + 1)})
+            return list(PAPER_LAYERS.get(blocks, evenly)) if self.num_layers == 4 else evenly
         if not self.layers or min(self.layers) < 1 or max(self.layers) > blocks:
             raise ValueError(f"layers (--set layers) is {self.layers}: {source} has the blocks 1 to {blocks}.")
         return sorted(set(self.layers))
@@ -123,11 +128,14 @@ class DenseTask(Task):
         return read_description(source, **place).classes
 
     def encoder_name(self, model: nn.Module) -> str:
-        """Return the name of the backbone in a model."""
+        """Return the name of the backbone in a model; of a backbone in a backbone, as in a pyramid, the inner one."""
         found = [name for name, module in model.named_modules() if isinstance(module, BackboneMixin)]
         if not found:
             raise TypeError(f"{type(model).__name__}, which {type(self).__name__}.build made, holds no backbone.")
-        return found[0]
+        name = found[0]
+        for other in found[1:]:
+            name = other if other.startswith(f"{name}.") else name
+        return name
 
     def reads(self, model: nn.Module) -> str:
         """Say which layers the head reads."""

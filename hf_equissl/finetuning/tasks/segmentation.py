@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from ...evaluation.metrics import Metric
+from ...modeling import FeaturePyramidConfig
 from ...views.cropping import Box, random_box
 from ..settings import FineTuningSettings
 from .base import Splits, Step
@@ -37,6 +38,8 @@ class SegmentationTask(DenseTask):
         reduce_labels: 0 means "none of the classes", which then count from 1, as in ADE20K.
         mask_column: Column of the masks; ``None``: the first of ``MASK_COLUMNS`` that exists.
         hidden_size: Channels in the head.
+        pyramid: Give the head maps of strides 4, 8, 16 and 32 (at patches of 16), as the paper and iBOT do
+            (``FeaturePyramidBackbone``), instead of four of the patches' stride.
         layers: As in ``DenseTask``.
     """
 
@@ -59,16 +62,18 @@ class SegmentationTask(DenseTask):
         reduce_labels: bool = False,
         mask_column: str | None = None,
         hidden_size: int = 512,
+        pyramid: bool = False,
         layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(layers=layers)
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
-        self.mask_column, self.hidden_size = mask_column, hidden_size
+        self.mask_column, self.hidden_size, self.pyramid = mask_column, hidden_size, pyramid
 
     def options(self) -> dict[str, Any]:
         """Return the options that were given, but for names of classes and columns, which others say."""
         options = {**super().options(), "hidden_size": self.hidden_size, "reduce_labels": self.reduce_labels}
+        options |= {"pyramid": True} if self.pyramid else {}
         return options if self.ignore_index is None else {**options, "ignore_index": self.ignore_index}
 
     def protocol(self) -> dict[str, Any]:
@@ -145,7 +150,7 @@ class SegmentationTask(DenseTask):
     def build(self, backbone_config: PreTrainedConfig, classes: Sequence[str]) -> nn.Module:
         """Make UPerNet with random weights."""
         config = UperNetConfig(
-            backbone_config=backbone_config,
+            backbone_config=FeaturePyramidConfig(backbone_config=backbone_config) if self.pyramid else backbone_config,
             hidden_size=self.hidden_size,
             use_auxiliary_head=False,
             loss_ignore_index=IGNORED,
