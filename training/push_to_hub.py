@@ -17,7 +17,8 @@ from hf_equissl.utils.commands import command_parser, path_word, say, stop
 
 # As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
 PARTS = ("encoder", "native", "pretraining", "figures", "card")
-_BUILDING = ("parts", "results", "license", "description", "dataset", "output_dir")
+_LICENCE = ("license", "license_name", "license_link", "license_file")
+_BUILDING = ("parts", "results", *_LICENCE, "description", "dataset", "output_dir")
 
 DESCRIPTION = """\
 Publish a run on the Hub: the encoder with its code, image processor and card, the same encoder as a stock transformers
@@ -64,7 +65,10 @@ def _run(options: argparse.Namespace) -> None:
     ready = _is_repository(source)
     if ready and (given := [name for name in _BUILDING if getattr(options, name) not in (None, [])]):
         raise ValueError(f"{source} is a repository that was built already: --{given[0]} belongs to building one.")
+    question = "" if ready else _ask_licence(options)
     if options.output_dir is None and not options.dry_run:
+        if question:
+            raise ValueError(question)
         say(f"logged in as {account(options.repo_id)}")
     with tempfile.TemporaryDirectory(prefix="push-") as folder:
         target = Path(folder, "repository") if options.output_dir is None else Path(options.output_dir)
@@ -72,13 +76,25 @@ def _run(options: argparse.Namespace) -> None:
         if options.dry_run:
             say(describe(built))
             say(f"\nThis would be published as {options.repo_id}. Nothing was sent.")
+            say(f"Before it is: {question}" if question else "")
         elif options.output_dir is not None:
             say(f"The repository lies in {built}. Publish it with this command: give it as RUN_DIR.")
+            say(f"Before that, write its licence into the head of README.md. {question}" if question else "")
         else:
             words = {} if options.commit_message is None else {"commit_message": options.commit_message}
             private = True if options.private else None
             commit = push_repository(built, options.repo_id, private=private, revision=options.revision, **words)
             say(f"published: {commit.commit_url}")
+
+
+def _ask_licence(options: argparse.Namespace) -> str:
+    """Return what the publisher has to say of the licence first; empty where it is said, or follows by itself."""
+    from hf_equissl.hub.licences import choose_licence
+    from hf_equissl.hub.run_folder import RunFolder
+
+    terms = RunFolder.read(options.run_dir).terms(options.dataset)
+    name, link, copy = options.license_name, options.license_link, options.license_file
+    return choose_licence(terms, options.license, name=name, link=link, copy=copy).question
 
 
 def _is_repository(source: Path) -> bool:
@@ -99,7 +115,7 @@ def _build(options: argparse.Namespace, target: Path) -> Path:
         repo_id=options.repo_id,
         parts=options.parts or PARTS,
         results=options.results or (),
-        license=options.license or "apache-2.0",
+        **{name: getattr(options, name) for name in _LICENCE},
         description=options.description,
         dataset=options.dataset,
     )
@@ -130,8 +146,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="results.json of training/probe.py, or folders with one: measured on this encoder, shown in the card",
     )
     build.add_argument(
-        "--license", metavar="ID", help="of code and weights, as the Hub lists them; default: apache-2.0"
+        "--license",
+        metavar="ID",
+        help="of the weights, as the Hub lists them, or inherit: that of base weights and data with its restrictions; "
+        "default: that of base weights and data where it is known and free, otherwise you are asked",
     )
+    build.add_argument("--license_name", metavar="NAME", help="with --license other")
+    build.add_argument("--license_link", metavar="URL", help="with --license other: where it is written")
+    build.add_argument("--license_file", type=path_word, metavar="PATH", help="its text, to lie in the repository")
     build.add_argument("--description", metavar="TEXT", help="your own words for the head of the card")
     build.add_argument("--dataset", metavar="ID", help="Hub id of the training data, if the run read it from a folder")
     build.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from ..hub.card.writer import write
+from ..hub.licences import Licence
 from ..hub.privacy import is_hub_id, public_command, public_source, public_text, public_values
 from ..utils.files import readable_size, write_text
 from ..utils.strict_yaml import dump_yaml
@@ -31,13 +32,16 @@ _MEANING = {
 }
 
 
-def write_card(folder: Path, record: Mapping[str, Any], name: str | None = None) -> None:
+def write_card(
+    folder: Path, record: Mapping[str, Any], name: str | None = None, licence: Licence | None = None
+) -> None:
     """Write ``README.md``: what the features are of, how they were made, how to read them. No path of this machine.
 
     Args:
         folder: Folder of ``extraction.json``.
         record: What that file says.
         name: Hub id under which the features will be found; default: the folder's name.
+        licence: That of the features, once they are published.
     """
     splits = {name: split for name, split in record["splits"].items() if split["complete"]}
     data = sorted({split["data"] for split in splits.values()})
@@ -51,6 +55,7 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str | None = None)
         source_datasets=[source for source in data if _on_hub(source)] or None,
         base_model=record["encoder"] if _on_hub(record["encoder"]) else None,
         tags=["image-features", "embeddings", record["encoding"]["encoder_class"]],
+        **({} if licence is None else licence.card_fields()),
         configs=[{"config_name": "default", "data_files": files}] if parquet else None,
     )
     write_text(folder / CARD, write("features.md", head, _context(record, splits, name or folder.resolve().name)))

@@ -110,6 +110,9 @@ PUBLISHING = (
     Option("--push_to_hub", "upload the finished folder as a data set", default=False),
     Option("--repo_id", "where", "OWNER/NAME"),
     Option("--private", "make a new repository private", default=False),
+    Option("--license", "an ID as the Hub lists them, or inherit; default: that of the images, if it is free", "ID"),
+    Option("--license_name", "with --license other", "NAME"),
+    Option("--license_link", "with --license other: where it is written", "URL"),
 )
 
 
@@ -172,6 +175,7 @@ def _run(
     if processes.is_main:  # what is wrong is said once, and downloads and conversions happen once
         try:
             if publish:
+                publish = _choose_licence(settings, publish)
                 account(publish["repo_id"])
             settings = keep_precision(settings)
             work = prepare(settings, processes.device(settings.device))
@@ -229,6 +233,23 @@ def _read(arguments: argparse.Namespace) -> tuple[ExtractionSettings, dict[str, 
     if not is_hub_id(repo_id := publish.get("repo_id", "")):
         raise ValueError(f"--push_to_hub: --repo_id is {repo_id!r}, expected OWNER/NAME.")
     return settings, publish
+
+
+def _choose_licence(settings: ExtractionSettings, publish: dict[str, Any]) -> dict[str, Any]:
+    """Put the licence of the features in the place of the options about it.
+
+    Raises:
+        ValueError: The publisher has to say it, or what they say cannot be.
+    """
+    from ..hub.licences import choose_licence, find_terms
+
+    # Features are made of images; the encoder's terms count where they restrict what it makes.
+    encoder = find_terms("weights", settings.encoder, revision=settings.load_options.get("revision"))
+    terms = (*find_terms("data", settings.data), *(each for each in encoder if each.restricts))
+    answer = {name: publish.pop(f"license{name and '_'}{name}", None) for name in ("", "name", "link")}
+    licence = choose_licence(terms, answer.pop(""), **answer)
+    licence.require_answer()
+    return {**publish, "licence": licence}
 
 
 def _plan(work: Extraction, command: str, processes: Processes, dry_run: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..hub.contents import PublishError, check_secrets
+from ..hub.licences import Licence
 from ..hub.privacy import public_command, public_source, public_values
 from ..hub.push import create_repository, explain_hub_errors
 from .card import write_card
@@ -17,13 +18,16 @@ from .record import CARD, RECORD
 from .settings import FORMATS
 
 
-def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, private: bool = False) -> str:
+def push_features(
+    folder: Path, record: Mapping[str, Any], repo_id: str, *, licence: Licence, private: bool = False
+) -> str:
     """Upload shards, card and record; an interruption leaves the repository as it was.
 
     Args:
         folder: Folder of a finished extraction.
         record: Content of its ``extraction.json``, uploaded without paths of this machine.
         repo_id: "name/features"; created if it does not exist.
+        licence: That of the features.
         private: Create it as private. An existing public repository is then refused.
 
     Returns:
@@ -34,7 +38,7 @@ def push_features(folder: Path, record: Mapping[str, Any], repo_id: str, *, priv
     """
     with explain_hub_errors(repo_id):
         repo_id = create_repository(repo_id, private=private or None, repo_type="dataset")
-        write_card(folder, record, name=repo_id)
+        write_card(folder, record, name=repo_id, licence=licence)
         api = HfApi(library_name="hf_equissl")
         files: dict[str, Path | bytes] = {**_shards(folder, record), CARD: folder / CARD}
         files[RECORD] = (json.dumps(_public(record), indent=2) + "\n").encode()

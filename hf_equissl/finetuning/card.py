@@ -9,8 +9,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..evaluation.results import ResultRecord
+from ..hub.card.licence import describe_licence
 from ..hub.card.metadata import eval_result
 from ..hub.card.writer import write
+from ..hub.licences import Licence
 from ..hub.privacy import is_hub_id, public_source
 from ..utils.files import write_text
 from .adapters import Description
@@ -24,7 +26,11 @@ _VERBS = {"image-classification": "classify", "image-segmentation": "segment"}
 
 
 def write_card(
-    folder: Path, description: Description, records: Sequence[ResultRecord], name: str | None = None
+    folder: Path,
+    description: Description,
+    records: Sequence[ResultRecord],
+    name: str | None = None,
+    licence: Licence | None = None,
 ) -> None:
     """Write ``README.md``: what the weights are, on what they were measured, how to load them.
 
@@ -33,6 +39,7 @@ def write_card(
         description: What they are.
         records: As ``public_record`` makes them; may be empty.
         name: Hub id under which they will be found; default: the folder's name.
+        licence: That of the weights, once they are published.
     """
     base, name = public_source(description.base), name or folder.name
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -45,8 +52,11 @@ def write_card(
         datasets=[data] if data is not None and is_hub_id(data) else None,
         model_name=name.rpartition("/")[2],
         eval_results=[eval_result(record) for record in records] or None,
+        **({} if licence is None else licence.card_fields()),
     )
-    write_text(folder / CARD, write("finetuned.md", head, _context(description, records, base, name, is_adapter)))
+    context = _context(description, records, base, name, is_adapter)
+    context["licence"] = "" if licence is None else describe_licence(licence)
+    write_text(folder / CARD, write("finetuned.md", head, context))
 
 
 def _context(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.places import check_place
 from ..distributed.signals import EXIT_PREEMPTED, Preempted, Signals, speaks_for_failure
@@ -31,6 +31,9 @@ from ..utils.suggestions import RecipeError, check_known
 from .result_files import find_results
 from .settings import KEEPS, METHODS, POOLINGS, FineTuningSettings
 from .tasks import TASKS
+
+if TYPE_CHECKING:
+    from ..hub.licences import Licence
 
 _DESCRIPTION = """\
 Fine-tune an encoder for image classification, or for another task: all weights, a head alone, or LoRA / DoRA adapters.
@@ -154,8 +157,15 @@ PUBLISHING = (
     Option("--push_to_hub", "publish the adapter, the merged model with --merge, or the model"),
     Option("--repo_id", "where", "OWNER/NAME"),
     Option("--private", "make a new repository private"),
+    Option("--license", "an ID as the Hub lists them, or inherit; default: that of encoder and data, if free", "ID"),
+    Option("--license_name", "with --license other", "NAME"),
+    Option("--license_link", "with --license other: where it is written", "URL"),
+    Option("--license_file", "its text, to lie in the repository", "PATH", type=path_word),
     Option("--base_id", "Hub id under which the encoder is published, if it was given by path", "OWNER/NAME"),
 )
+
+
+_LICENCE = ("license", "license_name", "license_link", "license_file")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -224,17 +234,20 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         return 0
     resume = options.pop("resume")
     publish = {name: options.pop(name, None) for name in ("merge", "push_to_hub", "repo_id", "private")}
+    answer = {name: options.pop(name, None) for name in _LICENCE}
     for name in ("encoder", "data", "output_dir"):
         if not options.get(name):
             raise ValueError(f"--{name} is missing; --help shows an example.")
     if "task_options" in options:
         options["task_options"] = _task_options(options["task_options"])
     settings = FineTuningSettings(**options)
-    _check_publishing(settings, publish)
+    _check_publishing(settings, publish | answer)
     check_known(settings.task, TASKS, "--task")
     check_place(settings.data)
     if not os.path.exists(settings.output_dir):  # a run that goes on may be without the encoder that it started from
         load_errors.check_place(settings.encoder)
+
+    publish["licence"] = _check_licence(settings, answer) if publish["push_to_hub"] else None
 
     from ..encoders.export import check_replaceable
     from ..running.stops import AGREED, STOPS, explain_stops, run_on_all
@@ -287,7 +300,7 @@ def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> 
     if publish["merge"] and not settings.is_adapter:
         raise ValueError(f"--merge: --method {settings.method} leaves a plain model already; leave it out.")
     if not publish["push_to_hub"]:
-        for name in ("repo_id", "private"):
+        for name in ("repo_id", "private", *_LICENCE):
             if publish[name]:
                 raise ValueError(f"--{name} belongs to --push_to_hub.")
         return
@@ -299,3 +312,21 @@ def _check_publishing(settings: FineTuningSettings, publish: dict[str, Any]) -> 
             f"--push_to_hub: others cannot load an adapter whose base is the folder {settings.encoder}. Publish the "
             "encoder and say where with --base_id OWNER/NAME, or publish one plain model with --merge."
         )
+
+
+def _check_licence(settings: FineTuningSettings, answer: dict[str, Any]) -> Licence:
+    """Choose the licence of what will be published.
+
+    Raises:
+        ValueError: The publisher has to say it, or what they say cannot be.
+    """
+    from ..hub.licences import choose_licence, find_terms
+
+    terms = (
+        *find_terms("weights", settings.encoder, revision=settings.revision),
+        *find_terms("data", settings.data),
+    )
+    name, link, copy = (answer[f"license_{part}"] for part in ("name", "link", "file"))
+    licence = choose_licence(terms, answer["license"], name=name, link=link, copy=copy)
+    licence.require_answer()
+    return licence

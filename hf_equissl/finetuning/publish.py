@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import AutoImageProcessor
 
 from ..encoders.export import check_replaceable
 from ..evaluation.results import load_records, save_records
+from ..hub.licences import LICENCE_FILE, Licence
 from ..utils.files import move_into_place, staging_folder
 from ..utils.load_errors import explain_load_errors
 from .adapters import find_beside, is_adapter, load_finetuned, read_description
@@ -63,6 +65,7 @@ def publish(
     push_to_hub: bool | None = None,
     repo_id: str | None = None,
     private: bool | None = None,
+    licence: Licence | None = None,
 ) -> str:
     """Merge and push a finished run as asked.
 
@@ -72,6 +75,7 @@ def publish(
         push_to_hub: Publish the merged model if there is one, else the adapter or model.
         repo_id: Name on the Hub, "owner/name".
         private: Make a new repository private.
+        licence: That of the weights; needed for a push.
 
     Returns:
         For people: what lies where, and how to load it.
@@ -90,7 +94,9 @@ def publish(
     if push_to_hub and repo_id is not None:
         from ..hub.push import push_repository
 
-        write_card(folder, run.description, load_records(folder / RESULTS), name=repo_id)
+        write_card(folder, run.description, load_records(folder / RESULTS), name=repo_id, licence=licence)
+        if licence is not None and licence.copy is not None:
+            shutil.copyfile(licence.copy, folder / LICENCE_FILE)
         info = push_repository(folder, repo_id, private=private)
         lines.append(f"Published: {info.repo_url}")
     what = "adapter" if run.settings.is_adapter else "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 RESULTS_FILE = "results.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 def check_run_folder(path: Path) -> None:

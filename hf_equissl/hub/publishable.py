@@ -24,6 +24,7 @@ from .contents import (
     model_folders,
     read_json,
 )
+from .licences import UNKNOWN
 
 _PROCESSOR_SAYS = ("image_processor_type", "size", "image_mean", "image_std")
 _PRETRAINING = "equissl_pretraining"
@@ -171,3 +172,18 @@ def _check_card(root: Path) -> None:
         raise PublishError(f"The metadata at the head of {path} do not parse ({error}). Correct the YAML.") from error
     if not metadata:
         raise PublishError(f"{path} has no metadata. Begin it with a YAML block: ---, license: ..., tags: ..., ---.")
+
+
+def check_licence(directory: str | Path) -> None:
+    """Refuse a repository whose card does not say its licence: nobody else can, and nobody could use it.
+
+    Raises:
+        PublishError: It says how to say it.
+    """
+    path = Path(directory) / CARD
+    if ModelCard(path.read_text(encoding="utf-8")).data.to_dict().get("license") in (None, "", UNKNOWN):
+        raise PublishError(
+            f"{path} does not say under which licence this is published, because base weights or data do not say it, "
+            "or do not allow everything: see its section Licence. Build it with --license (license=...), or write "
+            "license: ... into its head."
+        )

@@ -32,7 +32,7 @@ from ..utils.hub_waits import limit_waiting
 from ..utils.redaction import redact
 from ..utils.versions import library_versions
 from .contents import CARD, CONFIG, PublishError, list_left_behind, list_published
-from .publishable import check_publishable
+from .publishable import check_licence, check_publishable
 
 _SHOWN = 5  # files that a warning names
 logger = logging.get_logger(__name__)
@@ -78,9 +78,11 @@ def push_repository(
         The commit; the newest one of the branch if nothing has changed.
 
     Raises:
-        PublishError: ``check_publishable`` refuses it, rights or network are missing, ...; it says what to do.
+        PublishError: ``check_publishable`` or ``check_licence`` refuses it, rights or network are missing, ...; it says
+            what to do.
     """
     check_publishable(directory)
+    check_licence(directory)
     with explain_hub_errors(repo_id):
         repo_id = create_repository(repo_id, private=private, token=token)
         api = _client(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from ..utils.strict_yaml import dump_yaml
 from .card.figures import draw_figures
 from .card.snippets import run_snippets, snippets
 from .card.text import CardFacts, public_recipe, render_card
-from .places import RESULTS_FILE, find_results
+from .licences import LICENCE_FILE, choose_licence
+from .places import RECIPE_FILE, RESULTS_FILE, find_results
 from .pretraining_state import load_pretraining_state
 from .privacy import is_hub_id, last_component, public_record, public_source
-from .run_folder import RECIPE_FILE, RunFolder
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ def build_repository(
     repo_id: str,
     parts: Sequence[str] = PARTS,
     results: Results = (),
-    license: str = "apache-2.0",
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    license_file: str | Path | None = None,
     description: str | None = None,
     dataset: str | None = None,
 ) -> Path:
@@ -59,7 +63,12 @@ def build_repository(
         repo_id: Name of the repository on the Hub, "owner/name", as the card's code uses it.
         parts: Some of ``PARTS``; files go to the root, or to the sub-folder of the part's name.
         results: Records of this encoder, or ``results.json`` files, or folders that hold one.
-        license: Identifier of the licence of code and weights, as the Hub lists them.
+        license: Identifier of the weights' licence, as the Hub lists them; "inherit": that of base weights and data,
+            with its restrictions. Left out, it is inherited where it is known and free; otherwise the card says
+            "unknown", and ``push_repository`` refuses it (``licences``).
+        license_name: Name of the licence, where ``license`` is "other".
+        license_link: Where that is written.
+        license_file: A file with its text, to lie in the repository.
         description: The user's own words for the head of the card.
         dataset: Hub id of the training data, where the run knows it by another name.
 
@@ -68,15 +77,17 @@ def build_repository(
 
     Raises:
         ValueError: ``run_dir`` is not a run or has no complete checkpoint; parts are unknown; ``repo_id`` is not a name
-            on the Hub; ``directory`` holds files; results are of another encoder.
+            on the Hub; ``directory`` holds files; results are of another encoder; the licence contradicts that of the
+            base weights.
         LoadError: The checkpoint's weights are damaged.
         SnippetError: Code of the card does not run.
     """
     directory = Path(directory)
-    _check_request(repo_id, parts, license, dataset)
+    _check_request(repo_id, parts, dataset)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(f"{directory} holds files already, perhaps a card that you have edited. Name a new folder.")
     run = RunFolder.read(run_dir)
+    licence = choose_licence(run.terms(dataset), license, name=license_name, link=license_link, copy=license_file)
     source = _load(run)
     names = _DataNames(run, dataset)
     records = _public_records(read_results(results), source, repo_id, names)
@@ -89,12 +100,14 @@ def build_repository(
         built += ["figures"] if figures else []
         if records:
             save_records(records, staging / RESULTS_FILE)
+        if licence.copy is not None:
+            shutil.copyfile(licence.copy, staging / LICENCE_FILE)
         if "card" in parts:
             config = source.encoder.config
             run_snippets(snippets(str(staging.resolve()), config, built))
             facts = CardFacts(
                 repo_id=repo_id,
-                license=license,
+                licence=licence,
                 run=run,
                 encoder=config,
                 encoder_steps=source.steps,
@@ -165,12 +178,10 @@ class _DataNames:
         return last_component(source).lower()
 
 
-def _check_request(repo_id: str, parts: Sequence[str], license: str, dataset: str | None) -> None:
+def _check_request(repo_id: str, parts: Sequence[str], dataset: str | None) -> None:
     for name, value in (("repo_id", repo_id), ("dataset", dataset or repo_id)):
         if not is_hub_id(value):
             raise ValueError(f"{name} is {value!r}, expected a name on the Hub of the form owner/name.")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(f"license is {license!r}, expected an identifier as the Hub lists them, e.g. apache-2.0.")
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts or isinstance(parts, str):
         raise ValueError(f"parts is {parts!r}: choose among {', '.join(PARTS)}.")

@@ -14,10 +14,10 @@ from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
-from .places import check_run_folder
+from .licences import Terms, terms_of_recipe
+from .places import RECIPE_FILE, check_run_folder
 from .privacy import last_component
 
-RECIPE_FILE = "recipe.yaml"
 # Arguments that say where and how a run reports, not what it computes.
 _NOT_SETTINGS = (
     "output_dir",
@@ -129,6 +129,10 @@ class RunFolder:
     def transformation(self) -> str | None:
         """Name of the transformation family that the recipe's views are made with."""
         return (self.section("views").get("transformation") or {}).get("name")
+
+    def terms(self, dataset: str | None = None) -> tuple[Terms, ...]:
+        """Find the terms of what the run is made of; ``dataset`` is the Hub id of its data, where that is known."""
+        return terms_of_recipe(self.recipe, data=dataset or self.data)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """Return a section of the recipe; empty where there is none."""

@@ -382,6 +382,7 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             leave_to_main(super()._finish_current_push)
 
     def _start_push(self, commit_message: str, **options: Any) -> Any:
+        options.setdefault("license", self.args.hub_license)
         future = self._require_publisher().start(commit_message, **options)
         self.push_in_progress = PushInProgress([future])  # type: ignore[arg-type]  # the end of training waits for it
         return future

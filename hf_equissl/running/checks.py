@@ -7,11 +7,13 @@ from pathlib import Path
 from ..checkpoints import IncompleteCheckpointError, Manifest
 from ..data import ImageSource
 from ..distributed.agreement import gather_objects
+from ..hub.licences import choose_licence, terms_of_recipe
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.schedules import last_layer_is_held
+from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError
 from ..views.pipelines import ViewPipeline
 from .stops import refuse_errors
@@ -26,6 +28,23 @@ def check_length(args: EquiSSLTrainingArguments) -> None:
             f"training.num_train_epochs: expected more than 0, got {args.num_train_epochs}. Say how long: "
             "--training.num_train_epochs N or --training.max_steps N."
         )
+
+
+def ask_licence(args: EquiSSLTrainingArguments, recipe: Recipe) -> str:
+    """Return what the publisher has to say of the licence before the run is published; empty if nothing.
+
+    Raises:
+        RecipeError: What they say cannot be.
+    """
+    if not args.push_to_hub:
+        return ""
+    try:
+        question = choose_licence(
+            terms_of_recipe({"model": recipe.model, "data": recipe.data}), args.hub_license
+        ).question
+    except ValueError as error:
+        raise RecipeError(f"training.hub_license: {error}".replace("--license", "--training.hub_license")) from error
+    return question.replace("--license", "--training.hub_license")
 
 
 def check_precision(args: EquiSSLTrainingArguments) -> None:

@@ -41,6 +41,7 @@ from ..utils.suggestions import RecipeError, check_known
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
 from .checks import (
+    ask_licence,
     check_agreement,
     check_batches,
     check_length,
@@ -226,6 +227,10 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if model.needs.labels:
         require_labels(first.labels, model.name_askers("labels"))
     monitor = build_monitor(recipe, dataset.source)
+    if is_main_process() and (question := ask_licence(args, recipe)):
+        if not dry:
+            raise RecipeError(f"training.push_to_hub: {question}")
+        notes += (f"before it can be published: {question}",)
     run = Run(
         recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, changes, notes
     )

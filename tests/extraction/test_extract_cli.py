@@ -40,6 +40,8 @@ pytest_plugins = ["tests.hub.fixtures"]
         (["--streaming", "--shard_size", "5"], "--shard_size: of a stream, each shard of the source"),
         (["--value_range", "5,5"], "expected full, auto, or two numbers"),
         (["--max_pixels", "9"], "pixels are more than max_pixels = 9. To read it, set --max_pixels"),
+        (["--push_to_hub", "--repo_id", "me/features"], "The licence is yours to say"),
+        (["--license", "mit"], "--license belongs to --push_to_hub"),
         (["--private"], "--private belongs to --push_to_hub"),
         (["--push_to_hub", "--repo_id", "nowhere"], "--repo_id is 'nowhere', expected OWNER/NAME"),
     ],
@@ -145,7 +147,7 @@ def test_too_small_a_disk_is_noticed_first(
 def test_publish(
     hub_here: LoopbackHub, api: HfApi, pictures: Path, tmp_path: Path, extract: Callable[..., Path]
 ) -> None:
-    extract(tmp_path / "out", "--push_to_hub", "--repo_id", "maker/features", "--private")
+    extract(tmp_path / "out", "--push_to_hub", "--repo_id", "maker/features", "--private", "--license", "cc0-1.0")
     assert api.dataset_info("maker/features").private
     files = set(api.list_repo_files("maker/features", repo_type="dataset"))
     shards = {f"data/train-{shard:05d}-of-00004.parquet" for shard in range(4)}
@@ -154,6 +156,7 @@ def test_publish(
     assert str(pictures.parent) not in record
     assert json.loads(record)["splits"]["train"]["rows"] == 40
     card = DatasetCard.load(api.hf_hub_download("maker/features", "README.md", repo_type="dataset"))
+    assert card.data.license == "cc0-1.0"
     assert 'load_dataset("maker/features"' in card.text
     shard = api.hf_hub_download("maker/features", "data/train-00000-of-00004.parquet", repo_type="dataset")
     assert datasets.Dataset.from_parquet(shard, cache_dir=str(tmp_path / "cache")).num_rows == 12

@@ -17,6 +17,7 @@ from hf_equissl.hub.card.figures import Figure, draw_figures
 from hf_equissl.hub.card.metadata import eval_result
 from hf_equissl.hub.card.snippets import Snippet, SnippetError, run_snippets, snippets
 from hf_equissl.hub.card.text import CardFacts, render_card
+from hf_equissl.hub.licences import Licence
 from hf_equissl.hub.privacy import is_hub_id, public_command, public_source, public_text, public_values
 from hf_equissl.hub.run_folder import RunFolder
 from hf_equissl.modeling import EquiSSLConfig
@@ -37,7 +38,7 @@ def facts_of(read: RunFolder, **changes: Any) -> CardFacts:
     parts = ("encoder", "native", "pretraining")
     given = {
         "repo_id": REPO,
-        "license": "apache-2.0",
+        "licence": Licence("apache-2.0", stated=True),
         "run": read,
         "encoder": encoder,
         "encoder_steps": read.steps,

@@ -44,12 +44,15 @@ def logits(model):
 commit = publish_encoder(0)
 words = ["--encoder", "maker/encoder", "--data", str(root / "data"), "--batch_size", "8", "--epochs", "1"]
 words += ["--output_dir", str(root / "run"), "--push_to_hub", "--private"]
+assert cli.main([*words, "--repo_id", "maker/adapter"]) == 2  # nobody has said its licence
+words += ["--license", "mit"]
 assert cli.main([*words, "--repo_id", "maker/adapter"]) == 0
 assert cli.main([*words, "--repo_id", "maker/merged", "--merge"]) == 0
 expected = logits(load_finetuned(root / "run" / "adapter"))
 report = {
     "private": api.model_info("maker/adapter").private,
     "files": sorted(api.list_repo_files("maker/adapter")),
+    "license": ModelCard.load("maker/adapter").data.license,
     "base": ModelCard.load("maker/adapter").data.base_model,
     "named": 'load_finetuned("maker/adapter")' in ModelCard.load("maker/adapter").content,
     "adapter": (logits(load_finetuned("maker/adapter")) - expected).abs().max().item(),
@@ -83,6 +86,8 @@ def test_adapters_and_merged_models_travel(hub: LoopbackHub, tmp_path: Path) -> 
     assert {"adapter_config.json", "adapter_model.safetensors", "finetuning.json", "README.md"} <= set(report["files"])
     assert "model.safetensors" not in report["files"]
     assert report["base"] == "maker/encoder"
+    assert report["license"] == "mit"
+    assert "The licence is yours to say" in done.stderr
     assert report["named"]
     assert report["revision"]
     assert max(report["adapter"], report["merged"], report["later"]) <= 1e-5

@@ -50,7 +50,9 @@ def repository(run: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathF
     measured = tmp_path_factory.mktemp("probes")
     save_records(records_of(run, photo_folder), measured / "results.json")
     folder = tmp_path_factory.mktemp("build") / "repository"
-    return build_repository(run, folder, repo_id=REPO, results=[measured], dataset=f"some-lab/{photo_folder.name}")
+    return build_repository(
+        run, folder, repo_id=REPO, results=[measured], dataset=f"some-lab/{photo_folder.name}", license="apache-2.0"
+    )
 
 
 def files(folder: Path) -> set[str]:
@@ -362,7 +364,7 @@ def test_what_is_no_run_or_no_place_is_refused(run: Path, repository: Path, tmp_
     refused("Did you mean the run's folder", run / "encoder")
     refused("expected a name on the Hub", repo_id="tiny")
     refused("dataset is './photos'", dataset="./photos")
-    refused("license is 'Apache 2'", license="Apache 2")
+    refused(r"license \(--license\) is 'Apache 2'", license="Apache 2")
     refused(r"choose among encoder, native", parts=["weights"])
     refused("choose among", parts="encoder")
     (tmp_path / "thesis").mkdir()

@@ -23,7 +23,7 @@ from tests.processes import limit
 
 pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/run"
-PUSHING = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 4, "save_steps": 2}
+PUSHING = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 4, "save_steps": 2, "hub_license": "apache-2.0"}
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_without_push_to_hub(hub_here: LoopbackHub, api: HfApi, photo_folder: Pa
     trainer = make_trainer(photo_folder, tmp_path / "my-run", max_steps=1)
     trainer.train()
     assert hub_here.repos == {}
-    trainer.push_to_hub(parts=["encoder", "card"])
+    trainer.push_to_hub(parts=["encoder", "card"], license="mit")
     assert "model.safetensors" in api.list_repo_files("maker/my-run")
 
 
@@ -178,6 +178,7 @@ from hf_equissl.hub import PublishError, repository
 
 repository.run_snippets = lambda chosen: None
 arguments = {"push_to_hub": True, "hub_model_id": "maker/run", "hub_strategy": "every_save", "max_steps": 2}
+arguments["hub_license"] = "apache-2.0"
 photos, output = map(Path, sys.argv[1:])
 trainer = make_trainer(photos, output, **arguments, save_steps=2, per_device_train_batch_size=4)
 trainer.train()

@@ -168,6 +168,8 @@ def test_publishing(
     output = tmp_path / "run"
     words = ["--recipe", recipe, "--data", images, "--output_dir", output, "--training.push_to_hub", "true"]
     words += ["--training.hub_model_id", "tiny", "--training.hub_strategy", "end", "--training.max_steps", "1"]
+    assert "The licence is yours to say" in fails(capsys, *words)
+    words += ["--training.hub_license", "apache-2.0"]
     with monkeypatch.context() as context:
         context.setenv("HF_TOKEN", hub_here.read_token)
         assert "has no right to write there" in fails(capsys, *words)

@@ -22,6 +22,7 @@ from tests.processes import environment, limit, start
 
 pytest_plugins = ["tests.hub.fixtures"]
 REPO = "maker/tiny"
+LICENCE = ["--license", "apache-2.0"]  # nothing says that of pictures in a folder
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "push_to_hub.py"
 
 
@@ -39,7 +40,7 @@ def built(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "repository"
     with pytest.MonkeyPatch.context() as patch:
         _leave_out_execution(patch)
-        assert push_to_hub.main([str(run), "--repo_id", REPO, "--output_dir", str(folder)]) == 0
+        assert push_to_hub.main([str(run), "--repo_id", REPO, "--output_dir", str(folder), *LICENCE]) == 0
     return folder
 
 
@@ -99,8 +100,8 @@ def test_publish_a_run(hub_here: LoopbackHub, api: HfApi, run: Path) -> None:
 @pytest.mark.usefixtures("unexecuted_cards")
 def test_dry_run(hub_here: LoopbackHub, run: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files, sizes and card, of a run and of a repository; nothing is sent, and nobody needs to be logged in."""
-    for source in (run, built):
-        assert push_to_hub.main([str(source), "--repo_id", REPO, "--dry_run"]) == 0
+    for source, words in ((run, LICENCE), (built, [])):
+        assert push_to_hub.main([str(source), "--repo_id", REPO, "--dry_run", *words]) == 0
         said = capsys.readouterr().out
         size = (built / "model.safetensors").stat().st_size
         assert f"{readable_size(size)}  model.safetensors" in said
@@ -150,7 +151,9 @@ def test_what_can_be_mended(
         ([spoiled, "--repo_id", REPO, "--dry_run"], "a note to do something: 'TODO'"),
         ([built, "--repo_id", REPO, "--parts", "card"], "--parts belongs to building one"),
         ([built, "--repo_id", "a b"], "'a b' is not the name of a repository"),
-        ([run, "--repo_id", "tiny"], "owner/name"),
+        ([run, "--repo_id", "tiny", *LICENCE], "owner/name"),
+        ([run, "--repo_id", REPO], "The licence is yours to say"),
+        ([built, "--repo_id", REPO, *LICENCE], "--license belongs to building one"),
         ([built, "--repo_id", "stranger/tiny"], "no right to write there"),
         ([run, "--repo_id", REPO, "--results", tmp_path / "empty"], "There are no results"),
     ]

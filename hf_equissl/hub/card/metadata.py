@@ -29,6 +29,8 @@ def card_data(
     *,
     repo_id: str,
     license: str,
+    license_name: str | None = None,
+    license_link: str | None = None,
     objectives: Sequence[str],
     data: str | None,
     base_model: str | None,
@@ -39,6 +41,8 @@ def card_data(
     Args:
         repo_id: Name on the Hub.
         license: Identifier of the licence.
+        license_name: Name of a licence that the Hub does not list, where ``license`` is "other".
+        license_link: Where that is written.
         objectives: Registry keys, as tags: the invariance objective and, if there are any, equivariance objectives.
         data: Name of the training data; listed where it is a Hub id.
         base_model: Where training started; listed where it is a Hub id.
@@ -48,6 +52,8 @@ def card_data(
     names = [*tags, *(["equivariance"] if len(objectives) > 1 else []), *objectives]
     return ModelCardData(
         license=license,
+        license_name=license_name,
+        license_link=license_link,
         # Not "hf-equissl": auto classes and pipelines of transformers load what is published, and the Hub shows how.
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,

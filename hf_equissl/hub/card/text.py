@@ -18,9 +18,11 @@ from ...modeling import EquiSSLConfig
 from ...objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
 from ...utils.markdown import code, plain, table
 from ...utils.strict_yaml import dump_yaml
+from ..licences import Licence
 from ..privacy import public_command, public_text, public_values
 from ..run_folder import RunFolder
 from .figures import Figure
+from .licence import describe_licence
 from .limits import limits
 from .metadata import card_data, learns_classes
 from .snippets import Snippet
@@ -35,7 +37,7 @@ class CardFacts:
 
     Attributes:
         repo_id: Name on the Hub.
-        license: Identifier of the licence of code and weights.
+        licence: That of the weights.
         run: The run's folder.
         encoder: Config of the published encoder.
         encoder_steps: Optimizer steps behind its weights.
@@ -50,7 +52,7 @@ class CardFacts:
     """
 
     repo_id: str
-    license: str
+    licence: Licence
     run: RunFolder
     encoder: EquiSSLConfig
     encoder_steps: int
@@ -86,7 +88,9 @@ def render_card(facts: CardFacts) -> ModelCard:
     """
     head = card_data(
         repo_id=facts.repo_id,
-        license=facts.license,
+        license=facts.licence.license,
+        license_name=facts.licence.name,
+        license_link=facts.licence.link,
         objectives=facts.objective_names,
         data=facts.dataset,
         base_model=facts.run.base_model,
@@ -349,12 +353,8 @@ def _settings(facts: CardFacts) -> dict[str, Any]:
 
 
 def _licence(facts: CardFacts) -> str:
-    data = f" of {code(facts.dataset)}" if facts.dataset else ""
-    return (
-        f"Weights: {facts.license}, as the publisher of this repository states. The code files `*_equissl.py` are part "
-        f"of `hf_equissl`: apache-2.0. Whether the terms{data or ' of the training images'} allow a use of weights "
-        "trained on them is for the user to find out."
-    )
+    code_too = "The code files `*_equissl.py` are part of `hf_equissl`: apache-2.0."
+    return f"{describe_licence(facts.licence)} {code_too}"
 
 
 def _citations(facts: CardFacts) -> dict[str, Any]:
