@@ -20,6 +20,7 @@ TASKS: Registry[Task] = Registry(
     Later(f"{__package__}.base", "Task"),
     {
         "classification": Later(f"{__package__}.classification", "ClassificationTask"),
+        "depth": Later(f"{__package__}.depth", "DepthTask"),
         "homography": Later(f"{__package__}.homography", "HomographyTask"),
         "linear_segmentation": Later(f"{__package__}.linear_segmentation", "LinearSegmentationTask"),
         "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),

@@ -113,29 +113,37 @@ class MaskedSamples(SourceSamples):
         raise ValueError(f"{self.name}: none of the first {len(bad)} masks can be used: {'; '.join(bad)}")
 
 
-def load_masked_sources(settings: FineTuningSettings, columns: Sequence[str]) -> SourceSplits:
-    """Open both splits of images with masks; ``source.more["mask"]`` is the column of the latter.
+def load_masked_sources(
+    settings: FineTuningSettings, columns: Sequence[str], *, what: str = "mask", folders: Sequence[str] = MASK_FOLDERS
+) -> SourceSplits:
+    """Open both splits of images with masks; ``source.more[what]`` is the column of the latter.
 
     ``settings.data`` is a folder with images and masks in folders of the same form, ``images/train/0.jpg`` and
     ``masks/train/0.png`` or ``train/images/0.jpg`` and ``train/masks/0.png``; or whatever ``load_images`` reads that
     has two columns of images, one of them called as in ``columns``.
 
+    Args:
+        settings: Names source, splits and columns.
+        columns: How the column of masks may be called.
+        what: What lies beside each image, in messages and in ``source.more``.
+        folders: How the folder of masks may be called.
+
     Raises:
         ValueError: there is no such folder or column, a split does not exist, or an image has no mask.
     """
     root = Path(settings.data)
-    pairs = _pairs(root) if root.is_dir() else {}
+    pairs = _pairs(root, folders) if root.is_dir() else {}
     if not pairs:
-        return load_sources(settings, {"mask": columns})
+        return load_sources(settings, {what: columns})
     given = settings.source_options
     decoding = Decoding(**{name: given[name] for name in ("value_range", "max_pixels") if name in given})
     wanted = _split_of(settings.train_split, pairs, root)
-    train = _source(root, wanted, pairs, decoding)
+    train = _source(root, wanted, pairs, decoding, what)
     if settings.test_split is not None:
         name: str | None = _split_of(settings.test_split, pairs, root)
     else:
         name = next((split for split in TEST_SPLITS if split in pairs and split != wanted), None)
-    test = None if name is None else (_source(root, name, pairs, decoding), settings.test_split or name)
+    test = None if name is None else (_source(root, name, pairs, decoding, what), settings.test_split or name)
     return pair_splits(train, test, settings.train_split, settings.train_images, settings.test_images)
 
 
@@ -162,7 +170,7 @@ def read_classes(data: str) -> tuple[tuple[str, ...] | None, int | None]:
     return tuple(names), content.get("ignore_index")
 
 
-def _pairs(root: Path) -> dict[str, tuple[Path, Path]]:
+def _pairs(root: Path, mask_folders: Sequence[str]) -> dict[str, tuple[Path, Path]]:
     """Find split -> (folder of images, folder of masks), relative to ``root``; empty where nothing looks like it."""
     found: dict[str, tuple[Path, Path]] = {}
 
@@ -171,7 +179,7 @@ def _pairs(root: Path) -> dict[str, tuple[Path, Path]]:
             found.setdefault(_SPLITS.get(split, split), (images, masks))
 
     inner = sorted(path.name for path in root.iterdir() if path.is_dir())
-    for images, masks in product(IMAGE_FOLDERS, MASK_FOLDERS):
+    for images, masks in product(IMAGE_FOLDERS, mask_folders):
         if images in inner and masks in inner:
             for path in sorted((root / images).iterdir()):
                 add(path.name, Path(images, path.name), Path(masks, path.name))
@@ -190,28 +198,29 @@ def _split_of(name: str, pairs: dict[str, tuple[Path, Path]], root: Path) -> str
     return wanted
 
 
-def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]], decoding: Decoding) -> ImageSource:
+def _source(root: Path, split: str, pairs: dict[str, tuple[Path, Path]], decoding: Decoding, what: str) -> ImageSource:
     """List the images of a split with their masks: the same path below both folders, but for the suffix."""
     scans = [scan_folder(root / folder, {}) for folder in pairs[split]]
     images, masks = ({os.path.splitext(file)[0]: file for file in scan.images} for scan in scans)
     if missing := sorted(images.keys() - masks.keys()):
         raise ValueError(
-            f"{root}: {len(missing)} of {len(images)} images in {pairs[split][0]} have no mask in {pairs[split][1]}, "
-            f"e.g. {show_name(os.path.basename(images[missing[0]]))}. A mask is called as its image, up to the suffix."
+            f"{root}: {len(missing)} of {len(images)} images in {pairs[split][0]} have no {what} in "
+            f"{pairs[split][1]}, e.g. {show_name(os.path.basename(images[missing[0]]))}. A {what} is called as its "
+            "image, up to the suffix."
         )
     if not images:
         raise ValueError(f"{root}: {pairs[split][0]} holds no images." + "".join(f" {s}." for s in scans[0].left_out()))
     names = sorted(images)
     rows = {
         column: [encode_path(str(folder / files[name])) for name in names]
-        for column, folder, files in zip(("image", "mask"), pairs[split], (images, masks), strict=True)
+        for column, folder, files in zip(("image", what), pairs[split], (images, masks), strict=True)
     }
     return ImageSource(
         datasets.Dataset.from_dict(rows),
         f"{root} ({split})",
         "image",
         root=root,
-        more={"mask": "mask"},
+        more={what: what},
         decoding=decoding,
         notes=tuple(
             f"{folder}: {line}" for folder, scan in zip(pairs[split], scans, strict=True) for line in scan.left_out()
