@@ -127,13 +127,14 @@ def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping
 
 
 def read_metadata(root: Path, scan: Scan) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Read the metadata files of a folder, as far as their columns can be labels.
+    """Read the metadata files of a folder, as far as their columns can be labels or hold objects with several values.
 
     Returns:
         Column -> path of an image -> value; and lines that say what is not used, and why.
     """
     columns: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
+    nested: set[str] = set()
     images = set(scan.images)
     tables = _read_tables(root, scan.metadata, notes)
     for path, table in tables.items():
@@ -147,12 +148,13 @@ def read_metadata(root: Path, scan: Scan) -> tuple[dict[str, dict[str, Any]], li
             notes.append(f"{path} does not name {unnamed} of the images, which have no label from it")
         for name in table.column_names:
             values = table[name]
-            if name not in (_FILE_NAME, "image") and _can_be_labels(values):
+            if name not in (_FILE_NAME, "image") and (_can_be_labels(values) or pa.types.is_nested(values.type)):
                 columns.setdefault(name, {}).update(zip(files, values.to_pylist(), strict=True))
-    if "label" not in columns and columns:
+                nested |= {name} if pa.types.is_nested(values.type) else set()
+    if "label" not in columns and (others := [name for name in columns if name not in nested]):
         notes.append(
             f"{', '.join(scan.metadata)}: there is no column label; others can be named with --label_column "
-            f"({', '.join(columns)})"
+            f"({', '.join(others)})"
         )
     return columns, notes
 

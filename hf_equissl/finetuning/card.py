@@ -22,7 +22,7 @@ from .tasks import TASKS
 
 CARD = "README.md"
 _CLASSES_SHOWN = 20
-_VERBS = {"image-classification": "classify", "image-segmentation": "segment"}
+_VERBS = {"image-classification": "classify", "image-segmentation": "segment", "object-detection": "detect"}
 
 
 def write_card(

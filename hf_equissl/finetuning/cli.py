@@ -43,6 +43,10 @@ it was when the command is given again."""
 _TASKS = """\
 tasks:
   classification         one of several classes for an image
+  detection              boxes: a folder with COCO's JSON, or a data set with a column of objects; needs the extra coco.
+                         Options: hidden_size, queries, decoder_layers, classes, box_format, layers
+  instance_segmentation  masks and the boxes around them, of the same folders, with polygons or run-length codes.
+                         Options: hidden_size, queries, decoder_layers, points, classes, layers
   semantic_segmentation  a class for every pixel: images/train/*.jpg with masks/train/*.png, val beside train, and
                          classes.json; or a data set with a column of masks and --set classes=150. Further options:
                          ignore_index, reduce_labels, mask_column, hidden_size, pyramid, layers

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TABLE, CURVES = "results.md", "curves.png"
-_TITLES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "mce": "MCE", "rmse": "RMSE", "abs_rel": "AbsRel"}
+_TITLES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "box_ap": "box AP",
+    "box_ap50": "box AP50",
+    "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50",
+    "mce": "MCE",
+    "rmse": "RMSE",
+    "abs_rel": "AbsRel",
+}
 # What a task measures under such a name is the primary metric of doing without a network, a row of its own in tables.
 BASELINE = "baseline_"
 

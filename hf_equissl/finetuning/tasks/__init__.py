@@ -21,7 +21,9 @@ TASKS: Registry[Task] = Registry(
     {
         "classification": Later(f"{__package__}.classification", "ClassificationTask"),
         "depth": Later(f"{__package__}.depth", "DepthTask"),
+        "detection": Later(f"{__package__}.detection", "DetectionTask"),
         "homography": Later(f"{__package__}.homography", "HomographyTask"),
+        "instance_segmentation": Later(f"{__package__}.instance_segmentation", "InstanceSegmentationTask"),
         "linear_segmentation": Later(f"{__package__}.linear_segmentation", "LinearSegmentationTask"),
         "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),
     },
