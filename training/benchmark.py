@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hf_equissl.recipes.sweep import group_by_system, is_sweep, read_sweep
@@ -20,7 +21,7 @@ BATCH_SIZE = 32
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
 another recipe (views, forward, backward, optimizer; in turns, on one device). Of a sweep, time each system in this way.
-With --data also time the loader against a plain PIL loop that cuts the same crops."""
+With --data also time the loader, and its parts, against a plain Pillow loop that cuts the same crops."""
 
 EPILOG = """\
 On a CPU, first:
@@ -31,6 +32,7 @@ with one thread the ratio of processor times stays good.
 examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
   python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
+  python training/benchmark.py --recipe vits16_dinov2_se2 --data ./photos --loader_only
   python training/benchmark.py --recipe cifar10_systems --only vicreg_rot sie_all moco_v3_essl
 """
 
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data is not None:
             check_data(options.data)
             overrides |= {"data.source": options.data, "data.streaming": False}
-        if is_sweep(path := find_recipe(options.recipe)):
+        if options.loader_only:
+            report = _measure_loader(overrides, options)
+        elif is_sweep(path := find_recipe(options.recipe)):
             report = _measure_sweep(path, overrides, options)
         else:
             report = _measure_recipe(overrides, options)
@@ -64,6 +68,43 @@ def _measure_recipe(overrides: dict[str, Any], options: argparse.Namespace) -> d
     common = {key: value for key, value in overrides.items() if not key.startswith("objectives.")}
     options.batch_size = options.batch_size or BATCH_SIZE
     return _measure(recipe, options.base and load_recipe(options.base, common), options)
+
+
+def _measure_loader(overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the loader of a recipe, with no training beside it.
+
+    Raises:
+        RecipeError: There are no images, or the recipe is a sweep.
+    """
+    if options.data is None:
+        raise RecipeError("--loader_only reads images: name them with --data.")
+    if is_sweep(find_recipe(options.recipe)):
+        raise RecipeError(f"--loader_only is for one recipe, and {options.recipe} is a sweep.")
+    import torch
+
+    from hf_equissl.benchmarking.loader import find_needs
+    from hf_equissl.benchmarking.timing import environment
+
+    recipe = load_recipe(options.recipe, overrides)
+    pipeline = recipe.build_pipeline(find_needs(recipe))
+    report = {
+        "recipe": recipe.name,
+        "settings": {"repeats": options.repeats, "images": Path(options.data).name},
+        "environment": environment(torch.device("cpu")),
+    }
+    say(f"{recipe.name}\n{pipeline.describe()}\n{report['environment']['cpu']}; torch {torch.__version__}")
+    return report | _time_loader(recipe, pipeline, options)
+
+
+def _time_loader(recipe: Any, pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the loader of a recipe, and print what it gave."""
+    from hf_equissl.benchmarking.loader import time_loader
+    from hf_equissl.data import ImageViewDataset
+
+    dataset = ImageViewDataset(recipe.build_source(), pipeline, seed=0)
+    timing = time_loader(dataset, options.loader_images, options.repeats, options.batch_size or BATCH_SIZE)
+    say("\n".join(_loader_lines(timing)))
+    return {"loader": timing}
 
 
 def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -133,8 +174,8 @@ def _system_line(timing: dict[str, Any]) -> str:
 def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all that was asked for, and print it as it comes."""
     from hf_equissl.benchmarking import overhead as benchmark
+    from hf_equissl.benchmarking.loader import first_images
     from hf_equissl.benchmarking.timing import environment
-    from hf_equissl.data import ImageViewDataset
     from hf_equissl.utils.devices import choose_device, choose_precision
 
     device = choose_device(options.device)
@@ -142,7 +183,7 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
     if source is None:
         images = benchmark.synthetic_images(options.batch_size, recipe.build_encoder_config().image_size)
     else:
-        images = benchmark.first_images(source, options.batch_size)
+        images = first_images(source, options.batch_size)
     recipes = benchmark.both_recipes(recipe, base)
     sides = benchmark.build_sides(recipes, options.batch_size, device, images)
     report: dict[str, Any] = {
@@ -168,9 +209,7 @@ def _measure(recipe: Any, base: Any, options: argparse.Namespace) -> dict[str, A
         report["steps"][dtype] = timing
         say("\n".join([*_step_lines(dtype, timing), _paper_line(recipe.objectives.invariance["name"])]))
     if source is not None:
-        dataset = ImageViewDataset(source, sides[benchmark.FULL].pipeline, seed=0)
-        report["loader"] = benchmark.time_loader(dataset, options.loader_images, options.repeats, options.batch_size)
-        say(_loader_line(report["loader"]))
+        report |= _time_loader(recipe, sides[benchmark.FULL].pipeline, options)
     return report
 
 
@@ -226,13 +265,21 @@ def _paper_line(method: str) -> str:
     return f"  the paper's ({encoder}, {method}, GPUs): {100 * share:+.1f} %; aim: at most half, {50 * share:+.2f} %"
 
 
-def _loader_line(loader: dict[str, Any]) -> str:
-    return (
-        f"\nloader, one process, one thread, {loader['images']} images: {loader['loader']:.1f} images/s "
-        f"(processor time: {loader['cpu_loader']:.1f})\n"
-        f"plain PIL loop, same crops: {loader['plain']:.1f} images/s ({loader['cpu_plain']:.1f})\n"
-        f"loader / plain: {loader['ratio']:.3f} (processor time: {loader['cpu_ratio']:.3f})"
-    )
+def _loader_lines(loader: dict[str, Any]) -> Iterator[str]:
+    from hf_equissl.benchmarking.loader import PARTS, PLAIN, PLAIN_PARTS
+
+    yield f"\nloader, one process, one thread, {loader['images']} images; {loader['decoder']}"
+    yield f"{'':<26}{'images/s':>10}{'by processor time':>20}{'against plain':>16}{'range':>16}"
+    for name, rate in loader["rates"].items():
+        line = f"{name:<26}{rate:>10.1f}{loader['cpu_rates'][name]:>20.1f}"
+        if name != PLAIN:
+            ratios = loader["cpu_ratios"][name]
+            between = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            line += f"{median(ratios):>16.2f}{between:>16}"
+        yield line
+    for title, names in (("loader", PARTS), ("plain", PLAIN_PARTS)):
+        parts = ", ".join(f"{name.removeprefix('plain ')} {loader['parts'][name]:.0f}" for name in names)
+        yield f"microseconds of processor time per image, {title}: {parts}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -269,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images for the steps and for the loader; without: synthetic, no loader",
     )
     add("--loader_images", type=int, default=128, metavar="N", help="images per pass of the loader; default: 128")
+    add("--loader_only", action="store_true", help="no training steps: the loader alone, of any recipe")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda ...")
     add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
     add("--output_dir", type=path_word, metavar="DIR", help="benchmark.json goes here")

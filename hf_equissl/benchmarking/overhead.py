@@ -1,4 +1,4 @@
-"""What the reconstruction costs: one training step with lambda > 0 against one with lambda = 0, and the loader's speed.
+"""What the reconstruction costs: one training step with lambda > 0 against one with lambda = 0.
 
 Both steps are those of ``EquiSSLTrainer`` on one device: views (with the reconstruction targets where lambda > 0),
 forward (of the teacher, too, where there is one), backward, clipping, optimizer, the teacher's update. They take turns,
@@ -8,25 +8,20 @@ so that whatever else the machine does falls on both.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import BytesIO
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data import ImageSource, ImageViewDataset
-from ..data.decoding import ImageDecodeError
 from ..data.randomness import sample_generator
 from ..objectives import weight_of
 from ..objectives.progress import TrainingProgress
@@ -40,9 +35,8 @@ from ..utils.machine import resident_peak
 from ..utils.suggestions import RecipeError
 from ..views.base import Item, map_tensors
 from ..views.collator import ViewCollator
-from ..views.cropping import Box
 from ..views.pipelines import ViewPipeline
-from .timing import Stopwatch, measure_seconds, take_turns
+from .timing import Stopwatch, take_turns
 
 BASE, FULL = "lambda = 0", "lambda > 0"
 SIDES = (BASE, FULL)
@@ -57,8 +51,6 @@ MIB = 1024**2
 NUM_CLASSES = 10  # classes that the images are given, for objectives with labels
 # Any point of a run will do: a step costs the same at all of them.
 PROGRESS = TrainingProgress(step=0, max_steps=1, steps_per_epoch=1)
-# Output size, filter and box of one PIL resize.
-Crop: TypeAlias = tuple[tuple[int, int], int, Box]
 
 
 @dataclass
@@ -235,26 +227,6 @@ def synthetic_images(count: int, size: int) -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((size * 8 // 7, size), Image.Resampling.BICUBIC) for pixels in noise]
 
 
-def first_images(source: ImageSource, count: int) -> list[Image.Image]:
-    """Read the first ``count`` images that decode, or fewer.
-
-    Raises:
-        RecipeError: None does.
-    """
-    images = [image for _, image in islice(_decode_all(source), count)]
-    if not images:
-        raise RecipeError("data: none of the images can be read.")
-    return images
-
-
-def _decode_all(source: ImageSource) -> Iterator[tuple[int, Image.Image]]:
-    for index in range(len(source)):
-        try:
-            yield index, source.decode(source.content(source.row(index)))
-        except ImageDecodeError:
-            continue
-
-
 def time_steps(sides: dict[str, Side], dtype: str, repeats: int) -> dict[str, Any]:
     """Time steps of both sides in turn, after one of each that does not count.
 
@@ -325,74 +297,3 @@ def _process_peak(recipe: Recipe, batch_size: int, dtype: str, threads: int) -> 
     side.create_optimizer_state()
     side.step(dtype)
     return (resident_peak() - before) / MIB
-
-
-class _CropRecorder:
-    """Takes the place of an image of ``size`` and notes which crops are cut."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-        self.crops: list[Crop] = []
-
-    def resize(self, size: tuple[int, int], resample: int, box: Box) -> np.ndarray:
-        """Note the crop, and return black pixels."""
-        self.crops.append((size, resample, box))
-        return np.zeros((size[1], size[0], 3), dtype=np.uint8)
-
-
-def plain_crops(dataset: ImageViewDataset, count: int) -> tuple[list[tuple[int, int]], list[tuple[bytes, list[Crop]]]]:
-    """List the first ``count`` images as keys of ``dataset``, and the same as bytes with the crops of epoch 0.
-
-    Left out are images that do not decode, and those turned by their EXIF block, which a plain loop would ignore.
-    """
-    keys, plain = [], []
-    for index, image in islice(_decode_all(dataset.source), count):
-        content = dataset.source.content(dataset.source.row(index))
-        with Image.open(BytesIO(content)) as stored:
-            if stored.size != image.size:
-                continue
-        recorder, rng = _CropRecorder(image.size), sample_generator(dataset.seed, 0, index)
-        dataset.pipeline.crop(Item((recorder,)), rng)  # type: ignore[arg-type]
-        keys.append((0, index))
-        plain.append((content, recorder.crops))
-    return keys, plain
-
-
-def time_loader(dataset: ImageViewDataset, num_images: int, repeats: int, batch_size: int) -> dict[str, Any]:
-    """Time the loader in this process, one thread, beside a plain loop that cuts the same crops.
-
-    The loader reads rows, decodes, draws, crops and collates. The plain loop has bytes and boxes ready and does no more
-    than ``Image.open``, ``convert``, ``resize`` and ``numpy.asarray``: it bounds what a loader can reach.
-
-    Returns:
-        ``images``; ``loader`` and ``plain`` in images per second by the clock, ``cpu_loader`` and ``cpu_plain`` of
-        processor time (medians); ``ratio`` and ``cpu_ratio``, loader over plain, medians of the repeats.
-    """
-    keys, plain = plain_crops(dataset, num_images)
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=ViewCollator(dataset.pipeline))
-
-    def read_all() -> None:
-        for _ in loader:
-            pass
-
-    def plain_loop() -> None:
-        for content, crops in plain:
-            image = Image.open(BytesIO(content)).convert("RGB")
-            for size, resample, box in crops:
-                np.asarray(image.resize(size, resample, box))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        runs = take_turns(
-            {"loader": lambda: measure_seconds(read_all), "plain": lambda: measure_seconds(plain_loop)}, repeats
-        )
-    finally:
-        torch.set_num_threads(threads)
-    result: dict[str, Any] = {"images": len(keys)}
-    for prefix, key in (("", "wall"), ("cpu_", "cpu")):
-        for name, rounds in runs.items():
-            result[f"{prefix}{name}"] = len(keys) / median(seconds[key] for seconds in rounds)
-        pairs = zip(runs["plain"], runs["loader"], strict=True)
-        result[f"{prefix}ratio"] = median(without[key] / own[key] for without, own in pairs)
-    return result

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .depth import as_bytes, read_planes, read_wide_values, to_eight_bits
 from .errors import ImageDecodeError, explain_decode_errors
+from .jpeg import decode_plain_jpeg
 from .metadata import count_bands, find_transposition, strip_metadata
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Decoding",
     "ImageDecodeError",
     "decode_image",
+    "decode_pixels",
     "find_used_range",
     "open_image",
     "read_file",
@@ -50,6 +52,8 @@ class Decoding:
         value_range: Which stored values become black and white, in images of more than 8 bits per band. "full": the
             whole range of the type; "auto": each image's own smallest and largest value; (a, b): these two.
         max_pixels: Images of more pixels are refused, as a small file may hold a picture that fills the memory.
+        fast: Whether simplejpeg decodes plain JPEG files where it is installed, to the same pixels as Pillow. Only
+            measurements switch it off.
 
     Raises:
         ValueError: A value means nothing.
@@ -57,6 +61,7 @@ class Decoding:
 
     value_range: str | tuple[float, float] = "full"
     max_pixels: int = MAX_PIXELS
+    fast: bool = True
 
     def __post_init__(self) -> None:
         """Check both, and keep a range as a tuple."""
@@ -104,23 +109,14 @@ def decode_image(data: Any, decoding: Decoding = AS_STORED) -> Image.Image:
         ImageDecodeError: Missing, truncated, too large, or not an image that is read.
         MemoryError: There is not enough memory for it, which is not the image's fault.
     """
-    try:
-        data = _content(data)
-        return _decode(data, decoding)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever a broken header led them into.
-        bare = strip_metadata(data) if isinstance(data, bytes) else None
-        if bare is not None:
-            try:
-                return _decode(bare, decoding)
-            except MemoryError:
-                raise
-            except Exception as again:  # The pixels are broken, too: the first error is told.
-                error.__context__ = again
-        if isinstance(error, ImageDecodeError):
-            raise
-        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
+    decoded = _decode_any(data, decoding)
+    return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+
+
+def decode_pixels(data: Any, decoding: Decoding = AS_STORED) -> np.ndarray:
+    """Decode one image as ``decode_image`` does, to an array of its own: uint8 (H, W, 3)."""
+    decoded = _decode_any(data, decoding)
+    return decoded if isinstance(decoded, np.ndarray) else np.array(decoded)
 
 
 def open_image(data: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -210,8 +206,32 @@ def _content(data: Any) -> bytes | Image.Image | np.ndarray:
     )
 
 
-def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image.Image:
+def _decode_any(data: Any, decoding: Decoding) -> Image.Image | np.ndarray:
+    """Decode as ``decode_image`` says, to what costs nothing more: an RGB image, or uint8 (H, W, 3)."""
+    try:
+        data = _content(data)
+        return _decode(data, decoding)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken header led them into.
+        bare = strip_metadata(data) if isinstance(data, bytes) else None
+        if bare is not None:
+            try:
+                return _decode(bare, decoding)
+            except MemoryError:
+                raise
+            except Exception as again:  # The pixels are broken, too: the first error is told.
+                error.__context__ = again
+        if isinstance(error, ImageDecodeError):
+            raise
+        raise ImageDecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image.Image | np.ndarray:
     image = _open_encoded(data, decoding.max_pixels) if isinstance(data, bytes) else open_image(data)
+    if decoding.fast and isinstance(data, bytes) and (pixels := decode_plain_jpeg(data, image)) is not None:
+        turned = find_transposition(image) if {"exif", "xmp"} & image.info.keys() else None
+        return pixels if turned is None else Image.fromarray(pixels).transpose(turned)
     if image.mode == "RGB" and image.format in _EXIF_IN_HEADER and "exif" not in image.info:
         image.load()
         if "xmp" not in image.info and "transparency" not in image.info:

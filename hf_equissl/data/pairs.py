@@ -66,7 +66,7 @@ class ColumnPairs(Pairs):
     ) -> Item:
         """Decode one pair; nothing is drawn."""
         content = source.content(row) if content is None else content
-        images = tuple(source.decode(each) for each in (content, source.content(row, source.more[SECOND])))
+        images = tuple(source.decode_pixels(each) for each in (content, source.content(row, source.more[SECOND])))
         parameters: dict[str, float] = {}
         for column, names in self.columns.items():
             numbers = _numbers(row[column])

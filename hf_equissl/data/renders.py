@@ -56,7 +56,7 @@ class RenderedPairs(Pairs):
         folder = (source.root or Path()) / PurePosixPath(row[source.image_column]).parent
         numbers = rng.choice(self.views, size=2, replace=False)
         try:
-            images = tuple(source.decode(read_file(folder / f"image_{number}.jpg")) for number in numbers)
+            images = tuple(source.decode_pixels(read_file(folder / f"image_{number}.jpg")) for number in numbers)
             first, second = (read_latents(folder, number) for number in numbers)
         except (OSError, ImageSourceError) as error:
             raise ImageDecodeError(str(error)) from error

@@ -20,7 +20,7 @@ from ..utils.files import expand_home
 from ..utils.redaction import redact
 from ..views.base import Item
 from .columns import find_image_column, find_more_columns, read_columns
-from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, open_image, read_file
+from .decoding import AS_STORED, MAX_PIXELS, Decoding, decode_image, decode_pixels, open_image, read_file
 from .errors import ImageDecodeError, ImageSourceError, explain_decode_errors
 from .image_folders import decode_path, show_name
 from .labels import find_label_column, number_labels
@@ -155,6 +155,14 @@ class ImageSource:
         """
         return decode_image(content, self.decoding)
 
+    def decode_pixels(self, content: bytes) -> np.ndarray:
+        """Decode what ``content`` returned as ``decode`` does, to an array uint8 (H, W, 3).
+
+        Raises:
+            ImageDecodeError: It does not decode.
+        """
+        return decode_pixels(content, self.decoding)
+
     def item(self, row: Mapping[str, Any], rng: np.random.Generator, content: bytes | None = None) -> Item:
         """Decode what views are made of. Sources whose items are pairs draw here which ones.
 
@@ -169,7 +177,7 @@ class ImageSource:
         if self.pairs is not None:  # which may read other images than the row's own
             return self.pairs.item(self, row, rng, content)
         content = self.content(row) if content is None else content
-        return Item((self.decode(content),), label=self.label(row))
+        return Item((self.decode_pixels(content),), label=self.label(row))
 
     def label(self, row: Mapping[str, Any]) -> int | None:
         """Return a row's class, ``None`` where it has none."""

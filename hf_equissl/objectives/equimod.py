@@ -54,7 +54,7 @@ class UnaugmentedImage(ViewMaker):
                 f"{len(item.images)} at a time. Choose another equivariance objective."
             )
         pixels, _ = crop_views(item.images, PIPELINES["center"].views[:1], self.settings.image_size, rng)
-        return {"pixels": torch.from_numpy(pixels[0]).permute(2, 0, 1)}
+        return {"pixels": pixels[0]}
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Sequence[Tensor], Any]:
         """Return one view (B, 3, S, S)."""

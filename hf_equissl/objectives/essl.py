@@ -44,7 +44,7 @@ class FourRotations(ViewMaker):
         """Draw colours and cut one crop: ``draws`` (n,), ``pixels`` uint8 (3, s, s)."""
         draws = torch.from_numpy(rng.random(len(VIEW_DRAWS), dtype=np.float32))
         pixels, _ = crop_views(item.images[:1], (self.spec,), self.size, rng)
-        return {"draws": draws, "pixels": torch.from_numpy(pixels[0]).permute(2, 0, 1)}
+        return {"draws": draws, "pixels": pixels[0]}
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Sequence[Tensor], Any]:
         """Colour the crops and turn them: four views (B, 3, s, s)."""

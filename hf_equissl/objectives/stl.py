@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..distributed.collectives import world_size
 from ..views.augmentation import VIEW_DRAWS, augment
-from ..views.cropping import RESAMPLING, crop_views
+from ..views.cropping import crop_views, resize_box, to_pixels
 from ..views.makers import ViewMaker, ViewSettings
 from ..views.needs import ExtraViews, Needs
 from .base import Features, LossOutput, Objective, Reach
@@ -63,7 +62,9 @@ class PairedViews(ViewMaker):
             )
         size, views = self.settings.image_size, self.settings.spec.views
         draws = torch.from_numpy(rng.random((len(views), len(VIEW_DRAWS)), dtype=np.float32))
-        image = item.images[0].resize((size, size), RESAMPLING[views[0].interpolation])
+        pixels, image = to_pixels(item.images[0]), np.empty((size, size, 3), dtype=np.uint8)
+        height, width = pixels.shape[:2]
+        resize_box(pixels, (0, 0, width, height), views[0].interpolation, image)
         return {"draws": draws, "seed": int(rng.integers(1 << 63)), "image": image}
 
     def collate(self, own: Sequence[dict[str, Any]], samples: Any, rng: np.random.Generator) -> dict[str, Any]:
@@ -72,15 +73,14 @@ class PairedViews(ViewMaker):
         The last one of an odd number of images, which no training has, is a pair of its own.
         """
         views, size = self.settings.spec.views, self.settings.image_size
-        pixels = np.empty((len(own), len(views), size, size, 3), dtype=np.uint8)
-        draws = []
+        pixels, draws = [], []
         for number, mine in enumerate(own):
             first = own[number - number % 2]
-            image: Image.Image = mine["image"]
             boxes = np.random.default_rng(first["seed"])
-            pixels[number], _ = crop_views((image,) * len(views), views, size, boxes)
+            crops, _ = crop_views((mine["image"],) * len(views), views, size, boxes)
+            pixels.append(crops.permute(0, 2, 3, 1))
             draws.append(torch.where(self.shared, first["draws"], mine["draws"]))
-        return {"draws": torch.stack(draws), "pixels": torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)}
+        return {"draws": torch.stack(draws), "pixels": torch.stack(pixels).permute(0, 1, 4, 2, 3)}
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Sequence[Tensor], Any]:
         """Colour the crops: one tensor (B, 3, S, S) per view."""

@@ -17,11 +17,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..data.jpeg import name_decoder
 from ..utils.coercion import check_arguments
 from ..utils.devices import describe_cpu, describe_device
 from ..utils.files import write_text
 from ..utils.redaction import drop_secrets, redact
 from ..utils.versions import library_versions
+from ..views.cropping import RESIZER
 from .arguments import EquiSSLTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -35,7 +37,7 @@ class SettingChange:
 
     Attributes:
         step: Optimizer steps that were taken before.
-        setting: A training argument, or "steps": at how many the run ends.
+        setting: A training argument; or "steps": at how many the run ends; or "resizer": what resizes crops.
         before, after: Its values.
     """
 
@@ -78,6 +80,8 @@ class RunRecord:
         finished: End of the last step, or ``None``: still running, or stopped on the way.
         preempted: When a signal stopped it, or ``None``: it goes on, or ended in another way.
         changes: Settings that changed on the way, by step; all others are those of every step.
+        decoder: What decoded plain JPEG files, with its version; whichever it is, pixels are the same.
+        resizer: What resized crops; empty in records of versions that knew none but Pillow.
     """
 
     command: str
@@ -99,6 +103,8 @@ class RunRecord:
     preempted: str | None = None
     data_fingerprint: str = ""
     changes: tuple[SettingChange, ...] = ()
+    decoder: str = ""
+    resizer: str = ""
 
     def __post_init__(self) -> None:
         """Keep no secret that an address or a command holds: this is written down and published."""
@@ -243,6 +249,8 @@ def new_record(
         versions=library_versions(("accelerate",)),
         started=_now(),
         data_fingerprint=data_fingerprint,
+        decoder=name_decoder(),
+        resizer=RESIZER,
     )
 
 

@@ -16,6 +16,7 @@ from transformers.trainer import SCHEDULER_NAME
 from ..checkpoints import ARGUMENTS_FILE, Manifest
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecord, SettingChange
+from ..views.cropping import FORMER_RESIZER, RESIZER
 
 # Training arguments that a run keeps: the state in a checkpoint was made by them, or follows them piece by piece. They
 # say which images meet in which step, how and in what the optimizer keeps its state, what the teacher averages, and
@@ -57,7 +58,7 @@ TAKE_EFFECT = (
     "tf32",
     "torch_compile",
 )
-STEPS = "steps"
+STEPS, RESIZED_BY = "steps", "resizer"
 # The settings among those that the learning rate of the next step follows from.
 _OF_LEARNING_RATE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", STEPS)
 
@@ -86,9 +87,16 @@ def find_changes(checkpoint: str, args: EquiSSLTrainingArguments, steps: int | N
         for name, value in now.items()
         if name in before and before[name] != value
     ]
-    # Later changes concern steps that this start does not go on from.
     record = RunRecord.find(folder.parent)
-    earlier = [change for change in (record.changes if record else ()) if change.step < step]
+    if record is None:
+        return tuple(here)
+    # Later changes concern steps that this start does not go on from. Which arguments change at this one, the
+    # checkpoint says anew; of what resizes crops it says nothing.
+    resized = [change for change in record.changes if change.setting == RESIZED_BY]
+    earlier = [change for change in record.changes if change.step < step or (change.step == step and change in resized)]
+    before_resizer = next((change.before for change in resized if change.step > step), record.resizer)
+    if (before_resizer or FORMER_RESIZER) != RESIZER:
+        here.append(SettingChange(step, RESIZED_BY, before_resizer or FORMER_RESIZER, RESIZER))
     return (*earlier, *here)
 
 

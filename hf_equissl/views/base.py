@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 
@@ -19,13 +20,14 @@ class Item:
     """What a data set has under one key, decoded: what views are made of.
 
     Attributes:
-        images: RGB. One, of which all views are made; or one for each global view, in its order.
+        images: RGB, as arrays uint8 (H, W, 3) or PIL images. One, of which all views are made; or one for each global
+            view, in its order.
         parameters: Name -> number, of the transformation between the images; ``None`` where the data has none. A
             ``GivenFamily`` says which of them it takes.
         label: The class, if there is one.
     """
 
-    images: tuple[Image.Image, ...]
+    images: tuple[np.ndarray | Image.Image, ...]
     parameters: Mapping[str, float] | None = None
     label: int | None = None
 

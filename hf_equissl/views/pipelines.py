@@ -132,8 +132,9 @@ class ViewPipeline:
         Returns:
             ``draws`` float32 (num_draws,); ``global_crops`` uint8 (V, 3, S, S); ``crop_boxes`` float32 (V, 4), top,
             left, height, width as fractions of the image (before any flip); where there are any, ``local_crops``
-            uint8 (L, 3, s, s), ``mask_seed``, ``parameters`` (p,), ``label``; with further views ``extra``, what
-            their makers returned by name, and ``seed``. Pixels lie channels-last in memory, as PIL makes them.
+            uint8 (L, 3, s, s) with ``local_boxes`` (L, 4), ``mask_seed``, ``parameters`` (p,), ``label``; with further
+            views ``extra``, what their makers returned by name, and ``seed``. Pixels lie channels-last in memory, as
+            decoders make them.
 
         Raises:
             ValueError: Neither one image nor one per global view; or no parameters, where g is in the data.
@@ -141,13 +142,14 @@ class ViewPipeline:
         draws = rng.random(self.num_draws - self._more_draws, dtype=np.float32)
         sample: dict[str, Any] = {}
         if self.replacing is None:
-            pixels, boxes = crop_views(self._image_of_each_view(item), self.spec.views, self.image_size, rng)
-            sample["global_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            sample["crop_boxes"] = torch.from_numpy(boxes)
+            images = self._image_of_each_view(item)
+            sample["global_crops"], sample["crop_boxes"] = crop_views(images, self.spec.views, self.image_size, rng)
         if self.local is not None:
             count = self.local.count
-            pixels, _ = crop_views(item.images[:1] * count, (self.local.view,) * count, self.local.size, rng)
-            sample["local_crops"] = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            specs = (self.local.view,) * count
+            sample["local_crops"], sample["local_boxes"] = crop_views(
+                item.images[:1] * count, specs, self.local.size, rng
+            )
         # What follows is drawn last, so that masks and further views change no crop.
         if self.masks is not None:
             sample["mask_seed"] = int(rng.integers(1 << 63))
@@ -165,7 +167,7 @@ class ViewPipeline:
             sample["label"] = item.label
         return sample
 
-    def _image_of_each_view(self, item: Item) -> tuple[Image.Image, ...]:
+    def _image_of_each_view(self, item: Item) -> tuple[np.ndarray | Image.Image, ...]:
         views = len(self.spec.views)
         if len(item.images) not in (1, views):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from hf_equissl.checkpoints import Manifest
+from hf_equissl.data.jpeg import name_decoder
 from hf_equissl.hub.repository import build_repository
 from hf_equissl.pretraining.run_record import RunRecord
 from hf_equissl.recipes.recipe import Recipe
-from hf_equissl.running.changes import KEPT, TAKE_EFFECT
+from hf_equissl.running.changes import KEPT, TAKE_EFFECT, describe_changes, find_changes
 from hf_equissl.running.resume import Launch, find_checkpoint
 from hf_equissl.training import pretrain
 from hf_equissl.utils.suggestions import RecipeError
@@ -72,6 +74,24 @@ def test_the_same_settings_change_nothing(run: Path, tmp_path: Path) -> None:
     ours, theirs = (torch.load(folder / "checkpoint-4" / "optimizer.pt") for folder in (output, run))
     assert ours["param_groups"] == theirs["param_groups"]
     assert RunRecord.load(output).changes == ()
+
+
+def test_crops_that_another_library_resized_are_told(run: Path, tmp_path: Path) -> None:
+    output = half_way(run, tmp_path / "run")
+    recipe = Recipe.load(run.parent / "tiny.yaml", {"data.source": Recipe.load(run / "recipe.yaml").data["source"]})
+    checkpoint, args = str(output / "checkpoint-2"), recipe.build_training_arguments(str(output))
+    record = RunRecord.load(run)
+    assert record.resizer == "torch"
+    assert record.decoder == name_decoder()
+    assert find_changes(checkpoint, args, 4) == ()
+    replace(record, resizer="", decoder="").save(output)  # of a version that resized with Pillow
+    (change,) = changes = find_changes(checkpoint, args, 4)
+    assert change.text == 'after step 2 resizer is "torch" instead of "Pillow"'
+    assert f"note: {change.text}" in describe_changes(changes, checkpoint, args)
+    replace(record, changes=changes).save(output)  # it was stopped before the next checkpoint
+    assert find_changes(checkpoint, args, 4) == changes
+    replace(record, changes=(replace(change, step=3),)).save(output)  # it goes on from an earlier one
+    assert find_changes(checkpoint, args, 4) == changes
 
 
 def test_other_settings_take_effect_and_are_recorded(

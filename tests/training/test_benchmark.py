@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_equissl.benchmarking import loader
 from hf_equissl.benchmarking.overhead import (
     BASE,
     EQUIVARIANCE,
@@ -25,13 +26,14 @@ from hf_equissl.benchmarking.overhead import (
     both_recipes,
     build_sides,
     peak_memory,
-    plain_crops,
     synthetic_images,
 )
 from hf_equissl.benchmarking.timing import take_turns
 from hf_equissl.data import ImageViewDataset
+from hf_equissl.data.jpeg import name_decoder
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.training import benchmark
+from hf_equissl.views.cropping import resize_box
 
 TINY = """
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32,
@@ -67,7 +69,7 @@ def test_report(path: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.C
     words += ["--dtype", "fp32", "bf16"]
     assert benchmark.main(words) == 0
     printed = capsys.readouterr().out
-    for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most half, +7.35 %", "loader / plain", "threads: 1"):
+    for text in (*PARTS, *SIDES, "fp32, ms", "bf16, ms", "aim: at most half, +7.35 %", "against plain", "threads: 1"):
         assert text in printed
 
     text = (tmp_path / "out" / "benchmark.json").read_text()
@@ -79,8 +81,36 @@ def test_report(path: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.C
     assert report["settings"]["batch_size"] == 4
     for dtype in ("fp32", "bf16"):
         check_timing(report["steps"][dtype], repeats=2)
-    assert report["loader"]["images"] == 8
-    assert all(report["loader"][key] > 0 for key in ("loader", "plain", "ratio", "cpu_loader", "cpu_plain"))
+    check_loader(report["loader"], images=8, repeats=2)
+
+
+def check_loader(timing: dict[str, Any], images: int, repeats: int) -> None:
+    assert timing["images"] == images
+    assert timing["decoder"] == name_decoder()
+    assert set(timing["parts"]) == {*loader.PARTS, *loader.PLAIN_PARTS}
+    assert all(timing["parts"][name] > 0 for name in (loader.READ, loader.DECODE, loader.RESIZE, loader.COLLATE))
+    loaders = [loader.LOADER] + [loader.LOADER_PILLOW] * timing["decoder"].startswith("simplejpeg")
+    for prefix in ("", "cpu_"):
+        assert all(timing[f"{prefix}rates"][name] > 0 for name in (*loaders, loader.PLAIN))
+        assert [len(ratios) for ratios in timing[f"{prefix}ratios"].values()] == [repeats] * len(loaders)
+
+
+def test_the_loader_alone(tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a recipe with local crops and without an equivariance objective; of JPEG files, whose decoder is named."""
+    file, photos = tmp_path / "ibot.yaml", tmp_path / "photos"
+    file.write_text(IBOT)
+    photos.mkdir()
+    for path in sorted(photo_folder.iterdir())[:6]:
+        Image.open(path).save(photos / f"{path.stem}.jpg")
+    words = ["--recipe", str(file), "--loader_only", "--loader_images", "4", "--repeats", "3", "--batch_size", "3"]
+    words += ["--objectives.equivariance", "[]", "--views.transformation", "null"]
+    assert benchmark.main([*words, "--data", str(photos), "--output_dir", str(tmp_path / "out")]) == 0
+    assert f"4 images; {name_decoder()}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    check_loader(report["loader"], images=4, repeats=3)
+    assert report["settings"]["images"] == "photos"
+    assert benchmark.main(words) == 2
+    assert "name them with --data" in capsys.readouterr().err
 
 
 def check_timing(timing: dict[str, Any], repeats: int) -> None:
@@ -178,16 +208,23 @@ sweep:
     assert "--only chooses systems of a sweep" in capsys.readouterr().err
 
 
-def test_the_plain_loop_cuts_the_same_crops(path: Path, photo_folder: Path) -> None:
-    recipe = Recipe.load(path, {"data.source": str(photo_folder)})
-    sides = build_sides(both_recipes(recipe), 2, torch.device("cpu"), synthetic_images(2, 32))
-    dataset = ImageViewDataset(recipe.build_source(), sides[FULL].pipeline, seed=3)
-    keys, plain = plain_crops(dataset, 4)
+def test_the_plain_loop_cuts_the_same_crops(tmp_path: Path, photo_folder: Path) -> None:
+    file = tmp_path / "ibot.yaml"
+    file.write_text(IBOT)
+    recipe = Recipe.load(file, {"data.source": str(photo_folder)})
+    dataset = ImageViewDataset(recipe.build_source(), recipe.build_pipeline(loader.find_needs(recipe)), seed=3)
+    keys, plain = loader.plain_crops(dataset, 4)
     assert keys == [(0, index) for index in range(4)]
     for key, (content, crops) in zip(keys, plain, strict=True):
-        image = Image.open(BytesIO(content)).convert("RGB")
-        expected = np.stack([np.asarray(image.resize(size, resample, box)) for size, resample, box in crops])
-        np.testing.assert_array_equal(dataset[key]["global_crops"].permute(0, 2, 3, 1).numpy(), expected)
+        pixels, expected = np.array(Image.open(BytesIO(content)).convert("RGB")), []
+        for size, interpolation, box in crops:
+            expected.append(np.empty((size, size, 3), dtype=np.uint8))
+            resize_box(pixels, box, interpolation, expected[-1])
+        sample = dataset[key]
+        found = [crop for name in ("global_crops", "local_crops") for crop in sample[name].permute(0, 2, 3, 1).numpy()]
+        assert len(found) == len(expected) > 2
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_take_turns_alternates_and_drops_the_first_round() -> None:
