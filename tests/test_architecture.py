@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
         "distributed",
         "evaluation",
         "objectives",
+        "planning",
         "pretraining",
         "recipes",
         "running",

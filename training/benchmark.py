@@ -32,7 +32,7 @@ with one thread the ratio of processor times stays good.
 examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --data ./photos --output_dir runs/benchmark
   python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
-  python training/benchmark.py --recipe vits16_dinov2_se2 --data ./photos --loader_only
+  python training/benchmark.py --recipe vits16_ibot_se2 --data ./photos --loader_only
   python training/benchmark.py --recipe cifar10_systems --only vicreg_rot sie_all moco_v3_essl
 """
 
@@ -87,7 +87,7 @@ def _measure_loader(overrides: dict[str, Any], options: argparse.Namespace) -> d
 
     recipe = load_recipe(options.recipe, overrides)
     pipeline = recipe.build_pipeline(find_needs(recipe))
-    report = {
+    report: dict[str, Any] = {
         "recipe": recipe.name,
         "settings": {"repeats": options.repeats, "images": Path(options.data).name},
         "environment": environment(torch.device("cpu")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ RESAMPLING = {name.lower(): Image.Resampling[name] for name in Image.Resampling.
 RESIZER, FORMER_RESIZER = "torch", "Pillow"
 # Filters that torch has for uint8 with antialiasing, several times as fast as Pillow's. ``F.interpolate`` calls the same;
 # with ``out`` the result lands in its place, channels last, without memory of its own and a copy.
-_TORCH_RESIZE = {
+_TORCH_RESIZE: dict[str, Callable[..., Tensor]] = {
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
 }
