@@ -22,8 +22,8 @@ RESAMPLING = {name.lower(): Image.Resampling[name] for name in Image.Resampling.
 
 # What resizes views, for records. Until it was torch, it was Pillow.
 RESIZER, FORMER_RESIZER = "torch", "Pillow"
-# Filters that torch has for uint8 with antialiasing, several times as fast as Pillow's. ``F.interpolate`` calls the same;
-# with ``out`` the result lands in its place, channels last, without memory of its own and a copy.
+# Filters that torch has for uint8 with antialiasing, several times as fast as Pillow's. ``F.interpolate`` calls the
+# same; with ``out`` the result lands in its place, channels last, without memory of its own and a copy.
 _TORCH_RESIZE: dict[str, Callable[..., Tensor]] = {
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
