@@ -119,14 +119,16 @@ class FrozenEncoder:
     def _setting(self, name: str) -> Any:
         return getattr(getattr(self.module, "config", self.module), name, None)
 
-    def _patch_size(self) -> int | None:
+    @property
+    def patch_size(self) -> int | None:
+        """Side of the encoder's patches in pixels; ``None`` where its config does not say."""
         size = self._setting("patch_size")
         size = size[0] if isinstance(size, (list, tuple)) else size
         return size if isinstance(size, int) else None
 
     def _check_patches(self) -> None:
         """Refuse a chosen size that patches do not fill; the encoder's own size is its maker's business."""
-        patch = self._patch_size()
+        patch = self.patch_size
         if patch and self.image_size % patch and self.image_size not in _sides(self._setting("image_size")):
             lower = self.image_size // patch * patch
             near = f"{lower} or {lower + patch}" if lower else f"{patch}"
@@ -283,7 +285,7 @@ class FrozenEncoder:
                 raise ValueError(
                     f"{self.name} gives {len(states)} hidden states, and layers {list(layers)} were asked for."
                 )
-            patch = self._patch_size()
+            patch = self.patch_size
             found = [as_map(states[layer], pixel_values.shape[-2:], patch, self.name).float() for layer in layers]
         self.check_finite(extremes({str(position): value for position, value in enumerate(found)}))
         return found
@@ -323,7 +325,7 @@ class FrozenEncoder:
 
     def _num_patches(self, pixel_values: Tensor) -> int | None:
         """Count the patches of such an image; ``None`` for an encoder without a patch size."""
-        patch = self._patch_size()
+        patch = self.patch_size
         rows, columns = pixel_values.shape[-2:]
         return (rows // patch) * (columns // patch) if patch else None
 

@@ -23,6 +23,7 @@ __all__ = [
     "Evaluator",
     "ImageSet",
     "KNNEvaluator",
+    "LabelPropagationEvaluator",
     "LayerwiseEquivarianceEvaluator",
     "LieDerivativeEvaluator",
     "LinearEvaluator",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .equivariance import EquivarianceEvaluator, LayerwiseEquivarianceEvaluator
     from .images import ImageSet
     from .knn import KNNEvaluator
+    from .label_propagation import LabelPropagationEvaluator
     from .lie_derivative import LieDerivativeEvaluator
     from .linear import LinearEvaluator
     from .linear_protocols import DINOv2LinearEvaluator, SERLinearEvaluator
@@ -83,6 +85,7 @@ __getattr__, __dir__ = import_when_used(
         "Evaluator": "base",
         "ImageSet": "images",
         "KNNEvaluator": "knn",
+        "LabelPropagationEvaluator": "label_propagation",
         "LayerwiseEquivarianceEvaluator": "equivariance",
         "LieDerivativeEvaluator": "lie_derivative",
         "LinearEvaluator": "linear",

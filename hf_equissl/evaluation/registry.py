@@ -31,6 +31,7 @@ EVALUATORS: Registry[Evaluator] = Registry(
         "corruptions": Later(f"{__package__}.corruptions", "CorruptionsEvaluator", options=()),
         "knn": Later(f"{__package__}.knn", "KNNEvaluator", options=(CLASS_FEATURES,)),
         "effective_rank": Later(f"{__package__}.effective_rank", "EffectiveRankEvaluator", options=(CLASS_FEATURES,)),
+        "label_propagation": Later(f"{__package__}.label_propagation", "LabelPropagationEvaluator", options=()),
         "rendered_class": Later(f"{__package__}.three_die_bench", "RenderedClassEvaluator", options=()),
         "rendered_pose": Later(f"{__package__}.three_die_bench", "RenderedPoseEvaluator", options=()),
         "rendered_prediction": Later(f"{__package__}.rendered_prediction", "RenderedPredictionEvaluator", options=()),
