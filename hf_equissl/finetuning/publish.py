@@ -92,9 +92,12 @@ def publish(
         )
         lines.append(f"The merged model lies in {folder}.")
     if push_to_hub and repo_id is not None:
+        from ..hub.benchmarks import write_eval_results
         from ..hub.push import push_repository
 
-        write_card(folder, run.description, load_records(folder / RESULTS), name=repo_id, licence=licence)
+        records = load_records(folder / RESULTS)
+        write_card(folder, run.description, records, name=repo_id, licence=licence)
+        write_eval_results(records, repo_id, folder)
         if licence is not None and licence.copy is not None:
             shutil.copyfile(licence.copy, folder / LICENCE_FILE)
         info = push_repository(folder, repo_id, private=private)

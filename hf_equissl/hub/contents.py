@@ -22,6 +22,8 @@ from ..utils.redaction import find_secret, find_secret_in, read_json_lines
 
 logger = logging.getLogger(__name__)
 CARD, RESULTS = "README.md", "results.json"
+# Where the Hub looks for results on its benchmarks, and how ours are called: others may have added theirs.
+EVAL_RESULTS, OWN_EVAL_RESULTS = ".eval_results", "equissl"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROCESSOR = "preprocessor_config.json"
@@ -41,7 +43,7 @@ class PublishError(ValueError):
 
 
 def list_files(directory: str | Path) -> dict[str, Path]:
-    """List the files of a folder: path in the repository -> file, without hidden files and folders, in order.
+    """List the files of a folder: path in the repository -> file, in order; of hidden ones only results on benchmarks.
 
     Raises:
         PublishError: A link leads out of the folder.
@@ -50,7 +52,7 @@ def list_files(directory: str | Path) -> dict[str, Path]:
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
+        if any(part.startswith(".") for part in name.split("/")) and not _is_eval_result(name):
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise PublishError(
@@ -62,12 +64,17 @@ def list_files(directory: str | Path) -> dict[str, Path]:
     return files
 
 
+def _is_eval_result(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return folder == EVAL_RESULTS and file.endswith(".yaml") and not file.startswith(".")
+
+
 def list_published(directory: str | Path) -> dict[str, Path]:
     """List what is uploaded: path in the repository -> file, in order.
 
-    That is the card with its pictures (those that it shows, and figures), results and licence; and of each model, at
-    the root or in a folder, what its config names: weights, code, image processor, description, recipe. Other files
-    stay.
+    That is the card with its pictures (those that it shows, and figures), results, also those on benchmarks, and
+    licence; and of each model, at the root or in a folder, what its config names: weights, code, image processor,
+    description, recipe. Other files stay.
 
     Raises:
         PublishError: As ``list_files``; or a config is not readable.
@@ -76,6 +83,7 @@ def list_published(directory: str | Path) -> dict[str, Path]:
     named = set(_OF_ROOT)
     if CARD in files:
         named |= set(_pictures(files[CARD].read_text(encoding="utf-8", errors="replace")))
+    named |= set(filter(_is_eval_result, files))
     named |= {name for name in files if name.startswith("figures/") and PurePosixPath(name).suffix in _PICTURES}
     for folder in model_folders(files):
         named |= {f"{folder}/{name}".lstrip("/") for name in _list_model_files(files, folder)}

@@ -306,7 +306,7 @@ def _card_head(kind: str, source: str, path: Path, public: bool, revision: str |
     """Read the head of the card beside weights or data; empty where there is none that can be read."""
     from huggingface_hub import metadata_load
 
-    card = _fetch(kind, source, CARD, revision) if public else path / CARD
+    card = fetch_file(kind, source, CARD, revision) if public else path / CARD
     try:
         return metadata_load(card) or {} if card is not None and card.is_file() else {}
     except Exception:  # whatever a stranger's YAML makes the parser raise
@@ -316,13 +316,13 @@ def _card_head(kind: str, source: str, path: Path, public: bool, revision: str |
 def _copy_of(source: str, path: Path, public: bool, revision: str | None) -> str | None:
     """Find the text of a licence beside weights."""
     for name in _LICENCE_FILES:
-        found = _fetch("weights", source, name, revision) if public else path / name
+        found = fetch_file("weights", source, name, revision) if public else path / name
         if found is not None and found.is_file():
             return str(found)
     return None
 
 
-def _fetch(kind: str, source: str, name: str, revision: str | None) -> Path | None:
+def fetch_file(kind: str, source: str, name: str, revision: str | None) -> Path | None:
     """Fetch a small file from the Hub, or from its cache; ``None`` where it cannot be had."""
     from huggingface_hub import hf_hub_download
 

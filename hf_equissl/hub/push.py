@@ -31,7 +31,15 @@ from ..utils.files import readable_size
 from ..utils.hub_waits import limit_waiting
 from ..utils.redaction import redact
 from ..utils.versions import library_versions
-from .contents import CARD, CONFIG, PublishError, list_left_behind, list_published
+from .contents import (
+    CARD,
+    CONFIG,
+    EVAL_RESULTS,
+    OWN_EVAL_RESULTS,
+    PublishError,
+    list_left_behind,
+    list_published,
+)
 from .publishable import check_licence, check_publishable
 
 _SHOWN = 5  # files that a warning names
@@ -42,7 +50,7 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         CONFIG,
         ("*config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "*_equissl.py"),
     ),
-    "the card": (CARD, (CARD, "results.json")),
+    "the card": (CARD, (CARD, "results.json", f"{EVAL_RESULTS}/{OWN_EVAL_RESULTS}-*")),
     "native/": ("native/*", ("native/*",)),
     "pretraining/": ("pretraining/*", ("pretraining/*",)),
     "figures/": ("figures/*", ("figures/*",)),

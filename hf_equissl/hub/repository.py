@@ -22,6 +22,7 @@ from ..pretraining.model import EquiSSLForPreTraining
 from ..utils.files import move_into_place, write_text
 from ..utils.load_errors import explain_load_errors
 from ..utils.strict_yaml import dump_yaml
+from .benchmarks import write_eval_results
 from .card.figures import draw_figures
 from .card.snippets import run_snippets, snippets
 from .card.text import CardFacts, public_recipe, render_card
@@ -100,6 +101,7 @@ def build_repository(
         built += ["figures"] if figures else []
         if records:
             save_records(records, staging / RESULTS_FILE)
+            write_eval_results(records, repo_id, staging)
         if licence.copy is not None:
             shutil.copyfile(licence.copy, staging / LICENCE_FILE)
         if "card" in parts:
