@@ -47,6 +47,9 @@ tasks:
                          Options: hidden_size, queries, decoder_layers, classes, box_format, layers
   instance_segmentation  masks and the boxes around them, of the same folders, with polygons or run-length codes.
                          Options: hidden_size, queries, decoder_layers, points, classes, layers
+  keypoints              key points of people in COCO's form, by heat maps; needs the extra coco.
+                         Options: simple, rotation, scaling, sigmas, layers
+  mpii_keypoints         the sixteen key points of MPII. Options: simple, rotation, scaling, layers
   semantic_segmentation  a class for every pixel: images/train/*.jpg with masks/train/*.png, val beside train, and
                          classes.json; or a data set with a column of masks and --set classes=150. Further options:
                          ignore_index, reduce_labels, mask_column, hidden_size, pyramid, layers

@@ -33,6 +33,9 @@ _TITLES = {
     "mask_ap": "mask AP",
     "mask_ap50": "mask AP50",
     "mce": "MCE",
+    "oks_ap": "OKS AP",
+    "oks_ap50": "OKS AP50",
+    "pckh": "PCKh@0.5",
     "rmse": "RMSE",
     "abs_rel": "AbsRel",
 }

@@ -24,7 +24,9 @@ TASKS: Registry[Task] = Registry(
         "detection": Later(f"{__package__}.detection", "DetectionTask"),
         "homography": Later(f"{__package__}.homography", "HomographyTask"),
         "instance_segmentation": Later(f"{__package__}.instance_segmentation", "InstanceSegmentationTask"),
+        "keypoints": Later(f"{__package__}.keypoints", "KeypointTask"),
         "linear_segmentation": Later(f"{__package__}.linear_segmentation", "LinearSegmentationTask"),
+        "mpii_keypoints": Later(f"{__package__}.mpii_keypoints", "MpiiKeypointTask"),
         "semantic_segmentation": Later(f"{__package__}.segmentation", "SegmentationTask"),
     },
 )

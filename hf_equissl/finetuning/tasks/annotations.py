@@ -21,7 +21,7 @@ from .labelled_images import load_sources
 
 # Names of a column of objects, as ``datasets`` and its image folders have them.
 OBJECT_COLUMNS = ("objects", "annotations")
-_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ def load_annotations(
         return _from_column(settings, classes, box_format)
     given = settings.source_options
     decoding = Decoding(**{name: given[name] for name in ("value_range", "max_pixels") if name in given})
-    wanted = _split_of(settings.train_split, files, root)
+    wanted = split_of(settings.train_split, files, root)
     train = _CocoFile(files[wanted], root, wanted)
     if settings.test_split is not None:
-        name: str | None = _split_of(settings.test_split, files, root)
+        name: str | None = split_of(settings.test_split, files, root)
     else:
-        name = next((split for split in map(_standard, TEST_SPLITS) if split in files and split != wanted), None)
+        name = next((split for split in map(standard_split, TEST_SPLITS) if split in files and split != wanted), None)
     categories = train.categories()
     test = None
     if name is not None:
@@ -103,7 +103,7 @@ def _find_files(root: Path, prefix: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in named or files:
         words = [file.stem.lower(), file.parent.name.lower() if file.parent != root else ""]
-        split = next((_SPLITS[name] for word in words for name in _SPLITS if name in word), "train")
+        split = next((SPLIT_WORDS[name] for word in words for name in SPLIT_WORDS if name in word), "train")
         if split in found:
             raise ValueError(
                 f"{root}: both {found[split].relative_to(root)} and {file.relative_to(root)} hold annotations of the "
@@ -121,15 +121,21 @@ def _looks_like_coco(file: Path) -> bool:
     return start.lstrip().startswith(b"{") and any(name in start for name in names)
 
 
-def _standard(name: str) -> str:
-    return _SPLITS.get(name, name)
+def standard_split(name: str) -> str:
+    """Return the one name of a split that has several."""
+    return SPLIT_WORDS.get(name, name)
 
 
-def _split_of(name: str, files: Mapping[str, Path], root: Path) -> str:
-    if _standard(name) not in files:
-        hint = did_you_mean(_standard(name), files)
+def split_of(name: str, files: Mapping[str, Path], root: Path) -> str:
+    """Return the split of ``files`` that a user names.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if standard_split(name) not in files:
+        hint = did_you_mean(standard_split(name), files)
         raise ValueError(f"{root}: there is no split {name!r}.{hint} Splits: {', '.join(sorted(files))}.")
-    return _standard(name)
+    return standard_split(name)
 
 
 class _CocoFile:
@@ -229,7 +235,7 @@ class _CocoFile:
         """Find the folder of the images: beside the file, or called as the split or the end of the file's name."""
         first = str(self.content["images"][0]["file_name"]) if self.content["images"] else ""
         year = self.path.stem.rpartition("_")[2]
-        names = [year, self.split, *(short for short, long in _SPLITS.items() if long == self.split)]
+        names = [year, self.split, *(short for short, long in SPLIT_WORDS.items() if long == self.split)]
         places = [self.path.parent, self.root, self.root / "images"]
         places += [base / name for name in names for base in (self.root, self.root / "images")]
         found = next((place for place in places if first and (place / first).is_file()), None)

@@ -44,6 +44,7 @@ class DetectionTask(ObjectTask):
     )
     pipeline_tag = "object-detection"
     auto_class = "AutoModelForObjectDetection"
+    patch_size: int
 
     def __init__(
         self,
@@ -92,7 +93,8 @@ class DetectionTask(ObjectTask):
 
     def build(self, backbone_config: PreTrainedConfig, classes: Sequence[str]) -> nn.Module:
         """Make RT-DETR with random weights."""
-        self.patch_size = int(torch.as_tensor(backbone_config.patch_size).max())
+        encoder: Any = backbone_config
+        self.patch_size = int(torch.as_tensor(encoder.patch_size).max())
         pyramid = FeaturePyramidConfig(backbone_config=backbone_config, out_indices=list(LEVELS))
         width = self.hidden_size
         config = RTDetrConfig(
