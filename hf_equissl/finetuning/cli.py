@@ -52,7 +52,7 @@ tasks:
   mpii_keypoints         the sixteen key points of MPII. Options: simple, rotation, scaling, layers
   semantic_segmentation  a class for every pixel: images/train/*.jpg with masks/train/*.png, val beside train, and
                          classes.json; or a data set with a column of masks and --set classes=150. Further options:
-                         ignore_index, reduce_labels, mask_column, hidden_size, pyramid, layers
+                         ignore_index, reduce_labels, mask_column, hidden_size, pyramid, slide, layers
   linear_segmentation    the same by a linear map of patches, as DINOv2 measures frozen encoders
   Others can be registered (hf_equissl.finetuning.TASKS) in a module that --import names.
 """

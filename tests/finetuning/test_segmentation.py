@@ -25,6 +25,7 @@ from hf_equissl.finetuning.run import build_trainer
 from hf_equissl.finetuning.tasks.base import EncoderInput
 from hf_equissl.finetuning.tasks.masks import IGNORED, Labels
 from hf_equissl.finetuning.tasks.segmentation import SegmentationTask
+from hf_equissl.finetuning.tasks.windows import random_window, slide, window_starts
 from hf_equissl.finetuning.trainer import parameter_groups
 from hf_equissl.views.cropping import random_box
 
@@ -193,6 +194,81 @@ def test_it_learns_and_leaves_a_model_of_transformers(make: Any, shapes: Path, t
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "image-segmentation"
     assert 'segment = pipeline("image-segmentation"' in card.content
+
+
+def test_windows_cover_an_image_and_are_averaged() -> None:
+    # MMSegmentation's, for 512 pixels and a stride of 341.
+    assert window_starts(512, 512) == [0]
+    assert window_starts(683, 512) == [0, 171]
+    assert window_starts(1024, 512) == [0, 341, 512]
+    image = torch.randn(3, 20, 37, generator=torch.Generator().manual_seed(0))
+    # What a pixel says by itself is the same whatever windows it is in.
+    torch.testing.assert_close(slide(lambda windows: windows[:, :2] ** 2, image, 12), image[:2] ** 2)
+    # Of what depends on the window it is the mean: here windows [0, 12), [8, 20), [16, 28), [24, 36), [25, 37).
+    numbers = iter(range(10))
+
+    def number_each(windows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.full((1, 12, 12), float(next(numbers))) for _ in windows])
+
+    found = slide(number_each, image, 12)[0]
+    assert found[0, [0, 9, 13, 24, 25, 36]].tolist() == pytest.approx([0, 0.5, 1, 2.5, 3, 4])
+    assert found[10, 0] == pytest.approx(2.5)
+
+
+def test_windows_of_masks_are_those_of_images() -> None:
+    """As above, for windows at an image's own proportions; beyond the image is nothing that counts."""
+    mask = np.kron(np.random.default_rng(0).integers(0, 4, (4, 7)), np.ones((16, 16))).astype(np.int32)
+    sample = {"image": Image.fromarray(COLOURS[mask]), "mask": mask}
+    task = SegmentationTask(slide=True)
+    settings = FineTuningSettings(encoder="e", data="d", output_dir="o")
+    task.bind(settings, EncoderInput(48, (0.5,) * 3, (0.25,) * 3))
+    shares = []
+    for seed in range(20):
+        made = task.transform(sample, np.random.default_rng(seed))
+        beyond = made["mask"] == IGNORED
+        shares.append(beyond.float().mean().item())
+        assert not made["pixels"][:, beyond].any()
+        colours = made["pixels"].permute(1, 2, 0)[..., None, :].int() - torch.from_numpy(COLOURS).int()
+        clear = (colours.abs().amax(3).amin(2) < 8) & ~beyond
+        assert clear.float().mean() > 0.1, seed
+        assert torch.equal(colours.abs().amax(3).argmin(2)[clear], made["mask"].long()[clear]), seed
+    assert min(shares) == 0
+    assert 0.3 < max(shares) < 0.6  # at scale 0.5 half of the window is below the image, which is wider than high
+    one_class = np.zeros((40, 60), np.int32)
+    one_class[:, 30:] = 1
+    shares = []
+    for seed in range(40):
+        left, top, right, lower = random_window(one_class, np.random.default_rng(seed))
+        seen = one_class[round(top) : round(lower), round(left) : round(right)]
+        shares.append(seen.mean())
+    # Of windows that two classes share, 20 of 40 would be nearly all of one.
+    assert sum(0.2 < share < 0.8 for share in shares) > 34
+
+
+def test_sliding_windows_judge_test_images(make: Any, tmp_path: Path) -> None:
+    encoder = save(equissl(patch_size=4), tmp_path / "encoder")
+    settings = make(task="linear_segmentation", task_options={"slide": True}, epochs=2, learning_rate=2e-2)
+    run = prepare(replace(settings, encoder=encoder))
+    miou, _ = train(run)
+    assert miou.protocol["slide"] is True
+    assert "crop_scale" not in miou.protocol
+    # Image by image: 48 x 40 pixels become 38 x 32, seen through two windows.
+    parts = []
+    for index in range(5):
+        sample = run.splits.test.read(index)
+        image = np.asarray(sample["image"].resize((38, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1) / 255
+        mean, std = (
+            np.array(value)[:, None, None] for value in (run.task.inputs.image_mean, run.task.inputs.image_std)
+        )
+        pixels = torch.from_numpy((image - mean) / std).float()
+        with torch.no_grad():
+            left, right = run.network.eval()(torch.stack([pixels[..., :32], pixels[..., 6:]])).logits
+        whole = torch.cat([left[..., :6], (left[..., 6:] + right[..., :26]) / 2, right[..., 26:]], 2)
+        parts.append(run.task.judge([whole], {"mask": [torch.from_numpy(sample["mask"])]}))
+    found = run.task.measure(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
+    assert found["miou"] == pytest.approx(miou.value)
+    with pytest.raises(ValueError, match=r"--crop_scale 0\.5 1\.0: with slide=true crops have scales of their own"):
+        prepare(replace(settings, crop_scale=(0.5, 1.0)))
 
 
 def test_a_linear_head_reads_single_patches(make: Any, tmp_path: Path) -> None:

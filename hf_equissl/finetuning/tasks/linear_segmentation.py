@@ -75,6 +75,7 @@ class LinearSegmentationTask(SegmentationTask):
         ignore_index: int | None = None,
         reduce_labels: bool = False,
         mask_column: str | None = None,
+        slide: bool = False,
         layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(
@@ -82,6 +83,7 @@ class LinearSegmentationTask(SegmentationTask):
             ignore_index=ignore_index,
             reduce_labels=reduce_labels,
             mask_column=mask_column,
+            slide=slide,
             layers=layers,
         )
 
@@ -91,7 +93,7 @@ class LinearSegmentationTask(SegmentationTask):
 
     def complete(self, settings: FineTuningSettings) -> FineTuningSettings:
         """Fill in defaults; a batch of one image will do, because patches are normalised over all positions."""
-        return super(SegmentationTask, self).complete(settings)
+        return self._complete(settings)
 
     def build(self, backbone_config: PreTrainedConfig, classes: Sequence[str]) -> nn.Module:
         """Make the head with random weights around a backbone."""

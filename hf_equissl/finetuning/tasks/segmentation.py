@@ -19,6 +19,7 @@ from ..settings import FineTuningSettings
 from .base import Splits, Step
 from .dense import DenseTask
 from .masks import IGNORED, MASK_COLUMNS, Labels, MaskedSamples, load_masked_sources, read_classes
+from .windows import cut_window, random_window, resize_shorter, slide
 
 CROP_SCALE, CROP_RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 IGNORE_INDEX = 255
@@ -32,6 +33,10 @@ class SegmentationTask(DenseTask):
     stored size, and judged there against the stored mask. That is what ``pipeline("image-segmentation")`` does with
     the image processor that is saved.
 
+    With ``slide``, images keep their proportions, as in the configurations of MMSegmentation, which iBOT and DINOv2
+    use: training images are shown at random scales and cut to the square (``random_window``), test images are brought
+    to its side and judged by windows that overlap (``slide``). ``crop_scale`` is not read then.
+
     Args:
         classes: Names in the order of their numbers, or how many there are; ``None``: of the folder's ``classes.json``.
         ignore_index: Number in masks of pixels that do not count; ``None``: of ``classes.json``, else 255.
@@ -40,6 +45,7 @@ class SegmentationTask(DenseTask):
         hidden_size: Channels in the head.
         pyramid: Give the head maps of strides 4, 8, 16 and 32 (at patches of 16), as the paper and iBOT do
             (``FeaturePyramidBackbone``), instead of four of the patches' stride.
+        slide: See above.
         layers: As in ``DenseTask``.
     """
 
@@ -63,24 +69,25 @@ class SegmentationTask(DenseTask):
         mask_column: str | None = None,
         hidden_size: int = 512,
         pyramid: bool = False,
+        slide: bool = False,
         layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(layers=layers)
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
-        self.mask_column, self.hidden_size, self.pyramid = mask_column, hidden_size, pyramid
+        self.mask_column, self.hidden_size, self.pyramid, self.slide = mask_column, hidden_size, pyramid, slide
 
     def options(self) -> dict[str, Any]:
         """Return the options that were given, but for names of classes and columns, which others say."""
         options = {**super().options(), "hidden_size": self.hidden_size, "reduce_labels": self.reduce_labels}
-        options |= {"pyramid": True} if self.pyramid else {}
+        options |= {name: True for name in ("pyramid", "slide") if getattr(self, name)}
         return options if self.ignore_index is None else {**options, "ignore_index": self.ignore_index}
 
     def protocol(self) -> dict[str, Any]:
         """Say what the head is and how images were cropped."""
         return {
             **self.options(),
-            "crop_scale": list(self.settings.crop_scale or CROP_SCALE),
+            **({} if self.slide else {"crop_scale": list(self.settings.crop_scale or CROP_SCALE)}),
             "flip_probability": 0.5 if self.settings.flip else 0.0,
         }
 
@@ -88,6 +95,15 @@ class SegmentationTask(DenseTask):
         """Refuse batches of one image: the head's batch normalisation finds no statistics in them."""
         if settings.batch_size < 2:
             raise ValueError(f"--batch_size {settings.batch_size}: UPerNet normalises over the batch; give 2 or more.")
+        return self._complete(settings)
+
+    def _complete(self, settings: FineTuningSettings) -> FineTuningSettings:
+        """Refuse what sliding windows do not read."""
+        if self.slide and settings.crop_scale is not None:
+            raise ValueError(
+                f"--crop_scale {' '.join(map(str, settings.crop_scale))}: with slide=true crops have scales of their "
+                "own. Leave it out."
+            )
         return super().complete(settings)
 
     # ---- data ----
@@ -123,11 +139,14 @@ class SegmentationTask(DenseTask):
     def transform(self, sample: dict[str, Any], rng: Any) -> dict[str, Any]:
         """Cut the same box out of image and mask, resize and mirror both; without ``rng`` the mask keeps its size.
 
-        Draws are those of ``random_box``, then one for the mirror.
+        Draws are those of ``random_box`` or ``random_window``, then one for the mirror.
 
         Returns:
-            ``pixels`` uint8 (3, S, S) and ``mask`` int32, (S, S) in training.
+            ``pixels`` uint8 (3, S, S), or (3, H, W) with ``slide`` and without ``rng``; ``mask`` int32, (S, S) in
+            training.
         """
+        if self.slide:
+            return self._transform_window(sample, rng)
         image, mask, size = sample["image"], sample["mask"], (self.inputs.image_size,) * 2
         width, height = image.size
         box: Box = (0, 0, width, height)
@@ -138,12 +157,32 @@ class SegmentationTask(DenseTask):
             cut = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box=box)
             mask = np.asarray(cut)
         pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
-        if mirrored:
-            pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-        return {
-            "pixels": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
-            "mask": torch.from_numpy(mask.astype(np.int32)),
-        }
+        return _as_tensors(pixels, mask, mirrored)
+
+    def _transform_window(self, sample: dict[str, Any], rng: Any) -> dict[str, Any]:
+        image, mask, size = sample["image"], sample["mask"], self.inputs.image_size
+        if rng is None:
+            return _as_tensors(np.asarray(resize_shorter(image, size)), mask, mirrored=False)
+        box = random_window(mask, rng)
+        mirrored = bool(rng.random() < 0.5) and self.settings.flip
+        pixels = cut_window(image, box, size, Image.Resampling.BILINEAR)
+        cut = cut_window(Image.fromarray(mask), box, size, Image.Resampling.NEAREST, fill=IGNORED)
+        return _as_tensors(pixels, cut, mirrored)
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Stack images of one size; others stay a list."""
+        batch = super().collate([{name: value for name, value in one.items() if name != "pixels"} for one in samples])
+        pixels = [one["pixels"] for one in samples]
+        square = all(one.shape[1:] == (self.inputs.image_size,) * 2 for one in pixels)
+        return {**batch, "pixels": torch.stack(pixels) if square else pixels}
+
+    def to_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Normalise as ``DenseTask`` does; images of several sizes one by one."""
+        if isinstance(batch["pixels"], Tensor):
+            return super().to_inputs(batch)
+        images = [super(SegmentationTask, self).to_inputs({"pixels": one[None]}) for one in batch["pixels"]]
+        rest = {name: value for name, value in batch.items() if name != "pixels"}
+        return {**rest, "pixel_values": [one["pixel_values"][0] for one in images]}
 
     # ---- model ----
 
@@ -175,16 +214,15 @@ class SegmentationTask(DenseTask):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Step:
         """Compute the cross-entropy over the pixels that count, in fp32, at the size of the input."""
-        logits = model(pixel_values=batch["pixel_values"]).logits.float()
-        size = logits.shape[2:]
-        masks = [mask[None, None].float() for mask in batch["mask"]]
-        fitted = [mask if mask.shape[2:] == size else F.interpolate(mask, size, mode="nearest-exact") for mask in masks]
-        labels = torch.cat(fitted)[:, 0].long()
-        # Without a pixel that counts the mean is not a number; the sum is 0, and so is its gradient.
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        return Step(total / (labels != IGNORED).sum().clamp(min=1), logits)
+        images = batch["pixel_values"]
+        if not isinstance(images, Tensor):
+            size = self.inputs.image_size
+            logits = [slide(lambda windows: model(pixel_values=windows).logits, image, size)[None] for image in images]
+            pairs = [_fit(*pair) for pair in zip(logits, batch["mask"], strict=True)]
+            return Step(torch.stack([one.loss for one in pairs]).mean(), [one[0] for one in logits])
+        return _fit(model(pixel_values=images).logits.float(), *batch["mask"])
 
-    def judge(self, output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def judge(self, output: Tensor | list[Tensor], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Count pixels at the size of the stored masks.
 
         Returns:
@@ -216,3 +254,24 @@ class SegmentationTask(DenseTask):
             "miou": float(iou.mean()) if seen.any() else 0.0,
             "pixel_accuracy": float(right.sum() / max(1, labelled.sum())),
         }
+
+
+def _as_tensors(pixels: np.ndarray, mask: np.ndarray, mirrored: bool) -> dict[str, Tensor]:
+    """Turn an image (H, W, 3) and its mask into tensors."""
+    if mirrored:
+        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+    return {
+        "pixels": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+        "mask": torch.from_numpy(mask.astype(np.int32)),
+    }
+
+
+def _fit(logits: Tensor, *masks: Tensor) -> Step:
+    """Compute the cross-entropy of logits (B, K, H, W), which masks of other sizes are brought to."""
+    size = logits.shape[2:]
+    given = [mask[None, None].float() for mask in masks]
+    fitted = [mask if mask.shape[2:] == size else F.interpolate(mask, size, mode="nearest-exact") for mask in given]
+    labels = torch.cat(fitted)[:, 0].long()
+    # Without a pixel that counts the mean is not a number; the sum is 0, and so is its gradient.
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return Step(total / (labels != IGNORED).sum().clamp(min=1), logits)
