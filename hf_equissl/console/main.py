@@ -31,6 +31,7 @@ COMMANDS = {
     "benchmark": Command("training.benchmark", "time a recipe's training step and its loader"),
     "sweep": Command("training.sweep", "run the members of a sweep one after another"),
     "compare": Command("training.compare", "train the systems of a sweep, probe each, and put all in one table"),
+    "report": Command("training.report", "put the results of several encoders into one table, with differences"),
     "recipes": Command("console.recipes", "list the recipes that ship, or print one with all its values"),
     "env": Command("console.environment", "what a bug report needs: versions, devices, cores, memory"),
 }

@@ -37,7 +37,7 @@ def plot_r2(records: Sequence[ResultRecord], path: str | os.PathLike[str] | None
     if not chosen:
         raise ValueError("There is no R2 among these records: run the transformation_regression evaluator.")
     names = [(record.encoder, record.features) for record in chosen]
-    labels = _short_labels(list(dict.fromkeys(names)))
+    labels = short_labels(list(dict.fromkeys(names)))
     titles = column_titles(chosen, lambda record: record.task + fill_of(record))
     groups = list(titles.values())
     figure = make_figure((max(5.0, 1.2 + 0.35 * len(groups) * (1 + len(labels))), 4.0))
@@ -77,7 +77,7 @@ def _words(record: ResultRecord) -> str:
     return f"{record.task.replace('_', ' ')} {record.value:.3f}"
 
 
-def _short_labels(names: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def short_labels(names: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """Find the shortest tails of the encoders' paths that tell them apart, with the features where they differ."""
     encoders = list(dict.fromkeys(encoder for encoder, _ in names))
     # A run's export is always called "encoder": the folder above says more.

@@ -26,6 +26,7 @@ WORDS = {
     "probe": ("color_jitter", "transformation_regression", "--fill"),
     "push_to_hub": ("--repo_id", "--dry_run"),
     "quickstart": ("--output_dir", "--steps"),
+    "report": ("--baseline", "--output_dir"),
     "scaling": ("--processes", "--engines"),
     "sweep": ("--only", "--list"),
 }
@@ -71,7 +72,7 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         ([*HERE, "--no_such_option"], "--no_such_option"),
         ([*HERE, "--encoder", NO_PATH], f"No encoder at '{NO_PATH}'"),
         ([*HERE, "--data", NO_PATH], "no such file or folder"),
-        ([*HERE, "--task", "segmentation"], "Did you mean 'semantic_segmentation'?"),
+        ([*HERE, "--task", "semantic_segmentaton"], "Did you mean 'semantic_segmentation'?"),
         ([*HERE, "--method", "lara"], "Did you mean 'lora'?"),
         (["--compare", NO_PATH], "there is no results.json"),
     ],
@@ -110,6 +111,10 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
     "quickstart": [
         (["--no_such_option"], "--no_such_option"),
         (["--steps", "0"], "expected 1 or more"),
+    ],
+    "report": [
+        (["x", "--output_dir", "out", "--no_such_option"], "--no_such_option"),
+        ([NO_PATH, "--output_dir", "out"], "There are no results at"),
     ],
     "scaling": [
         ([*RUN, "--no_such_option"], "--no_such_option"),

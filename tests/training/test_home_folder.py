@@ -15,7 +15,7 @@ from hf_equissl.finetuning.settings import FineTuningSettings
 from hf_equissl.recipes.overrides import PATH_KEYS
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.recipes.sweep import read_sweep
-from hf_equissl.training import benchmark, convert, plan, pretrain, push_to_hub, quickstart, scaling, sweep
+from hf_equissl.training import benchmark, convert, plan, pretrain, push_to_hub, quickstart, report, scaling, sweep
 from tests.training.test_pretrain_cli import TINY
 
 PARSERS = {
@@ -28,6 +28,7 @@ PARSERS = {
     "probe": probe.build_parser,
     "push_to_hub": push_to_hub.build_parser,
     "quickstart": quickstart._parser,
+    "report": report.build_parser,
     "scaling": scaling._parser,
     "sweep": sweep._parser,
 }

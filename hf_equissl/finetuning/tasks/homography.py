@@ -96,7 +96,7 @@ class HomographyTask(DenseTask):
     noun = "homography estimation"
     result = "Homography estimator"
     head = "a head of three convolutions"
-    metrics = (Metric("mce", "px", digits=2, higher_is_better=False),)
+    metrics = (Metric("mce", "px", digits=2, higher_is_better=False, hub_type="mean_corner_error"),)
     unread = (*DenseTask.unread, "crop_scale")
     stacked = ("pixels", "offsets")
 
