@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 from ..utils.commands import check_at_least, command_parser, path_word, say, stop
@@ -125,16 +126,9 @@ def time_start(folder: Path, processes: int, workers: int) -> Startup:
     recipe.write_text(RECIPE, encoding="utf-8")
     launch = [sys.executable]
     if processes > 1:
-        launch += [
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(processes),
-            "--cpu",
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        config = files("hf_equissl.training.accelerate_configs") / "ddp.yaml"
+        launch += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        launch += ["--num_processes", str(processes)]
     words = ["--recipe", str(recipe), "--data", str(folder / "images"), "--output_dir", str(output)]
     words += ["--training.dataloader_num_workers", str(workers)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -191,7 +185,7 @@ def _look_at(root: int, taken: Startup) -> None:
         except OSError:  # it has ended meanwhile
             continue
         # A loader's workers are forks of the run, with its words.
-        role = "launcher" if b"accelerate" in words else "worker" if parent in ("main", "worker") else "main"
+        role = "launcher" if b"accelerate.commands" in words else "worker" if parent in ("main", "worker") else "main"
         sizes = [int(line.split()[1]) for line in memory.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
         size = 1024 * sum(sizes)
         taken.processor[process] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")

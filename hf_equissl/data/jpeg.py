@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib.util
 import io
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image
 
 __all__ = ["decode_plain_jpeg", "name_decoder"]
 
-# What the two decoders are compared on: sides that are no multiples of a block, and each subsampling of colours.
-_TRIAL_SIZE, _TRIAL_SUBSAMPLINGS = (53, 37), (0, 1, 2)
+# What the two decoders are compared on: sides that are no multiples of a block, and the subsamplings of colours that
+# Pillow writes. Files of another one stay with Pillow, as versions of libjpeg-turbo differ there.
+_TRIAL_SIZE, _SUBSAMPLINGS = (53, 37), ("444", "422", "420")
 
 
 def decode_plain_jpeg(content: bytes, image: Image.Image) -> np.ndarray | None:
-    """Decode a plain JPEG file: one picture, sequential, YCbCr of 8 bits, not cut off.
+    """Decode a plain JPEG file: one picture, sequential, YCbCr of 8 bits in 4:4:4, 4:2:2 or 4:2:0, not cut off.
 
     Args:
         content: The file.
@@ -34,7 +35,8 @@ def decode_plain_jpeg(content: bytes, image: Image.Image) -> np.ndarray | None:
     if simplejpeg is None:
         return None
     try:
-        if simplejpeg.decode_jpeg_header(content)[2] != "YCbCr":
+        colours, subsampling = simplejpeg.decode_jpeg_header(content)[2:4]
+        if colours != "YCbCr" or subsampling not in _SUBSAMPLINGS:
             return None
         pixels = simplejpeg.decode_jpeg(content)  # fails on whatever libjpeg warns of, which Pillow judges by itself
     except Exception:  # Pillow finds the same, and says it in its own words
@@ -44,8 +46,8 @@ def decode_plain_jpeg(content: bytes, image: Image.Image) -> np.ndarray | None:
 
 def name_decoder() -> str:
     """Return what decodes plain JPEG files here, with its version."""
-    name = "Pillow" if _find_simplejpeg() is None else "simplejpeg"
-    return f"{name} {version(name.lower())}"
+    simplejpeg = _find_simplejpeg()
+    return f"Pillow {PIL.__version__}" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 
 
 @cache
@@ -62,7 +64,7 @@ def _find_simplejpeg() -> Any:
         width, height = _TRIAL_SIZE
         noise = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize(_TRIAL_SIZE, Image.Resampling.BICUBIC)
-        for subsampling in _TRIAL_SUBSAMPLINGS:
+        for subsampling in range(len(_SUBSAMPLINGS)):
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=90, subsampling=subsampling)
             if not np.array_equal(simplejpeg.decode_jpeg(buffer.getvalue()), np.asarray(Image.open(buffer))):
