@@ -33,12 +33,14 @@ examples:
   # what would be published? prints the files and the card, sends nothing
   python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --dry_run
   # publish, for your own eyes first, with what training/probe.py measured
-  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --private --results results
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --private --results results \\
+      --license apache-2.0
   # build the folder, look at it, edit the card, publish it
-  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --output_dir published
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --license apache-2.0 --output_dir published
   python training/push_to_hub.py published --repo_id me/vits16-rot
   # encoder and card alone, on a branch
-  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --parts encoder card --revision smaller
+  python training/push_to_hub.py runs/rot --repo_id me/vits16-rot --parts encoder card --revision smaller \\
+      --license inherit
 """
 
 

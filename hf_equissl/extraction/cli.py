@@ -56,7 +56,8 @@ examples:
 
   # what the stem keeps of where and how, from WebDataset shards, and onto the Hub
   accelerate launch training/extract_features.py --encoder me/my-encoder --data "./shards/*.tar" --streaming \\
-      --features equivariant_cls equivariant_patches --output_dir stem --push_to_hub --repo_id me/stem --private
+      --features equivariant_cls equivariant_patches --output_dir stem --push_to_hub --repo_id me/stem \\
+      --license cc-by-4.0 --private
 """
 
 

@@ -76,7 +76,7 @@ examples:
 
   # publish: the adapter, or one plain model that needs no PEFT
   python training/finetune.py --encoder me/my-encoder --data uoft-cs/cifar10 --output_dir runs/lora \\
-      --merge --push_to_hub --repo_id me/my-encoder-cifar10 --private
+      --merge --push_to_hub --repo_id me/my-encoder-cifar10 --license apache-2.0
 
   # one table over finished runs and the linear probe of training/probe.py
   python training/finetune.py --compare runs/linear runs/lora runs/full results

@@ -23,6 +23,8 @@ _NOT_SETTINGS = (
     "output_dir",
     "run_name",
     "report_to",
+    "run_report",
+    "picture_steps",
     "logging_",
     "log_",
     "save_",

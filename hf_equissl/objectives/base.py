@@ -129,11 +129,14 @@ class LossOutput:
         logs: Detached scalars. Those called ``loss_*`` are the weighted parts and add up to ``loss``; others monitor.
         projections: (V, B, d), with gradient: what an invariance objective's loss compares, where equivariance
             objectives may read it.
+        pictures: Gives what an objective paints, beside its targets: title -> images (B, C, H, W), normalised and
+            detached, in the order in which people see them. Asked in steps that are shown, before the step goes on.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     projections: Tensor | None = None
+    pictures: Callable[[], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..modeling import build_decoder
 from .base import Features, LossOutput, Objective
-from .reconstruction import decoder_config, image_errors, outer_patches
+from .reconstruction import decoder_config, image_errors, name_pictures, outer_patches
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -95,9 +96,11 @@ class CrossAttentionReconstructionObjective(Objective):
         """Compute the mean squared error of the reconstructed view or views; ``teacher`` is not used."""
         crops = views.global_crops
         targets = [crops[-1], crops[0]] if self.symmetric else [crops[-1]]
-        errors = image_errors(self.reconstruct(student, views), targets)  # (1,) or (2,)
+        painted = self.reconstruct(student, views)
+        errors = image_errors(painted, targets)  # (1,) or (2,)
         loss = errors.mean()
         logs = {"loss_cross_recon": loss.detach(), "mse_view_2": errors[0].detach()}
         if self.symmetric:
             logs["mse_view_1"] = errors[1].detach()
-        return LossOutput(loss=loss, logs=logs)
+        pictures = partial(name_pictures, ["view 2", "view 1"], targets, painted)
+        return LossOutput(loss=loss, logs=logs, pictures=pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -111,12 +112,16 @@ class ReconstructionObjective(Objective):
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
         """Compute the mean squared error of the reconstructions; ``teacher`` is not used."""
         targets = self._targets(views)
-        errors = image_errors(self.reconstruct(student, views), targets)  # (K,) or (K + 1,)
+        painted = self.reconstruct(student, views)
+        errors = image_errors(painted, targets)  # (K,) or (K + 1,)
         loss = errors.mean()
         names = [f"mse_{k}" for k in range(1, self.num_intermediate_images + 1)]
         names += ["mse_final"] if self.reconstruct_final else []
         logs = dict(zip(names, errors.detach().unbind(), strict=True))
-        return LossOutput(loss=loss, logs={"loss_recon": loss.detach(), **logs})
+        steps = [f"{k}/{self.num_intermediate_images + 1} g" for k in range(1, self.num_intermediate_images + 2)]
+        steps[-1] = "g"
+        pictures = partial(name_pictures, steps, targets, painted)
+        return LossOutput(loss=loss, logs={"loss_recon": loss.detach(), **logs}, pictures=pictures)
 
     def _targets(self, views: Views) -> list[Tensor]:
         """Return the K or K + 1 images to reconstruct, (B, C, H, W) each."""
@@ -128,6 +133,13 @@ class ReconstructionObjective(Objective):
                 f"{expected}. Build the view pipeline with this objective's `needs` and a transformation family."
             )
         return [*images.unbind(dim=1), views.global_crops[-1]] if self.reconstruct_final else list(images.unbind(dim=1))
+
+
+def name_pictures(names: Sequence[str], targets: Sequence[Tensor], painted: Tensor) -> dict[str, Tensor]:
+    """Name what a loss compares for people: all targets, then what was painted, (B, K, C, H, W), in their order."""
+    images = painted.detach().unbind(dim=1)
+    goals = {f"target {name}": target.detach() for name, target in zip(names, targets, strict=False)}
+    return {**goals, **{f"painted {name}": image for name, image in zip(names, images, strict=False)}}
 
 
 def decoder_config(config: EquiSSLConfig, **fields: Any) -> EquiSSLConfig:

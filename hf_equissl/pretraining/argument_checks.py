@@ -42,6 +42,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "teacher_momentum": (0, 1),
     "teacher_momentum_end": (0, 1),
     "epoch_steps": (1, _MOST),
+    "picture_steps": (0, _MOST),
     "layer_decay": (math.ulp(0), 1),
     "patch_embedding_lr_multiplier": (0, math.inf),
     "freeze_last_layer_epochs": (0, _MOST),

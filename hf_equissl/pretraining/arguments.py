@@ -33,6 +33,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
         base_learning_rate: Learning rate at the reference batch; sets ``learning_rate``.
         learning_rate_scaling: "linear", "sqrt" or "none".
         learning_rate_reference_batch: Global batch at which the base value holds.
+        picture_steps: Every so many steps, and in the last, keep what objectives paint in ``reconstructions.png``
+            and show it in trackers (``pictures``); 0: never.
+        run_report: Write ``report.md`` into the output folder when the run has ended (``running.run_report``).
         monitor_features: Log feature standard deviation and effective rank at every logging step.
         weight_decay_end: Weight decay follows half a cosine from ``weight_decay`` to this; ``None``: constant.
         teacher_momentum: The EMA teacher's momentum in the first step. Without a teacher it is not used.
@@ -72,6 +75,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
     base_learning_rate: float | None = None
     learning_rate_scaling: str = "linear"
     learning_rate_reference_batch: int = 256
+    picture_steps: int = 500
+    run_report: bool = True
     monitor_features: bool = True
     weight_decay_end: float | None = None
     teacher_momentum: float = 0.996

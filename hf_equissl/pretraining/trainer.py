@@ -54,6 +54,7 @@ from .optimizer import (
     own_settings,
     parameter_rules,
 )
+from .pictures import PictureCallback
 from .run_record import RunRecordCallback, new_record
 from .schedules import last_layer_is_held
 
@@ -143,6 +144,9 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
         )
         self.run_record = RunRecordCallback(record)
         self.add_callback(self.run_record)
+        if args.picture_steps:
+            mean, std = pipeline.image_mean, pipeline.image_std
+            self.add_callback(PictureCallback(mean, std, lambda: self.callback_handler.callbacks))
         if publisher is not None and args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE:
             self.add_callback(publisher.callback(self._start_push))  # after run.json is written
         if not args.disable_tqdm:

@@ -30,21 +30,26 @@ def check_length(args: EquiSSLTrainingArguments) -> None:
         )
 
 
-def ask_licence(args: EquiSSLTrainingArguments, recipe: Recipe) -> str:
-    """Return what the publisher has to say of the licence before the run is published; empty if nothing.
+def ask_licence(args: EquiSSLTrainingArguments, recipe: Recipe, dry: bool) -> tuple[str, ...]:
+    """Refuse to publish a run whose publisher has to say its licence first; a ``dry`` one gets a line about it.
 
     Raises:
-        RecipeError: What they say cannot be.
+        RecipeError: It says what to say; or what they say cannot be.
     """
     if not args.push_to_hub:
-        return ""
+        return ()
     try:
         question = choose_licence(
             terms_of_recipe({"model": recipe.model, "data": recipe.data}), args.hub_license
         ).question
     except ValueError as error:
         raise RecipeError(f"training.hub_license: {error}".replace("--license", "--training.hub_license")) from error
-    return question.replace("--license", "--training.hub_license")
+    if not question:
+        return ()
+    question = question.replace("--license", "--training.hub_license")
+    if not dry:
+        raise RecipeError(f"training.push_to_hub: {question}")
+    return (f"before it can be published: {question}",)
 
 
 def check_precision(args: EquiSSLTrainingArguments) -> None:

@@ -7,8 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..planning import Cost, build_without_weights
@@ -20,15 +18,13 @@ from ..planning.optimizer_table import optimizer_rows
 from ..planning.report import memory_lines, parameter_rows, table, traffic_lines
 from ..pretraining.model import EquiSSLForPreTraining
 from ..pretraining.optimizer import freeze_parameters, parameter_rules
+from ..utils.figures import denormalize, picture_sheet
 from ..views.base import Views
 from ..views.pipelines import ViewPipeline
 from .run import Run
 
 PICTURE = "views.png"
 PICTURE_ROWS = 6
-SMALLEST_CELL = 96  # pixels; smaller views are enlarged by whole factors so that people see something
-HEADING = 14
-GAP = 2
 
 
 def dry_run_report(run: Run, speed: Speed | None = None) -> str:
@@ -60,24 +56,9 @@ def save_picture(views: Views, pipeline: ViewPipeline, path: str | Path) -> Path
         targets = views.intermediate_images.unbind(1)
         columns += [(f"target {fraction:.2f} g", t) for fraction, t in zip(fractions, targets, strict=True)]
     columns += [(f"local {number}", crop) for number, crop in enumerate(views.local_crops or (), start=1)]
-    rows = min(PICTURE_ROWS, views.batch_size)
-    cell = max(crop.shape[-1] for _, crop in columns)
-    cell *= max(1, -(-SMALLEST_CELL // cell))
-    sheet = Image.new("RGB", (len(columns) * (cell + GAP), HEADING + rows * (cell + GAP)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (title, crops) in enumerate(columns):
-        pen.text((column * (cell + GAP) + 2, 1), title, fill="black")
-        for row in range(rows):
-            tile = _to_image(crops[row], pipeline).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(tile, (column * (cell + GAP), HEADING + row * (cell + GAP)))
-    sheet.save(path)
+    mean, std = pipeline.image_mean, pipeline.image_std
+    picture_sheet([(title, denormalize(crop, mean, std)) for title, crop in columns], PICTURE_ROWS).save(path)
     return Path(path)
-
-
-def _to_image(crop: Tensor, pipeline: ViewPipeline) -> Image.Image:
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (pipeline.image_mean, pipeline.image_std))
-    pixels = (crop.cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _plan_lines(run: Run) -> list[str]:

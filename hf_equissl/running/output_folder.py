@@ -30,6 +30,7 @@ from ..distributed.collectives import is_main_process, world_size
 from ..distributed.signals import MARKER_FILE
 from ..encoders.export import check_replaceable
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.pictures import PICTURES_FILE
 from ..pretraining.run_record import RECORD_FILE
 from ..recipes.recipe import KEPT_RECIPE
 from ..utils.files import readable_size
@@ -47,10 +48,13 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 # Seconds that a file may take to appear on a network's file system, and that a stopped run may take to save and end.
 _PATIENCE, _SECONDS_TO_END = 10.0, 120.0
+REPORT_FILE, CURVES_FILE = "report.md", "losses.png"  # for people, at the end (``run_report``)
+KEPT_REPORT = "<!-- Written by hf_equissl at the end of a run. The next run in this folder replaces it. -->"
 # What a run writes into its folder, beside checkpoints and results.
 _WRITTEN = (
     *(LOCK_FILE, STAGING_FOLDER, ENCODER_FOLDER, MARKER_FILE, RECORD_FILE, "recipe.yaml", "monitor.jsonl"),
     *("monitor.png", "views.png", "finetune.json", "results.json", "results.md", "curves.png", "model", "adapter"),
+    *(REPORT_FILE, CURVES_FILE, PICTURES_FILE),
 )
 _locks: dict[Path, int] = {}
 
@@ -114,18 +118,19 @@ def check_result_folder(folder: str | Path, result: str, signs: Sequence[str], a
         )
 
 
-def check_own_recipe(folder: str | Path) -> None:
-    """Make sure that the recipe that a run keeps replaces none that somebody has written.
+def check_own_texts(folder: str | Path, report: bool = True) -> None:
+    """Make sure that the recipe that a run keeps, and its ``report``, replace none that somebody has written.
 
     Raises:
-        RecipeError: It would.
+        RecipeError: They would.
     """
-    path = Path(folder) / "recipe.yaml"
-    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(KEPT_RECIPE):
-        raise RecipeError(
-            f"--output_dir {folder}: recipe.yaml there was not written by a run, and would be overwritten. Name a new "
-            "folder, or rename the file."
-        )
+    for name, beginning in (("recipe.yaml", KEPT_RECIPE), *([(REPORT_FILE, KEPT_REPORT)] if report else [])):
+        path = Path(folder) / name
+        if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(beginning):
+            raise RecipeError(
+                f"--output_dir {folder}: {name} there was not written by a run, and would be overwritten. Name a new "
+                "folder, or rename the file."
+            )
 
 
 def take_folder(folder: str | Path, patience: float = _SECONDS_TO_END) -> None:

@@ -57,7 +57,7 @@ from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
     check_disk_space,
     check_output_folder,
-    check_own_recipe,
+    check_own_texts,
     check_result_folder,
     check_shared_folder,
     estimate_disk_use,
@@ -71,6 +71,7 @@ from .preemption import PreemptionCallback
 from .publishing import Publisher
 from .rehearsal import rehearse
 from .resume import Launch, check_continuation, describe_resume, find_start
+from .run_report import write_report
 from .stops import ExportError, explain_stops, refuse_errors
 
 ASSUMED_CLASSES = 1000  # number of classes in a dry run without a data set
@@ -202,7 +203,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if output_dir is not None:
         check_output_folder(output_dir)
         check_result_folder(output_dir, ENCODER_FOLDER, signs=("recipe.yaml", RECORD_FILE))
-        check_own_recipe(output_dir)
+        check_own_texts(output_dir, report=args.run_report)
         if is_main_process() and not dry:
             take_folder(output_dir)
     if blank:
@@ -227,10 +228,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
     if model.needs.labels:
         require_labels(first.labels, model.name_askers("labels"))
     monitor = build_monitor(recipe, dataset.source)
-    if is_main_process() and (question := ask_licence(args, recipe)):
-        if not dry:
-            raise RecipeError(f"training.push_to_hub: {question}")
-        notes += (f"before it can be published: {question}",)
+    if is_main_process():
+        notes += ask_licence(args, recipe, dry)
     run = Run(
         recipe, args, config, pipeline, dataset, plan, first, checkpoint, unreadable, monitor, initial, changes, notes
     )
@@ -311,6 +310,8 @@ def _pretrain(run: Run, signals: Signals, output: Path) -> Path:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     folder = output / ENCODER_FOLDER
     _export(run, lambda: model.export_encoder(state_dict=state), folder)
+    if run.args.run_report and is_main_process():
+        write_report(output, run.recipe.name, trainer.state.log_history)
     if run.args.push_to_hub:
         _publish(trainer, folder)
     return folder

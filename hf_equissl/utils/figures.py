@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .files import replacing
@@ -15,7 +16,7 @@ from .files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["denormalize", "plot_image_grid", "plot_losses"]
+__all__ = ["denormalize", "picture_sheet", "plot_image_grid", "plot_losses"]
 
 DPI = 150
 # Sizes in the grid of images, in inches: an image with the gap behind it, and the margins.
@@ -24,6 +25,8 @@ GAP_INCHES = 0.06
 GROUP_GAP_INCHES = 0.16
 LABEL_INCHES = 0.55
 HEADING_INCHES = 0.52
+# Of a sheet of pictures, in pixels; images smaller than a cell are enlarged by whole factors.
+SMALLEST_CELL, HEADING, GAP = 96, 14, 2
 # Small images are enlarged smoothly, so that one sees the picture and not its pixels.
 INTERPOLATION = "bicubic"
 
@@ -133,6 +136,27 @@ def plot_image_grid(
             left += CELL_INCHES
         left += GROUP_GAP_INCHES
     return save_figure(figure, path)
+
+
+def picture_sheet(columns: Sequence[tuple[str, Tensor]], rows: int) -> Image.Image:
+    """Lay out images in a grid, one row per sample; needs Pillow alone, and milliseconds.
+
+    Args:
+        columns: Title and images (B, 3, H, W) in [0, 1] of each.
+        rows: Samples to show, at most; the first ones.
+    """
+    rows = min(rows, *(len(images) for _, images in columns))
+    cell = max(images.shape[-1] for _, images in columns)
+    cell *= max(1, -(-SMALLEST_CELL // cell))
+    sheet = Image.new("RGB", (len(columns) * (cell + GAP), HEADING + rows * (cell + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (title, images) in enumerate(columns):
+        pen.text((column * (cell + GAP) + 2, 1), title, fill="black")
+        for row in range(rows):
+            pixels = images[row].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
+            tile = Image.fromarray(pixels.numpy()).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (column * (cell + GAP), HEADING + row * (cell + GAP)))
+    return sheet
 
 
 def make_figure(size: tuple[float, float], layout: str = "constrained") -> Any:

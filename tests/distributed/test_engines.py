@@ -96,6 +96,7 @@ def test_two_processes_train_as_one(engine: str, alone: Measured, pretrain: Any)
     assert len(alone.norms) == STEPS
     assert other.measured.norms == pytest.approx(alone.norms, rel=1e-4)
     assert weight_difference(alone, other.measured, but=IDLE["cifar10_ibot_rot"])[0] < 1e-4
+    assert all((other.folder / name).is_file() for name in ("reconstructions.png", "report.md"))
     one, two = other.facts
     assert one["buffers"]  # centers
     assert one["buffers"] == two["buffers"]

@@ -86,7 +86,7 @@ def test_every_save(
     assert hub_here.uploads == sent
 
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoint-2", "checkpoint-4", "run.json"}
+    assert left == {"checkpoint-2", "checkpoint-4", "reconstructions.png", "run.json"}
     assert token not in caplog.text
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or token.encode() not in path.read_bytes(), path

@@ -17,7 +17,7 @@ from hf_equissl.pretraining.arguments import EquiSSLTrainingArguments
 from hf_equissl.running.output_folder import (
     LOCK_FILE,
     check_output_folder,
-    check_own_recipe,
+    check_own_texts,
     check_result_folder,
     check_shared_folder,
     estimate_disk_use,
@@ -163,7 +163,12 @@ def test_what_is_somebody_elses_is_neither_written_nor_deleted(tmp_path: Path) -
         check_output_folder(tmp_path)
     (tmp_path / "recipe.yaml").write_text("name: mine  # hours of work\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml there was not written by a run"):
-        check_own_recipe(tmp_path)
+        check_own_texts(tmp_path)
+    (tmp_path / "recipe.yaml").unlink()
+    (tmp_path / "report.md").write_text("# What I think of it\n")
+    check_own_texts(tmp_path, report=False)
+    with pytest.raises(RecipeError, match=r"report\.md there was not written by a run"):
+        check_own_texts(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["thesis.pdf", ".git", "config.json"])
