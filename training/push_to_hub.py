@@ -18,7 +18,7 @@ from hf_equissl.utils.commands import command_parser, path_word, say, stop
 # As hf_equissl.hub.PARTS, without the seconds that its import takes before --help.
 PARTS = ("encoder", "native", "pretraining", "figures", "card")
 _LICENCE = ("license", "license_name", "license_link", "license_file")
-_BUILDING = ("parts", "results", *_LICENCE, "description", "dataset", "output_dir")
+_BUILDING = ("parts", "results", *_LICENCE, "description", "dataset", "baseline", "output_dir")
 
 DESCRIPTION = """\
 Publish a run on the Hub: the encoder with its code, image processor and card, the same encoder as a stock transformers
@@ -120,6 +120,7 @@ def _build(options: argparse.Namespace, target: Path) -> Path:
         **{name: getattr(options, name) for name in _LICENCE},
         description=options.description,
         dataset=options.dataset,
+        baseline=options.baseline,
     )
 
 
@@ -158,6 +159,12 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--license_file", type=path_word, metavar="PATH", help="its text, to lie in the repository")
     build.add_argument("--description", metavar="TEXT", help="your own words for the head of the card")
     build.add_argument("--dataset", metavar="ID", help="Hub id of the training data, if the run read it from a folder")
+    build.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="another encoder among the results, by its name or the end of it: the card shows by how much this one is "
+        "better or worse on every task",
+    )
     build.add_argument(
         "--output_dir",
         type=path_word,

@@ -52,6 +52,39 @@ class Difference:
         return 100 * gain / whole if whole else (_LONGEST if gain > 0 else -_LONGEST if gain else 0.0)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """All differences to one encoder.
+
+    Attributes:
+        baseline: Its name.
+        differences: Task by task.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    baseline: str
+    differences: Sequence[Difference]
+
+    def __post_init__(self) -> None:
+        """Refuse what says nothing."""
+        if not self.differences:
+            raise ValueError(
+                f"--baseline {self.baseline}: no number of it may be compared with one of another encoder. Measure "
+                "both on the same data with the same settings."
+            )
+
+    @property
+    def caption(self) -> str:
+        """What a picture of it shows."""
+        return (
+            "By how much each is better than the baseline, of every task the number to quote, in the metric's own "
+            "unit; below 0 it is worse, also where lower numbers are better. Bars are as long as the difference in per "
+            f"cent of the baseline's value, at most {_LONGEST:g}."
+        )
+
+
 def join_encoders(records: Sequence[ResultRecord]) -> list[ResultRecord]:
     """Give records of the same weights, by their digest, the name under which these come first."""
     names: dict[str, str] = {}
@@ -103,9 +136,7 @@ def list_differences(records: Sequence[ResultRecord], baseline: str) -> list[Dif
     return found
 
 
-def plot_differences(
-    differences: Sequence[Difference], baseline: str, path: str | os.PathLike[str] | None = None
-) -> Any:
+def plot_differences(compared: Comparison, path: str | os.PathLike[str] | None = None) -> Any:
     """Draw how much better or worse each encoder is than the baseline, a group of bars per task.
 
     A bar is as long as the difference in per cent of the baseline's value, to the right where it is better, and says
@@ -117,6 +148,7 @@ def plot_differences(
     Raises:
         ImportError: without matplotlib.
     """
+    differences, baseline = compared.differences, compared.baseline
     encoders = list(dict.fromkeys(encoder for each in differences for encoder in each.values))
     labels = short_labels([(name, "") for name in (*encoders, baseline)])
     height = 0.8 / len(encoders)
@@ -164,20 +196,10 @@ def write_encoder_report(
     parts = ["# Encoders compared", markdown_table(records).rstrip()]
     pictures: list[tuple[str, Any]] = []
     if baseline is not None:
-        baseline = find_encoder(baseline, records)
-        differences = list_differences(records, baseline)
-        if not differences:
-            raise ValueError(
-                f"--baseline {baseline}: no number of it may be compared with one of another encoder. Measure both on "
-                "the same data with the same settings."
-            )
-        pictures.append((DIFFERENCES, lambda path: plot_differences(differences, baseline, path)))
-        caption = (
-            "By how much each is better than the baseline, of every task the number to quote, in the metric's own "
-            "unit; below 0 it is worse, also where lower numbers are better. Bars are as long as the difference in per "
-            f"cent of the baseline's value, at most {_LONGEST:g}."
-        )
-        parts += [f"## Differences to {plain(baseline)}", caption, _table(differences, baseline), _image(DIFFERENCES)]
+        name = find_encoder(baseline, records)
+        compared = Comparison(name, list_differences(records, name))
+        pictures.append((DIFFERENCES, lambda path: plot_differences(compared, path)))
+        parts += [f"## Differences to {plain(name)}", compared.caption, _table(compared), _image(DIFFERENCES)]
     if any(record.metric == R2.name for record in records):
         pictures.append((BARS, lambda path: plot_r2(records, path)))
         caption = (
@@ -203,10 +225,10 @@ def _image(file: str) -> str:
     return f"![{file.removesuffix('.png')}]({file})"
 
 
-def _table(differences: Sequence[Difference], baseline: str) -> str:
-    encoders = list(dict.fromkeys(encoder for each in differences for encoder in each.values))
-    rows = [["task", baseline, *encoders]]
-    for each in differences:
+def _table(compared: Comparison) -> str:
+    encoders = list(dict.fromkeys(encoder for each in compared.differences for encoder in each.values))
+    rows = [["task", compared.baseline, *encoders]]
+    for each in compared.differences:
         own = each.about.text(each.baseline) + (" %" if each.about.unit == "%" else "")
         cells = [_signed(each, encoder) if encoder in each.values else "" for encoder in encoders]
         rows.append([each.title.replace("_", " "), own, *cells])

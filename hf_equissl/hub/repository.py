@@ -16,6 +16,7 @@ from ..checkpoints import ENCODER_FOLDER
 from ..encoders.export import save_encoder
 from ..encoders.frozen import FrozenEncoder
 from ..encoders.native import save_native
+from ..evaluation.encoder_report import Comparison, find_encoder, join_encoders, list_differences
 from ..evaluation.results import ResultRecord, load_records, merge_records, save_records
 from ..modeling import EquiSSLModel
 from ..pretraining.model import EquiSSLForPreTraining
@@ -52,6 +53,7 @@ def build_repository(
     license_file: str | Path | None = None,
     description: str | None = None,
     dataset: str | None = None,
+    baseline: str | None = None,
 ) -> Path:
     """Build the published form of a run: encoder, native export, pretraining state, figures, card.
 
@@ -72,14 +74,16 @@ def build_repository(
         license_file: A file with its text, to lie in the repository.
         description: The user's own words for the head of the card.
         dataset: Hub id of the training data, where the run knows it by another name.
+        baseline: Another encoder among the results, by its name or an end of it: the card gets a picture of how much
+            better or worse the published one is on every task.
 
     Returns:
         ``directory``.
 
     Raises:
         ValueError: ``run_dir`` is not a run or has no complete checkpoint; parts are unknown; ``repo_id`` is not a name
-            on the Hub; ``directory`` holds files; results are of another encoder; the licence contradicts that of the
-            base weights.
+            on the Hub; ``directory`` holds files; results are of another encoder; there are none of ``baseline`` that
+            may be compared; the licence contradicts that of the base weights.
         LoadError: The checkpoint's weights are damaged.
         SnippetError: Code of the card does not run.
     """
@@ -91,13 +95,15 @@ def build_repository(
     licence = choose_licence(run.terms(dataset), license, name=license_name, link=license_link, copy=license_file)
     source = _load(run)
     names = _DataNames(run, dataset)
-    records = _public_records(read_results(results), source, repo_id, names)
+    found = read_results(results)
+    records = _public_records(found, source, repo_id, names)
+    compared = None if baseline is None else _compare(found, records, baseline, names)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".building-") as workplace:
         staging = Path(workplace, directory.name)
         staging.mkdir()
         built, reason = _write_weights(source, run, names, staging, parts)
-        figures = draw_figures(run, records, staging / "figures") if "figures" in parts else []
+        figures = draw_figures(run, records, staging / "figures", compared) if "figures" in parts else []
         built += ["figures"] if figures else []
         if records:
             save_records(records, staging / RESULTS_FILE)
@@ -238,6 +244,21 @@ def _public_records(
     if others:
         logger.warning("Left out of the card: results of other encoders, %s.", ", ".join(others))
     return merge_records(public_record(record, repo_id, names(record.dataset)) for record in ours)
+
+
+def _compare(
+    found: Sequence[ResultRecord], records: Sequence[ResultRecord], baseline: str, names: _DataNames
+) -> Comparison:
+    """Compare the published records with those of another encoder among all that were found.
+
+    Raises:
+        ValueError: There is no such encoder, or nothing of it may be compared.
+    """
+    named = join_encoders(found)
+    name = find_encoder(baseline, named)
+    public = public_source(name)
+    theirs = [public_record(record, public, names(record.dataset)) for record in named if record.encoder == name]
+    return Comparison(public, list_differences([*records, *theirs], public))
 
 
 def _write_weights(

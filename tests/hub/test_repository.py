@@ -48,10 +48,18 @@ CODE = {f"{name}_equissl.py" for name in ("base", "configuration", "decoders", "
 def repository(run: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole thing, its card's code executed."""
     measured = tmp_path_factory.mktemp("probes")
-    save_records(records_of(run, photo_folder), measured / "results.json")
+    ours = records_of(run, photo_folder)
+    others = [replace(record, encoder="/opt/runs/base/encoder", encoder_digest="0" * 16) for record in ours]
+    save_records([*ours, *others], measured / "results.json")
     folder = tmp_path_factory.mktemp("build") / "repository"
     return build_repository(
-        run, folder, repo_id=REPO, results=[measured], dataset=f"some-lab/{photo_folder.name}", license="apache-2.0"
+        run,
+        folder,
+        repo_id=REPO,
+        results=[measured],
+        dataset=f"some-lab/{photo_folder.name}",
+        license="apache-2.0",
+        baseline="base/encoder",
     )
 
 
@@ -73,7 +81,7 @@ def test_every_part_is_there_and_nothing_else(repository: Path, run: Path) -> No
         *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json"),
         *(f"native/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")),
         *(f"pretraining/{name}" for name in ("config.json", "model.safetensors", "recipe.yaml")),
-        *(f"figures/{name}.png" for name in ("losses", "features", "r2")),
+        *(f"figures/{name}.png" for name in ("losses", "features", "r2", "differences")),
     }
     assert files(repository) >= CODE
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]

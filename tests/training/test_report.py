@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from hf_equissl.evaluation import ResultRecord, load_records
-from hf_equissl.evaluation.encoder_report import find_encoder, join_encoders, list_differences, plot_differences
+from hf_equissl.evaluation.encoder_report import (
+    Comparison,
+    find_encoder,
+    join_encoders,
+    list_differences,
+    plot_differences,
+)
 from hf_equissl.evaluation.metric import R2, TOP1, Metric
 from hf_equissl.evaluation.results import save_records
 from hf_equissl.training import report
@@ -77,7 +83,7 @@ def test_differences_are_of_like_numbers_and_positive_where_better(folders: list
 
 
 def test_bars_point_to_the_better_side(folders: list[str]) -> None:
-    figure = plot_differences(list_differences(read(folders), ROT), ROT)
+    figure = plot_differences(Comparison(ROT, list_differences(read(folders), ROT)))
     (axes,) = figure.axes
     (bars,) = axes.containers
     assert [bar.get_width() for bar in bars] == pytest.approx([-100 * 2.5 / 52.5, -50, -25])  # a long one is cut

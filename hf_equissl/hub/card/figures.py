@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation import EVALUATORS
+from ...evaluation.encoder_report import DIFFERENCES, Comparison, plot_differences
 from ...evaluation.results import ResultRecord
 from ...utils.figures import plot_losses
 from ...utils.markdown import code
@@ -31,13 +32,16 @@ class Figure:
     caption: str
 
 
-def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | Path) -> list[Figure]:
+def draw_figures(
+    run: RunFolder, records: Sequence[ResultRecord], folder: str | Path, compared: Comparison | None = None
+) -> list[Figure]:
     """Draw what the run and its records give into ``folder``.
 
     Args:
         run: Logs come from its Trainer, the monitor's picture from its folder.
         records: Results of the published encoder.
         folder: Created where there is something to draw.
+        compared: Differences to another encoder.
 
     Returns:
         Figures in the order in which a card shows them; none for a run that has logged nothing. Without matplotlib,
@@ -59,6 +63,9 @@ def draw_figures(run: RunFolder, records: Sequence[ResultRecord], folder: str | 
         for plot in evaluator.plots if own else ():
             plot.draw(own, folder / plot.file)
             found.append(Figure(plot.file, plot.title, plot.caption(own)))
+    if compared is not None:
+        plot_differences(compared, folder / DIFFERENCES)
+        found.append(Figure(DIFFERENCES, f"Differences to {compared.baseline}", compared.caption))
     if (run.path / MONITOR_FILE).is_file():
         shutil.copyfile(run.path / MONITOR_FILE, folder / MONITOR_FILE)
         found.append(_monitor(run))
