@@ -51,15 +51,25 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 
 def head_names(model: nn.Module, encoder_name: str) -> list[str]:
-    """Return the names of the modules with weights beside the encoder, each as far up as the encoder is not in it."""
+    """Return the names of the modules with weights beside the encoder, each as far up as the encoder is not in it.
+
+    Of lists and dictionaries of modules, which have no ``forward`` that PEFT could wrap, the modules in them.
+    """
     path = encoder_name.split(".")
-    names = []
+    names: list[str] = []
     for depth in range(len(path)):
         above = ".".join(path[:depth])
         for name, module in model.get_submodule(above).named_children():
-            if name != path[depth] and any(True for _ in module.parameters()):
-                names.append(f"{above}.{name}" if above else name)
+            if name != path[depth]:
+                names += _callable_modules(module, f"{above}.{name}" if above else name)
     return names
+
+
+def _callable_modules(module: nn.Module, name: str) -> list[str]:
+    """Return the name of a module with weights, or of those in it where it is a mere container."""
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+        return [found for key, inner in module.named_children() for found in _callable_modules(inner, f"{name}.{key}")]
+    return [name] if any(True for _ in module.parameters()) else []
 
 
 def freeze_unused(task: Task, model: nn.Module, splits: Splits) -> None:

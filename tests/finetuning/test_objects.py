@@ -357,3 +357,24 @@ def test_heads_that_cannot_be_are_refused(
     encoder = save(equissl(num_hidden_layers=4), tmp_path / "encoder")
     with pytest.raises(ValueError, match=message):
         prepare(settings(blocks, task, encoder=encoder, task_options=options, method="full", batch_size=4, **size))
+
+
+@pytest.mark.parametrize(("task", "options"), [("detection", DETECTION), ("instance_segmentation", MASKS)])
+def test_batches_without_objects_and_adapters_beside_a_pyramid(
+    blocks: Path, tmp_path: Path, task: str, options: dict[str, Any]
+) -> None:
+    encoder = save(equissl(num_hidden_layers=4, patch_size=4), tmp_path / "encoder")
+    run = prepare(settings(blocks, task, encoder=encoder, task_options=options, method="lora", batch_size=4))
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    assert any(".levels." in name for name in trained)
+    assert not any("encoder.layer" in name and "lora" not in name and ".backbone." in name for name in trained)
+    for training in (True, False):
+        run.model.train(training).zero_grad()
+        batch = run.task.to_inputs(run.task.collate([run.task.transform(run.task.blank(), None)] * 2))
+        step = run.task.loss(run.model, batch)
+        step.loss.backward()
+        assert step.loss.isfinite()
+        # A process whose images are all empty keeps the others waiting for no gradient.
+        assert all(parameter.grad is not None for parameter in run.model.parameters() if parameter.requires_grad)
+        predictions, _ = run.task.judge(step.output, batch)
+        assert len(predictions["scores"]) == 2
