@@ -25,14 +25,10 @@ class EquiSSLUpsampleConv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, C_in, h, w) -> (B, C_out, 2h, 2w)."""
-        kernel = self._widen(self._widen(self.weight, 2), 3).transpose(0, 1)
-        return nn.functional.conv_transpose2d(images, kernel, self.bias, stride=2, padding=1)
-
-    @staticmethod
-    def _widen(weight: Tensor, dim: int) -> Tensor:
-        """Widen a kernel from 3 to 4 along `dim`: what one input pixel adds to output pixels 2i-1 ... 2i+2."""
-        first, middle, last = weight.unbind(dim)
-        return torch.stack((last, middle + last, first + middle, first), dim)
+        # Along each side output pixels 2i-1 ... 2i+2 get from input pixel i the weights w2, w1 + w2, w0 + w1, w0: the
+        # sums over windows of two of the turned kernel between zeros.
+        kernel = nn.functional.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+        return nn.functional.conv_transpose2d(images, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 class EquiSSLConvDecoderBranch(nn.Module):

@@ -22,6 +22,10 @@ __all__ = [
 ]
 
 
+# Attention as transformers calls it: (module, query, key, value, mask, **kwargs) -> (B, T, H, d), weights or None.
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
 class EquiSSLPatchEmbeddings(nn.Module):
     """Image -> one embedding per patch."""
 
@@ -170,23 +174,25 @@ class EquiSSLAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any
+        self, hidden_states: Tensor, num_queries: int | None = None, kernel: Kernel | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, D) -> (B, Q, D) and the attention weights (B, H, Q, T) where the kernel has them.
 
-        The first `num_queries` = Q tokens ask, all by default; all T answer.
+        The first `num_queries` = Q tokens ask, all by default; all T answer. `kernel` takes the place of the model's.
         """
         asking = hidden_states[:, :num_queries]
         query, key, value = (
             layer(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
             for layer, tokens in ((self.q_proj, asking), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
-        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention = kernel or self.find_kernel()
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*asking.shape[:-1], -1)), weights
+
+    def find_kernel(self) -> Kernel:
+        """Find the kernel that the model's `attn_implementation` names."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
 
 class EquiSSLLayerScale(nn.Module):
@@ -271,14 +277,24 @@ class EquiSSLLayer(GradientCheckpointingLayer):
         self.mlp = EquiSSLMLP(config.hidden_size, config.mlp_ratio, config.hidden_act)
         self.layer_scale2 = EquiSSLLayerScale(config) if has_scale else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
-        """Map (B, T, D) -> (B, T, D), or (B, Q, D) for the first `num_queries` = Q tokens alone."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        num_queries: int | None = None,
+        paths: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Map (B, T, D) -> (B, T, D), or (B, Q, D) for the first `num_queries` = Q tokens alone.
+
+        `paths` add the two branches in place of `drop_path`; further arguments go to the attention.
+        """
 
         def attend(x: Tensor) -> Tensor:
             return self.layer_scale1(self.attention(self.norm1(x), num_queries, **kwargs)[0])
 
-        hidden_states = self.drop_path(hidden_states, attend, num_queries)
-        return self.drop_path(hidden_states, lambda x: self.layer_scale2(self.mlp(self.norm2(x))))
+        add_attention, add_mlp = paths or (self.drop_path, self.drop_path)
+        hidden_states = add_attention(hidden_states, attend, num_queries)
+        return add_mlp(hidden_states, lambda x: self.layer_scale2(self.mlp(self.norm2(x))))
 
 
 class EquiSSLStem(nn.Module):

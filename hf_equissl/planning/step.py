@@ -61,7 +61,7 @@ class Cost:
         batch: Images on the device.
         parts: Parameters and FLOPs by part; the FLOPs that belong to no module are in the part "loss".
         trained_layers, frozen_layers: Parameters of each layer of student and teacher that engines wrap on its own.
-        trained_calls, frozen_calls: Forward passes through each of them: crops of two sizes take two.
+        trained_calls, frozen_calls: Forward passes through each of them: further views take more than one.
         root: (rows, numbers in a row, whether it is trained) of each parameter outside of these layers.
         buffers: Elements in buffers.
         activation_bytes: Bytes of distinct storages that the forward pass keeps for the backward pass.

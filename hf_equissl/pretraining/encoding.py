@@ -1,4 +1,4 @@
-"""Views through an encoder: crops of one size in one pass."""
+"""Views through an encoder: crops of one size in one pass, local crops together with the global ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..modeling import EquiSSLModel
 from ..objectives.base import Features, TokenMap
 from ..views.base import Views
 from ..views.needs import ExtraViews
+from .packing import encode_packed
 
 __all__ = ["encode_crops", "encode_extra"]
 
@@ -23,8 +24,9 @@ def encode_crops(
     layers: Sequence[int] = (),
     patches: bool = True,
     last_layer: int | None = None,
+    local: Tensor | None = None,
 ) -> Features:
-    """Encode crops of one size in one pass.
+    """Encode crops of one size in one pass, together with local ones where there are any.
 
     Args:
         encoder: Student or teacher.
@@ -33,15 +35,22 @@ def encode_crops(
         layers: Blocks whose tokens are kept.
         patches: ``False``: only CLS and registers leave the last block.
         last_layer: Stop after so many blocks; ``None``: after the last.
+        local: (..., C, h, w), crops of another size, of which CLS and registers leave the last block.
     """
-    output = encoder(
-        crops.flatten(0, -4),
-        bool_masked_pos=masks,
-        output_features=False,
-        output_patches=patches,
-        output_hidden_states=list(layers) or False,
-        last_layer=last_layer,
-    )
+    images, local_tokens = crops.flatten(0, -4), None
+    if local is None:
+        output = encoder(
+            images,
+            bool_masked_pos=masks,
+            output_features=False,
+            output_patches=patches,
+            output_hidden_states=list(layers) or False,
+            last_layer=last_layer,
+        )
+        last, states = output.last_hidden_state, output.hidden_states
+    else:
+        last, local_tokens, states = encode_packed(encoder, images, local.flatten(0, -4), masks, layers)
+        local_tokens = local_tokens.unflatten(0, local.shape[:-3])
     shape, side = crops.shape[:-3], encoder.config.patch_side
     grid = (crops.shape[-2] // side, crops.shape[-1] // side)
 
@@ -50,9 +59,9 @@ def encode_crops(
         prefix = encoder.num_prefix_tokens if not inserted or layer > inserted else 0
         return TokenMap(tokens.unflatten(0, shape), prefix, grid)
 
-    end = tokens_after(last_layer or encoder.config.num_hidden_layers, output.last_hidden_state)
-    hidden = {layer: tokens_after(layer, output.hidden_states[layer]) for layer in layers}
-    return Features(end.tokens, end.num_prefix_tokens, grid, encoder.stem, hidden=hidden)
+    end = tokens_after(last_layer or encoder.config.num_hidden_layers, last)
+    hidden = {layer: tokens_after(layer, states[layer]) for layer in layers}
+    return Features(end.tokens, end.num_prefix_tokens, grid, encoder.stem, hidden=hidden, local_tokens=local_tokens)
 
 
 def encode_extra(

@@ -297,7 +297,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
         """Leave every module as its constructor made it: heads follow their papers, the student its own rules."""
 
     def encode(self, views: Views) -> Features:
-        """Encode global crops in one pass of the student, masked where there are masks, local ones in another.
+        """Encode global and local crops in one pass of the student, the global ones masked where there are masks.
 
         Raises:
             ValueError: The views lack local crops, masks or labels that an objective asks for, which it names.
@@ -309,10 +309,9 @@ class EquiSSLForPreTraining(PreTrainedModel):
                     "pipeline with this model's `needs`."
                 )
         masks = None if views.masks is None else views.masks.flatten(0, 1)
-        features = encode_crops(self.student, views.global_crops, masks, self.needs.hidden_layers)
+        local = views.local_crops if self.needs.local_crops else None
+        features = encode_crops(self.student, views.global_crops, masks, self.needs.hidden_layers, local=local)
         features.stem = self.invariance.split(features.stem)
-        if views.local_crops is not None and self.needs.local_crops:
-            features.local_tokens = encode_crops(self.student, views.local_crops, patches=False).tokens
         encode_extra(self.student, views, features, [(extra, extra.of_student) for extra in self.needs.extra])
         return features
 

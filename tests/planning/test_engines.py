@@ -181,28 +181,28 @@ def test_accumulation_gathers_for_each_micro_batch_and_reduces_once() -> None:
     assert traffic(COST, Setup(Engine.SINGLE)).gradients == 0
 
 
-LOCAL_CROPS = replace(COST, trained_calls=(2,) * 10)  # global crops, then local ones
+TWO_PASSES = replace(COST, trained_calls=(2,) * 10)  # crops, then further views
 
 
 def test_each_pass_through_a_layer_gathers_it_under_fsdp2() -> None:
     layers, root = 4 * 900, 4 * 100
-    sent = traffic(LOCAL_CROPS, Setup(Engine.FSDP2, 4))
+    sent = traffic(TWO_PASSES, Setup(Engine.FSDP2, 4))
     # The student's layers twice forward and twice backward, the teacher's once, both roots once.
     assert sent.weights == (4 * layers + layers + 2 * root) * 3 // 4
     assert sent.gradients == T * 3 // 4
     # What was accumulated is reduced before the last micro-batch's gradients are there.
-    sent = traffic(LOCAL_CROPS, Setup(Engine.FSDP2, 4, accumulating=True), accumulation=3)
+    sent = traffic(TWO_PASSES, Setup(Engine.FSDP2, 4, accumulating=True), accumulation=3)
     assert sent.weights == 3 * (5 * layers + 2 * root) * 3 // 4
     assert sent.gradients == (2 * layers + root) * 3 // 4
-    offloaded = traffic(LOCAL_CROPS, Setup(Engine.FSDP2, 4, offload=True))
+    offloaded = traffic(TWO_PASSES, Setup(Engine.FSDP2, 4, offload=True))
     assert offloaded.host == (5 * layers + 2 * root + T) // 4
 
 
 def test_zero3_gathers_again_what_is_beyond_the_reuse_distance() -> None:
-    assert traffic(LOCAL_CROPS, Setup(Engine.ZERO3, 4)) == traffic(COST, Setup(Engine.ZERO3, 4))
+    assert traffic(TWO_PASSES, Setup(Engine.ZERO3, 4)) == traffic(COST, Setup(Engine.ZERO3, 4))
     layer = ZERO3_REUSE_DISTANCE // 5
     parts = (Part("encoder: blocks", 10 * layer, 10 * layer),)
-    large = replace(LOCAL_CROPS, parts=parts, trained_layers=(layer,) * 10, frozen_layers=(), frozen_calls=(), root=())
+    large = replace(TWO_PASSES, parts=parts, trained_layers=(layer,) * 10, frozen_layers=(), frozen_calls=(), root=())
     sent = traffic(large, Setup(Engine.ZERO3, 4))
     assert sent.weights == 4 * layer * (4 * 10 - 2.5) * 3 // 4  # what the backward pass meets first is still there
 
