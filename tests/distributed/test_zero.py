@@ -42,8 +42,8 @@ RUN = {
 }  # fmt: skip
 PLAIN, GLOBAL, MODULE, BF16, TWICE, AGAIN, HALF, RESUMED = (
     {},
-    {"grad_clipping": "global", "max_grad_norm": 3.0},
-    # Steps of 0.02 under this rule leave the region in which rounding stays small: it grows fourfold per step.
+    # Steps of 0.02 under these rules leave the region in which rounding stays small: it grows fourfold per step.
+    {"grad_clipping": "global", "max_grad_norm": 3.0, "learning_rate": 0.005},
     {"grad_clipping": "module", "max_grad_norm": 1.0, "learning_rate": 0.005},
     {"bf16": True, "teacher_momentum": 0.996},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
