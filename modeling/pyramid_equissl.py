@@ -72,7 +72,9 @@ class FeaturePyramidBackbone(BackboneMixin, PreTrainedModel):
     def _wanted(self) -> list[str]:
         return list(self.out_features)
 
-    def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> Any:
         """Compute the levels of images.
 
         Args:

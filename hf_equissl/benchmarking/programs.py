@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from ..encoders.programs import EncoderProgram, open_program
 from ..encoders.targets import INT8_FILE
@@ -39,7 +41,7 @@ def time_program(
         Name ("PyTorch", "onnx", "onnx int8", "torch_export") -> images per second.
     """
     program = EncoderProgram(encoder, tokens_only=tokens_only).eval()
-    runs: dict[str, Callable[[torch.Tensor], object]] = {
+    runs: dict[str, Callable[[Tensor], object]] = {
         "PyTorch": program,
         target: open_program(directory, target, program.names),
     }
@@ -47,8 +49,14 @@ def time_program(
         runs[f"{target} int8"] = open_program(directory, target, program.names, int8=True)
     images = torch.randn(batch_size, encoder.config.num_channels, image_size, image_size)
     with torch.inference_mode():
-        taken = take_turns(
-            {name: (lambda run=run: measure_seconds(lambda: run(images))["wall"]) for name, run in runs.items()},
-            repeats,
-        )
+        taken = take_turns({name: partial(_seconds, run, images) for name, run in runs.items()}, repeats)
     return {name: batch_size / median(seconds) for name, seconds in taken.items()}
+
+
+def _seconds(run: Callable[[Tensor], object], images: Tensor) -> float:
+    """Measure the seconds of one call by the clock."""
+
+    def call() -> None:
+        run(images)
+
+    return measure_seconds(call)["wall"]

@@ -37,7 +37,7 @@ class EncoderProgram(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.with_features = encoder.stem is not None and not tokens_only
-        self.names = ("last_hidden_state", "pooler_output")
+        self.names: tuple[str, ...] = ("last_hidden_state", "pooler_output")
         if self.with_features:
             self.names += ("invariant_features", "equivariant_features")
 

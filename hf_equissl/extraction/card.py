@@ -48,6 +48,7 @@ def write_card(
     parquet = record["encoding"]["format"] == "parquet"
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     rows = sum(split["rows"] for split in splits.values())
+    terms: dict[str, Any] = {} if licence is None else licence.card_fields()
     head = DatasetCardData(
         pretty_name=f"Features of {', '.join(map(public_source, data))} by {public_source(record['encoder'])}",
         task_categories=["image-feature-extraction"],
@@ -55,7 +56,7 @@ def write_card(
         source_datasets=[source for source in data if _on_hub(source)] or None,
         base_model=record["encoder"] if _on_hub(record["encoder"]) else None,
         tags=["image-features", "embeddings", record["encoding"]["encoder_class"]],
-        **({} if licence is None else licence.card_fields()),
+        **terms,
         configs=[{"config_name": "default", "data_files": files}] if parquet else None,
     )
     write_text(folder / CARD, write("features.md", head, _context(record, splits, name or folder.resolve().name)))

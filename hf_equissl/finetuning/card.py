@@ -44,6 +44,7 @@ def write_card(
     base, name = public_source(description.base), name or folder.name
     is_adapter = (folder / "adapter_config.json").is_file()
     data = records[0].dataset if records else None
+    terms: dict[str, Any] = {} if licence is None else licence.card_fields()
     head = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASKS[description.task].pipeline_tag,
@@ -52,7 +53,7 @@ def write_card(
         datasets=[data] if data is not None and is_hub_id(data) else None,
         model_name=name.rpartition("/")[2],
         eval_results=[eval_result(record) for record in records] or None,
-        **({} if licence is None else licence.card_fields()),
+        **terms,
     )
     context = _context(description, records, base, name, is_adapter)
     context["licence"] = "" if licence is None else describe_licence(licence)

@@ -290,7 +290,9 @@ def _read_card(kind: str, name: str, source: str, path: Path, public: bool, revi
             yield Terms(kind, name)
             continue
         called, link = head.get("license_name"), head.get("license_link")
-        of_its_own = {"name": str(called or name), "link": str(link) if link else None} if licence == OTHER else {}
+        of_its_own: dict[str, Any] = (
+            {"name": str(called or name), "link": str(link) if link else None} if licence == OTHER else {}
+        )
         copy = _copy_of(source, path, public, revision) if licence == OTHER and kind == "weights" else None
         yield Terms(kind, name, licence, restricts=_restriction(licence), copy=copy, **of_its_own)
 

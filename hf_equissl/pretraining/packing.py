@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def encode_packed(
     large_tokens, large_prefix = encoder.embeddings(images, bool_masked_pos=masks)
     small_tokens, small_prefix = encoder.embeddings(small)
     groups, prefixes = [large_tokens, small_tokens], [large_prefix, small_prefix]
-    blocks = encoder.encoder.layer
+    blocks = cast(Sequence[EquiSSLLayer], encoder.encoder.layer)
     late, count = encoder.config.cls_insertion_layer, encoder.num_prefix_tokens
     layouts = _plan(groups, len(blocks), late, count)
     ways = _draw(blocks, layouts, encoder.training, large_tokens.device)

@@ -315,7 +315,7 @@ def _from_column(settings: FineTuningSettings, classes: Sequence[str] | None, bo
 
 def _class_names(source: ImageSource) -> tuple[str, ...]:
     """Find names in the type of the column."""
-    feature: Any = source.dataset.features[source.more["objects"]]  # type: ignore[index]
+    feature: Any = source.dataset.features[source.more["objects"]]
     found = [one.names for one in _walk(feature) if isinstance(one, datasets.ClassLabel)]
     if len(found) != 1:
         raise ValueError(

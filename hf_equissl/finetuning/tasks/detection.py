@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class DetectionTask(ObjectTask):
         """Make RT-DETR with random weights."""
         encoder: Any = backbone_config
         self.patch_size = int(torch.as_tensor(encoder.patch_size).max())
-        pyramid = FeaturePyramidConfig(backbone_config=backbone_config, out_indices=list(LEVELS))
+        levels: dict[str, Any] = {"out_indices": list(LEVELS)}
+        pyramid = FeaturePyramidConfig(backbone_config=backbone_config, **levels)
         width = self.hidden_size
         config = RTDetrConfig(
             backbone_config=pyramid,
@@ -145,7 +146,8 @@ class DetectionTask(ObjectTask):
         logits, boxes = output
         classes = logits.shape[2]
         scores, places = logits.sigmoid().flatten(1).topk(min(MOST_FOUND, logits[0].numel()))
-        corners = center_to_corners_format(boxes).gather(1, (places // classes)[..., None].expand(-1, -1, 4))
+        chosen = boxes.gather(1, (places // classes)[..., None].expand(-1, -1, 4))
+        corners: Tensor = cast(Any, center_to_corners_format)(chosen)
         sizes = torch.stack(batch["size"]).to(corners)
         corners = corners * torch.cat([sizes, sizes], 1)[:, None]
         found = torch.cat([corners[..., :2], corners[..., 2:] - corners[..., :2]], 2)

@@ -46,7 +46,8 @@ class KeypointModel(nn.Module):
     def __init__(self, config: PreTrainedConfig, num_points: int, simple: bool) -> None:
         super().__init__()
         self.backbone: Any = AutoBackbone.from_config(config)
-        head = VitPoseConfig(backbone_config=config, num_labels=num_points, scale_factor=FINER)
+        sizes: dict[str, Any] = {"num_labels": num_points, "scale_factor": FINER}
+        head = VitPoseConfig(backbone_config=config, **sizes)
         self.head = VitPoseSimpleDecoder(head) if simple else VitPoseClassicDecoder(head)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class LinearSegmenter(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(cast(nn.Parameter, self.classifier.bias))
 
     def forward(self, pixel_values: Tensor) -> Logits:
         """Compute logits at the size of the images: (B, 3, H, W) -> (B, K, H, W)."""

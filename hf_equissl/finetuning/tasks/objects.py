@@ -155,7 +155,8 @@ class ObjectTask(DenseTask):
         box: Box = (0, 0, *image.size)
         mirrored = False
         if rng is not None:
-            box = random_box(*image.size, self.settings.crop_scale or CROP_SCALE, CROP_RATIO, rng)
+            width, height = image.size
+            box = random_box(width, height, self.settings.crop_scale or CROP_SCALE, CROP_RATIO, rng)
             mirrored = bool(rng.random() < 0.5) and self.settings.flip
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
         learned = [one for one in objects if not one.get("crowd")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ class SegmentationTask(DenseTask):
         Metric("miou", "%", digits=2, hub_type="mean_iou"),
         Metric("pixel_accuracy", "%", digits=2, hub_type="accuracy"),
     )
-    pipeline_tag = "image-segmentation"
-    auto_class = "AutoModelForSemanticSegmentation"
+    pipeline_tag: ClassVar[str | None] = "image-segmentation"
+    auto_class: ClassVar[str | None] = "AutoModelForSemanticSegmentation"
 
     def __init__(
         self,
