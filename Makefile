@@ -12,13 +12,14 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: help quickstart test test-fast style docs clean
+.PHONY: help quickstart test test-fast style docs notebooks clean
 help:
 	@echo "make quickstart   pretrain twice on photographs, probe, draw; results in $(OUTPUT)/"
 	@echo "make test         the whole test suite (ARGS='-k vicreg' to choose)"
 	@echo "make test-fast    its quick part: no launches, no scripts"
 	@echo "make style        ruff and mypy"
 	@echo "make docs         the documentation, in docs/_build"
+	@echo "make notebooks    run the notebooks, and store what they print and draw (NOTEBOOKS='notebooks/05*.py' to choose)"
 
 $(BIN)/.ready-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +43,13 @@ style: $(BIN)/.ready-dev
 
 docs: $(BIN)/.ready-dev
 	$(BIN)/python -m sphinx --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
+
+# The scripts are what is edited; each notebook is written anew from its script, and keeps what its last run printed.
+NOTEBOOKS ?= notebooks/*.py
+notebooks: export PATH := $(abspath $(BIN)):$(PATH)
+notebooks: $(BIN)/.ready-dev
+	$(BIN)/python -m jupytext --quiet --to ipynb $(NOTEBOOKS)
+	$(BIN)/python -m nbclient --inplace --timeout=600 $(NOTEBOOKS:.py=.ipynb)
 
 clean:
 	rm -rf $(VENV) .typecheck build dist docs/_build *.egg-info
