@@ -49,7 +49,7 @@ NOTEBOOKS ?= notebooks/*.py
 notebooks: export PATH := $(abspath $(BIN)):$(PATH)
 notebooks: $(BIN)/.ready-dev
 	$(BIN)/python -m jupytext --quiet --to ipynb $(NOTEBOOKS)
-	$(BIN)/python -m nbclient --inplace --timeout=600 $(NOTEBOOKS:.py=.ipynb)
+	$(BIN)/jupyter execute --inplace --timeout=600 $(NOTEBOOKS:.py=.ipynb)
 
 clean:
 	rm -rf $(VENV) .typecheck build dist docs/_build *.egg-info

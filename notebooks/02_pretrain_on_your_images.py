@@ -93,7 +93,7 @@ Show(filename=str(next(workspace.glob("plan/*.png"))), width=520)
 
 # %%
 # !hf-equissl pretrain --recipe quickstart --data photos --output_dir run --training.max_steps 100 \
-#     --training.warmup_steps 20 --training.logging_steps 5 --training.save_steps 50 2>/dev/null | tail -3
+#     --training.warmup_steps 20 --training.logging_steps 5 --training.save_steps 50 2>/dev/null | tail -1
 
 # %% [markdown]
 # ## The curve
@@ -106,7 +106,8 @@ from matplotlib import pyplot
 history = json.loads((workspace / "run/checkpoint-100/trainer_state.json").read_text())["log_history"]
 lines = [line for line in history if "loss_ssl" in line]
 figure, axes = pyplot.subplots(1, 2, figsize=(8, 2.6), dpi=70, layout="constrained")
-for axis, (key, title) in zip(axes, {"loss_ssl": "VICReg", "reconstruction/loss_recon": "reconstruction (MSE)"}.items()):
+titles = {"loss_ssl": "VICReg", "reconstruction/loss_recon": "reconstruction (MSE)"}
+for axis, (key, title) in zip(axes, titles.items(), strict=True):
     axis.plot([line["step"] for line in lines], [line[key] for line in lines])
     axis.set(title=title, xlabel="step")
 

@@ -78,7 +78,7 @@ for path in sorted(files("hf_equissl.training.accelerate_configs").iterdir(), ke
 # sbatch training/slurm/pretrain.sbatch
 # ```
 #
-# The global batch is per device × processes × accumulation. With fewer GPUs raise the accumulation, so that a run that is
+# The global batch is the product of batch per device, processes and accumulation. With fewer GPUs raise the accumulation, so that a run that is
 # continued elsewhere keeps its batch; a launch with another batch is refused with the values that fit.
 
 # %% [markdown]
