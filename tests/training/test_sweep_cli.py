@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,15 @@ while not pathlib.Path({str(marker)!r}).exists():
     assert sweep._launch([sys.executable, "-c", run], marker) == EXIT_PREEMPTED
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which pytest-xdist's workers ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_until_the_launcher_has_ended(tmp_path: Path) -> None:
     ended = tmp_path / "ended"
     run = f"import os, pathlib, time; os.kill({os.getpid()}, 2); time.sleep(0.5); pathlib.Path({str(ended)!r}).touch()"
@@ -115,10 +125,11 @@ def test_ctrl_c_waits_until_the_launcher_has_ended(tmp_path: Path) -> None:
     assert ended.exists()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_launcher_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "SECONDS_TO_END", 0.2)
     run = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'id')!r}).write_text(str(os.getpid())); " + (
-        f"os.kill({os.getpid()}, 2); time.sleep(600)"
+        f"os.kill({os.getpid()}, 2); time.sleep(60)"
     )
     with pytest.raises(KeyboardInterrupt):
         sweep._launch([sys.executable, "-c", run], tmp_path / MARKER_FILE)
