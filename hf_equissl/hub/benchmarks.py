@@ -27,7 +27,8 @@ _DEFINITION = "eval.yaml"
 def write_eval_results(records: Sequence[ResultRecord], repo_id: str, folder: Path) -> list[Path]:
     """Write the numbers to quote that were measured on benchmarks of the Hub, one file each.
 
-    A record counts whose data set, a Hub id, defines a task on the split that was judged. Where the Hub cannot be
+    A record counts whose data set, a Hub id, defines a task on the split that was judged, and names its metric; of
+    several with one task the first. Where the Hub cannot be
     asked there are no files; ``model-index`` in the card holds all numbers anyway.
 
     Args:
@@ -40,10 +41,13 @@ def write_eval_results(records: Sequence[ResultRecord], repo_id: str, folder: Pa
     """
     quoted = [record for record in merge_records(records) if record.primary and is_hub_id(record.dataset)]
     tasks = {name: find_tasks(name) for name in dict.fromkeys(record.dataset for record in quoted)}
-    written = []
+    written: list[Path] = []
+    done: set[tuple[str, str]] = set()
     for record in quoted:
-        if (task := choose_task(tasks[record.dataset], record.split)) is None:
+        task = choose_task(tasks[record.dataset], record.split, (record.metric, record.about.hub_type))
+        if task is None or (record.dataset, task) in done:
             continue
+        done.add((record.dataset, task))
         words = (OWN_EVAL_RESULTS, record.dataset.rpartition("/")[2], task, record.name, record.features)
         path = folder / EVAL_RESULTS / (re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".yaml")
         write_text(path, dump_yaml(eval_result_entries_to_yaml([eval_result_entry(record, task, repo_id)])))
@@ -87,12 +91,17 @@ def find_tasks(dataset: str) -> list[Mapping[str, Any]]:
     return [task for task in found if isinstance(task.get("id"), str)]
 
 
-def choose_task(tasks: Sequence[Mapping[str, Any]], split: str) -> str | None:
-    """Return the id of the one task on a split; ``None`` where there is none, or more than one.
+def choose_task(tasks: Sequence[Mapping[str, Any]], split: str, metrics: Sequence[str | None]) -> str | None:
+    """Return the id of the one task on a split by a metric; ``None`` where there is none, or more than one.
 
-    A task that names no split is on any.
+    A task that names no split is on any. Its id or ``metric`` has to be one of ``metrics``: a number of another kind,
+    such as R2 of rotations on an image set that is judged by accuracy, would stand there as that set's result.
     """
-    fitting = [task["id"] for task in tasks if task.get("split") in (None, split)]
+    fitting = [
+        task["id"]
+        for task in tasks
+        if task.get("split") in (None, split) and {task["id"], task.get("metric")} & ({*metrics} - {None})
+    ]
     if len(fitting) > 1:
         logger.info("Not written to %s: which of %s is meant cannot be known.", EVAL_RESULTS, ", ".join(fitting))
     return fitting[0] if len(fitting) == 1 else None

@@ -53,6 +53,7 @@ def test_numbers_on_benchmarks_become_files_of_the_hub(hub_here: LoopbackHub, ap
     records = [
         record(),
         record(features="patches", primary=False),
+        record(evaluator="knn"),
         record(evaluator="knn", split="train"),
         record("maker/plain"),
         record("maker/broken"),
@@ -62,10 +63,10 @@ def test_numbers_on_benchmarks_become_files_of_the_hub(hub_here: LoopbackHub, ap
         record(metric=R2, evaluator="transformation_regression", task="rotation", values=(0.98765,), seeds=(0,)),
     ]
     written = write_eval_results(records, REPO, tmp_path)
-    names = ["equissl-photos-top1-linear-top1-cls.yaml", "equissl-photos-top1-rotation-r2-cls.yaml"]
+    names = ["equissl-photos-top1-linear-top1-cls.yaml"]  # R2 is no accuracy, and one number answers one task
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [f".eval_results/{name}" for name in names]
-    top1, r2 = (parse_eval_result_entries(yaml.safe_load(path.read_text()))[0] for path in written)
-    assert (top1.dataset_id, top1.task_id, top1.value, r2.value) == ("maker/photos", "top1", 71.0, 0.9877)
+    (top1,) = parse_eval_result_entries(yaml.safe_load(written[0].read_text()))
+    assert (top1.dataset_id, top1.task_id, top1.value) == ("maker/photos", "top1", 71.0)
     assert top1.source_url == f"{hub_here.endpoint}/{REPO}"
     assert top1.date == records[0].date
     assert top1.notes == (
@@ -82,15 +83,16 @@ def test_no_hub_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        ([{"id": "a", "split": "test"}, {"id": "b", "split": "train"}], "a"),
-        ([{"id": "a"}], "a"),
-        ([{"id": "a", "split": "train"}], None),
-        ([{"id": "a"}, {"id": "b"}], None),
+        ([{"id": "top1", "split": "test"}, {"id": "top1", "split": "train"}], "top1"),
+        ([{"id": "classes", "metric": "accuracy"}], "classes"),
+        ([{"id": "classes"}], None),
+        ([{"id": "top1", "split": "train"}], None),
+        ([{"id": "top1"}, {"id": "b", "metric": "top1"}], None),
         ([], None),
     ],
 )
 def test_which_task_is_meant(tasks: list[dict[str, str]], expected: str | None) -> None:
-    assert choose_task(tasks, "test") == expected
+    assert choose_task(tasks, "test", ("top1", "accuracy", None)) == expected
 
 
 def test_what_a_push_sends_and_deletes(tmp_path: Path) -> None:
