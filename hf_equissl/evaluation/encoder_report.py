@@ -20,6 +20,7 @@ from .report import markdown_table
 from .results import ResultRecord, column_titles, merge_records, save_records
 
 logger = logging.getLogger(__name__)
+TITLE = "# Encoders compared"
 REPORT, RESULTS, DIFFERENCES, BARS = "report.md", "results.json", "differences.png", "r2.png"
 # Bars end here, in per cent of the baseline's value: a number near zero would make any difference look endless.
 _LONGEST = 50.0
@@ -190,10 +191,12 @@ def write_encoder_report(
         The files.
 
     Raises:
-        ValueError: the baseline was not measured, or nothing of it may be compared with another encoder.
+        ValueError: the baseline was not measured, nothing of it may be compared with another encoder, or the folder
+            holds a report or results of something else.
     """
     folder, records = Path(folder), join_encoders(records)
-    parts = ["# Encoders compared", markdown_table(records).rstrip()]
+    _check_own(folder)
+    parts = [TITLE, markdown_table(records).rstrip()]
     pictures: list[tuple[str, Any]] = []
     if baseline is not None:
         name = find_encoder(baseline, records)
@@ -219,6 +222,15 @@ def write_encoder_report(
     write_text(folder / REPORT, "\n\n".join(parts) + "\n")
     save_records(records, folder / RESULTS)
     return written
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder whose report or results an earlier report did not write: they would be replaced."""
+    report = folder / REPORT
+    own = report.is_file() and report.read_text(encoding="utf-8").startswith(TITLE)
+    there = [name for name in (REPORT, RESULTS) if (folder / name).exists()]
+    if there and not own:
+        raise ValueError(f"{folder} holds {' and '.join(there)} of something else. Name another folder for the report.")
 
 
 def _image(file: str) -> str:

@@ -132,6 +132,10 @@ def test_images_are_judged_where_depth_is_known() -> None:
     judged = bound(eval_crop="eigen").judge(torch.full((1, 8, 8), 3.0), {"depth": [edges]})
     assert judged[0].tolist() == [[0, 0, 1]]
     assert judged[1][0, 0] == 426 * 560
+    # As the published evaluation cuts KITTI's images.
+    for (height, width), edges in {(375, 1242): (153, 371, 44, 1197), (352, 1216): (143, 349, 43, 1172)}.items():
+        rows, columns = bound(eval_crop="garg")._judged(height, width)
+        assert (rows.start, rows.stop, columns.start, columns.stop) == edges
 
 
 def test_holes_do_not_enter_the_loss() -> None:

@@ -128,3 +128,17 @@ def test_nothing_to_compare(folders: list[str], tmp_path: Path, capsys: pytest.C
     assert "no number of it may be compared with one of another encoder" in capsys.readouterr().err
     assert report.main(words) == 0  # the table alone
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.json"]
+
+
+@pytest.mark.parametrize("name", ["report.md", "results.json"])
+def test_files_of_others_stay(
+    name: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run" / name
+    other.parent.mkdir()
+    other.write_text("[]")
+    assert report.main([*folders, "--output_dir", str(other.parent)]) == 2
+    assert f"holds {name} of something else" in capsys.readouterr().err
+    assert other.read_text() == "[]"
+    out = str(tmp_path / "report")
+    assert report.main([*folders, "--output_dir", out]) == report.main([*folders, "--output_dir", out]) == 0

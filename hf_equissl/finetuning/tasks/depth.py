@@ -279,4 +279,8 @@ class DepthTask(DenseTask):
         if self.eval_crop is None:
             return slice(height), slice(width)
         upper, lower, left, right = EVAL_CROPS[self.eval_crop]
-        return slice(round(upper * height), round(lower * height)), slice(round(left * width), round(right * width))
+
+        def edge(share: float, side: int) -> int:
+            return int(share * side + 1e-6)  # cut off, as the published code does; whole pixels stay whole
+
+        return slice(edge(upper, height), edge(lower, height)), slice(edge(left, width), edge(right, width))
