@@ -134,14 +134,19 @@ class HyperPredictor(nn.Module):
         num_inputs: q.
         size: d.
         deep: Whether there are hidden layers.
+        from_identity: Whether the matrix of the last input, the constant 1, starts as the identity: the first predictions
+            are then x itself, up to what the other inputs add.
     """
 
-    def __init__(self, num_inputs: int, size: int, deep: bool = False) -> None:
+    def __init__(self, num_inputs: int, size: int, deep: bool = False, from_identity: bool = False) -> None:
         super().__init__()
         hidden = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
         again = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
         self.code = nn.Sequential(*hidden, *again)
         self.maps = nn.Linear(num_inputs * size, size, bias=False)
+        if from_identity:
+            with torch.no_grad():
+                nn.init.eye_(self.maps.weight[:, -size:])
 
     def forward(self, x: Tensor, inputs: Tensor) -> Tensor:
         """Map embeddings (B, d) by the matrices that belong to inputs (B, q): (B, d)."""

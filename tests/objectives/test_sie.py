@@ -150,6 +150,18 @@ def test_where_g_changes_nothing_the_constant_lets_it_be_the_identity():
         assert without.predictor(x, without._inputs(views)).abs().max() == 0
 
 
+def test_predictor_may_start_as_the_identity():
+    views = make_views(Needs(parameters=True))
+    views.normalized_parameters = torch.zeros_like(views.normalized_parameters)
+    objective, x = tiny(predictor_start="identity"), torch.randn(6, 12)
+    torch.testing.assert_close(objective.predictor(x, objective._inputs(views)), x)
+    views.normalized_parameters = torch.ones_like(views.normalized_parameters)
+    assert (objective.predictor(x, objective._inputs(views)) - x).abs().max() > 0.01
+    for other in ({"append_one": False}, {"hypernetwork": "deep"}):
+        with pytest.raises(ValueError, match="only the constant 1 has a matrix of its own"):
+            tiny(predictor_start="identity", **other)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_first_and_last_view_meet_behind_one_projector(pooling):
     objective, config = tiny(pooling=pooling), tiny_config()
@@ -247,6 +259,7 @@ def test_a_run_without_parameters_or_equivariant_part_is_refused_before_its_firs
 
 def test_wrong_inputs():
     wrong = {"prediction_weight": (-1, "negative"), "hypernetwork": ("wide", "'deep'"), "pooling": ("max", "'mean'")}
+    wrong["predictor_start"] = ("zeros", "'identity'")
     for name, (value, message) in wrong.items():
         with pytest.raises(ValueError, match=message):
             tiny(**{name: value})
