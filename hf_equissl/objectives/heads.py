@@ -134,8 +134,8 @@ class HyperPredictor(nn.Module):
         num_inputs: q.
         size: d.
         deep: Whether there are hidden layers.
-        from_identity: Whether the matrix of the last input, the constant 1, starts as the identity: the first predictions
-            are then x itself, up to what the other inputs add.
+        from_identity: Whether the matrix of the last input, the constant 1, starts as the identity: the first
+            predictions are then x itself, up to what the other inputs add.
     """
 
     def __init__(self, num_inputs: int, size: int, deep: bool = False, from_identity: bool = False) -> None:
