@@ -123,8 +123,8 @@ class SIEObjective(Objective):
         from_identity = predictor_start == "identity"
         if from_identity and (hypernetwork == "deep" or not append_one):
             raise ValueError(
-                f'predictor_start "identity" of SIE needs hypernetwork "linear" and append_one: true, got "{hypernetwork}" '
-                f"and {append_one}: only the constant 1 has a matrix of its own."
+                'predictor_start "identity" of SIE needs hypernetwork "linear" and append_one true, got '
+                f"{hypernetwork!r} and {append_one}: only the constant 1 has a matrix of its own."
             )
         self.prediction_weight, self.variance_weight = prediction_weight, variance_weight
         self.covariance_weight, self.prediction_variance_weight = covariance_weight, prediction_variance_weight
