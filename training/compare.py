@@ -53,8 +53,9 @@ EPILOG = f"""\
 DIR/NAME holds each run, as sweep.py leaves it, and its probes; DIR/probes the table ({TABLE}), the records
 ({RESULTS}), both written anew whenever a member is done, and in the end the plot ({PLOT}).
 Run the same command again to go on: finished runs are skipped, wherever they were trained, an interrupted one resumes,
-what is probed is kept. A member that fails does not stop the others. Ctrl-C and SIGTERM stop all of them; code 75 after
-SIGTERM. Each run is one process here; on several devices train with sweep.py first.
+what is probed is kept, also when DIR/NAME/encoder is deleted to save space. A member that fails does not stop the
+others. Ctrl-C and SIGTERM stop all of them; code 75 after SIGTERM. Each run is one process here; on several devices
+train with sweep.py first.
 What stands behind -- goes to probe.py, after these words: {" ".join(PROBE_WORDS)}
 and for images of up to 64 pixels: {" ".join(SMALL_PROBE_WORDS)}
 
@@ -182,8 +183,11 @@ class Comparison:
         lane = self._lane(member.name, system, recipe)
         lane.train = pretrain_words(member, self.overrides, lane.run)
         lane.is_trained = is_chosen and is_finished(recipe, lane.run)
-        if is_chosen and (lane.is_trained or not self.options.finished_only):
+        if is_chosen:
             lane.probe = self._probe_commands(lane, recipe)
+            lane.is_trained = lane.is_trained or (lane.is_kept and not self._why_not(lane))
+            if self.options.finished_only and not lane.is_trained:
+                lane.probe = []
         return lane
 
     def _lane(self, name: str, system: str, recipe: Any) -> MemberLane:

@@ -66,7 +66,7 @@ class MemberLane(Lane):
             from hf_equissl.running.untrained import save_untrained
 
             made, text = self.run / "architecture.json", self.untrained.build_encoder_config().to_json_string()
-            if not (made.is_file() and made.read_text() == text and self._weights()):
+            if not (made.is_file() and made.read_text() == text and (self._weights() or self.is_kept)):
                 save_untrained(self.untrained, self.seed, self.encoder)
                 write_text(made, text)
         elif self.is_trained:
@@ -102,6 +102,11 @@ class MemberLane(Lane):
         return all(map(self._is_probed, self.probe))
 
     @property
+    def is_kept(self) -> bool:
+        """Whether nothing is left to do although its weights are gone: its probes were done before."""
+        return bool(self.probe) and self._weights() is None and self.is_probed
+
+    @property
     def state(self) -> str:
         """How far this member is, in words."""
         if self.train and not self.is_trained:
@@ -110,8 +115,7 @@ class MemberLane(Lane):
 
     def measured_words(self) -> list[list[str]]:
         """List the words of the probes, done or begun, that measured the encoder as it is now."""
-        weights = self._weights()
-        return [entry["words"] for entry in self._noted() if entry["weights"] == weights]
+        return [entry["words"] for entry in self._noted() if self._measured(entry)]
 
     def _noted(self) -> list[dict[str, Any]]:
         """Read which commands are done or, without their seconds, begun; none where the results are gone."""
@@ -119,10 +123,15 @@ class MemberLane(Lane):
         return json.loads(path.read_text()) if path.is_file() and (self.probes / RESULTS).is_file() else []
 
     def _is_probed(self, words: Sequence[str]) -> bool:
-        wanted = list(words), self._weights()
         return any(
-            (entry["words"], entry["weights"]) == wanted and entry["seconds"] is not None for entry in self._noted()
+            entry["words"] == list(words) and self._measured(entry) and entry["seconds"] is not None
+            for entry in self._noted()
         )
+
+    def _measured(self, entry: dict[str, Any]) -> bool:
+        """Whether a noted probe is of the encoder as it is now, or of one that was deleted to save space."""
+        weights = self._weights()
+        return weights is None or entry["weights"] == weights
 
     def _note(self, words: Sequence[str], seconds: float | None) -> None:
         took = None if seconds is None else round(seconds, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import threading
@@ -124,6 +125,19 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
     assert kept == {path: path.read_bytes() for path in runs.glob("*/probes/*.json")}
     assert compare.main([*words, "--step_repeats", "1", "--", *PROBE]) == 0
     assert (folder / "table.md").read_text() == text
+
+    # Encoders that were deleted to save space stay in the table, and nothing is trained or made anew for them.
+    kept_encoders = tmp_path / "encoders"
+    for name in ("base_seed-4", "untrained_seed-3"):
+        shutil.move(runs / name / "encoder", kept_encoders / name)
+    capsys.readouterr()
+    assert compare.main([*words, "--list", "--", *PROBE]) == 0
+    assert "base_seed-4       probed" in capsys.readouterr().out
+    assert compare.main([*words, "--step_repeats", "1", "--", *PROBE]) == 0
+    assert (folder / "table.md").read_text() == text
+    assert not list(runs.glob("base_seed-4/encoder")) + list(runs.glob("untrained_seed-3/encoder"))
+    for name in ("base_seed-4", "untrained_seed-3"):
+        shutil.move(kept_encoders / name, runs / name / "encoder")
 
     # Rows beside the chosen ones stand for what this command would train and probe.
     capsys.readouterr()
