@@ -29,12 +29,13 @@ __all__ = [
     "Recipe",
     "__version__",
     "load_images",
+    "paint_intermediate_images",
     "save_encoder",
 ]
 
 if TYPE_CHECKING:
     from .data import load_images
-    from .encoders import save_encoder
+    from .encoders import paint_intermediate_images, save_encoder
     from .evaluation import EVALUATORS
     from .modeling import EquiSSLBackbone, EquiSSLConfig, EquiSSLForImageClassification, EquiSSLModel
     from .objectives import EQUIVARIANCE_OBJECTIVES, INVARIANCE_OBJECTIVES
@@ -64,6 +65,7 @@ __getattr__, __dir__ = import_when_used(
         "TRANSFORMATIONS": "views",
         "Recipe": "recipes.recipe",
         "load_images": "data",
+        "paint_intermediate_images": "encoders.painting",
         "save_encoder": "encoders.export",
     },
 )

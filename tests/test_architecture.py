@@ -244,6 +244,7 @@ def test_public_names_exist() -> None:
         "TRANSFORMATIONS",
         "__version__",
         "load_images",
+        "paint_intermediate_images",
         "save_encoder",
     }
     assert set(hf_equissl.__all__) == expected

@@ -15,6 +15,7 @@ __all__ = [
     "convert_encoder",
     "load_encoder",
     "open_frozen",
+    "paint_intermediate_images",
     "save_encoder",
     "save_native",
     "to_native",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .frozen import FrozenEncoder
     from .loading import load_encoder
     from .native import save_native, to_native
+    from .painting import paint_intermediate_images
     from .references import open_frozen
 
 __getattr__, __dir__ = import_when_used(
@@ -38,6 +40,7 @@ __getattr__, __dir__ = import_when_used(
         "convert_encoder": "convert",
         "load_encoder": "loading",
         "open_frozen": "references",
+        "paint_intermediate_images": "painting",
         "save_encoder": "export",
         "save_native": "native",
         "to_native": "native",
