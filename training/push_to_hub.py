@@ -155,7 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
         "default: that of base weights and data where it is known and free, otherwise you are asked",
     )
     build.add_argument("--license_name", metavar="NAME", help="with --license other")
-    build.add_argument("--license_link", metavar="URL", help="with --license other: where it is written")
+    build.add_argument(
+        "--license_link", metavar="URL", help="with --license other: where it is written; default: --license_file"
+    )
     build.add_argument("--license_file", type=path_word, metavar="PATH", help="its text, to lie in the repository")
     build.add_argument("--description", metavar="TEXT", help="your own words for the head of the card")
     build.add_argument("--dataset", metavar="ID", help="Hub id of the training data, if the run read it from a folder")

@@ -26,13 +26,13 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import EquiSSLConfig, EquiSSLModel
-from ..utils.files import move_into_place
+from ..utils.files import move_into_place, write_text
 from ..utils.hostile import check_image_settings
 from ..utils.load_errors import explain_load_errors, read_config
 from .export import image_processor, save_encoder
 from .loading import read_image_settings
 from .native import save_native
-from .places import is_upstream_file
+from .places import BASE_FILE, is_upstream_file
 from .programs import save_program
 from .targets import PROGRAM_FILES, check_target
 from .upstream import convert_upstream
@@ -223,6 +223,7 @@ def convert_to_folder(
         else:
             (save_native if to == "native" else save_encoder)(encoder, staging, mean, std)
         processor.save_pretrained(staging)
+        write_text(staging / BASE_FILE, f"{source}\n")
         move_into_place(staging, directory)
     return encoder
 

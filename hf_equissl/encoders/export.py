@@ -12,9 +12,10 @@ from transformers import BitImageProcessorPil
 from ..modeling import EquiSSLModel
 from ..utils.files import move_into_place, staging_folder
 from .base_image import resized_side
+from .places import BASE_FILE
 
 # Files of a saved encoder, sharded ones and stock types included.
-_SAVED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model*.json", "*_equissl.py")
+_SAVED = ("config.json", "preprocessor_config.json", "model*.safetensors", "model*.json", "*_equissl.py", BASE_FILE)
 # What desktops leave in folders that were looked at.
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 

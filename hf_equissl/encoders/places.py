@@ -10,6 +10,8 @@ from ..utils.files import expand_home
 from ..utils.load_errors import LoadError, check_place
 
 _SUFFIXES = (".pth", ".pt")
+# Beside a model on this machine, and never published: what it was made of, as it was given.
+BASE_FILE = ".base"
 # What measurements name in place of an encoder (``references``).
 RAW_PIXELS = "raw_pixels"
 _UNTRAINED = re.compile(r"untrained(?:@(?P<seed>\d+))?:(?P<source>.+)", re.DOTALL)

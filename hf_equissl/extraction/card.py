@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
+from ..hub.card.licence import describe_licence
 from ..hub.card.writer import write
 from ..hub.licences import Licence
 from ..hub.privacy import is_hub_id, public_command, public_source, public_text, public_values
@@ -59,7 +60,9 @@ def write_card(
         **terms,
         configs=[{"config_name": "default", "data_files": files}] if parquet else None,
     )
-    write_text(folder / CARD, write("features.md", head, _context(record, splits, name or folder.resolve().name)))
+    context = _context(record, splits, name or folder.resolve().name)
+    context["licence"] = "" if licence is None else describe_licence(licence, "Features")
+    write_text(folder / CARD, write("features.md", head, context))
 
 
 def _on_hub(name: str) -> bool:

@@ -111,9 +111,14 @@ PUBLISHING = (
     Option("--push_to_hub", "upload the finished folder as a data set", default=False),
     Option("--repo_id", "where", "OWNER/NAME"),
     Option("--private", "make a new repository private", default=False),
-    Option("--license", "an ID as the Hub lists them, or inherit; default: that of the images, if it is free", "ID"),
+    Option(
+        "--license",
+        "an ID as the Hub lists them, or inherit; default: that of the images, if theirs and the encoder's are free",
+        "ID",
+    ),
     Option("--license_name", "with --license other", "NAME"),
-    Option("--license_link", "with --license other: where it is written", "URL"),
+    Option("--license_link", "with --license other: where it is written; default: --license_file", "URL"),
+    Option("--license_file", "its text, to lie in the repository", "PATH", type=path_word),
 )
 
 
@@ -242,13 +247,17 @@ def _choose_licence(settings: ExtractionSettings, publish: dict[str, Any]) -> di
     Raises:
         ValueError: The publisher has to say it, or what they say cannot be.
     """
-    from ..hub.licences import choose_licence, find_terms
+    from ..hub.licences import choose_licence
+    from ..hub.terms import find_terms
+    from .record import read_extraction
 
-    # Features are made of images; the encoder's terms count where they restrict what it makes.
-    encoder = find_terms("weights", settings.encoder, revision=settings.load_options.get("revision"))
-    terms = (*find_terms("data", settings.data), *(each for each in encoder if each.restricts))
-    answer = {name: publish.pop(f"license{name and '_'}{name}", None) for name in ("", "name", "link")}
-    licence = choose_licence(terms, answer.pop(""), **answer)
+    terms = find_terms("data", settings.data, revision=settings.source_options.get("revision"))
+    splits = read_extraction(Path(settings.output_dir)).get("splits", {})
+    for other in sorted({split["data"] for split in splits.values()} - {settings.data}):  # published with this one
+        terms += find_terms("data", other)
+    terms += find_terms("weights", settings.encoder, revision=settings.load_options.get("revision"))
+    name, link, copy = (publish.pop(f"license_{part}", None) for part in ("name", "link", "file"))
+    licence = choose_licence(terms, publish.pop("license", None), name=name, link=link, copy=copy, first="data")
     licence.require_answer()
     return {**publish, "licence": licence}
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..hub.contents import PublishError, check_secrets
-from ..hub.licences import Licence
+from ..hub.licences import LICENCE_FILE, Licence
 from ..hub.privacy import public_command, public_source, public_values
 from ..hub.push import create_repository, explain_hub_errors
 from .card import write_card
@@ -42,10 +42,12 @@ def push_features(
         api = HfApi(library_name="hf_equissl")
         files: dict[str, Path | bytes] = {**_shards(folder, record), CARD: folder / CARD}
         files[RECORD] = (json.dumps(_public(record), indent=2) + "\n").encode()
+        if licence.copy is not None:
+            files[LICENCE_FILE] = Path(licence.copy)
         check_secrets(files)
         head = api.dataset_info(repo_id).sha
         there = api.list_repo_files(repo_id, repo_type="dataset", revision=head)
-        gone = [name for name in there if name.startswith("data/") and name not in files]
+        gone = [name for name in there if name.startswith(("data/", LICENCE_FILE)) and name not in files]
         commit = api.create_commit(
             repo_id,
             [

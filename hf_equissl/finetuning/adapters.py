@@ -15,6 +15,8 @@ from torch import nn
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..encoders.places import BASE_FILE
+from ..hub.places import FINETUNED_FILE
 from ..hub.privacy import is_hub_id, public_source
 from ..utils.files import write_text
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
@@ -55,7 +57,6 @@ def register_lora_targets() -> None:
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, pattern)
 
 
-DESCRIPTION_FILE, BASE_FILE = "finetuning.json", ".base"
 FORMAT_VERSION = 1
 
 
@@ -100,18 +101,19 @@ class Description:
     def save(self, folder: Path) -> None:
         """Write ``finetuning.json`` into ``folder``, where the base is called as others know it.
 
-        An adapter needs the way to its base on this machine, too: it stands in a hidden file, which is not published.
+        The way to the base on this machine stands in a hidden file, which is not published: an adapter needs it, and
+        whoever asks for the terms of what a model was made of.
         """
         base = public_source(self.base)
         content = {"format": FORMAT_VERSION, **asdict(self), "base": base}
-        write_text(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+        write_text(folder / FINETUNED_FILE, json.dumps(content, indent=2) + "\n")
         config = folder / "adapter_config.json"
         if config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))
             settings["base_model_name_or_path"] = base if base == self.base and is_hub_id(base) else None
             write_text(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-            if base != self.base:
-                write_text(folder / BASE_FILE, f"{self.base}\n")
+        if base != self.base:
+            write_text(folder / BASE_FILE, f"{self.base}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -238,7 +240,7 @@ def load_finetuned(
     if not adapter:
         if base is not None:
             raise ValueError(f"{source} is a whole model, not an adapter: leave base out.")
-        path = find_beside(source, DESCRIPTION_FILE, subfolder=subfolder, **hub_options)
+        path = find_beside(source, FINETUNED_FILE, subfolder=subfolder, **hub_options)
         task = make_task("classification", {}) if path is None else Description.load(path).make_task()
         model = task.load_trained(source, trust_remote_code=trust_remote_code, **place).eval()
         _check_finite(model, source)
@@ -265,10 +267,10 @@ def read_description(source: str, *, subfolder: str = "", **hub_options: Any) ->
     Raises:
         LoadError: there is none.
     """
-    path = find_beside(source, DESCRIPTION_FILE, subfolder=subfolder, **hub_options)
+    path = find_beside(source, FINETUNED_FILE, subfolder=subfolder, **hub_options)
     if path is None:
         raise LoadError(
-            f"{source} holds no {DESCRIPTION_FILE}, which says what the adapter belongs to: it was not made by "
+            f"{source} holds no {FINETUNED_FILE}, which says what the adapter belongs to: it was not made by "
             "hf_equissl's fine-tuning. Load it with peft.PeftModel.from_pretrained(base, adapter)."
         )
     return Description.load(path)
@@ -286,7 +288,7 @@ def find_beside(source: str, name: str, **place: Any) -> str | None:
     )
 
 
-def _way_to_base(source: str, description: Description) -> str:
+def way_to_base(source: str, description: Description) -> str:
     """Return where the base of an adapter lies: on the machine of its training, the folder from then."""
     hidden = Path(source, BASE_FILE)
     way = hidden.read_text(encoding="utf-8").strip() if hidden.is_file() else description.base
@@ -321,7 +323,7 @@ def _load_base(
         place = {"revision": description.revision, "subfolder": description.subfolder}
     options = {name: value for name, value in hub_options.items() if name != "revision"}
     options |= {name: value for name, value in place.items() if value}
-    name = str(base if base is not None else _way_to_base(source, description))
+    name = str(base if base is not None else way_to_base(source, description))
     try:
         config = read_config(name, what="base encoder", trust_remote_code=trust_remote_code, **options)
     except LoadError as error:

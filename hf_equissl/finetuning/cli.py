@@ -90,13 +90,16 @@ def _read_bf16(text: str) -> bool | str:
     return values[text]
 
 
-RUN = (
+SETTINGS = (
     Option("--encoder", "folder or Hub id of the encoder", "PATH_OR_ID", type=path_word),
     Option("--data", "Hub id, folder, parquet, ...; with labels (one sub-folder per class)", "SOURCE", type=path_word),
     Option("--task", "what to fine-tune for (below); default: classification", "NAME"),
     Option("--set", "options of the task, as YAML", "NAME=VALUE", setting="task_options", nargs="+"),
     Option("--method", f"{', '.join(METHODS)} (below); default: lora", "METHOD"),
     Option("--output_dir", "checkpoints, results and the finished model/ or adapter/ go here", "DIR", type=path_word),
+)
+RUN = (
+    *SETTINGS,
     Option(
         "--resume",
         "auto (default): go on from the newest checkpoint in DIR, if any",
@@ -166,7 +169,7 @@ PUBLISHING = (
     Option("--private", "make a new repository private"),
     Option("--license", "an ID as the Hub lists them, or inherit; default: that of encoder and data, if free", "ID"),
     Option("--license_name", "with --license other", "NAME"),
-    Option("--license_link", "with --license other: where it is written", "URL"),
+    Option("--license_link", "with --license other: where it is written; default: --license_file", "URL"),
     Option("--license_file", "its text, to lie in the repository", "PATH", type=path_word),
     Option("--base_id", "Hub id under which the encoder is published, if it was given by path", "OWNER/NAME"),
 )
@@ -242,15 +245,8 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
     resume = options.pop("resume")
     publish = {name: options.pop(name, None) for name in ("merge", "push_to_hub", "repo_id", "private")}
     answer = {name: options.pop(name, None) for name in _LICENCE}
-    for name in ("encoder", "data", "output_dir"):
-        if not options.get(name):
-            raise ValueError(f"--{name} is missing; --help shows an example.")
-    if "task_options" in options:
-        options["task_options"] = _task_options(options["task_options"])
-    settings = FineTuningSettings(**options)
+    settings = _make_settings(options)
     _check_publishing(settings, publish | answer)
-    check_known(settings.task, TASKS, "--task")
-    check_place(settings.data)
     if not os.path.exists(settings.output_dir):  # a run that goes on may be without the encoder that it started from
         load_errors.check_place(settings.encoder)
 
@@ -284,6 +280,27 @@ def _run(options: dict[str, Any], command: str, signals: Signals) -> int:
         except (ValueError, OSError) as error:
             return stop(error, code=1, speaks=speaks_for_failure())
     return 0
+
+
+def read_settings(arguments: argparse.Namespace) -> FineTuningSettings:
+    """Read the settings that ``build_parser`` has parsed; what is said of resuming and publishing is left out.
+
+    Raises:
+        ValueError: Something is wrong with the words alone, or the data are not where they are said to be.
+    """
+    return _make_settings(read_options(arguments, (*SETTINGS, *chain.from_iterable(OPTIONS.values()))))
+
+
+def _make_settings(options: dict[str, Any]) -> FineTuningSettings:
+    for name in ("encoder", "data", "output_dir"):
+        if not options.get(name):
+            raise ValueError(f"--{name} is missing; --help shows an example.")
+    if "task_options" in options:
+        options["task_options"] = _task_options(options["task_options"])
+    settings = FineTuningSettings(**options)
+    check_known(settings.task, TASKS, "--task")
+    check_place(settings.data)
+    return settings
 
 
 def _task_options(words: Sequence[str]) -> dict[str, Any]:
@@ -327,7 +344,8 @@ def _check_licence(settings: FineTuningSettings, answer: dict[str, Any]) -> Lice
     Raises:
         ValueError: The publisher has to say it, or what they say cannot be.
     """
-    from ..hub.licences import choose_licence, find_terms
+    from ..hub.licences import choose_licence
+    from ..hub.terms import find_terms
 
     terms = (
         *find_terms("weights", settings.encoder, revision=settings.revision),

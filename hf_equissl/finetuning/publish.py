@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ from transformers import AutoImageProcessor
 
 from ..encoders.export import check_replaceable
 from ..evaluation.results import load_records, save_records
-from ..hub.licences import LICENCE_FILE, Licence
+from ..hub.licences import Licence
 from ..utils.files import move_into_place, staging_folder
 from ..utils.load_errors import explain_load_errors
-from .adapters import find_beside, is_adapter, load_finetuned, read_description
+from .adapters import find_beside, is_adapter, load_finetuned, read_description, way_to_base
 from .card import write_card
 from .prepared import FineTuningRun
 from .result_files import RESULTS
@@ -51,7 +51,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, base: str | Path |
     with staging_folder(directory) as staging:
         save_weights(description.make_task(), model, staging)
         processor.save_pretrained(staging)
-        description.save(staging)
+        replace(description, base=way_to_base(adapter, description)).save(staging)
         save_records(records, staging / RESULTS)
         write_card(staging, description, records, name=directory.name)
         move_into_place(staging, directory)
@@ -98,9 +98,8 @@ def publish(
         records = load_records(folder / RESULTS)
         write_card(folder, run.description, records, name=repo_id, licence=licence)
         write_eval_results(records, repo_id, folder)
-        if licence is not None and licence.copy is not None:
-            shutil.copyfile(licence.copy, folder / LICENCE_FILE)
-        info = push_repository(folder, repo_id, private=private)
+        copy = None if licence is None else licence.copy
+        info = push_repository(folder, repo_id, private=private, licence_copy=copy)
         lines.append(f"Published: {info.repo_url}")
     what = "adapter" if run.settings.is_adapter else "model"
     load = f"hf_equissl.finetuning.load_finetuned({str(run.folder)!r})"

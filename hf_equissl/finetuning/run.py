@@ -17,6 +17,7 @@ from ..distributed.engines import Engine, find_asked_engine
 from ..distributed.signals import Signals, remove_marker
 from ..encoders.frozen import FrozenEncoder
 from ..evaluation.results import ResultRecord, save_records
+from ..hub.places import FINETUNING_FILE
 from ..hub.privacy import public_record, public_source
 from ..pretraining.arguments import EquiSSLTrainingArguments
 from ..pretraining.run_record import RunRecordCallback, new_record
@@ -42,8 +43,6 @@ from .settings import METHODS, FineTuningSettings
 from .tasks import EncoderInput, make_task
 from .trainer import FineTuningTrainer, parameter_groups
 from .weights import SAVED_BESIDE, freeze_unused, save_weights
-
-SETTINGS_FILE = "finetune.json"
 
 
 def fine_tune(settings: FineTuningSettings, resume: str = "auto", command: str | None = None) -> list[ResultRecord]:
@@ -82,7 +81,7 @@ def _prepare(settings: FineTuningSettings, resume: str) -> FineTuningRun:
     check_shared_folder(settings.output_dir)
     check_output_folder(settings.output_dir)
     result = "adapter" if settings.is_adapter else "model"
-    check_result_folder(settings.output_dir, result, signs=(SETTINGS_FILE,), also=SAVED_BESIDE)
+    check_result_folder(settings.output_dir, result, signs=(FINETUNING_FILE,), also=SAVED_BESIDE)
     if is_main_process():
         take_folder(settings.output_dir)
     remove_marker(settings.output_dir)
@@ -195,7 +194,7 @@ def build_trainer(run: FineTuningRun, *callbacks: TrainerCallback) -> FineTuning
     )
     if trainer.is_world_process_zero():
         text = json.dumps(settings.to_dict(), indent=2) + "\n"
-        write_text(Path(settings.output_dir) / SETTINGS_FILE, text)
+        write_text(Path(settings.output_dir) / FINETUNING_FILE, text)
     record = new_record(
         run.args,
         data=run.splits.train.name,
@@ -252,11 +251,11 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
     """
     output = Path(settings.output_dir)
     found = newest_checkpoint(output)
-    if (output / SETTINGS_FILE).is_file():
+    if (output / FINETUNING_FILE).is_file():
         if found or (output / RESULTS).is_file():  # a folder without results may be anybody's
             _check_same_run(settings, output)
     elif found or (output / "run.json").is_file() or (output / RESULTS).is_file():
-        raise ValueError(f"--output_dir {output}: holds another run (no {SETTINGS_FILE}). Name a new folder.")
+        raise ValueError(f"--output_dir {output}: holds another run (no {FINETUNING_FILE}). Name a new folder.")
     if resume == "auto":
         return found
     if resume == "never":
@@ -271,7 +270,7 @@ def find_checkpoint(settings: FineTuningSettings, resume: str) -> str | None:
 def _keep_precision(settings: FineTuningSettings, resume: str) -> FineTuningSettings:
     """Give ``bf16`` "auto" the value with which the run began that goes on, whatever device goes on with it."""
     folder = Path(settings.output_dir) if resume in ("auto", "never") else Path(resume).parent
-    path = folder / SETTINGS_FILE
+    path = folder / FINETUNING_FILE
     if settings.bf16 != "auto" or not path.is_file():
         return settings
     if newest_checkpoint(folder) is None and not (folder / RESULTS).is_file():
@@ -287,7 +286,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_same_run(settings: FineTuningSettings, folder: Path) -> None:
-    if differences := settings.differences(_read_settings(folder / SETTINGS_FILE)):
+    if differences := settings.differences(_read_settings(folder / FINETUNING_FILE)):
         name, theirs, ours = differences[0]
         raise ValueError(
             f"{folder} holds a run with --{name} {theirs}, and this one says {ours}. Name a new --output_dir, or go on "

@@ -21,7 +21,6 @@ SAVED_BESIDE = (
     "finetuning.json",
     "adapter_config.json",
     "adapter_model.safetensors",
-    ".base",
 )
 # Parts of an encoder that no head reads.
 _UNREAD = ("decoder.", "pooler.")

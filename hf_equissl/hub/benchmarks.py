@@ -16,8 +16,8 @@ from ..utils.files import write_text
 from ..utils.strict_yaml import dump_yaml
 from .card.metadata import metric_name
 from .contents import EVAL_RESULTS, OWN_EVAL_RESULTS
-from .licences import fetch_file
 from .privacy import is_hub_id
+from .terms import fetch_file
 
 logger = logging.getLogger(__name__)
 # A data set with such a file at its root is a benchmark: https://huggingface.co/docs/hub/eval-results

@@ -6,6 +6,8 @@ from pathlib import Path
 
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "recipe.yaml"
+# What a fine-tuned model says of itself, and the settings beside it in the folder of its run.
+FINETUNED_FILE, FINETUNING_FILE = "finetuning.json", "finetune.json"
 
 
 def check_run_folder(path: Path) -> None:

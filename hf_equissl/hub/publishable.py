@@ -24,7 +24,7 @@ from .contents import (
     model_folders,
     read_json,
 )
-from .licences import UNKNOWN
+from .terms import UNKNOWN
 
 _PROCESSOR_SAYS = ("image_processor_type", "size", "image_mean", "image_std")
 _PRETRAINING = "equissl_pretraining"

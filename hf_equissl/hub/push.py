@@ -37,9 +37,11 @@ from .contents import (
     EVAL_RESULTS,
     OWN_EVAL_RESULTS,
     PublishError,
+    check_secrets,
     list_left_behind,
     list_published,
 )
+from .licences import LICENCE_FILE
 from .publishable import check_licence, check_publishable
 
 _SHOWN = 5  # files that a warning names
@@ -50,7 +52,7 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         CONFIG,
         ("*config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "*_equissl.py"),
     ),
-    "the card": (CARD, (CARD, "results.json", f"{EVAL_RESULTS}/{OWN_EVAL_RESULTS}-*")),
+    "the card": (CARD, (CARD, LICENCE_FILE, "results.json", f"{EVAL_RESULTS}/{OWN_EVAL_RESULTS}-*")),
     "native/": ("native/*", ("native/*",)),
     "pretraining/": ("pretraining/*", ("pretraining/*",)),
     "figures/": ("figures/*", ("figures/*",)),
@@ -65,6 +67,7 @@ def push_repository(
     revision: str | None = None,
     commit_message: str = "Upload encoder",
     token: str | None = None,
+    licence_copy: str | Path | None = None,
 ) -> CommitInfo:
     """Check ``directory`` and upload it in one commit; an interruption leaves the repository as it was.
 
@@ -81,6 +84,7 @@ def push_repository(
         revision: Branch; created from the main branch if it does not exist.
         commit_message: Title of the commit.
         token: ``None``: that of ``hf auth login`` or ``HF_TOKEN``.
+        licence_copy: The licence's text, a file that goes up as ``LICENSE.md``, whatever lies in ``directory``.
 
     Returns:
         The commit; the newest one of the branch if nothing has changed.
@@ -98,6 +102,9 @@ def push_repository(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision).sha
         files = list_published(directory)
+        if licence_copy is not None:
+            files[LICENCE_FILE] = Path(licence_copy)
+            check_secrets({LICENCE_FILE: files[LICENCE_FILE]})
         _say_left_behind(directory)
         gone, left = _find_earlier(api.list_repo_files(repo_id, revision=head), files)
         commit = api.create_commit(  # upload_folder may split a folder into several commits

@@ -70,7 +70,7 @@ def build_repository(
             with its restrictions. Left out, it is inherited where it is known and free; otherwise the card says
             "unknown", and ``push_repository`` refuses it (``licences``).
         license_name: Name of the licence, where ``license`` is "other".
-        license_link: Where that is written.
+        license_link: Where that is written; default: in ``license_file``.
         license_file: A file with its text, to lie in the repository.
         description: The user's own words for the head of the card.
         dataset: Hub id of the training data, where the run knows it by another name.

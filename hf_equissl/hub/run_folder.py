@@ -14,9 +14,9 @@ from ..pretraining.model import EquiSSLPreTrainingConfig
 from ..pretraining.run_record import RECORD_FILE, RunRecord
 from ..utils.redaction import redact_values
 from ..utils.strict_yaml import load_yaml
-from .licences import Terms, terms_of_recipe
 from .places import RECIPE_FILE, check_run_folder
 from .privacy import last_component
+from .terms import Terms, terms_of_recipe
 
 # Arguments that say where and how a run reports, not what it computes.
 _NOT_SETTINGS = (
@@ -133,8 +133,8 @@ class RunFolder:
         return (self.section("views").get("transformation") or {}).get("name")
 
     def terms(self, dataset: str | None = None) -> tuple[Terms, ...]:
-        """Find the terms of what the run is made of; ``dataset`` is the Hub id of its data, where that is known."""
-        return terms_of_recipe(self.recipe, data=dataset or self.data)
+        """Find the terms of what the run is made of; ``dataset`` is the Hub id that its publisher knows its data by."""
+        return terms_of_recipe(self.recipe, data=self.data, dataset=dataset)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """Return a section of the recipe; empty where there is none."""

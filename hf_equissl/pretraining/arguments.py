@@ -58,7 +58,8 @@ class EquiSSLTrainingArguments(TrainingArguments):
 
     With ``push_to_hub`` the run is published as ``hf_equissl.hub.build_repository`` lays it out: by
     ``trainer.push_to_hub()`` after training (``hub_strategy`` "end"), with "every_save" also after each checkpoint.
-    Its licence is ``hub_license``, which that function describes.
+    Its licence is ``hub_license``, with ``hub_license_name``, ``hub_license_link`` and ``hub_license_file``, the
+    ``license``, ``license_name``, ... of that function.
 
     Defaults that differ from ``TrainingArguments``: cosine schedule, weight decay 0.05, no gradient clipping,
     incomplete batches dropped, workers kept between epochs, losses logged every 10 steps and never replaced when they
@@ -90,6 +91,9 @@ class EquiSSLTrainingArguments(TrainingArguments):
     decay_one_dimensional: bool = False
     freeze_patch_embedding: bool = False
     hub_license: str | None = None
+    hub_license_name: str | None = None
+    hub_license_link: str | None = None
+    hub_license_file: str | None = None
     optim: OptimizerNames | Literal["lars"] | str = TrainingArguments.optim
 
     bf16: bool | Literal["auto"] = False  # type: ignore[assignment]

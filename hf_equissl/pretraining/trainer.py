@@ -386,7 +386,9 @@ class EquiSSLTrainer(DataFeed, PortableStates, Trainer):
             leave_to_main(super()._finish_current_push)
 
     def _start_push(self, commit_message: str, **options: Any) -> Any:
-        options.setdefault("license", self.args.hub_license)
+        if "license" not in options:  # who says another one says all of it
+            names = ("license", "license_name", "license_link", "license_file")
+            options |= {name: getattr(self.args, f"hub_{name}") for name in names} | options
         future = self._require_publisher().start(commit_message, **options)
         self.push_in_progress = PushInProgress([future])  # type: ignore[arg-type]  # the end of training waits for it
         return future

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..checkpoints import IncompleteCheckpointError, Manifest
 from ..data import ImageSource
 from ..distributed.agreement import gather_objects
-from ..hub.licences import choose_licence, terms_of_recipe
+from ..hub.licences import choose_licence
+from ..hub.terms import terms_of_recipe
 from ..objectives.progress import TrainingProgress
 from ..planning.arithmetic import Schedule
 from ..pretraining.arguments import EquiSSLTrainingArguments
@@ -39,8 +40,9 @@ def ask_licence(args: EquiSSLTrainingArguments, recipe: Recipe, dry: bool) -> tu
     if not args.push_to_hub:
         return ()
     try:
+        terms = terms_of_recipe({"model": recipe.model, "data": recipe.data})
         question = choose_licence(
-            terms_of_recipe({"model": recipe.model, "data": recipe.data}), args.hub_license
+            terms, args.hub_license, name=args.hub_license_name, link=args.hub_license_link, copy=args.hub_license_file
         ).question
     except ValueError as error:
         raise RecipeError(f"training.hub_license: {error}".replace("--license", "--training.hub_license")) from error

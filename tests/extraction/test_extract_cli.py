@@ -157,6 +157,36 @@ def test_publish(
     assert json.loads(record)["splits"]["train"]["rows"] == 40
     card = DatasetCard.load(api.hf_hub_download("maker/features", "README.md", repo_type="dataset"))
     assert card.data.license == "cc0-1.0"
+    assert "Features: cc0-1.0, as the publisher of this repository states." in card.text
     assert 'load_dataset("maker/features"' in card.text
     shard = api.hf_hub_download("maker/features", "data/train-00000-of-00004.parquet", repo_type="dataset")
     assert datasets.Dataset.from_parquet(shard, cache_dir=str(tmp_path / "cache")).num_rows == 12
+    # A licence of one's own brings its text, which goes with it.
+    (tmp_path / "text").write_text("Only on Sundays.")
+    push = ["--push_to_hub", "--repo_id", "maker/features", "--license"]
+    extract(tmp_path / "out", *push, "other", "--license_name", "sundays", "--license_file", str(tmp_path / "text"))
+    text = api.hf_hub_download("maker/features", "LICENSE.md", repo_type="dataset")
+    assert Path(text).read_text() == "Only on Sundays."
+    assert "[sundays](LICENSE.md)" in DatasetCard.load("maker/features", repo_type="dataset").text
+    extract(tmp_path / "out", *push, "mit")
+    assert "LICENSE.md" not in api.list_repo_files("maker/features", repo_type="dataset")
+
+
+@pytest.mark.parametrize(
+    ("terms", "asked"), [("", "weights ours: terms unknown"), ("license: cc-by-nc-4.0", "inherit")]
+)
+def test_the_terms_of_the_encoder_are_asked_for(
+    encoders: Path,
+    tmp_path: Path,
+    command: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    terms: str,
+    asked: str,
+) -> None:
+    shutil.copytree(encoders / "ours", tmp_path / "ours")
+    for folder, said in (("ours", terms), ("images", "license: mit")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "README.md").write_text(f"---\ntags: [x]\n{said}\n---\n")
+    words = command(tmp_path / "out", "--push_to_hub", "--repo_id", "me/features", data=tmp_path / "images")
+    assert main([*words, "--encoder", str(tmp_path / "ours")]) == 2
+    assert asked in capsys.readouterr().err

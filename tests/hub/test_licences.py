@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from hf_equissl.encoders import save_encoder
+from hf_equissl.encoders.convert import convert_to_folder
 from hf_equissl.hub import repository
-from hf_equissl.hub.licences import choose_licence, find_terms, terms_of_recipe
+from hf_equissl.hub import terms as terms_module
+from hf_equissl.hub.licences import choose_licence
+from hf_equissl.hub.terms import find_terms, terms_of_recipe
+from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.training import push_to_hub
 from hf_equissl.utils.strict_yaml import dump_yaml, load_yaml
 
@@ -28,6 +33,7 @@ MODELS = {
     "maker/silent": {"tags": ["vision"]},
 }
 DATA = {"maker/photos": {"license": "cc-by-4.0"}, "maker/shared": {"license": ["mit", "cc-by-sa-4.0"]}}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 16}
 DINOV3 = ("other", "dinov3-license")
 
 
@@ -95,6 +101,100 @@ def test_what_follows_from_what(api: HfApi) -> None:
         else:
             with pytest.raises(ValueError, match=re.escape(expected)):
                 choose_licence(terms, answer)
+
+
+def test_what_is_advised_helps(api: HfApi) -> None:
+    """Every answer that a question or a refusal names is accepted; where none can be, none is named."""
+    for name in ("maker/never", "maker/own"):
+        put(api, name, MODELS[name])
+    for base, data in (
+        ("maker/never", "/home/me/photos"),
+        ("maker/own", "/home/me/photos"),
+        ("maker/never", "imagenet"),
+    ):
+        made_of = terms_of_recipe(recipe(base, data))
+        said = [choose_licence(made_of).question]
+        for wrong in ("mit", "inherit"):
+            with pytest.raises(ValueError, match="--license ") as refused:
+                choose_licence(made_of, wrong)
+            said.append(str(refused.value))
+        for text in said:
+            words = text.rpartition("--license ")[2].removesuffix(".").split()
+            answer = dict(zip(("name", "link"), words[2::2], strict=False))
+            assert choose_licence(made_of, words[0], **answer).question == "", text
+    both = find_terms("weights", "maker/never") + find_terms("weights", "maker/own")
+    assert "no answer fits both" in choose_licence(both).question
+    for answer in ("inherit", "cc-by-nc-4.0"):
+        with pytest.raises(ValueError, match="no answer fits both"):
+            choose_licence(both, answer)
+
+
+def test_a_licence_of_ones_own_may_lie_beside(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("the text")
+    given = choose_licence((), "other", name="mine", copy=tmp_path / "text")
+    assert (given.link, given.copy) == ("LICENSE.md", str(tmp_path / "text"))
+
+
+def test_what_is_said_of_the_data_stands_beside_what_is_known(api: HfApi) -> None:
+    put(api, "maker/photos", DATA["maker/photos"], "dataset")
+
+    def licences(source: str) -> list[str]:
+        return [each.license for each in terms_of_recipe(recipe(None, source), dataset="maker/photos")]
+
+    assert licences("/data/3DIEBench") == ["cc-by-nc-4.0", "cc-by-4.0"]
+    assert licences("maker/absent") == ["unknown", "cc-by-4.0"]
+    assert licences("/home/me/folder") == ["cc-by-4.0"]  # nothing but its name is known of a folder
+    assert licences("maker/photos") == ["cc-by-4.0"]
+
+
+def test_models_on_this_machine_say_what_they_were_made_of(api: HfApi, tmp_path: Path) -> None:
+    put(api, "maker/never", MODELS["maker/never"])
+    model = tmp_path / "tuned" / "adapter"
+    model.mkdir(parents=True)
+    (model / "finetuning.json").write_text('{"base": "encoder", "revision": null}')
+    (model / "results.json").write_text('{"results": [{"dataset": "3DIEBench"}]}')
+    (model / "README.md").write_text("---\ntags: [vit]\n---\n")
+
+    def said(path: Path) -> list[tuple[str, str, str]]:
+        return [(each.kind, each.source, each.license) for each in find_terms("weights", str(path))]
+
+    data = ("data", "3DIEBench", "cc-by-nc-4.0")
+    assert said(model) == [("weights", "encoder", "unknown"), data]
+    (model / ".base").write_text("maker/never\n")
+    assert said(model) == [("weights", "maker/never", "cc-by-nc-4.0"), data]
+    (model / ".base").unlink()
+    (tmp_path / "tuned" / "finetune.json").write_text('{"encoder": "maker/never", "data": "/home/me/photos"}')
+    assert said(model) == [("weights", "maker/never", "cc-by-nc-4.0"), ("data", "photos", "unknown")]
+    # A converted encoder, and a run that starts from it.
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    (converted / ".base").write_text("maker/never\n")
+    assert said(converted) == [("weights", "maker/never", "cc-by-nc-4.0")]
+    assert terms_of_recipe(recipe(str(converted), "3DIEBench"))[0].license == "cc-by-nc-4.0"
+
+
+def test_converted_folders_name_their_source(tmp_path: Path) -> None:
+    source = save_encoder(EquiSSLModel(EquiSSLConfig(**SMALL)), tmp_path / "dinov3-small", [0.5] * 3, [0.25] * 3)
+    convert_to_folder(source, tmp_path / "native", to="native")
+    assert find_terms("weights", str(tmp_path / "native"))[0].name == "dinov3-license"
+
+
+def test_files_have_the_card_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("weights", "photos"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (tmp_path / "weights" / "ibot.pth").touch()
+    monkeypatch.setattr(terms_module, "fetch_file", lambda *words: pytest.fail(f"asked the Hub for {words}"))
+    for kind, source in (
+        ("weights", "weights/ibot.pth"),
+        ("weights", "weights/gone.pth"),
+        ("weights", str(tmp_path / "weights" / "ibot.pth")),
+        ("data", "photos/train.parquet"),
+        ("data", "photos/*.tar"),
+    ):
+        (found,) = find_terms(kind, source)
+        assert (found.license, found.source) == ("cc-by-nc-4.0", Path(source).name)
 
 
 def test_weights_under_dinov3s_licence_travel_with_it(api: HfApi, tmp_path: Path) -> None:
@@ -178,6 +278,9 @@ def test_publish(
     assert (card.data.license, card.data.license_name) == DINOV3
     assert card.data.license_link.startswith("https://ai.meta.com/")
     assert Path(api.hf_hub_download("maker/bound", "LICENSE.md")).read_text() == "DINOv3 License"
+    assert "LICENSE.md" in card.text
+    assert publish(inherited, "bound")[0] == 0  # under another licence now: the old text does not stay
+    assert "LICENSE.md" not in api.list_repo_files("maker/bound")
 
     # A folder that was built without an answer is refused until its card says one.
     built = tmp_path / "built"

@@ -169,7 +169,10 @@ def test_publishing(
     words = ["--recipe", recipe, "--data", images, "--output_dir", output, "--training.push_to_hub", "true"]
     words += ["--training.hub_model_id", "tiny", "--training.hub_strategy", "end", "--training.max_steps", "1"]
     assert "The licence is yours to say" in fails(capsys, *words)
-    words += ["--training.hub_license", "apache-2.0"]
+    (tmp_path / "text").write_text("Only on Sundays.")
+    words += ["--training.hub_license", "other"]
+    assert "--training.hub_license_link or --training.hub_license_file" in fails(capsys, *words)
+    words += ["--training.hub_license_name", "sundays", "--training.hub_license_file", tmp_path / "text"]
     with monkeypatch.context() as context:
         context.setenv("HF_TOKEN", hub_here.read_token)
         assert "has no right to write there" in fails(capsys, *words)
@@ -187,6 +190,7 @@ def test_publishing(
         "model.safetensors",
         "preprocessor_config.json",
         "README.md",
+        "LICENSE.md",
         "pretraining/recipe.yaml",
     } <= set(files)
     published = api.hf_hub_download("maker/tiny", "model.safetensors")
