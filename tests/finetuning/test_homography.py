@@ -16,6 +16,7 @@ from hf_equissl.finetuning.tasks.base import EncoderInput
 from hf_equissl.finetuning.tasks.corner_pairs import (
     FRAME,
     fit_homography,
+    is_convex,
     make_pair,
     mean_corner_error,
     patch_corners,
@@ -85,6 +86,31 @@ def test_the_second_patch_shows_at_p_what_the_image_shows_at_h_p() -> None:
         assert np.abs(seen_y - top[0, 0] - expected[..., 1]).max() < 1.6  # grey values are whole numbers
         assert np.abs(2 * (seen_x - left_half[0, 0]) - expected[..., 0]).max() < 3.2
         assert seen_y.min() > 0
+
+
+def test_moved_corners_are_never_folded() -> None:
+    """At any size of patches; where offsets were good at once, they are those that were drawn first."""
+    corners = patch_corners(128)
+    bow = corners[[0, 2, 1, 3]]
+    dent, flat = corners.copy(), corners.copy()
+    dent[0], flat[0] = (70, 70), (64, 64)
+    assert is_convex(corners)
+    assert [is_convex(one) for one in (bow, dent, flat, corners[::-1])] == 4 * [False]
+    frame = Image.new("L", FRAME)
+    redrawn = 0
+    for side, rho in ((128, 32), (112, 32), (66, 32), (21, 10)):
+        for seed in range(40):
+            offsets = make_pair(frame, side, rho, np.random.default_rng(seed))[2]
+            again = make_pair(frame, side, rho, np.random.default_rng(seed))[2]
+            assert (offsets == again).all()
+            assert is_convex(patch_corners(side) + offsets)
+            assert np.abs(offsets).max() <= rho
+            rng = np.random.default_rng(seed)
+            _ = [rng.integers(rho, length - rho - side, endpoint=True) for length in frame.size]
+            first = rng.integers(-rho, rho, (4, 2), endpoint=True)
+            redrawn += bool((first != offsets).any())
+            assert (first != offsets).any() != is_convex(patch_corners(side) + first)
+    assert 5 < redrawn < 80
 
 
 def test_pairs_follow_from_seed_and_number_alone() -> None:

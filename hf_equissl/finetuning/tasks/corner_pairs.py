@@ -71,6 +71,13 @@ def mean_corner_error(predicted: np.ndarray, true: np.ndarray) -> float:
     return float(np.linalg.norm(predicted - true, axis=-1).mean())
 
 
+def is_convex(corners: np.ndarray) -> bool:
+    """Whether a quadrilateral (4, 2), its corners clockwise as in ``patch_corners``, turns right at each of them."""
+    sides = np.roll(corners, -1, axis=0) - corners
+    following = np.roll(sides, -1, axis=0)
+    return bool((sides[:, 0] * following[:, 1] - sides[:, 1] * following[:, 0] > 0).all())
+
+
 def make_pair(
     frame: Image.Image, side: int, rho: int, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image, np.ndarray]:
@@ -80,19 +87,23 @@ def make_pair(
     Planar Homography Estimation Using Perspective Fields": the patch lies at least ``rho`` pixels from the border, its
     corners move by whole pixels, each coordinate uniformly in [-rho, rho], the homography H takes corners to moved
     corners, and the second patch shows at p what the image shows at H p. So no pixel comes from outside the image.
+    Offsets are drawn again until the moved corners make a convex quadrilateral: of others a homography folds the patch.
 
     Args:
         frame: Image of more than ``side + 2 rho`` pixels in both directions.
-        side: Side of the patches in pixels, more than ``2 rho``: then four moved corners remain a convex quadrilateral.
+        side: Side of the patches in pixels, more than ``2 rho``: then no corner passes another in x or y.
         rho: Largest movement of a corner in each direction.
-        rng: Where everything is drawn from: left, top, then the offsets.
+        rng: Where everything is drawn from: left, top, then the offsets, perhaps several times.
 
     Returns:
         Both patches, and the offsets (4, 2) of the corners of ``patch_corners``, in pixels.
     """
     left, top = (int(rng.integers(rho, length - rho - side, endpoint=True)) for length in frame.size)
-    offsets = rng.integers(-rho, rho, (4, 2), endpoint=True).astype(np.float64)
     corners = patch_corners(side)
+    while True:
+        offsets = rng.integers(-rho, rho, (4, 2), endpoint=True).astype(np.float64)
+        if is_convex(corners + offsets):
+            break
     homography = fit_homography(corners, (corners + offsets)[None])[0]
     in_frame = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]]) @ homography
     second = frame.transform(
