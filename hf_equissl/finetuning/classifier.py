@@ -57,11 +57,8 @@ def load_classifier(
             )
         config.pooling = pooling
     set_drop_path(config, source, drop_path)
-    if not _has_classifier(config):
-        raise ValueError(
-            f"{source} is a {config.model_type} model, for which transformers has no image classification class. "
-            "Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give another encoder."
-        )
+    if reason := why_unclassified(config, source):
+        raise ValueError(reason)
     with explain_load_errors(source, "encoder", **hub_options), without_load_report():
         model, report = AutoModelForImageClassification.from_pretrained(
             source,
@@ -117,9 +114,14 @@ def commit_of(source: str, **hub_options: Any) -> str | None:
         return extract_commit_hash(cached_file(source, "config.json", **hub_options), None)
 
 
-def _has_classifier(config: Any) -> bool:
-    return type(config) in AutoModelForImageClassification._model_mapping or "AutoModelForImageClassification" in (
-        getattr(config, "auto_map", None) or {}
+def why_unclassified(config: Any, source: str) -> str:
+    """Say why there is no class with a classification head for an encoder; "" where there is one."""
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) in AutoModelForImageClassification._model_mapping or "AutoModelForImageClassification" in own:
+        return ""
+    return (
+        f"{source} is a {config.model_type} model, for which transformers has no image classification class. Convert "
+        "it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give another encoder."
     )
 
 

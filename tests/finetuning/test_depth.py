@@ -20,6 +20,7 @@ from hf_equissl.finetuning.tasks.base import EncoderInput
 from hf_equissl.finetuning.tasks.depth import DepthTask, depth_errors, scale_invariant_log_loss
 from hf_equissl.finetuning.tasks.depth_maps import DepthUnits
 
+from .conftest import equissl, save
 from .test_segmentation import COLOURS
 
 
@@ -178,6 +179,17 @@ def test_it_learns_and_stands_beside_the_mean_depth(rooms: Path, encoders: dict[
     assert depth.shape == (2, 16, 16)
     assert depth.min() > 0
     assert depth.max() < 6
+
+
+@pytest.mark.parametrize(("blocks", "read"), [(12, "3, 6, 9, 12"), (24, "5, 12, 18, 24"), (8, "2, 4, 6, 8")])
+def test_the_layers_of_dinov2_s_protocol(tmp_path: Path, blocks: int, read: str) -> None:
+    deep = save(equissl(num_hidden_layers=blocks), tmp_path / "deep")
+    task = bound()
+    assert task.reads(task.load_model(deep, [])) == f"layers {read}"
+    assert task.protocol()["layers"] == "as DINOv2"
+    chosen = bound(layers=(1, 4))
+    assert chosen.reads(chosen.load_model(deep, [])) == "layers 1, 4"
+    assert chosen.protocol()["layers"] == [1, 4]
 
 
 def test_columns_of_depth_maps_and_maps_that_do_not_fit(rooms: Path, encoders: dict[str, str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...encoders.export import image_processor
 from ...evaluation.metrics import Metric
+from ...utils.load_errors import read_config
 from ..settings import FineTuningSettings
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class Step(NamedTuple):
     parts: dict[str, Tensor] = {}
 
 
+class UnfitEncoderError(ValueError):
+    """An encoder is of a kind that a task cannot be trained with; the message says why."""
+
+
 class Task(ABC):
     """Something to fine-tune an encoder for. A new one is a class that ``TASKS.register`` adds.
 
@@ -131,6 +136,22 @@ class Task(ABC):
     def primary(self) -> Metric:
         """The metric to quote."""
         return self.metrics[0]
+
+    def check_encoder(self, source: str, **options: Any) -> Any:
+        """Refuse an encoder whose kind this task cannot be trained with, by its config alone.
+
+        Args:
+            source: Folder or Hub id.
+            **options: As in ``load_model``.
+
+        Returns:
+            The config.
+
+        Raises:
+            UnfitEncoderError: It says why.
+            LoadError: There is no encoder.
+        """
+        return read_config(source, what="encoder", **options)
 
     # ---- settings ----
 

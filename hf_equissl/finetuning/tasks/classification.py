@@ -20,9 +20,9 @@ from ...views.collator import ViewCollator
 from ...views.needs import Needs
 from ...views.pipelines import ViewPipeline
 from ...views.view_specs import PipelineSpec, ViewSpec
-from ..classifier import load_classifier, load_trained_classifier, pooling_of
+from ..classifier import load_classifier, load_trained_classifier, pooling_of, why_unclassified
 from ..settings import METHODS, FineTuningSettings
-from .base import EncoderInput, Splits, Step, Task
+from .base import EncoderInput, Splits, Step, Task, UnfitEncoderError
 from .labelled_images import load_labelled_images
 
 # The label of an image that does not decode: the loss passes over it.
@@ -103,6 +103,13 @@ class ClassificationTask(Task):
         return {"pixel_values": pixels, "labels": batch["labels"]}
 
     # ---- model ----
+
+    def check_encoder(self, source: str, **options: Any) -> Any:
+        """Refuse an encoder that transformers has no class with a head for."""
+        config = super().check_encoder(source, **options)
+        if reason := why_unclassified(config, source):
+            raise UnfitEncoderError(reason)
+        return config
 
     def load_model(self, source: str, classes: Sequence[str], **options: Any) -> nn.Module:
         """Load an encoder with a new classification head; see ``load_classifier``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from ...encoders.weights import without_load_report
 from ...utils.load_errors import explain_load_errors, read_config
 from ..classifier import check_report, set_drop_path
-from .base import Task
+from .base import Task, UnfitEncoderError
 
 WEIGHTS = "model.safetensors"
 # Number of blocks of an encoder -> those that a head of four maps reads, as the paper of EquiSSL does (appendix A.1.2,
@@ -39,15 +39,17 @@ class DenseTask(Task):
 
     Args:
         layers: Blocks whose feature maps the head reads, from 1; ``None``: ``num_layers`` of them, those of
-            ``PAPER_LAYERS`` or evenly spaced.
+            ``published_layers`` or evenly spaced.
 
     Attributes:
         num_layers: How many layers the head reads, unless they are named.
+        published_layers: Number of blocks of an encoder -> those that the task's published protocol reads.
         auto_class: Name of transformers' auto class that loads the trained model, if there is one.
         stacked: Entries of a sample that have the same shape in all samples.
     """
 
     num_layers: ClassVar[int] = 4
+    published_layers: ClassVar[Mapping[int, tuple[int, ...]]] = PAPER_LAYERS
     auto_class: ClassVar[str | None] = None
     stacked: ClassVar[tuple[str, ...]] = ("pixels",)
 
@@ -64,6 +66,17 @@ class DenseTask(Task):
 
     # ---- model ----
 
+    def check_encoder(self, source: str, **options: Any) -> Any:
+        """Refuse an encoder that transformers has no backbone for."""
+        config = super().check_encoder(source, **options)
+        if MODEL_FOR_BACKBONE_MAPPING.get(type(config), None) is None:
+            raise UnfitEncoderError(
+                f"{source} is a {config.model_type} model, for which transformers has no backbone, and {self.noun} "
+                "needs feature maps. Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give "
+                "another encoder, such as DINOv2."
+            )
+        return config
+
     def load_model(
         self, source: str, classes: Sequence[str], *, pooling: str | None = None, drop_path: float = 0.0, **options: Any
     ) -> nn.Module:
@@ -72,14 +85,8 @@ class DenseTask(Task):
         Raises:
             ValueError: no encoder there, none that transformers has a backbone for, or no such layers.
         """
-        config = read_config(source, what="encoder", **options)
-        kind: Any = MODEL_FOR_BACKBONE_MAPPING.get(type(config), None)
-        if kind is None:
-            raise ValueError(
-                f"{source} is a {config.model_type} model, for which transformers has no backbone, and {self.noun} "
-                "needs feature maps. Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give "
-                "another encoder, such as DINOv2."
-            )
+        config = self.check_encoder(source, **options)
+        kind: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         set_drop_path(config, source, drop_path)
         config.out_indices = self._layers_of(config, source)
         with explain_load_errors(source, "encoder", **options), without_load_report():
@@ -95,7 +102,7 @@ class DenseTask(Task):
         blocks = config.num_hidden_layers
         if self.layers is None:
             evenly = sorted({math.ceil(blocks * part / self.num_layers) for part in range(1, self.num_layers + 1)})
-            return list(PAPER_LAYERS.get(blocks, evenly)) if self.num_layers == 4 else evenly
+            return list(self.published_layers.get(blocks, evenly)) if self.num_layers == 4 else evenly
         if not self.layers or min(self.layers) < 1 or max(self.layers) > blocks:
             raise ValueError(f"layers (--set layers) is {self.layers}: {source} has the blocks 1 to {blocks}.")
         return sorted(set(self.layers))

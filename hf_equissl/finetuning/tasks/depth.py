@@ -20,6 +20,9 @@ from .dense import DenseTask
 from .depth_maps import DEPTH_COLUMNS, DEPTH_FOLDERS, HOLE, DepthSamples, DepthUnits
 from .masks import load_masked_sources
 
+# Number of blocks -> those that DINOv2's configurations of linear heads on four layers read (``linear4`` of its depth
+# checkpoints: 2, 5, 8, 11 of ViT-S and -B, 4, 11, 17, 23 of ViT-L, 9, 19, 29, 39 of ViT-g, from 0).
+DINOV2_LAYERS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 MIN_DEPTH = 1e-3
 NUM_BINS = 256
 UPSAMPLING = 4
@@ -118,10 +121,11 @@ class DepthTask(DenseTask):
         max_depth: Largest depth, in metres, that is learned and judged: 10 for NYU-Depth v2, 80 for KITTI.
         eval_crop: Key of ``EVAL_CROPS``: the part of an image that is judged; ``None``: all of it.
         depth_column: Column of the depth maps; ``None``: the first of ``DEPTH_COLUMNS`` that exists.
-        layers: As in ``DenseTask``.
+        layers: As in ``DenseTask``; ``None``: the four of ``DINOV2_LAYERS``.
     """
 
     name = "depth"
+    published_layers = DINOV2_LAYERS
     noun = "depth estimation"
     result = "Depth estimator"
     head = "a linear head"
@@ -162,6 +166,7 @@ class DepthTask(DenseTask):
         scale = self.settings.crop_scale
         return {
             **self.options(),
+            **({} if self.layers else {"layers": "as DINOv2"}),
             **({} if scale is None else {"crop_scale": list(scale)}),
             "flip_probability": 0.5 if self.settings.flip else 0.0,
         }
