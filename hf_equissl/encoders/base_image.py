@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -39,3 +41,12 @@ def base_image(image: Image.Image, size: int) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def square_side(size: Any) -> int:
+    """Read the side of a square image from an int or a pair."""
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"The image size must be one positive side in pixels, got {size!r}. Pass image_size=<pixels>.")
+    return size

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .feature_names import BLOCK_FEATURES
+from .outputs import last_state
 
 # How many blocks are read.
 NUM_BLOCKS = 4
@@ -18,6 +20,22 @@ _NORMS = ("layernorm", "norm", "post_layernorm")
 def final_norm(module: nn.Module) -> nn.Module | None:
     """Find the norm that a transformer applies after its last block; ``None`` where there is none of a known name."""
     return next((found for name in _NORMS if isinstance(found := getattr(module, name, None), nn.Module)), None)
+
+
+def read_last_blocks(module: nn.Module, output: Any, num_patches: int, name: str) -> Tensor:
+    """Read ``last_cls_tokens`` off what an encoder returned when it was asked for its hidden states.
+
+    Raises:
+        ValueError: It has no final norm of a known name, returned no hidden states, or as ``last_cls_tokens``.
+    """
+    norm, states = final_norm(module), getattr(output, "hidden_states", None)
+    if norm is None or not states:
+        lacks = "it gives no hidden states" if norm else f"there is no norm called {' or '.join(_NORMS)} after the last"
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has no features of single blocks: {lacks}. Choose other features than "
+            f"{', '.join(BLOCK_FEATURES)}."
+        )
+    return last_cls_tokens(states, norm, num_patches, last_state(output))
 
 
 def last_cls_tokens(hidden_states: Sequence[Tensor], norm: nn.Module, num_patches: int, last: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.devices import Precision, choose_precision
 from ..utils.hostile import check_image_settings
-from .block_features import final_norm, last_cls_tokens
+from .base_image import square_side
+from .block_features import final_norm, read_last_blocks
 from .feature_names import BLOCK_FEATURES, FEATURES, PATCH_TOKENS
 from .loading import load_encoder, read_image_settings
 from .outputs import as_map, last_state, read_states
@@ -106,7 +107,7 @@ class FrozenEncoder:
         self.precision, self.batch_size = choose_precision(precision, self.device), batch_size
         self.image_mean = [float(value) for value in image_mean or saved.get("image_mean") or IMAGENET_DEFAULT_MEAN]
         self.image_std = [float(value) for value in image_std or saved.get("image_std") or IMAGENET_DEFAULT_STD]
-        self.image_size = _square(image_size or saved.get("image_size") or self._setting("image_size"))
+        self.image_size = square_side(image_size or saved.get("image_size") or self._setting("image_size"))
         if image_size is not None:
             self._check_patches()
         self.predictor: Any = None
@@ -230,11 +231,11 @@ class FrozenEncoder:
         dtype = _AUTOCAST[self.precision]
         with self.frozen(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             of_blocks = any(name in BLOCK_FEATURES for name in names)
-            output = self._forward(pixel_values, **({"output_hidden_states": True} if of_blocks else {}))
+            output = self._forward(pixel_values, states=of_blocks)
             cls, patches, tokens = self._read(output, pixel_values)
             made = {"cls": cls, "patches": patches}
             if of_blocks:
-                made["cls_4"] = self._last_cls_tokens(output, pixel_values)
+                made["cls_4"] = read_last_blocks(self.module, output, self._num_patches(pixel_values) or 0, self.name)
                 made["cls_4_patches"] = torch.cat([made["cls_4"], patches], 1)
             if "backbone" in names:
                 made["backbone"] = torch.cat([made[part] for part in self.backbone_parts], 1)
@@ -304,14 +305,16 @@ class FrozenEncoder:
 
     def _hidden_states(self, pixel_values: Tensor, *, all_of_them: bool) -> tuple[Any, ...]:
         """Run once; return the states after each layer, the last one after the final norm, or that one alone."""
-        asked = all_of_them and self._gives_states
-        output = self._forward(pixel_values, **({"output_hidden_states": True} if asked else {}))
-        return read_states(output)
+        return read_states(self._forward(pixel_values, states=all_of_them))
 
-    def _forward(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Run the module: unmasked, positions interpolated where the size asks for it, without the stem."""
+    def _forward(self, pixel_values: Tensor, *, states: bool) -> Any:
+        """Run the module: unmasked, positions interpolated where the size asks for it, without the stem.
+
+        With ``states`` it is asked for its hidden states, if it can be.
+        """
+        options: dict[str, Any] = {"output_hidden_states": True} if states and self._gives_states else {}
         rows, columns = pixel_values.shape[-2:]
-        if "interpolate_pos_encoding" in self._inputs and {_square(self._setting("image_size"))} != {rows, columns}:
+        if "interpolate_pos_encoding" in self._inputs and {square_side(self._setting("image_size"))} != {rows, columns}:
             options["interpolate_pos_encoding"] = True
         num_patches = self._num_patches(pixel_values)
         if "noise" in self._inputs and num_patches is not None:  # ViT-MAE sorts patches by it
@@ -328,11 +331,6 @@ class FrozenEncoder:
         patch = self.patch_size
         rows, columns = pixel_values.shape[-2:]
         return (rows // patch) * (columns // patch) if patch else None
-
-    def _last_cls_tokens(self, output: Any, pixel_values: Tensor) -> Tensor:
-        norm, num_patches = final_norm(self.module), self._num_patches(pixel_values)
-        assert norm is not None  # ``check_features`` made sure of it
-        return last_cls_tokens(output.hidden_states, norm, num_patches or 0, last_state(output))
 
     def _read(self, output: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return CLS (B, D), mean patch (B, D), and the patches (B, N, D) where there are any."""
@@ -391,12 +389,3 @@ def as_frozen(encoder: FrozenEncoder | nn.Module | str | Path) -> FrozenEncoder:
 
 def _sides(size: Any) -> tuple[Any, ...]:
     return tuple(size) if isinstance(size, (list, tuple)) else (size,)
-
-
-def _square(size: Any) -> int:
-    """Read the side of a square image from an int or a pair."""
-    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
-        size = size[0]
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"The image size must be one positive side in pixels, got {size!r}. Pass image_size=<pixels>.")
-    return size

@@ -18,7 +18,43 @@ DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2
 DINOV2_FEATURES = ("cls", "backbone", "cls_4", "cls_4_patches")
 
 
-class SERLinearEvaluator(LinearEvaluator):
+class PublishedLinearEvaluator(LinearEvaluator):
+    """A linear protocol as a paper describes it: SGD, and settings of its own, each of which can be changed.
+
+    Attributes:
+        published: Argument of the constructor -> what it is unless another value is given.
+    """
+
+    unmeasured: ClassVar[str] = ""
+    options: ClassVar[tuple[Option, ...]] = ()
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    published: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self,
+        data: EvaluationData,
+        *,
+        features: Sequence[str] | None = None,
+        seeds: int | Sequence[int] = 1,
+        epochs: int | None = None,
+        iterations: int | None = None,
+        batch_size: int | None = None,
+        candidates: Sequence[float] | None = None,
+    ) -> None:
+        """Check the settings, which are those of ``LinearEvaluator``; ``None``: those of ``published``."""
+        length = {"epochs": epochs, "iterations": iterations}
+        given = {"features": features, "batch_size": batch_size, "candidates": candidates, **length}
+        given = {name: value for name, value in given.items() if value is not None}
+        kept = {name: value for name, value in self.published.items() if not (name in length and length.keys() & given)}
+        super().__init__(data, seeds=seeds, solver="sgd", **(kept | given))
+
+    @classmethod
+    def applies_to(cls, data: EvaluationData) -> bool:
+        """Return ``False``: one linear probe is enough unless this one is asked for."""
+        return False
+
+
+class SERLinearEvaluator(PublishedLinearEvaluator):
     """The linear protocol of SER (https://arxiv.org/abs/2603.06693), on features that are stored once.
 
     CLS of the last 4 blocks, each through the final norm, 1,536 numbers of a ViT-S; fewer blocks where CLS enters later
@@ -29,38 +65,15 @@ class SERLinearEvaluator(LinearEvaluator):
     """
 
     name: ClassVar[str] = "linear_ser"
-    unmeasured: ClassVar[str] = ""
-    options: ClassVar[tuple[Option, ...]] = ()
-    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    def __init__(
-        self,
-        data: EvaluationData,
-        *,
-        features: Sequence[str] = ("cls_4",),
-        seeds: int | Sequence[int] = 1,
-        epochs: int = 50,
-        batch_size: int = 2048,
-        candidates: Sequence[float] = SER_RATES,
-    ) -> None:
-        """Check the settings, which are those of ``LinearEvaluator``."""
-        super().__init__(
-            data,
-            features=features,
-            seeds=seeds,
-            solver="sgd",
-            epochs=epochs,
-            batch_size=batch_size,
-            candidates=candidates,
-        )
-
-    @classmethod
-    def applies_to(cls, data: EvaluationData) -> bool:
-        """Return ``False``: one linear probe is enough unless this one is asked for."""
-        return False
+    published: ClassVar[Mapping[str, Any]] = {
+        "features": ("cls_4",),
+        "epochs": 50,
+        "batch_size": 2048,
+        "candidates": SER_RATES,
+    }
 
 
-class DINOv2LinearEvaluator(LinearEvaluator):
+class DINOv2LinearEvaluator(PublishedLinearEvaluator):
     """The linear protocol of DINOv2 (https://github.com/facebookresearch/dinov2), on features that are stored once.
 
     Thirteen learning rates times four kinds of features: CLS of the last block or of the last four, each with and
@@ -70,37 +83,15 @@ class DINOv2LinearEvaluator(LinearEvaluator):
     """
 
     name: ClassVar[str] = "linear_dinov2"
-    unmeasured: ClassVar[str] = ""
-    options: ClassVar[tuple[Option, ...]] = ()
     # 52 classifiers of 12,500 steps take hours on one CPU core.
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {"iterations": 1250}}
+    published: ClassVar[Mapping[str, Any]] = {
+        "features": DINOV2_FEATURES,
+        "iterations": 12_500,
+        "batch_size": 1024,
+        "candidates": DINOV2_RATES,
+    }
     best: ClassVar[str] = "best_of_4"
-
-    def __init__(
-        self,
-        data: EvaluationData,
-        *,
-        features: Sequence[str] = DINOV2_FEATURES,
-        seeds: int | Sequence[int] = 1,
-        iterations: int = 12_500,
-        batch_size: int = 1024,
-        candidates: Sequence[float] = DINOV2_RATES,
-    ) -> None:
-        """Check the settings, which are those of ``LinearEvaluator``."""
-        super().__init__(
-            data,
-            features=features,
-            seeds=seeds,
-            solver="sgd",
-            iterations=iterations,
-            batch_size=batch_size,
-            candidates=candidates,
-        )
-
-    @classmethod
-    def applies_to(cls, data: EvaluationData) -> bool:
-        """Return ``False``: one linear probe is enough unless this one is asked for."""
-        return False
 
     def features_of(self, encoder: FrozenEncoder) -> tuple[str, ...]:
         """Name the one result: the best kind of features is a part of the choice."""

@@ -12,13 +12,16 @@ from torch.utils.data import IterableDataset
 from ..data import ImageSource, ImageViewDataset, StreamingViewDataset
 from ..data.shared_walk import walked_once
 from ..pretraining.arguments import EquiSSLTrainingArguments
+from ..pretraining.model import EquiSSLForPreTraining
 from ..recipes.recipe import Recipe
 from ..utils.suggestions import RecipeError
 from ..views.base import Views
 from ..views.collator import ViewCollator
 from ..views.pipelines import ViewPipeline
+from .checks import require_labels
 
 FIRST_IMAGES = 8
+ASSUMED_CLASSES = 1000  # number of classes in a dry run without a data set
 ViewDataset = ImageViewDataset | StreamingViewDataset
 
 
@@ -89,3 +92,20 @@ def _blame_views() -> Iterator[None]:
         yield
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"views: {error}") from error
+
+
+def count_classes(recipe: Recipe, source: ImageSource | None) -> int | None:
+    """Return how many classes the objectives are built for, where they ask; without a data set a usual number."""
+    if not recipe.reads_num_classes:
+        return None
+    if source is None:
+        return ASSUMED_CLASSES
+    require_labels(source.num_classes, " and ".join(recipe.reads_num_classes))
+    return source.num_classes
+
+
+def describe_assumptions(recipe: Recipe, model: EquiSSLForPreTraining) -> tuple[str, ...]:
+    """Say what a dry run without a data set takes for granted of it."""
+    if recipe.reads_num_classes:
+        return (f"no data set is named (--data): images of {ASSUMED_CLASSES} classes are assumed",)
+    return ("no data set is named (--data): images with a class are assumed",) if model.needs.labels else ()

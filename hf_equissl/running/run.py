@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.activations import ACT2FN
 
 from ..checkpoints import ENCODER_FOLDER, Manifest, newest_checkpoint
-from ..data import ImageSource, SkippedImages, StreamingViewDataset, list_remarks
+from ..data import SkippedImages, StreamingViewDataset, list_remarks
 from ..distributed.agreement import first_message
 from ..distributed.collectives import is_main_process
 from ..distributed.signals import Signals, remove_marker
@@ -51,7 +51,15 @@ from .checks import (
     require_labels,
     require_parameters,
 )
-from .first_views import ViewDataset, build_dataset, make_blank_views, make_first_views, open_source
+from .first_views import (
+    ViewDataset,
+    build_dataset,
+    count_classes,
+    describe_assumptions,
+    make_blank_views,
+    make_first_views,
+    open_source,
+)
 from .initial_weights import InitialWeights
 from .online_monitor import OnlineMonitor, build_monitor
 from .output_folder import (
@@ -73,8 +81,6 @@ from .rehearsal import rehearse
 from .resume import Launch, check_continuation, describe_resume, find_start
 from .run_report import write_report
 from .stops import ExportError, explain_stops, refuse_errors
-
-ASSUMED_CLASSES = 1000  # number of classes in a dry run without a data set
 
 
 @dataclass
@@ -191,7 +197,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         check_agreement(output_dir, checkpoint, args.precision)
     blank = dry and not recipe.data.get("source")
     source = None if blank or not recipe.reads_num_classes else open_source(recipe)
-    config = recipe.build_pretraining_config(_count_classes(recipe, source))
+    config = recipe.build_pretraining_config(count_classes(recipe, source))
     check_known(config.encoder_config.hidden_act, sorted(ACT2FN), "model.hidden_act")
     with refuse_errors("model, objectives"):
         _, model = build_without_weights(config)
@@ -207,7 +213,7 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         if is_main_process() and not dry:
             take_folder(output_dir)
     if blank:
-        notes += _describe_assumptions(recipe, model)
+        notes += describe_assumptions(recipe, model)
         plan = _make_plan(args, model, processes, recipe.expected_images, blank)
         grey = make_blank_views(pipeline, plan.per_device)
         return Run(recipe, args, config, pipeline, None, plan, grey, checkpoint, notes=notes)
@@ -252,23 +258,6 @@ def _make_plan(
         check_schedules(args, model, plan)
     rehearse(args, model, plan)
     return plan
-
-
-def _count_classes(recipe: Recipe, source: ImageSource | None) -> int | None:
-    """Return how many classes the objectives are built for, where they ask; without a data set a usual number."""
-    if not recipe.reads_num_classes:
-        return None
-    if source is None:
-        return ASSUMED_CLASSES
-    require_labels(source.num_classes, " and ".join(recipe.reads_num_classes))
-    return source.num_classes
-
-
-def _describe_assumptions(recipe: Recipe, model: EquiSSLForPreTraining) -> tuple[str, ...]:
-    """Say what a dry run without a data set takes for granted of it."""
-    if recipe.reads_num_classes:
-        return (f"no data set is named (--data): images of {ASSUMED_CLASSES} classes are assumed",)
-    return ("no data set is named (--data): images with a class are assumed",) if model.needs.labels else ()
 
 
 def pretrain(run: Run, signals: Signals | None = None) -> Path:

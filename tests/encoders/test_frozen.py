@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_equissl.encoders import FrozenEncoder
 from hf_equissl.encoders.base_image import base_image
+from hf_equissl.encoders.block_features import read_last_blocks
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from hf_equissl.utils.load_errors import LoadError
 
@@ -86,6 +87,25 @@ def test_public_encoders_through_automodel(kind: str, tmp_path: Path) -> None:
     found = encoder.features(PIXELS, ("cls_4", "cls_4_patches"))
     assert torch.allclose(found["cls_4"], expected, atol=1e-5)
     assert torch.equal(found["cls_4_patches"], torch.cat([found["cls_4"], made["patches"]], 1))
+
+
+def test_encoders_without_states_of_blocks_say_so() -> None:
+    class Tokens(nn.Module):
+        config = Dinov2Config(num_hidden_layers=2, image_size=16, patch_size=4)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layernorm = nn.Identity()
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return pixel_values.mean(1).flatten(1)[:, :17, None].expand(-1, -1, 8)
+
+    encoder = FrozenEncoder(Tokens(), image_size=16)
+    encoder.check_features(("cls_4",))
+    with pytest.raises(ValueError, match=r"no features of single blocks: it gives no hidden states"):
+        encoder.features(PIXELS, ("cls_4",))
+    with pytest.raises(ValueError, match=r"mine \(Linear\) has no features of single blocks: there is no norm"):
+        read_last_blocks(nn.Linear(1, 1), None, 16, "mine")
 
 
 def test_blocks_before_a_late_cls_give_no_patch_in_its_place() -> None:

@@ -56,6 +56,9 @@ def test_linear_protocols_of_ser_and_dinov2(colours: EvaluationData, tokens_8: F
     assert (record.features, record.metric, record.protocol["solver"]) == ("cls_4", "top1", "sgd")
     assert record.value > 0.3  # of twelve classes
     assert record.details["chosen"][0] in (1.0, 3.0, 10.0)
+    assert build_evaluator("linear_ser", colours, iterations=7).settings("")["iterations"] == 7
+    assert build_evaluator("linear_dinov2", colours, epochs=3).settings("")["epochs"] == 3
+    assert build_evaluator("linear_dinov2", colours).settings("")["iterations"] == 12_500
     dinov2 = build_evaluator("linear_dinov2", colours, iterations=40, batch_size=128, seeds=2)
     dinov2.check(tokens_8)
     records = dinov2(tokens_8)
