@@ -134,6 +134,24 @@ def open_image(data: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return _open_encoded(data, max_pixels)
 
 
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read width and height of the image that a file holds, upright as ``decode_image`` returns it.
+
+    Raises:
+        ImageDecodeError: It holds none.
+        OSError: It cannot be read.
+    """
+    image = open_image(read_file(path))
+    width, height = image.size
+    swaps = (
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
+    )
+    return (height, width) if find_transposition(image) in swaps else (width, height)
+
+
 def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
     if len(data) == 0:
         raise ImageDecodeError("The file is empty.")

@@ -119,6 +119,69 @@ def coco(tmp_path: Path) -> Path:
     return root
 
 
+def test_points_are_places_with_the_middle_of_the_first_pixel_at_a_half(coco: Path, tmp_path: Path) -> None:
+    """COCO counts pixels from 0, MPII from 1; a dot of one pixel is where its point says, in the image and cut out."""
+    picture = np.zeros((50, 60, 3), np.uint8)
+    picture[10, 12] = 255
+    for number in range(2):
+        Image.fromarray(picture).save(coco / f"{number}.png")
+    content = json.loads((coco / "person_keypoints_train.json").read_text())
+    content["annotations"][0]["keypoints"][:3] = [12, 10, 2]
+    (coco / "person_keypoints_train.json").write_text(json.dumps(content))
+    joints = [[13, 11], *([20 + n, 30] for n in range(15))]
+    entry = {"image": "0.png", "joints": joints, "joints_vis": 16 * [1], "center": [31, 26], "scale": 0.2}
+    (tmp_path / "annotations.json").write_text(json.dumps([{**entry, "image": f"people/{n}.png"} for n in range(2)]))
+    for task, data, options in (("keypoints", coco, {"sigmas": [0.1] * 3}), ("mpii_keypoints", tmp_path, {})):
+        made = bound(task, **options)
+        samples = made.load(settings(data, task, test_split="train")).train
+        sample = samples.read(0)
+        assert sample["person"].points[0, :2].tolist() == [12.5, 10.5]
+        still = made.transform(sample, None)
+        rows, columns = np.mgrid[0 : still["pixels"].shape[1], 0 : still["pixels"].shape[2]] + 0.5
+        weight = still["pixels"][0].double().numpy()
+        found = [(weight * place).sum() / weight.sum() for place in (columns, rows)]
+        assert still["points"][0].tolist() == pytest.approx(found, abs=0.05)
+    assert sample["person"].middle == pytest.approx((30.5, 25.5 + 15 * 0.2))
+
+
+@pytest.mark.parametrize(
+    ("names", "mirrors"),
+    [
+        (["nose", "left_hand", "right_hand"], True),
+        (["Nose", "Left hand", "Right hand"], True),
+        (["a", "b", "c"], False),
+        (["nose", "left_hand", "right_foot"], False),
+        (["nose", "l_hand", "r_hand"], False),
+    ],
+)
+def test_points_that_have_no_sides_are_not_mirrored(coco: Path, names: list[str], mirrors: bool) -> None:
+    content = json.loads((coco / "person_keypoints_train.json").read_text())
+    content["categories"][0]["keypoints"] = names
+    (coco / "person_keypoints_train.json").write_text(json.dumps(content))
+    made = bound(**OPTIONS, sigmas=[0.1] * 3)
+    splits = made.load(settings(coco, test_split="train"))
+    said = [remark for remark in splits.remarks if "people are not mirrored" in remark]
+    assert len(said) == (not mirrors)
+    assert made.protocol()["flip_probability"] == 0.5 * mirrors
+    sample = splits.train.read(0)
+    turned = [made.transform(sample, np.random.default_rng(seed))["inverse"][0, 0].item() < 0 for seed in range(12)]
+    assert any(turned) == mirrors
+    assert made.load(settings(coco, test_split="train", flip=False)).remarks == ()
+
+
+def test_people_in_images_without_a_size(coco: Path) -> None:
+    content = json.loads((coco / "person_keypoints_train.json").read_text())
+    for image in content["images"]:
+        del image["width"], image["height"]
+    content["annotations"][2]["keypoints"][6] = 61
+    (coco / "person_keypoints_train.json").write_text(json.dumps(content))
+    splits = make_task("keypoints", {"sigmas": [0.1] * 3}).load(settings(coco, test_split="train"))
+    assert splits.train.people[1].points[2, 2] == 0
+    (coco / "1.png").write_bytes(b"no image")
+    splits = make_task("keypoints", {"sigmas": [0.1] * 3}).load(settings(coco, test_split="train"))
+    assert splits.train.people[1].points[2, 2] == 2
+
+
 def test_points_outside_of_images_do_not_count(coco: Path) -> None:
     file = coco / "person_keypoints_train.json"
     content = json.loads(file.read_text())

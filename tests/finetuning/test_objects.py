@@ -340,6 +340,69 @@ def test_annotations_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 2, 3, "x", 5, 6]], "neither polygons nor a run-length code"),
+        ([[1, 2, 3, 4, 5, 6, 7]], r"A polygon of a mask is \[1, 2, 3, 4, 5, 6, 7\]; expected x, y, x, y"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "A polygon of a mask is"),
+        ([[1, 2, 3, 4]], "no polygon of three corners"),
+        ("PPYo0", "neither polygons nor a run-length code"),
+        ([1, 2, 3, 4, 5, 6], "neither polygons nor a run-length code"),
+        ({"counts": [0, 4]}, "neither polygons nor a run-length code"),
+        ({"size": [20, 24], "counts": [240, 240]}, "A mask is of 24 x 20 pixels, and its image of 48 x 40"),
+        ({"size": [40, 48], "counts": [5, 6]}, "The runs of a mask count 11 pixels, and it has 48 x 40"),
+        ({"size": [40, 48], "counts": "not a code"}, "neither polygons nor a run-length code"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_that_cannot_be_are_refused_before_training(
+    blocks: Path, tmp_path: Path, mask: Any, message: str, split: str
+) -> None:
+    data = Path(shutil.copytree(blocks, tmp_path / "data"))
+    change(data, lambda content: content["annotations"][-1].update(segmentation=mask), split)
+    with pytest.raises(ValueError, match=rf"{split}\d.png: .*{message}.* It is that of the object at x"):
+        make_task("instance_segmentation", {}).load(settings(data, "instance_segmentation"))
+    make_task("detection", {}).load(settings(data))  # which does not read masks
+
+
+def test_codes_of_every_form_are_accepted(blocks: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(blocks, tmp_path / "data"))
+    compressed = read_code(polygon(3, 4, 10, 8), (48, 40))
+    text = {"size": [40, 48], "counts": compressed["counts"].decode()}
+    for mask in (text, {"size": [40, 48], "counts": [100, 20, 1800]}, [[1, 2, 3, 4], *polygon(3, 4, 10, 8)]):
+        change(data, lambda content, mask=mask: content["annotations"][-1].update(segmentation=mask))
+        made = make_task("instance_segmentation", {})
+        made.load(settings(data, "instance_segmentation"))
+        assert read_code(mask, (48, 40))["size"] == [40, 48]
+
+
+def test_sizes_that_annotations_lack_are_read_from_the_files(blocks: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(blocks, tmp_path / "data"))
+
+    def edit(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            del image["width"], image["height"]
+        content["annotations"][0]["bbox"] = [-5, 3, 20, 60]
+
+    change(data, edit)
+    # One lies on its side, and says so.
+    sideways = Image.open(data / "train2017" / "train1.png").transpose(Image.Transpose.ROTATE_90)
+    sideways.save(data / "train2017" / "train1.png", exif=_turned())
+    samples = make_task("detection", {}).load(settings(data)).train
+    assert [list(size) for size in samples.source.dataset["size"][:]] == 8 * [[48, 40]]
+    assert samples.read(0)["objects"][0]["bbox"] == [0, 3, 15, 37]
+    assert samples.read(1)["image"].size == (48, 40)
+    (data / "train2017" / "train2.png").write_bytes(b"no image")
+    assert make_task("detection", {}).load(settings(data)).train.source.dataset["size"][2] == [None, None]
+
+
+def _turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
     ("task", "options", "message"),
     [
         ("detection", {}, "queries is 300, and images of 32 pixels have 84 places: give --set queries=84"),
@@ -354,9 +417,9 @@ def test_heads_that_cannot_be_are_refused(
 ) -> None:
     options = dict(options)
     size = {"image_size": options.pop("image_size")} if "image_size" in options else {}
-    encoder = save(equissl(num_hidden_layers=4), tmp_path / "encoder")
+    given = {"encoder": save(equissl(num_hidden_layers=4), tmp_path / "encoder"), "output_dir": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=message):
-        prepare(settings(blocks, task, encoder=encoder, task_options=options, method="full", batch_size=4, **size))
+        prepare(settings(blocks, task, task_options=options, method="full", batch_size=4, **given, **size))
 
 
 @pytest.mark.parametrize(("task", "options"), [("detection", DETECTION), ("instance_segmentation", MASKS)])

@@ -12,7 +12,8 @@ from typing import Any
 
 import datasets
 
-from ...data import Decoding, ImageSource
+from ...data import Decoding, ImageDecodeError, ImageSource
+from ...data.decoding import read_size
 from ...data.image_folders import encode_path, show_name
 from ...data.splits import TEST_SPLITS, SourceSplits, pair_splits
 from ...utils.suggestions import did_you_mean
@@ -165,6 +166,7 @@ class _CocoFile:
         """Make a source of the images, with their objects numbered by ``categories``."""
         labels = self._labels(categories)
         folder = self._folder()
+        sizes = {number: self._size_of(image, folder) for number, image in self.images.items()}
         objects: dict[Any, list[dict[str, Any]]] = {number: [] for number in self.images}
         lost: Counter[str] = Counter()
         examples: dict[str, str] = {}
@@ -177,7 +179,7 @@ class _CocoFile:
                     f"{entry.get('category_id')}, which the file does not name. Categories: "
                     f"{', '.join(map(str, sorted(labels)))}."
                 )
-            made, remark = read_object(entry, label, (image.get("width"), image.get("height")), self._name_of(image))
+            made, remark = read_object(entry, label, sizes[image["id"]], self._name_of(image))
             if remark:
                 lost[remark] += 1
                 examples.setdefault(remark, str(image["file_name"]))
@@ -193,7 +195,7 @@ class _CocoFile:
         rows = {
             "image": [encode_path(str((folder / image["file_name"]).relative_to(self.root))) for image in ordered],
             "objects": [json.dumps(objects[image["id"]]) for image in ordered],
-            "size": [[image.get("width"), image.get("height")] for image in ordered],
+            "size": [sizes[image["id"]] for image in ordered],
         }
         return ImageSource(
             datasets.Dataset.from_dict(rows),
@@ -227,6 +229,16 @@ class _CocoFile:
                 "does not list."
             )
         return self.images[entry["image_id"]]
+
+    def _size_of(self, image: Mapping[str, Any], folder: Path) -> tuple[int | None, int | None]:
+        """Return width and height as the annotations say them, otherwise the file; of one that is no image, nothing."""
+        said = (image.get("width"), image.get("height"))
+        if all(isinstance(length, int) and length > 0 for length in said):
+            return said
+        try:
+            return read_size(folder / image["file_name"])
+        except (ImageDecodeError, OSError):
+            return (None, None)
 
     def _name_of(self, image: Mapping[str, Any]) -> str:
         return f"{self.path}, {image['file_name']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,35 +17,65 @@ from ...data import ImageDecodeError
 PADDING = -100
 
 
+def check_code(segmentation: Any, size: tuple[int, int] | None) -> None:
+    """Refuse what ``read_code`` cannot read; polygons are not drawn for it.
+
+    Args:
+        segmentation: As there.
+        size: Width and height of the image; ``None`` where they are not known yet.
+
+    Raises:
+        ImageDecodeError: it is neither polygons nor a run-length code, or of an image of another size.
+    """
+    try:
+        (_check_runs if isinstance(segmentation, Mapping) else _check_polygons)(segmentation, size)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ImageDecodeError(f"A mask is neither polygons nor a run-length code ({error!r}).") from error
+
+
+def _check_runs(code: Mapping[str, Any], size: tuple[int, int] | None) -> None:
+    from pycocotools import mask
+
+    height, width = map(int, code["size"])
+    if size is not None and (width, height) != tuple(size):
+        raise ImageDecodeError(f"A mask is of {width} x {height} pixels, and its image of {size[0]} x {size[1]}.")
+    if isinstance(code["counts"], (str, bytes)):
+        mask.decode({"size": [height, width], "counts": code["counts"]})  # refuses runs that do not end with the image
+    elif min(code["counts"], default=0) < 0 or sum(code["counts"]) != width * height:
+        raise ImageDecodeError(f"The runs of a mask count {sum(code['counts'])} pixels, and it has {width} x {height}.")
+
+
+def _check_polygons(polygons: Sequence[Any], size: tuple[int, int] | None) -> None:
+    if isinstance(polygons, (str, bytes)):
+        raise TypeError("a text without its size")
+    for polygon in polygons:
+        if len(polygon) % 2 or not all(math.isfinite(value) for value in polygon):
+            raise ImageDecodeError(f"A polygon of a mask is {str(polygon)[:60]}; expected x, y, x, y, ... in pixels.")
+    if not any(len(polygon) >= 6 for polygon in polygons):
+        raise ImageDecodeError("A mask has no polygon of three corners or more.")
+
+
 def read_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Read a mask into COCO's compressed run-length code.
 
     Args:
-        segmentation: Polygons, each x, y, x, y, ... in pixels; or ``{"size": (height, width), "counts": ...}``.
+        segmentation: Polygons, each x, y, x, y, ... in pixels, of which those of fewer than three corners are left out;
+            or ``{"size": (height, width), "counts": ...}``.
         size: Width and height of the image.
 
     Raises:
-        ImageDecodeError: it is something else, or of an image of another size.
+        ImageDecodeError: as ``check_code``.
     """
     from pycocotools import mask
 
     width, height = size
-    try:
-        if isinstance(segmentation, Mapping):
-            if list(segmentation["size"]) != [height, width]:
-                raise ImageDecodeError(
-                    f"A mask is of {segmentation['size'][1]} x {segmentation['size'][0]} pixels, and its image of "
-                    f"{width} x {height}."
-                )
-            if isinstance(segmentation["counts"], list):
-                return mask.frPyObjects(segmentation, height, width)
-            return dict(segmentation)
+    check_code(segmentation, size)
+    if not isinstance(segmentation, Mapping):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            raise ImageDecodeError("A mask has no polygon of three corners or more.")
         return mask.merge(mask.frPyObjects(polygons, height, width))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ImageDecodeError(f"A mask is neither polygons nor a run-length code ({error}).") from error
+    if isinstance(segmentation["counts"], (str, bytes)):
+        return dict(segmentation)
+    return mask.frPyObjects(dict(segmentation), height, width)
 
 
 def read_masks(objects: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Iterable[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ SIGMA = 2.0
 # HRNet's (https://github.com/leoxiaobin/deep-high-resolution-net.pytorch, lib/dataset/JointsDataset.py, coco.py).
 TURNED, COUNTED = 0.6, 0.2
 COCO_POINTS = 17
+# From the number of a pixel, counted from 0, to the place of its middle.
+HALF = 0.5
 
 
 class KeypointModel(nn.Module):
@@ -72,6 +75,7 @@ class PeopleTask(DenseTask):
 
     Attributes:
         aspect: Width of the input over its height.
+        mirrors: Whether it is known which points change places in a mirror.
     """
 
     num_layers = 1
@@ -79,6 +83,7 @@ class PeopleTask(DenseTask):
     stacked = ("pixels", "points", "weights", "truth", "facts", "inverse")
     unread = (*DenseTask.unread, "crop_scale")
     aspect: ClassVar[float] = 1.0
+    mirrors: bool = True
     patch_size: int
     size: tuple[int, int]
 
@@ -100,7 +105,11 @@ class PeopleTask(DenseTask):
     def protocol(self) -> dict[str, Any]:
         """Say how people were cut out."""
         width, height = self.size
-        return {**self.options(), "input": f"{height} x {width}", "flip_probability": 0.5 * self.settings.flip}
+        return {**self.options(), "input": f"{height} x {width}", "flip_probability": 0.5 * self._flips}
+
+    @property
+    def _flips(self) -> bool:
+        return self.settings.flip and self.mirrors
 
     def bind(self, settings: FineTuningSettings, inputs: EncoderInput) -> None:
         """Remember what samples shall be made for: as wide as whole patches come next to ``aspect``."""
@@ -140,7 +149,7 @@ class PeopleTask(DenseTask):
             scale = 1 + self.scaling * float(np.clip(rng.normal(), -1, 1))
             turned = rng.random() < TURNED
             degrees = self.rotation * float(np.clip(rng.normal(), -2, 2)) * turned
-            mirrored = bool(rng.random() < 0.5) and self.settings.flip
+            mirrored = bool(rng.random() < 0.5) and self._flips
         matrix = affine(person, self.size, scale, degrees, mirrored)
         pixels = cut_out(sample["image"], matrix, self.size)
         order = self.mirror_pairs() if mirrored else list(range(len(person.points)))
@@ -242,11 +251,8 @@ class KeypointTask(PeopleTask):
         return {**super().options(), **({"sigmas": list(self.sigmas)} if self.sigmas else {})}
 
     def mirror_pairs(self) -> list[int]:
-        """Pair points whose names differ in left and right."""
-        swap = {"left": "right", "right": "left"}
-        mirrored = [
-            next((name.replace(one, other) for one, other in swap.items() if one in name), name) for name in self.names
-        ]
+        """Pair points whose names differ in left and right; a point whose partner is missing stays what it is."""
+        mirrored = list(map(_mirrored_name, self.names))
         return [self.names.index(name) if name in self.names else index for index, name in enumerate(mirrored)]
 
     def num_points(self) -> int:
@@ -265,6 +271,8 @@ class KeypointTask(PeopleTask):
         found = load_annotations(settings, "person_keypoints")
         label, category = _category_of(found.categories, settings.data)
         self.names = category.keypoints
+        changed = [name for name in self.names if _mirrored_name(name) != name]
+        self.mirrors = bool(changed) and {*map(_mirrored_name, changed)} == {*changed}
         if len(self.sigmas or range(COCO_POINTS)) != len(self.names):
             raise ValueError(
                 f"{settings.data}: there are {len(self.names)} key points, and sigmas of "
@@ -275,6 +283,11 @@ class KeypointTask(PeopleTask):
             find_people(source, label, len(self.names)) for source in (sources.train, sources.test)
         )
         remarks = (*sources.remarks(), *notes, *more)
+        if settings.flip and not self.mirrors:
+            remarks += (
+                "note: people are not mirrored, because the names of their key points do not say which one is which in "
+                "a mirror: each with left in its name needs one with right, as left_eye and right_eye",
+            )
         return Splits(train, test, sources.train_split, sources.test_split, self.names, tuple(dict.fromkeys(remarks)))
 
     def measure(self, predictions: Any, targets: Any) -> dict[str, float]:
@@ -295,6 +308,12 @@ class KeypointTask(PeopleTask):
         return {f"oks_{name}": value for name, value in result.items()}
 
 
+def _mirrored_name(name: str) -> str:
+    """Return the name of the point that this one is in a mirror, by the words left and right."""
+    swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    return next((name.replace(one, other) for one, other in swap.items() if one in name), name)
+
+
 def _category_of(categories: Sequence[Category], data: str) -> tuple[int, Category]:
     named = [(number, category) for number, category in enumerate(categories) if category.keypoints]
     if len(named) != 1:
@@ -308,6 +327,8 @@ def _category_of(categories: Sequence[Category], data: str) -> tuple[int, Catego
 def find_people(source: ImageSource, label: int, num_points: int) -> tuple[PeopleSamples, list[str]]:
     """List the people of a source who have a labelled point; points outside of their image become unlabelled.
 
+    COCO's points are numbers of pixels, from 0; here they are places, and the middle of the first pixel is 0.5.
+
     Returns:
         The people, and remarks.
 
@@ -318,15 +339,17 @@ def find_people(source: ImageSource, label: int, num_points: int) -> tuple[Peopl
     outside, example = 0, ""
     rows: Any = source.dataset
     for row, (text, size) in enumerate(zip(rows["objects"][:], rows["size"][:], strict=True)):
+        limits = [math.inf if length is None else length for length in size]
         for one in json.loads(text):
             if one["label"] != label or one.get("crowd") or not one.get("keypoints"):
                 continue
             where = source.item_name(source.row(row), row)
             points = read_points(one, num_points, where)
-            beyond = (points[:, 2] > 0) & ((points[:, :2] < 0) | (points[:, :2] > size)).any(1)
+            beyond = (points[:, 2] > 0) & ((points[:, :2] < 0) | (points[:, :2] > limits)).any(1)
             if beyond.any():
                 outside, example = outside + int(beyond.sum()), example or where
                 points[beyond, 2] = 0
+            points[:, :2] += HALF
             if (points[:, 2] > 0).any():
                 x, y, width, height = one["bbox"]
                 middle = (x + width / 2, y + height / 2)

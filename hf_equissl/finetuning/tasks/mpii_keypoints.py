@@ -33,6 +33,8 @@ LEFT_OUT = (6, 7)
 NECK, HEAD_TOP = 8, 9
 # A head's size is 0.6 of the diagonal of its box (MPII's toolbox); a person of scale s is 200 s pixels high.
 HEAD_SHARE, PIXELS = 0.6, 200.0
+# MPII counts pixels from 1, as Matlab does; here points are places, and the middle of the first pixel is 0.5.
+FIRST_PIXEL = 0.5
 # HRNet moves the middle down by 15 s pixels, so that feet are not cut off.
 DOWN = 15.0
 
@@ -178,8 +180,8 @@ def _check(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not scale > 0 or not np.isfinite(joints).all():
         raise ValueError(f"{where} ({entry.get('image')}): its scale is {scale}, or joints are not finite.")
     return {
-        "points": np.column_stack([joints, visible]).tolist(),
-        "middle": [middle[0], middle[1] + DOWN * scale],
+        "points": np.column_stack([joints - FIRST_PIXEL, visible]).tolist(),
+        "middle": [middle[0] - FIRST_PIXEL, middle[1] - FIRST_PIXEL + DOWN * scale],
         "extent": PIXELS * scale,
         "head": _head_size(entry, joints, visible),
     }

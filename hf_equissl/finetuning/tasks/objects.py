@@ -19,7 +19,7 @@ from ..settings import FineTuningSettings
 from .annotations import load_annotations
 from .base import Splits
 from .dense import DenseTask
-from .instance_masks import PADDING, encode_objects, read_masks
+from .instance_masks import PADDING, check_code, encode_objects, read_masks
 from .labelled_images import SourceSamples
 
 CROP_SCALE, CROP_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
@@ -121,7 +121,7 @@ class ObjectTask(DenseTask):
         """Refuse a split that cannot be trained on or judged by.
 
         Raises:
-            ValueError: it has no objects, or objects have no masks where they need them.
+            ValueError: it has no objects, or objects have no masks where they need them, or some that cannot be read.
         """
         rows: Any = source.dataset
         texts: list[str] = rows["objects"][:]
@@ -129,12 +129,28 @@ class ObjectTask(DenseTask):
         if not total:
             raise ValueError(f"{source.name} has no objects in any of its {len(texts)} images.")
         if self.masks:
-            for index, text in enumerate(texts):
-                if text.count('"label"') > text.count('"segmentation"'):
-                    raise ValueError(
-                        f"{source.item_name(source.row(index), index)} has objects without a mask (segmentation), "
-                        f"which {self.noun} needs. With boxes alone, use --task detection."
-                    )
+            sizes = rows["size"][:] if "size" in source.more else [None] * len(texts)
+            for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+                if trouble := self._find_trouble(json.loads(text), None if size is None or None in size else size):
+                    raise ValueError(f"{source.item_name(source.row(index), index)}: {trouble}")
+
+    def _find_trouble(self, objects: Sequence[dict[str, Any]], size: tuple[int, int] | None) -> str:
+        """Say what is wrong with the masks of an image's objects; nothing where they can be read."""
+        for one in objects:
+            if "segmentation" not in one:
+                return (
+                    f"it has objects without a mask (segmentation), which {self.noun} needs. With boxes alone, use "
+                    "--task detection."
+                )
+            try:
+                check_code(one["segmentation"], size)
+            except ImageDecodeError as error:
+                x, y, width, height = one["bbox"]
+                return (
+                    f"{error} It is that of the object at x {x:g}, y {y:g}, {width:g} x {height:g} pixels. Mend it, or "
+                    "take the object out of the annotations."
+                )
+        return ""
 
     def blank(self) -> dict[str, Any]:
         """Return a black image without objects."""

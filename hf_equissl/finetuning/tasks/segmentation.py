@@ -165,7 +165,8 @@ class SegmentationTask(DenseTask):
             return _as_tensors(np.asarray(resize_shorter(image, size)), mask, mirrored=False)
         box = random_window(mask, rng)
         mirrored = bool(rng.random() < 0.5) and self.settings.flip
-        pixels = cut_window(image, box, size, Image.Resampling.BILINEAR)
+        mean = tuple(round(255 * value) for value in self.inputs.image_mean)  # 0 once it is normalised
+        pixels = cut_window(image, box, size, Image.Resampling.BILINEAR, fill=mean)
         cut = cut_window(Image.fromarray(mask), box, size, Image.Resampling.NEAREST, fill=IGNORED)
         return _as_tensors(pixels, cut, mirrored)
 

@@ -43,7 +43,9 @@ def random_window(mask: np.ndarray, rng: Any) -> Box:
     return box
 
 
-def cut_window(image: Image.Image, box: Box, size: int, resample: Image.Resampling, fill: int = 0) -> np.ndarray:
+def cut_window(
+    image: Image.Image, box: Box, size: int, resample: Image.Resampling, fill: int | tuple[int, ...]
+) -> np.ndarray:
     """Cut a window out of an image and bring it to ``size`` pixels; ``fill`` stands beyond the image."""
     left, top, right, lower = box
     within = (left, top, min(right, image.width), min(lower, image.height))
