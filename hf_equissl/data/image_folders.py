@@ -18,9 +18,14 @@ import pyarrow.csv
 import pyarrow.json
 
 from .columns import IMAGE_SUFFIXES
+from .errors import ImageSourceError
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
 SPLIT_FOLDERS["validation"] = "validation"
+# What a file system keeps for itself at the top of a disk, and nobody but root may list.
+_OF_THE_SYSTEM = "lost+found"
+# Files that a message names.
+_NAMED = 5
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
 # Opens the stored form of a name that is not UTF-8, which no column of texts can hold. No name has this character.
@@ -37,6 +42,7 @@ class Scan:
         metadata: Files that ``load_dataset`` reads beside images, as relative paths.
         others: Number of files of each other suffix.
         chained: Files of data sets with "::" in their path, which the readers of ``datasets`` take for two addresses.
+        linked: Folders that are listed under another name, too, each with that name.
     """
 
     images: list[str] = field(default_factory=list)
@@ -44,6 +50,7 @@ class Scan:
     metadata: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     chained: list[str] = field(default_factory=list)
+    linked: list[tuple[str, str]] = field(default_factory=list)
 
     def left_out(self) -> list[str]:
         """Say how many files of which suffix are no images, if there are any."""
@@ -56,38 +63,67 @@ class Scan:
         hint = " (pip install 'hf-equissl[heif]' to read HEIC)" if heif and not _reads_heif() else ""
         return [f"{count} file{'s' * (count != 1)} of other types ({kinds}) are left out{hint}"]
 
+    def listed_twice(self) -> list[str]:
+        """Say which folders are listed under several names, if there are any."""
+        if not self.linked:
+            return []
+        name, first = map(show_name, self.linked[0])
+        count = len(self.linked)
+        others = f" ({count - 1} more folder{'s are' * (count > 2)}{' is' * (count == 2)} so, too)" if count > 1 else ""
+        return [f"{first} and {name} are one folder, through a link: its images count once for each name{others}"]
+
 
 def scan_folder(root: Path, builders: Mapping[str, str]) -> Scan:
-    """List what lies below ``root``. Links are followed, hidden files and folders are not."""
+    """List what lies below ``root``. Links are followed, hidden files and folders are not.
+
+    A folder that links lead to, too, is listed under each of its names, whatever the order of the names on the disk; a
+    link that leads back up is not followed.
+
+    Raises:
+        ImageSourceError: A folder below it cannot be listed.
+    """
     scan = Scan()
-    visited = set()
+    above: dict[str, tuple[str, ...]] = {}  # of each folder that is still to be listed, those on the way to it
+    seen: dict[str, str] = {}
     suffixes = IMAGE_SUFFIXES | ({".heic", ".heif", ".hif"} if _reads_heif() else set())
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # A link leads back up.
+    for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
+        real, way, prefix = os.path.realpath(folder), above.pop(folder, ()), os.path.relpath(folder, root)
+        if real in way:  # A link leads back up.
             subfolders.clear()
             continue
-        visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = os.path.relpath(folder, root)
-        for name in names:
-            if name.startswith("."):
-                continue
-            written = os.path.splitext(name)[1]
+        if (first := seen.setdefault(real, prefix)) != prefix:
+            scan.linked.append((prefix, first))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != _OF_THE_SYSTEM)
+        above.update(dict.fromkeys((os.path.join(folder, name) for name in subfolders), (*way, real)))
+        for name in sorted(name for name in names if not name.startswith(".")):
             path = name if prefix == "." else os.path.join(prefix, name)
-            if written.lower() in suffixes:
-                scan.images.append(path)
-            elif written.lower() in builders:
-                scan.kinds[builders[written.lower()]] += 1
-                scan.chained += [path] if "::" in path else []
-            elif name in _METADATA and os.path.isfile(os.path.join(folder, name)):
-                scan.metadata.append(path)
-            else:
-                scan.others[show_name(written) or "no suffix"] += 1
+            _add_file(scan, root, path, suffixes, builders)
     if scan.images:
         scan.kinds["images"] = len(scan.images)
     scan.images.sort()
     return scan
+
+
+def _add_file(scan: Scan, root: Path, path: str, suffixes: Collection[str], builders: Mapping[str, str]) -> None:
+    """Note one file, by the end of its name."""
+    written = os.path.splitext(path)[1]
+    if written.lower() in suffixes:
+        scan.images.append(path)
+    elif written.lower() in builders:
+        scan.kinds[builders[written.lower()]] += 1
+        scan.chained += [path] if "::" in path else []
+    elif os.path.basename(path) in _METADATA and (root / path).is_file():
+        scan.metadata.append(path)
+    else:
+        scan.others[show_name(written) or "no suffix"] += 1
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """Say which folder cannot be listed: without it images would be missing, or a class."""
+    raise ImageSourceError(
+        f"{show_name(str(error.filename))}: the folder cannot be listed ({error.strerror}), and what lies in it would "
+        "be missing. Make it readable, or put a dot before its name: such folders are left out."
+    ) from error
 
 
 def split_files(files: Sequence[str]) -> tuple[dict[str, list[str]], int]:
@@ -95,13 +131,30 @@ def split_files(files: Sequence[str]) -> tuple[dict[str, list[str]], int]:
     tops = {file.split(os.sep)[0] if os.sep in file else "" for file in files}
     known = tops & set(SPLIT_FOLDERS)
     # A class may be called "train". One such folder among others is a class; two, or nothing else, are splits.
-    has_splits = bool(known) and (len(known) > 1 or tops == known)
+    has_splits = bool(known) and (len(known) > 1 or tops - {""} == known)
     splits: dict[str, list[str]] = {}
     for file in files:
         top = file.split(os.sep)[0]
         in_split = has_splits and os.sep in file
         splits.setdefault(SPLIT_FOLDERS.get(top, top) if in_split else "train", []).append(file)
     return splits, int(has_splits)
+
+
+def find_strays(files: Sequence[str], depth: int) -> list[str]:
+    """List the images beside folders that would be classes, if not for them: a class needs a folder for every image."""
+    strays = [file for file in files if file.count(os.sep) <= depth]
+    return strays if len(strays) < len(files) else []
+
+
+def explain_strays(strays: Sequence[str]) -> str:
+    """Say why folders are not taken for classes, and what to do."""
+    count = len(strays)
+    names = ", ".join(map(show_name, strays[:_NAMED])) + f" and {count - _NAMED} more" * (count > _NAMED)
+    verb, pronoun = ("lies", "it") if count == 1 else ("lie", "them")
+    return (
+        f"{names} {verb} beside folders, which are therefore not taken for classes: no image has a label from them. "
+        f"Where they are classes, move {pronoun} into one, or out of the data set"
+    )
 
 
 def list_images(files: Sequence[str], depth: int, metadata: Mapping[str, Mapping[str, Any]]) -> datasets.Dataset:

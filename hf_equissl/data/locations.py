@@ -24,7 +24,16 @@ from ..utils.hub_waits import limit_waiting
 from ..utils.suggestions import did_you_mean
 from .columns import IMAGE_SUFFIXES
 from .errors import ImageSourceError, UnknownSplitError
-from .image_folders import SPLIT_FOLDERS, Scan, list_images, read_metadata, show_name, split_files
+from .image_folders import (
+    SPLIT_FOLDERS,
+    Scan,
+    explain_strays,
+    find_strays,
+    list_images,
+    read_metadata,
+    show_name,
+    split_files,
+)
 from .pairs import Pairs
 from .places import BUILDERS, check_hub_name, expand_range, is_pattern, match_pattern
 from .renders import find_rendered_pairs, find_split_files, open_renders
@@ -46,6 +55,7 @@ class Opened:
         files: The shards of a stream, where they are files.
         digest: Digest of the names of the files of a stream.
         notes: What was found and is not used.
+        label_hint: Why there are no classes although something looks like them, and what to do.
         reopen: The same stream of these columns alone, where the others then need not be fetched.
         pairs: How rows become pairs of images, where the files themselves are such.
     """
@@ -55,6 +65,7 @@ class Opened:
     files: tuple[str, ...] = ()
     digest: str = ""
     notes: tuple[str, ...] = ()
+    label_hint: str = ""
     reopen: Callable[[list[str]], IterableDataset] | None = None
     pairs: Pairs | None = None
 
@@ -188,7 +199,10 @@ def _open_images(source: str, path: Path, scan: Scan, options: Mapping[str, Any]
     wanted, names = _canonical_split(source, options["split"], splits)
     rows = _take(source, wanted, {name: list_images(splits[name], depth, metadata) for name in names})
     opened = _stream(rows, path, rows["image"][:]) if options["streaming"] else Opened(rows, path)
-    return replace(opened, notes=(*scan.left_out(), *notes))
+    strays = [] if "label" in metadata else [file for name in names for file in find_strays(splits[name], depth)]
+    why = [explain_strays(strays)] if strays else []
+    notes = [*scan.left_out(), *scan.listed_twice(), *notes, *why]
+    return replace(opened, notes=tuple(notes), label_hint="".join(f"{line}." for line in why))
 
 
 def _canonical_split(source: str, wanted: str, known: Iterable[str]) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ..distributed.collectives import rank, world_size
+from .errors import ImageSourceError
 from .image_folders import Scan, scan_folder
 from .places import BUILDERS
 
@@ -63,7 +64,7 @@ def _publish(path: Path, key: str) -> Scan | None:
             json.dump(vars(scan), opened)  # ASCII: names that are not UTF-8 stay what they are
         complete = file
         return scan
-    except OSError:  # who opens the folder finds the same, and says it
+    except (OSError, ImageSourceError):  # who opens the folder finds the same, and says it
         return None
     finally:
         store.set(f"{key}/done", complete)

@@ -380,7 +380,7 @@ def load_images(
         digest=opened.digest,
         more=more,
         decoding=decoding,
-        label_hint=label_hint,
+        label_hint=label_hint or ("" if label_column else opened.label_hint),
         notes=opened.notes,
         pairs=find_pairs(features, first[0], parameter_columns or (), name) if second_column else opened.pairs,
     )

@@ -30,7 +30,8 @@ class Subset:
         images: How many, in place of a share.
         part: "first" for those that are drawn, "rest" for the others.
         seed: Seed of the draw.
-        stratified: Draw the same share of each class.
+        stratified: Draw the same share of each class, as nearly as whole images can: together they are as many as
+            without it.
 
     Raises:
         ValueError: A value means nothing.
@@ -57,8 +58,9 @@ class Subset:
 
     def describe(self) -> str:
         """Return a few words for names of sources."""
-        size = f"{self.images} images" if self.images is not None else f"{self.share:.6g} of the images"
-        classes = " of each class" if self.stratified else ""
+        by_share = self.images is None
+        size = f"{self.share:.6g} of the images" if by_share else f"{self.images} images"
+        classes = (" of each class" if by_share else " in proportion to the classes") if self.stratified else ""
         return f"{'all but ' if self.part == 'rest' else ''}{size}{classes}, seed {self.seed}"
 
     def rows(self, count: int, labels: Sequence[int | None] | None = None) -> np.ndarray:
@@ -69,14 +71,30 @@ class Subset:
             labels: Their classes, for a stratified choice.
         """
         order = np.random.default_rng(self.seed).permutation(count)
-        share = self.share if self.images is None else min(1.0, self.images / max(1, count))
+        total = round((self.share or 0.0) * count) if self.images is None else min(self.images, count)
         if self.stratified and labels is not None:
             classes = np.array([-1 if label is None else label for label in labels])[order]
             groups = [order[classes == number] for number in np.unique(classes)]
         else:
             groups = [order]
-        halves = [np.split(group, [round((share or 0.0) * len(group))]) for group in groups]
+        parts = apportion(total, [len(group) for group in groups])
+        halves = [np.split(group, [part]) for group, part in zip(groups, parts, strict=True)]
         return np.sort(np.concatenate([half[PARTS.index(self.part)] for half in halves]))
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share ``total`` out among groups in proportion to their ``sizes``, by largest remainders; of equal remainders the
+    first ones win.
+
+    Returns:
+        Whole numbers that add up to ``total``, none above its group's size, each less than one from its exact part.
+    """
+    exact = [divmod(total * size, max(1, sum(sizes))) for size in sizes]
+    parts = [whole for whole, _ in exact]
+    largest = sorted(range(len(sizes)), key=lambda index: -exact[index][1])
+    for index in largest[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
 def choose_rows(count: int, limit: int | None, seed: int = SUBSET_SEED) -> np.ndarray:

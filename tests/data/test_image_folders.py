@@ -146,3 +146,109 @@ def test_the_first_images_say_what_is_used_of_them(tmp_path: Path) -> None:
 def test_more_bands_than_three_are_named_before_training(content: bytes, said: str, tmp_path: Path) -> None:
     found = remarks(one_file(tmp_path / "set", "a.tif", content))
     assert said in found if said else not found
+
+
+# ---- class folders ----
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("strays", "folders"),
+    [
+        (["cover.jpg"], ["a", "b"]),
+        (["cover.jpg"], ["train/a", "train/b"]),
+        (["cover.jpg"], ["train/a", "train/b", "test/a"]),
+        (["train/cover.jpg", "train/z.png"], ["train/a", "train/b", "test/a"]),
+    ],
+    ids=["classes", "split", "splits", "in a split"],
+)
+def test_images_beside_class_folders_are_named(
+    strays: list[str], folders: list[str], streaming: bool, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "set", [*strays, *(f"{name}/{n}.jpg" for name in folders for n in range(2))])
+    source = load_images(folder, streaming=streaming)
+    assert source.label_column is None
+    (note,) = source.notes
+    beside = f"{', '.join(strays)} {'lie' if len(strays) > 1 else 'lies'} beside folders, which are therefore not taken"
+    assert note.startswith(beside)
+    assert source.label_hint.startswith(beside)
+    if not streaming:
+        with pytest.raises(ImageSourceError, match=beside):
+            load_images(folder, subset={"share": 0.5, "stratified": True})
+    for stray in strays:
+        (folder / stray).unlink()
+    source = load_images(folder, streaming=streaming)
+    assert (source.notes, source.label_hint, source.classes) == ((), "", ("a", "b"))
+
+
+def test_flat_folders_and_labels_of_metadata_need_no_class_folders(tmp_path: Path) -> None:
+    assert load_images(write_folder(tmp_path / "flat", ["a.jpg", "b.jpg"])).notes == ()
+    folder = metadata_folder(tmp_path / "set", ["file_name,label", *(f"{n}.jpg,{n % 2}" for n in range(4))])
+    write_folder(folder / "more", ["4.jpg"])
+    assert not any("beside folders" in note for note in load_images(folder).notes)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path is too long for the system, which refuses root, too."""
+    folder = write_folder(tmp_path / "set", ["a/0.jpg", "b/1.jpg"])
+    monkeypatch.chdir(folder / "b")
+    for _ in range(20):
+        os.mkdir("x" * 250)
+        os.chdir("x" * 250)
+    with pytest.raises(ImageSourceError, match=r"x+: the folder cannot be listed \(File name too long\)"):
+        load_images(folder)
+    monkeypatch.undo()
+    (folder / "b").rename(folder / ".b")
+    assert len(load_images(folder)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_of_another_user_is_named_but_for_what_the_system_keeps(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", ["a/0.jpg", "b/1.jpg"])
+    for name in ("lost+found", "b"):
+        (folder / name).mkdir(mode=0o000, exist_ok=True)
+    assert len(load_images(folder)) == 2
+    (folder / "b").chmod(0o000)
+    with pytest.raises(ImageSourceError, match=r"b: the folder cannot be listed \(Permission denied\)"):
+        load_images(folder)
+    (folder / "b").chmod(0o700)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_links_to_folders_beside_them_do_not_hang_on_the_order_of_the_disk(
+    turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "set", ["train/cat/0.jpg", "train/dog/1.jpg"])
+    (folder / "train" / "bear").symlink_to(folder / "train" / "dog")
+    (folder / "test").mkdir()
+    (folder / "test" / "cat").symlink_to(folder / "train" / "cat")
+    (folder / "train" / "dog" / "up").symlink_to(folder / "train")
+    scandir = os.scandir
+
+    class Turned:
+        """What ``os.scandir`` gives, in another order."""
+
+        def __init__(self, path: str) -> None:
+            with scandir(path) as entries:
+                self.entries = iter(sorted(entries, key=lambda entry: entry.name)[::turn])
+
+        def __enter__(self) -> Turned:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            return
+
+        def __next__(self) -> os.DirEntry[str]:
+            return next(self.entries)
+
+        def __iter__(self) -> Turned:
+            return self
+
+    monkeypatch.setattr(os, "scandir", Turned)
+    source = load_images(folder)
+    assert source.classes == ("bear", "cat", "dog")
+    assert [row["image"] for row in source.dataset] == ["train/bear/1.jpg", "train/cat/0.jpg", "train/dog/1.jpg"]
+    assert load_images(folder, split="test").classes == ("cat",)
+    (note,) = source.notes
+    assert note.startswith("test/cat and train/cat are one folder, through a link: ")
+    assert note.endswith("(1 more folder is so, too)")

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hf_equissl.data import ImageSource, ImageSourceError, Subset, load_images
 from hf_equissl.data.labels import match_classes
 from hf_equissl.data.splits import hold_out
-from hf_equissl.data.subsets import choose_rows
+from hf_equissl.data.subsets import apportion, choose_rows
 
 from .image_files import encode, picture, write_folder, write_members
 
@@ -160,6 +160,29 @@ def test_a_subset_and_its_rest_are_the_whole(tmp_path: Path) -> None:
     write_folder(tmp_path / "flat", ["a.jpg", "b.jpg"])
     with pytest.raises(ImageSourceError, match="stratified needs the classes"):
         load_images(tmp_path / "flat", subset={"share": 0.5, "stratified": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "total"),
+    [({"images": 15}, 15), ({"images": 5}, 5), ({"images": 250}, 100), ({"share": 0.05}, 5), ({"share": 0.45}, 45)],
+)
+def test_a_stratified_subset_has_as_many_images_as_were_asked_for(given: dict[str, float], total: int) -> None:
+    labels = [number % 10 for number in range(100)]
+    first, rest = (Subset(**given, stratified=True, part=part).rows(100, labels) for part in ("first", "rest"))
+    assert sorted([*first, *rest]) == list(range(100))
+    assert len(first) == total
+    counts = np.bincount(first % 10, minlength=10)
+    assert set(counts) <= {total // 10, -(-total // 10)}
+    np.testing.assert_array_equal(first, Subset(**given, stratified=True).rows(100, labels))
+
+
+def test_apportionment_by_largest_remainders() -> None:
+    assert apportion(10, [53, 24, 23]) == [5, 3, 2]  # 5.3, 2.4, 2.3
+    assert apportion(1, [1, 1, 1]) == [1, 0, 0]
+    assert apportion(0, [4, 5]) == [0, 0]
+    assert apportion(9, [4, 5]) == [4, 5]
+    assert apportion(0, [0]) == [0]
+    assert Subset(images=15, stratified=True).describe() == "15 images in proportion to the classes, seed 0"
 
 
 @pytest.mark.parametrize(
