@@ -8,15 +8,24 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .depth import as_bytes, read_planes, read_wide_values, to_eight_bits
+from .depth import (
+    as_bytes,
+    find_transparent,
+    needs_file,
+    read_planes,
+    read_wide_values,
+    scale_transparent_grey,
+    to_eight_bits,
+)
 from .errors import ImageDecodeError, explain_decode_errors
 from .jpeg import decode_plain_jpeg
 from .metadata import count_bands, find_transposition, strip_metadata
@@ -66,24 +75,30 @@ class Decoding:
     def __post_init__(self) -> None:
         """Check both, and keep a range as a tuple."""
         chosen = self.value_range
-        if not isinstance(chosen, str):
-            low, high = chosen if len(chosen) == 2 else (math.nan, math.nan)
-            object.__setattr__(self, "value_range", (float(low), float(high)))
-            known = math.isfinite(low) and math.isfinite(high) and low < high
-        else:
-            known = chosen in ("full", "auto")
-        if not known:
+        limits = None if isinstance(chosen, str) else _read_limits(chosen)
+        if limits is not None:
+            object.__setattr__(self, "value_range", limits)
+        elif not isinstance(chosen, str) or chosen not in ("full", "auto"):
             raise ValueError(
                 f"value_range is {chosen!r}, expected full, auto, or two numbers [a, b] with a below b, such as "
                 "[0, 4095] for 12 bits."
             )
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels is {self.max_pixels}, expected 1 or more.")
+        if not isinstance(self.max_pixels, Integral) or self.max_pixels < 1:
+            raise ValueError(f"max_pixels is {self.max_pixels!r}, expected a whole number of 1 or more.")
 
     def difference(self) -> dict[str, Any]:
         """Return what changes pixels and is not as usual, as plain types, for records."""
         chosen = self.value_range if isinstance(self.value_range, str) else list(self.value_range)
         return {} if chosen == "full" else {"value_range": chosen}
+
+
+def _read_limits(chosen: Any) -> tuple[float, float] | None:
+    """Read two finite numbers, the first below the second; ``None`` of anything else."""
+    limits = tuple(chosen) if isinstance(chosen, Iterable) else ()
+    if len(limits) != 2 or not all(isinstance(limit, Real) and math.isfinite(limit) for limit in limits):
+        return None
+    low, high = map(float, limits)
+    return (low, high) if low < high else None
 
 
 AS_STORED = Decoding()
@@ -98,7 +113,8 @@ def decode_image(data: Any, decoding: Decoding = AS_STORED) -> Image.Image:
     - Transparency, also of palettes and of a transparent colour, is laid over white: hidden colours stay hidden.
     - 16-bit values are shifted by 8 bits. 32-bit integers: likewise when they need 16 bits, unchanged when they need 8,
       otherwise scaled from their own minimum and maximum, as are floats beyond [0, 255]; floats in [0, 1] count as
-      fractions of white. ``decoding.value_range`` says otherwise.
+      fractions of white. ``decoding.value_range`` says otherwise, also of arrays. Where Pillow opened a colour image of
+      16 bits before, only the high bytes are left: give the file.
 
     Args:
         data: Encoded bytes, a path, a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or the mapping
@@ -128,9 +144,10 @@ def open_image(data: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     data = _content(data)
     if isinstance(data, Image.Image):
+        _check_size(*data.size, max_pixels)
         return data
     if isinstance(data, np.ndarray):
-        return _from_array(data)
+        return _from_array(data, Decoding(max_pixels=max_pixels))
     return _open_encoded(data, max_pixels)
 
 
@@ -162,14 +179,19 @@ def _open_encoded(data: bytes, max_pixels: int) -> Image.Image:
         image = _open_of_any_size(data)
     except UnidentifiedImageError:  # it names the buffer by its address, which helps nobody
         raise ImageDecodeError(_why_unknown(data)) from None
-    width, height = image.size
+    _check_size(*image.size, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height == 0:
+        raise ImageDecodeError(f"{width} x {height} pixels (width x height): there is nothing in it.")
     if width * height > max_pixels:
         raise ImageDecodeError(
             f"{width} x {height} = {width * height:,} pixels are more than max_pixels = {max_pixels:,}. To read it, "
             "set --max_pixels (data.max_pixels of a recipe) higher; decoding takes 3 bytes for each pixel, in every "
             "worker."
         )
-    return image
 
 
 def find_used_range(data: bytes, decoding: Decoding = AS_STORED) -> tuple[float, float] | None:
@@ -246,7 +268,14 @@ def _decode_any(data: Any, decoding: Decoding) -> Image.Image | np.ndarray:
 
 
 def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image.Image | np.ndarray:
-    image = _open_encoded(data, decoding.max_pixels) if isinstance(data, bytes) else open_image(data)
+    if isinstance(data, np.ndarray):
+        return _to_rgb(_from_array(data, decoding))
+    image = open_image(data, decoding.max_pixels)
+    if isinstance(data, Image.Image) and needs_file(image, decoding.value_range):
+        raise ImageDecodeError(
+            "Pillow opened this image of 16 bits per colour, and decodes half of them. Give its path or its bytes in "
+            "place of the opened image (datasets: cast the column to Image(decode=False))."
+        )
     if decoding.fast and isinstance(data, bytes) and (pixels := decode_plain_jpeg(data, image)) is not None:
         turned = find_transposition(image) if {"exif", "xmp"} & image.info.keys() else None
         return pixels if turned is None else Image.fromarray(pixels).transpose(turned)
@@ -260,11 +289,12 @@ def _decode(data: bytes | Image.Image | np.ndarray, decoding: Decoding) -> Image
         transposition = find_transposition(image)  # before pixels are decoded: decoding turns those of TIFF
         image = _from_planes(image.mode, planes, decoding)
     else:
-        if decoding.value_range != "full" and not isinstance(data, np.ndarray):
+        if decoding.value_range != "full" or "transparency" in image.info:
             values = read_wide_values(image, lambda: open_image(data, decoding.max_pixels))
+        scale_transparent_grey(image)
         image.load()
         transposition = find_transposition(image)
-    rgb = _to_rgb(image if values is None else _recolour(image, to_eight_bits(values, decoding.value_range)))
+    rgb = _to_rgb(image if values is None else _recolour(image, values, decoding))
     return rgb if transposition is None else rgb.transpose(transposition)
 
 
@@ -286,15 +316,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _recolour(image: Image.Image, pixels: np.ndarray) -> Image.Image:
-    """Put other colours, uint8 (H, W) or (H, W, 3), behind the transparency of an image."""
-    coloured = Image.fromarray(pixels).convert("RGB")
+def _recolour(image: Image.Image, values: np.ndarray, decoding: Decoding) -> Image.Image:
+    """Put the colours of stored values, (H, W) or (H, W, 3), behind the transparency of an image."""
+    coloured = Image.fromarray(to_eight_bits(values, decoding.value_range)).convert("RGB")
     if image.mode == "RGBA":
         coloured.putalpha(image.getchannel("A"))
+    elif (transparent := find_transparent(image, values)) is not None:
+        coloured.putalpha(Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
     return coloured
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, decoding: Decoding) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     grey = array.ndim == 2
@@ -303,15 +335,20 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"The array has shape {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last: "
             "images are grey or RGB."
         )
+    _check_size(array.shape[1], array.shape[0], decoding.max_pixels)
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     if array.dtype == np.bool_:
         return Image.fromarray(array.astype(np.uint8) * 255)
-    if array.dtype.newbyteorder("=") == np.uint16:
-        return Image.fromarray(as_bytes(array.astype(np.uint16, copy=False)))
-    if array.dtype.kind == "f" and array.size and float(array.min()) >= 0.0 and float(array.max()) <= 1.0:
+    floats = array.dtype.kind == "f"
+    if array.dtype.newbyteorder("=") == np.uint16 or (floats and decoding.value_range != "full"):
+        planes = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return _from_planes("", planes[..., None] if grey else planes, decoding)
+    if floats and float(array.min()) >= 0.0 and float(array.max()) <= 1.0:
         return Image.fromarray(np.rint(array * 255.0).astype(np.uint8))
-    raise ImageDecodeError(f"The array is {array.dtype}, expected uint8, uint16, bool or floats in [0, 1].")
+    raise ImageDecodeError(
+        f"The array is {array.dtype}, expected uint8, uint16, bool or floats in [0, 1], of any size with a value_range."
+    )
 
 
 @cache

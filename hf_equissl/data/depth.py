@@ -16,6 +16,8 @@ _PLANAR_CONFIGURATION, _BITS_PER_SAMPLE = 284, 258
 _SEPARATE_PLANES = 2
 # Pillow's names for layouts of 16-bit bands -> those that read the other byte of each value.
 _OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+# Pillow's names for layouts of few bits -> by what their values are multiplied to fill eight.
+_WHITE_OF_FEW_BITS = {"L;2": 85, "L;4": 17}
 
 
 def read_planes(image: Image.Image, content: Any) -> np.ndarray | None:
@@ -28,15 +30,30 @@ def read_planes(image: Image.Image, content: Any) -> np.ndarray | None:
     Returns:
         Stored values (H, W, bands), uint16, as many bands as ``image`` has; ``None`` of other images.
     """
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) or not isinstance(content, bytes):
-        return None
-    tags: Any = image.tag_v2
-    if tags.get(_PLANAR_CONFIGURATION) != _SEPARATE_PLANES or set(tags.get(_BITS_PER_SAMPLE, ())) != {16}:
+    if not isinstance(content, bytes) or not _has_wide_planes(image):
         return None
     planes = [extract_plane(content, number) for number in range(len(image.getbands()))]
     return np.stack(
         [_to_native_order(np.asarray(Image.open(io.BytesIO(plane), formats=["TIFF"]))) for plane in planes], axis=-1
     )
+
+
+def _has_wide_planes(image: Image.Image) -> bool:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    tags: Any = image.tag_v2
+    return tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES and set(tags.get(_BITS_PER_SAMPLE, ())) == {16}
+
+
+def needs_file(image: Image.Image, value_range: str | tuple[float, float]) -> bool:
+    """Whether an image that somebody else opened cannot be decoded as asked: Pillow gives the high bytes alone."""
+    wanted = value_range != "full" or "transparency" in image.info
+    return _has_wide_planes(image) or (wanted and _has_wide_colours(image))
+
+
+def _has_wide_colours(image: Image.Image) -> bool:
+    tiles: Any = getattr(image, "tile", ())
+    return image.mode in ("RGB", "RGBA", "RGBX") and any(";16" in _layout(tile) for tile in tiles)
 
 
 def read_wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> np.ndarray | None:
@@ -53,9 +70,9 @@ def read_wide_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> n
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _to_native_order(np.asarray(image))
-    tiles: Any = getattr(image, "tile", ())
-    if image.mode not in ("RGB", "RGBA", "RGBX") or not any(";16" in _layout(tile) for tile in tiles):
+    if not _has_wide_colours(image):
         return None
+    tiles: Any = getattr(image, "tile", ())
     again: Any = reopen()
     if _layout(tiles[0]).startswith("LA"):  # grey with transparency: four bytes, as those of 8-bit RGBA
         again.tile = [_replace_layout(tile, "RGBA") for tile in again.tile]
@@ -101,6 +118,29 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
     elif not integers and high <= 1.0:
         values = values * 255.0
     return np.rint(values).astype(np.uint8)
+
+
+def scale_transparent_grey(image: Image.Image) -> None:
+    """Bring the transparent grey of 2 or 4 bits to the 8 of the pixels, before Pillow decodes these."""
+    transparent: Any = image.info.get("transparency")
+    tiles: Any = getattr(image, "tile", ())
+    if isinstance(transparent, int) and tiles and (factor := _WHITE_OF_FEW_BITS.get(_layout(tiles[0]))):
+        image.info["transparency"] = transparent * factor
+
+
+def find_transparent(image: Image.Image, values: np.ndarray) -> np.ndarray | None:
+    """Find the pixels of the transparent colour of an image without alpha: bool (H, W); ``None`` where it has none.
+
+    Args:
+        image: What the values were read from.
+        values: Stored values, (H, W) or (H, W, 3).
+    """
+    transparent: Any = image.info.get("transparency")
+    if isinstance(transparent, int) and values.ndim == 2:
+        return values == transparent
+    if isinstance(transparent, tuple) and values.ndim == 3:
+        return (values == transparent).all(axis=-1)
+    return None
 
 
 def _layout(tile: TiffImagePlugin.ImageFile._Tile) -> str:

@@ -111,6 +111,10 @@ def test_kinds_of_input(tmp_path: Path) -> None:
         ({"bytes": None, "path": None}, "NoneType"),
         (np.zeros((3, 8, 8), dtype=np.uint8), r"\(3, 8, 8\)"),
         (np.zeros((8, 8), dtype=np.int64), "int64"),
+        (np.zeros((0, 8, 3), dtype=np.uint8), "^8 x 0 pixels"),
+        (np.zeros((8, 0), dtype=np.uint16), "^0 x 8 pixels"),
+        (np.zeros((0, 0, 4), dtype=np.float32), "^0 x 0 pixels"),
+        (Image.new("RGB", (0, 5)), "^0 x 5 pixels"),
         (7, "int"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +111,80 @@ def test_a_range_beyond_its_ends_and_images_of_eight_bits() -> None:
     assert (pixels(flat, "auto") == 0).all()
 
 
-@pytest.mark.parametrize("value", ["half", [1], [5, 5], [0, float("nan")], [0, 1, 2]], ids=str)
+WIDE_FILES = {
+    "png": write_png(COLOUR),
+    "png with alpha": write_png(np.concatenate([COLOUR, OPAQUE], axis=-1)),
+    "grey png with alpha": write_png(np.concatenate([RAMP[..., None], OPAQUE], axis=-1)),
+    "tiff": write_tiff(COLOUR),
+    "planar tiff": write_tiff(COLOUR, planar=True),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE_FILES)
+@pytest.mark.parametrize("chosen", ["auto", (0, 4095)], ids=str)
+def test_opened_images_of_wide_colours_are_refused_where_half_of_their_bits_are_lost(kind: str, chosen: object) -> None:
+    content = WIDE_FILES[kind]
+    with pytest.raises(ImageDecodeError, match="Give its path or its bytes"):
+        pixels(Image.open(io.BytesIO(content)), chosen)
+    if kind == "planar tiff":
+        with pytest.raises(ImageDecodeError, match="Give its path or its bytes"):
+            pixels(Image.open(io.BytesIO(content)))
+    else:
+        np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(content))), pixels(content))
+    grey = encode(Image.fromarray(RAMP), "PNG")
+    np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(grey)), chosen), pixels(grey, chosen))
+
+
+@pytest.mark.parametrize("chosen", ["auto", (0, 4095)], ids=str)
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "f4"])
+def test_a_range_holds_for_arrays(chosen: object, dtype: str) -> None:
+    for values, expected in ((RAMP, TWELVE_BITS[..., :1]), (RAMP[..., None], TWELVE_BITS[..., :1]), (COLOUR, None)):
+        expected = TWELVE_BITS if expected is None else np.broadcast_to(expected, COLOUR.shape)
+        np.testing.assert_array_equal(pixels(values.astype(dtype), chosen), expected)
+    hidden = np.concatenate([COLOUR, OPAQUE * 0], axis=-1)
+    assert (pixels(hidden.astype(dtype) if dtype != "f4" else hidden / np.float32(65535), chosen) == 255).all()
+    np.testing.assert_array_equal(pixels((COLOUR * 16).astype("<u2")), COLOUR >> 4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("chosen", ["full", "auto", (0, 65535)], ids=str)
+def test_a_transparent_grey_of_any_depth_is_laid_over_white(bits: int, chosen: object) -> None:
+    """Each value once, in turns with its neighbour's: only the transparent one becomes white."""
+    white = 2**bits - 1
+    for transparent in {0, 1, white // 2, white}:
+        values = sorted({0, 1, white // 2, white - 1, white})
+        row = "".join(format(value, f"0{bits}b") for value in values)
+        row = row.ljust(-(-len(row) // 8) * 8, "0")
+        header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + int(row, 2).to_bytes(len(row) // 8, "big")))]
+        plain, hidden = (
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(png_chunk(*chunk) for chunk in [chunks[0], *more, chunks[1], (b"IEND", b"")])
+            for more in ([], [(b"tRNS", struct.pack(">H", transparent))])
+        )
+        expected = pixels(plain, chosen).copy()
+        expected[:, values.index(transparent)] = 255
+        np.testing.assert_array_equal(pixels(hidden, chosen), expected)
+
+
+@pytest.mark.parametrize("chosen", ["full", "auto"])
+def test_a_transparent_colour_of_16_bits_is_one_colour_alone(chosen: object) -> None:
+    content = write_png(COLOUR)
+    colour = struct.pack(">HHH", *COLOUR[3, 5].tolist())
+    expected = pixels(content, chosen).copy()
+    expected[3, 5] = 255
+    np.testing.assert_array_equal(pixels(content[:33] + png_chunk(b"tRNS", colour) + content[33:], chosen), expected)
+
+
+@pytest.mark.parametrize(
+    "value", ["half", [1], [5, 5], [0, float("nan")], [0, 1, 2], 5, None, ("a", "b"), [None, 3]], ids=str
+)
 def test_ranges_that_mean_nothing(value: object) -> None:
     with pytest.raises(ValueError, match="expected full, auto, or two numbers"):
         Decoding(value)
+    for count in (0, 2.5, None, "many"):
+        with pytest.raises(ValueError, match=r"max_pixels is .*, expected a whole number of 1 or more"):
+            Decoding(max_pixels=count)
 
 
 # ---- metadata ----
@@ -201,6 +273,10 @@ def test_large_images_need_leave(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(large)
     with pytest.raises(ImageDecodeError, match=r"max_pixels = 100"):
         decode_image(encode(picture()), Decoding(max_pixels=100))
+    for data in (picture(), np.asarray(picture()), np.asarray(picture())[..., 0].astype(np.uint16)):
+        with pytest.raises(ImageDecodeError, match=r"40 x 32 = 1,280 pixels .* max_pixels = 1,279"):
+            decode_image(data, Decoding(max_pixels=1279))
+        assert decode_image(data, Decoding(max_pixels=1280)).size == (40, 32)
     before = Image.MAX_IMAGE_PIXELS
     assert decode_image(large, Decoding(max_pixels=200_000_000)).size == (16000, 12000)
     assert before == Image.MAX_IMAGE_PIXELS
