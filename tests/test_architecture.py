@@ -22,7 +22,7 @@ FLOORS = (
     ("data", "objectives"),
     ("pretraining", "evaluation"),
     ("recipes", "hub"),
-    ("planning", "extraction"),
+    ("planning", "extraction", "demo"),
     ("running",),
     ("finetuning", "benchmarking"),
     ("training",),
@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"checkpoints", "encoders", "evaluation", "modeling", "objectives", "pretraining", "utils"},
     "planning": {"distributed", "objectives", "pretraining", "recipes", "utils", "views"},
     "extraction": {"data", "encoders", "evaluation", "hub", "utils"},
+    "demo": {"data", "encoders", "evaluation", "utils", "views"},
     "running": {
         "checkpoints",
         "data",
@@ -207,7 +208,7 @@ def test_every_package_is_in_the_wheel() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hf_equissl").rglob("*.py")}
     names = {".".join(folder.parts) for folder in folders}
-    for folder in ("modeling", "training"):
+    for folder in ("model_cards", "modeling", "training"):
         names |= {".".join(("hf_equissl", *p.parent.relative_to(ROOT).parts)) for p in (ROOT / folder).rglob("*.py")}
     assert names == listed
 

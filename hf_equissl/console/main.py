@@ -32,6 +32,7 @@ COMMANDS = {
     "sweep": Command("training.sweep", "run the members of a sweep one after another"),
     "compare": Command("training.compare", "train the systems of a sweep, probe each, and put all in one table"),
     "report": Command("training.report", "put the results of several encoders into one table, with differences"),
+    "demo": Command("demo.cli", "look at what two small encoders see that ship: pictures, or an app in the browser"),
     "recipes": Command("console.recipes", "list the recipes that ship, or print one with all its values"),
     "env": Command("console.environment", "what a bug report needs: versions, devices, cores, memory"),
 }

@@ -1,0 +1,1 @@
+"""The cards of published encoders, and the two encoders that ship with the package."""
