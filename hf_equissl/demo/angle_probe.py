@@ -38,9 +38,9 @@ class AngleProbe:
         \hat\theta = \sum_{i<j} w_{ij} (a_i b_j - a_j b_i) + c
 
     a and b are the whitened principal components of all patch tokens of the first and of the second image, side by
-    side. Edges are mirrored, so that neither image alone tells an angle, and no sum of both does: it lies in how they
-    relate. Where turning by theta acts on features as exp(theta A) with A^T = -A, theta to first order is such a form,
-    and its sign changes when the images change places.
+    side, at one length. Edges are mirrored, so that neither image alone tells an angle, and no sum of both does: it
+    lies in how they relate. Where turning by theta acts on features as exp(theta A) with A^T = -A, theta to first order
+    is such a form, and its sign changes when the images change places.
 
     Attributes:
         mean: (N D,), of the tokens of the training images.
@@ -126,8 +126,10 @@ def fit_angle_probe(encoder: FrozenEncoder, data: EvaluationData, seed: int = 0)
 
 
 def compare_components(first: Tensor, second: Tensor) -> Tensor:
-    """Compute a_i b_j - a_j b_i for all i < j: components (B, r), twice -> (B, r (r - 1) / 2)."""
+    """Compute a_i b_j - a_j b_i for all i < j of components at one length: (B, r), twice -> (B, r (r - 1) / 2)."""
     i, j = torch.triu_indices(first.shape[1], first.shape[1], offset=1)
+    # At one length, of which the root is that of unit variance: pictures of little contrast are turned as far.
+    first, second = (F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in (first, second))
     return first[:, i] * second[:, j] - first[:, j] * second[:, i]
 
 

@@ -49,7 +49,7 @@ def _head(analyst: Analyst) -> str:
     lines = ["# What turning an image does to its features", ""]
     for lens in analyst.lenses.values():
         decoders = "with decoders" if lens.can_paint else "without decoders"
-        lines.append(f"- **{plain(lens.name)}**: {code(lens.encoder.name)}, {decoders}")
+        lines.append(f"- **{plain(lens.name)}**: {code(Path(lens.encoder.name).name)}, {decoders}")
     names = ", ".join(plain(name) for name in list(analyst.gallery)[:ROWS])
     lines += ["", f"Images: {names}. What turning leaves empty at an image's edges is filled by mirroring it."]
     return "\n".join(lines)
@@ -76,13 +76,14 @@ def _way(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[str]:
             f"{fraction:.2f} of the way {error:.4f} (the image itself: {other:.4f})"
             for fraction, error, other in zip(painted, errors, still, strict=True)
         )
-        yield f"## Images on the way, painted by {plain(lens.name)}"
+        yield "## Images on the way"
         yield "\n![Images on the way](reconstructions.png)\n"
         yield (
-            f"The encoder sees the image and the changed one (turned by {SHOWN_ANGLE:g} degrees, shifted by {SHIFT:g} "
-            "% right and down). From the equivariant features of both, decoders paint the images between them; how the "
-            "image was changed is not told. **Look at** where things are, not at how sharp they are: a painted image "
-            f"should be turned as far as the true one. Mean squared error of pixels in [0, 1]: {listed}."
+            f"The encoder *{plain(lens.name)}* sees the image and the changed one (turned by {SHOWN_ANGLE:g} degrees, "
+            f"shifted by {SHIFT:g} % right and down). From the equivariant features of both, decoders paint the images "
+            "between them; how the image was changed is not told. **Look at** where things are, not at how sharp they "
+            "are: a painted image should be turned as far as the true one. Mean squared error of pixels in [0, 1]: "
+            f"{listed}."
         )
         return
 
@@ -90,21 +91,22 @@ def _way(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[str]:
 def _patches(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[str]:
     """Show patches in the colours of their principal components."""
     columns: list[tuple[str, Tensor]] = []
-    for lens in analyst.lenses.values():
+    letters = dict(zip(analyst.lenses, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", strict=False))
+    for name, lens in analyst.lenses.items():
         before = analyst.pixels(lens)[:ROWS].float() / 255
         after = Change(angle=SHOWN_ANGLE).apply(before)
+        columns = columns or [("image", before), ("turned", after)]
         for title, images in (("image", before), ("turned", after)):
             tiles = [to_picture(tile, images.shape[-1], smooth=False) for tile in lens.colours(lens.features(images))]
-            if title not in dict(columns):
-                columns.append((title, images))
-            columns.append((f"{title}: {lens.name}"[:16], _as_tensor(tiles)))
+            columns.append((f"{letters[name]}: {title}", _as_tensor(tiles)))
     _save_sheet(columns, folder / "patches.png", pictures)
+    listed = "; ".join(f"{letter}: {plain(name)}" for name, letter in letters.items())
     yield "## Patches"
     yield "\n![Patches of images and of turned images](patches.png)\n"
     yield (
-        "The first three principal components of the patches' features, as red, green and blue; one set of colours per "
-        "encoder. **Look at** patches of one thing, which have one colour, and at what becomes of it when the image is "
-        f"turned by {SHOWN_ANGLE:g} degrees."
+        f"{listed}. The first three principal components of the patches' features, as red, green and blue; one set of "
+        "colours per encoder. **Look at** patches of one thing, which have one colour, and at what becomes of it when "
+        f"the image is turned by {SHOWN_ANGLE:g} degrees."
     )
 
 
@@ -159,9 +161,9 @@ def _angles(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[st
             f"{facts['r2']}."
         )
     yield (
-        "\nA linear probe, fitted on other images, reads the angle off the features of the image and the turned one; "
+        "\nA linear probe, fitted on other images, reads the angle off the patches of the image and of the turned one; "
         f"mean and deviation over the images. **Look at** how far each row is from the true angles ({ANGLES[0]} to "
-        f"{ANGLES[-1]} degrees). These are other pictures than the probe has seen."
+        f"{ANGLES[-1]} degrees): bricks and retinas look alike at many of them."
     )
 
 
