@@ -81,6 +81,7 @@ def build_app(analyst: Analyst | None = None) -> gr.Blocks:
                     list(analyst.gallery.values()),
                     show_label=False,
                     columns=4,
+                    height=200,
                     allow_preview=False,
                     interactive=False,
                     buttons=[],
