@@ -71,8 +71,9 @@ from IPython.display import Image as Show
 Show(filename=str(next(workspace.glob("plan/*.png"))), width=520)
 
 # %% [markdown]
-# Every row is one image. View 2 is u, turned; the images between u and view 2 are what the decoders have to paint. Each run
-# of the same recipe and seed makes these very views, whatever the number of workers and processes.
+# *What to see: every row is one image. View 2 is u, turned; the images between u and view 2, at a third and at two thirds of
+# the angle, are what the decoders have to paint.* Each run of the same recipe and seed makes these very views, whatever the
+# number of workers and processes.
 
 # %% [markdown]
 # ## Train
@@ -112,6 +113,8 @@ for axis, (key, title) in zip(axes, titles.items(), strict=True):
     axis.set(title=title, xlabel="step")
 
 # %% [markdown]
+# *What to see: both losses fall together, most of the way in the first twenty steps.*
+#
 # ## What do its features tell about a rotation?
 #
 # The probe turns images and regresses the angle from the features before and after. What a probe learns by itself is not the

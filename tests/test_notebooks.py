@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
-LARGEST = 300_000  # bytes of a stored notebook
+LARGEST = 400_000  # bytes of a stored notebook
 
 
 def cells(path: Path) -> list[Any]:
@@ -40,6 +41,30 @@ def test_what_is_stored_is_one_whole_run(script: Path) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
     assert notebook.stat().st_size < LARGEST
     assert str(ROOT) not in notebook.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_picture_says_what_to_see(script: Path) -> None:
+    stored = cells(script.with_suffix(".ipynb"))
+    for cell, following in pairwise([*stored, None]):
+        pictures = [kind for output in cell.get("outputs", []) for kind in output.get("data", {}) if "image/" in kind]
+        if pictures:
+            assert following is not None
+            assert "What to see:" in following.source, f"below the picture of:\n{cell.source}"
+    assert not [cell.source for cell in stored if "TODO" in cell.source]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_commands_did_what_the_text_says(script: Path) -> None:
+    """A command that fails does not stop a notebook: what it prints is what shows it."""
+    for cell in cells(script.with_suffix(".ipynb")):
+        printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
+        assert not re.search(r"Traceback|command not found|No such file|invalid choice", printed), cell.source
+
+
+def test_the_documentation_lists_all_of_them() -> None:
+    listed = re.findall(r"\(\.\./(notebooks/\w+\.ipynb)\)", (ROOT / "docs/index.md").read_text())
+    assert listed == [f"notebooks/{script.stem}.ipynb" for script in SCRIPTS]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
