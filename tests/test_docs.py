@@ -15,6 +15,7 @@ from docs import draw
 from hf_equissl.evaluation import EVALUATORS
 from hf_equissl.objectives import EQUIVARIANCE_OBJECTIVES
 from hf_equissl.recipes.overrides import SECTIONS, apply_overrides, read_recipe
+from hf_equissl.training.suite import read_suite
 from hf_equissl.views import TRANSFORMATIONS
 from tests import processes
 
@@ -82,6 +83,12 @@ def test_commands_have_these_options(block: str) -> None:
                 assert recipe.is_file(), following
         if recipe is not None and "\nsweep:" not in recipe.read_text():
             apply_overrides(read_recipe(recipe, [RECIPES]), dotted)  # raises for keys that do not exist
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("yaml") if "\ntasks:" in block.values[0]])
+def test_suites_are_read(block: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(block)
+    assert read_suite(str(tmp_path / "suite.yaml"))[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

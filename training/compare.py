@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 if find_spec("hf_equissl") is None:
@@ -16,7 +15,7 @@ if find_spec("hf_equissl") is None:
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
 from hf_equissl.training.members import RESULTS, MemberLane, check_alike, expected_end, places, read_words
 from hf_equissl.training.recipe_options import RECIPES, find_recipe, import_words, parse_words
-from hf_equissl.training.side_by_side import DONE, CommandError, StoppedError, follow
+from hf_equissl.training.side_by_side import DONE, CommandError, follow_on_devices
 from hf_equissl.training.step_times import StepTimes
 from hf_equissl.training.sweep import (
     add_options,
@@ -260,26 +259,9 @@ class Comparison:
             Preempted: A signal asked to stop.
         """
         at_once, devices = places(self.options.side_by_side)
-        free: SimpleQueue[int] = SimpleQueue()
-        for number in range(at_once):
-            free.put(number)
         for lane in self.chosen:
             lane.prepare()
         written = 0
-
-        def work(lane: MemberLane) -> None:
-            number = free.get()
-            try:
-                lane.environment = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
-                lane.work()
-            except StoppedError:
-                pass
-            except (CommandError, ValueError, OSError) as error:  # one member failed: the others go on
-                lane.failure = str(error)
-                say(f"\n{lane.title} failed, the others go on. {error}")
-            finally:
-                free.put(number)
-                lane.finish()
 
         def watch() -> str:
             nonlocal written
@@ -293,7 +275,7 @@ class Comparison:
             return expected_end(self.chosen, at_once)
 
         say(f"{len(self.chosen)} members, {at_once} side by side; what their commands say: {self.output}/*/*.log")
-        follow(self.chosen, work, watch, at_once)
+        follow_on_devices(self.chosen, at_once, devices, watch)
         problems = []
         if failed := [lane.title for lane in self.chosen if lane.failure]:
             problems.append(f"{len(failed)} of {len(self.chosen)} members failed: {', '.join(failed)}")

@@ -40,7 +40,6 @@ class MemberLane(Lane):
         is_trained: Whether its encoder is there.
         untrained: Recipe of the encoder, where it is one of random weights.
         source: What probe.py calls the encoder, where it is no folder.
-        failure: Why it stands still.
         seconds: What its training and its probes took.
     """
 
@@ -52,7 +51,6 @@ class MemberLane(Lane):
     is_trained: bool = False
     untrained: Any = None
     source: str = ""
-    failure: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -139,12 +137,16 @@ class MemberLane(Lane):
         write_text(self.probes / DONE_PROBES, json.dumps([*self._noted(), entry], indent=2) + "\n")
 
     def _weights(self) -> list[int] | None:
-        """Size and time of the weights: another training has others."""
-        try:
-            stat = (self.encoder / "model.safetensors").stat()
-        except OSError:
-            return None
-        return [stat.st_size, stat.st_mtime_ns]
+        return weights_of(self.encoder)
+
+
+def weights_of(encoder: Path) -> list[int] | None:
+    """Size and time of an encoder's weights: another training has others. ``None`` where it is no folder here."""
+    try:
+        stat = (encoder / "model.safetensors").stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _modified(path: Path) -> int | None:

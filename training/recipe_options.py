@@ -70,17 +70,26 @@ def find_recipe(name: str | None) -> Path:
     """
     if name is None:
         raise RecipeError("--recipe is missing: a name (training/pretrain.py --list_recipes) or a YAML file.")
+    return find_file(name, RECIPES, "--recipe", "recipe")
+
+
+def find_file(name: str, folder: Path, option: str, what: str) -> Path:
+    """Find the YAML file that ``option`` names: one that ships in ``folder``, or a path.
+
+    Raises:
+        RecipeError: None that ships has this name.
+    """
     given = Path(name)
     is_file_name = name.endswith((".yaml", ".yml"))
     if os.sep in name or (is_file_name and is_file(given)):
         return given
     name = given.stem if is_file_name else name
-    path = RECIPES / f"{name}.yaml"
+    path = folder / f"{name}.yaml"
     if not is_file(path):
-        names = sorted(item.stem for item in RECIPES.glob("*.yaml"))
+        names = sorted(item.stem for item in folder.glob("*.yaml"))
         raise RecipeError(
-            f"--recipe {name}: no recipe of this name.{did_you_mean(name, names)} Recipes: {', '.join(names)}; or give "
-            "a YAML file."
+            f"{option} {name}: no {what} of this name.{did_you_mean(name, names)} {what.capitalize()}s: "
+            f"{', '.join(names)}; or give a YAML file."
         )
     return path
 

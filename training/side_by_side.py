@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
+from hf_equissl.utils.commands import say
 from hf_equissl.utils.machine import usable_cores
 
 LOG_TAIL = 15  # lines shown of a command that failed
@@ -47,12 +49,13 @@ class Lane:
         title: Name in the progress line.
         run: Folder; the output of ``x.py`` is written to ``x.log`` in it.
         stage: What is being done, for people.
-        bar: How the progress bar of the running command begins.
+        bar: How the progress bar of the running command begins; empty where that has no name.
         log: Output of the running command.
         process: The running command.
         first_seen: When its bar was first seen to have moved (``time.monotonic``), and how far it was.
         environment: Variables of its commands beside this process's.
         stopped: Whether it was stopped; it begins no further command.
+        failure: Why it stands still.
     """
 
     title: str
@@ -64,7 +67,16 @@ class Lane:
     first_seen: tuple[float, int] | None = field(default=None, init=False, repr=False)
     environment: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     stopped: bool = field(default=False, init=False)
+    failure: str = field(default="", init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def work(self) -> None:
+        """Do all that it is there for, by ``call``; of a lane that is followed without a function for it.
+
+        Raises:
+            CommandError: A command failed, or the lane was stopped.
+        """
+        raise NotImplementedError
 
     def call(self, stage: str, script: Path, *words: object, bar: str) -> None:
         """Run a Python script to its end.
@@ -119,7 +131,8 @@ class Lane:
             file.seek(max(0, log.stat().st_size - 4096))
             text = file.read().decode(errors="replace")
         # As tqdm writes it: "pretraining:  30%|###    | 120/400 [01:02<02:24, 1.9it/s]".
-        bars = re.findall(re.escape(self.bar) + r": +\d+%\|[^|]*\| (\d+)/(\d+) \[", text)
+        start = re.escape(self.bar) + ": +" if self.bar else r"(?:^|[\r\n]) *"
+        bars = re.findall(start + r"\d+%\|[^|]*\| (\d+)/(\d+) \[", text)
         if not bars:
             return None
         done, total = int(bars[-1][0]), int(bars[-1][1])
@@ -190,6 +203,38 @@ def follow(
                 lane.stop()
             if live:
                 print(flush=True)
+
+
+def follow_on_devices(
+    lanes: Sequence[LaneT], at_once: int, devices: Sequence[str], watch: Callable[[], str | None] | None = None
+) -> None:
+    """``follow`` lanes that know their ``work``, each command on a device of its own; one that fails stops no other.
+
+    Args:
+        lanes: What is followed; what a lane raised is its ``failure``.
+        at_once: How many run side by side.
+        devices: Numbers of GPUs, as ``CUDA_VISIBLE_DEVICES`` has them; empty without one.
+        watch: As in ``follow``.
+    """
+    free: SimpleQueue[int] = SimpleQueue()
+    for number in range(at_once):
+        free.put(number)
+
+    def work(lane: LaneT) -> None:
+        number = free.get()
+        try:
+            lane.environment = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+            lane.work()
+        except StoppedError:
+            pass
+        except (CommandError, ValueError, OSError) as error:
+            lane.failure = str(error)
+            say(f"\n{lane.title} failed, the others go on. {error}")
+        finally:
+            free.put(number)
+            lane.finish()
+
+    follow(lanes, work, watch, at_once)
 
 
 def _overview(lanes: Sequence[Lane]) -> str:

@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "pretrain": Command("training.pretrain", "pretrain an encoder from a recipe"),
     "probe": Command("training.probe", "measure frozen encoders: transformations, linear probe, neighbours"),
+    "evaluate": Command("training.evaluate_encoder", "run a suite of tasks on encoders, and write one report"),
     "finetune": Command("training.finetune", "fine-tune an encoder: all weights, a head, LoRA or DoRA adapters"),
     "extract": Command("training.extract_features", "write the features of a large set of images to shards"),
     "convert": Command("training.convert", "turn a public encoder into an EquiSSL encoder, or into a stock model"),

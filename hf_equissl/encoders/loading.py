@@ -14,6 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..utils.hostile import check_image_settings
 from ..utils.load_errors import LoadError, explain_load_errors, read_config
+from .base_image import square_side
 
 # Weights that no feature depends on: their absence from a checkpoint does no harm.
 _UNUSED_WEIGHTS = ("pooler", "mask_token", "decoder")
@@ -85,6 +86,16 @@ def _check_reads_images(model_class: type[nn.Module], source: str | Path) -> Non
             f"{model_class.__name__} at {str(source)!r} reads {name!r}, not images. "
             "Give a vision encoder (of a two-tower model, its vision tower)."
         )
+
+
+def read_image_size(source: str | Path) -> int:
+    """Read the side in pixels of the images that an encoder sees, as ``FrozenEncoder`` does; weights are not read.
+
+    Raises:
+        ValueError: nothing says it.
+    """
+    config = read_config(source, what="encoder")
+    return square_side(read_image_settings(source).get("image_size") or getattr(config, "image_size", None))
 
 
 def read_image_settings(source: str | Path, **hub_options: Any) -> dict[str, Any]:

@@ -173,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="any other setting of an evaluator, e.g. knn.k=10; may be repeated",
     )
     add("--overwrite", action="store_true", help="compute again what the output folder already has")
+    text = "leave out evaluators that an encoder's kind does not allow, and say so, also where they were asked for"
+    add("--skip_unfit", action="store_true", help=text)
     add_options(parser, [IMPORT])
     evaluators = parser.add_argument_group("evaluators")
     add_options(evaluators, [option for name in EVALUATORS for option in EVALUATORS.read_declared(name, "options")])
@@ -325,7 +327,8 @@ def run(
             try:
                 evaluator.check(encoder)
             except ValueError as error:
-                if arguments.evaluators is not None or not evaluator.needs_tokens:
+                asked = arguments.evaluators is not None or not evaluator.needs_tokens
+                if asked and not arguments.skip_unfit:
                     raise
                 logger.info("%s is not run for %s: %s", name, encoder.name, error)
                 continue
@@ -362,6 +365,9 @@ def main(argv: Sequence[str] | None = None, load_predictor: Callable[[str], Any]
     from .results import load_records
     from .runner import RESULTS, write_report
 
+    if not records:
+        print("Nothing is left to measure.")
+        return
     print(plain_table(records))
     # The report covers all that the folder holds by now, also from earlier commands.
     everything = load_records(Path(arguments.output_dir) / RESULTS)

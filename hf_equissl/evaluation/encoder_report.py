@@ -178,7 +178,10 @@ def plot_differences(compared: Comparison, path: str | os.PathLike[str] | None =
 
 
 def write_encoder_report(
-    records: Sequence[ResultRecord], folder: str | os.PathLike[str], baseline: str | None = None
+    records: Sequence[ResultRecord],
+    folder: str | os.PathLike[str],
+    baseline: str | None = None,
+    remarks: Sequence[str] = (),
 ) -> list[Path]:
     """Write ``report.md``, its pictures where matplotlib is installed, and all records (``results.json``).
 
@@ -186,6 +189,7 @@ def write_encoder_report(
         records: Of any evaluators and fine-tuning runs.
         folder: Where to.
         baseline: Encoder that the others are compared with; ``None``: only the table and R2.
+        remarks: Sentences about what was not measured.
 
     Returns:
         The files.
@@ -210,6 +214,8 @@ def write_encoder_report(
             "transformed copy: 1 is all of it, 0 nothing."
         )
         parts += ["## What is left of a transformation", caption, _image(BARS)]
+    if remarks:
+        parts += ["## Not measured", "\n".join(f"- {plain(remark)}" for remark in remarks)]
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / REPORT, folder / RESULTS]
     for file, draw in pictures:

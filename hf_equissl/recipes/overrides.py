@@ -118,7 +118,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     raw = load_yaml(text, str(path))
     if raw is not None and not isinstance(raw, dict):
         kind = "a list" if isinstance(raw, list) else "one value"
-        raise RecipeError(f"{path}: expected a {what}, which has keys such as {SECTIONS[0]}: {{...}}, got {kind}.")
+        raise RecipeError(f"{path}: expected a {what}, keys with values, got {kind}.")
     return raw or {}
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "training"
-NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "side_by_side", "step_times"}
+NO_SCRIPTS = {"__init__", "members", "pace", "photographs", "recipe_options", "side_by_side", "step_times", "suite"}
 # Script -> words that its help must have beside "examples:".
 WORDS = {
     "benchmark": ("--recipe", "--repeats"),
     "compare": ("--side_by_side", "--finished_only", "--step_repeats"),
     "convert": ("--output_dir", "--to", "--int8"),
+    "evaluate_encoder": ("--suite", "--baseline", "quick"),
     "extract_features": ("--encoder", "--shard_size"),
     "finetune": ("DoRA", "--lora_rank", "layer decay 0.75"),
     "plan": ("--check_memory", "--gpus_per_node", "--json", "--section.key"),
@@ -53,6 +54,11 @@ MISTAKES: dict[str, list[tuple[list[str], str]]] = {
         ([*SWEEP, "--only", "lambda-0"], "no run of this name"),
         ([*SWEEP, "--data", NO_PATH], "no such file or folder"),
         ([*SWEEP, "--step_repeats", "-1"], "--step_repeats -1: expected at least 0"),
+    ],
+    "evaluate_encoder": [
+        (["--suite", "quick", *HERE, "--no_such_option"], "--no_such_option"),
+        (["--suite", "quik", *HERE], "Did you mean 'quick'?"),
+        (["--suite", "quick", *HERE, "--data", NO_PATH], "no such file or folder"),
     ],
     "convert": [
         (["x/y", "--output_dir", "out", "--no_such_option"], "--no_such_option"),
