@@ -80,7 +80,7 @@ class AngleProbe:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})["facts"])
-                probe = cls(*(file.get_tensor(name) for name in _TENSORS), facts)
+                probe = cls(facts=facts, **{name: file.get_tensor(name) for name in _TENSORS})
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise LoadError(f"{path} is no probe of angles, or damaged ({error}). {again}") from error
         if facts.get("encoder_digest") != encoder.digest():

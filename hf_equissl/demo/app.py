@@ -68,49 +68,52 @@ def build_app(analyst: Analyst | None = None) -> gr.Blocks:
         ImportError: Without Gradio.
         LoadError: The encoders that ship are not there.
     """
-    analyst = analyst or Analyst()
-    first = next(iter(analyst.lenses.values()))
+    seen: Analyst = analyst or Analyst()
+    first = next(iter(seen.lenses.values()))
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION.format(side=first.encoder.image_size))
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                image = gr.Image(label="Image", sources=["upload", "clipboard"], format="png", height=240, buttons=[])
+                image: Any = gr.Image(
+                    label="Image", sources=["upload", "clipboard"], format="png", height=240, buttons=[]
+                )
                 image.preprocess = _path_of  # what is no image is refused in this package's words, not in Pillow's
                 gr.Markdown("or choose one of these:")
-                shown = gr.Gallery(
-                    list(analyst.gallery.values()),
+                shown: Any = gr.Gallery(
+                    list(seen.gallery.values()),
                     show_label=False,
                     columns=4,
-                    height=200,
+                    height=240,
                     allow_preview=False,
                     interactive=False,
                     buttons=[],
                     elem_classes="examples",
                 )
-                sliders = [
+                sliders: list[Any] = [
                     gr.Slider(*LIMITS[name], value=value, step=step, label=label, buttons=[])
                     for name, (label, step, value) in SLIDERS.items()
                 ]
-                reset = gr.Button("Change nothing", size="sm")
+                reset: Any = gr.Button("Change nothing", size="sm")
             with gr.Column(scale=3, min_width=600):
                 gr.Markdown("The image, and the changed image, as the encoders see them:")
                 both = _picture()
                 with gr.Row():
-                    columns = [part for lens in analyst.lenses.values() for part in _column(lens)]
+                    columns = [part for lens in seen.lenses.values() for part in _column(lens)]
                 gr.Markdown(HELP)
                 with gr.Accordion("Numbers (API endpoint /analyse)", open=False):
                     numbers = gr.JSON(show_label=False)
 
         def analyse(path: str | None, *values: float) -> tuple[Any, ...]:
-            return tuple(_show(analyst, path, dict(zip(SLIDERS, values, strict=True))))
+            return tuple(_show(seen, path, dict(zip(SLIDERS, values, strict=True))))
 
         def choose(event: gr.SelectData) -> Image.Image:
-            return list(analyst.gallery.values())[event.index]
+            return list(seen.gallery.values())[event.index]
 
         inputs, outputs = [image, *sliders], [numbers, both, *columns]
         shown.select(choose, None, image, api_visibility="private")
         reset.click(lambda: [0.0] * len(sliders), None, sliders, api_visibility="private")
-        app.load(lambda: next(iter(analyst.gallery.values())), None, image, api_visibility="private")
+        events: Any = app
+        events.load(lambda: next(iter(seen.gallery.values())), None, image, api_visibility="private")
         gr.on(
             [image.change, *(slider.change for slider in sliders)],
             analyse,
