@@ -115,7 +115,7 @@ class PackedPath:
         residual = hidden_states[:, : self.asking]
         if self.rows is None:
             output = branch(hidden_states)
-            return output * self.factor[: output.shape[1]] + residual
+            return (output * self.factor[: output.shape[1]]).to(residual.dtype) + residual
         output = branch(hidden_states.index_select(1, self.rows))
         kept = output.shape[1]
         return residual.index_add(1, self.rows[:kept], (output * self.factor[:kept]).to(residual.dtype))

@@ -3,7 +3,7 @@
 ```yaml
 description: One line.
 sweep:
-  - name: "weight-{weight}_size-{equivariant_size}"      # {last word of a key below}: the run's name and folder
+  - name: "weight-{weight}_size-{equivariant_size}"      # {end of a key below}: the run's name and folder
     extends: vits16_ibot_se2.yaml                        # the recipe that the runs start from
     set: {training.num_train_epochs: 100}                # optional: values of all its runs
     cross:                                               # every combination; the last key changes fastest
@@ -23,11 +23,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from ..utils.coercion import coerce
@@ -39,7 +40,7 @@ _GRIDS = ("cross", "zip")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 SEED = "training.seed"
 # As a pattern of names says it, with what stands between it and the rest.
-_SEED_IN_NAME = re.compile(r"[._+-]?(?:seed)?[._+-]?\{seed\}")
+_SEED_IN_NAME = re.compile(r"[._+-]?(?:seed)?[._+-]?\{(?:training\.)?seed\}")
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,41 @@ def _check_grid(fixed: Mapping[str, Any], varied: Mapping[str, list[Any]], kind:
         raise RecipeError(f"{where}.{kind}: {count} runs are more than a sweep can have, {MOST_RUNS}. Shorten a list.")
 
 
+class _Keys(Formatter):
+    """Fills a pattern whose fields are dotted keys, or their ends as far as only one key ends so."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the value of the key that is meant, as a text.
+
+        Raises:
+            KeyError: No key ends so.
+            RecipeError: Several keys do.
+        """
+        ends = [key for key in kwargs if f".{key}".endswith(f".{field_name}")]
+        found = [field_name] if field_name in kwargs else ends
+        if len(found) > 1:
+            fields = " or ".join(f"{{{_shortest_end(key, kwargs)}}}" for key in found)
+            raise RecipeError(f"{{{field_name}}} is the end of {' and of '.join(found)}. Write {fields}.")
+        if not found or not field_name:
+            raise KeyError(field_name)
+        value = kwargs[found[0]]
+        return value if isinstance(value, str) else json.dumps(value), field_name
+
+
+def _shortest_end(key: str, keys: Iterable[str]) -> str:
+    """Return the shortest end of a key, in whole words, with which no other key ends."""
+    words = key.split(".")
+    ends = (".".join(words[start:]) for start in range(len(words) - 1, 0, -1))
+    return next((end for end in ends if sum(f".{each}".endswith(f".{end}") for each in keys) == 1), key)
+
+
 def _name(pattern: str, chosen: Mapping[str, Any], where: str) -> str:
-    words = {key.rpartition(".")[2]: value for key, value in chosen.items()}
     try:
-        name = pattern.format(**{k: v if isinstance(v, str) else json.dumps(v) for k, v in words.items()})
+        name = _Keys().vformat(pattern, (), chosen)
+    except RecipeError as error:
+        raise RecipeError(f"{where}.name: {pattern!r}: {error}") from error
     except (KeyError, IndexError, ValueError) as error:
-        fields = ", ".join(f"{{{word}}}" for word in words)
+        fields = ", ".join(f"{{{_shortest_end(key, chosen)}}}" for key in chosen)
         raise RecipeError(f"{where}.name: {pattern!r} may hold {fields}; {error} is none of them.") from error
     if not _NAME.fullmatch(name):
         raise RecipeError(f"{where}.name: {name!r} cannot be a folder's name. Use letters, digits and . _ + - only.")

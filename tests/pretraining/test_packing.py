@@ -104,6 +104,24 @@ def test_each_image_keeps_or_loses_its_branches(mode: str) -> None:
             torch.testing.assert_close(result[image], asked, rtol=1e-6, atol=1e-6)  # factors are drawn in fp32
 
 
+@pytest.mark.parametrize("mode", ["linear", "uniform"])
+def test_weights_of_bfloat16_stay_in_it(mode: str) -> None:
+    """Stochastic depth draws its factors in fp32; the same images lose the same branches in either precision."""
+    values = {"drop_path_rate": 0.5, "drop_path_mode": mode, "layerscale_value": 0.7}
+    encoder, (crops, local) = make_encoder(**values), make_crops()
+    groups, found = [crops.flatten(0, 1), local.flatten(0, 1)], []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        tokens = encode_packed(encoder.to(dtype), *(images.to(dtype) for images in groups))[:2]
+        assert [part.dtype for part in tokens] == [dtype, dtype]
+        found.append([part.float() for part in tokens])
+    for exact, rounded in zip(*found, strict=True):
+        assert torch.cosine_similarity(exact, rounded, dim=-1).min() > 0.99
+    encoder.zero_grad()
+    sum(part.pow(2).mean() for part in tokens).backward()
+    assert encoder.encoder.layer[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
 def test_exact_stochastic_depth_computes_no_more_than_it_keeps() -> None:
     encoder = make_encoder(drop_path_rate=0.4, drop_path_mode="uniform")
     seen: list[int] = []

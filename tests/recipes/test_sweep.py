@@ -52,6 +52,25 @@ def test_cross_and_zip(tmp_path: Path) -> None:
         choose(members, ["lr-0.2"])
 
 
+def test_keys_that_end_alike_are_told_apart_by_longer_ends(tmp_path: Path) -> None:
+    path = sweep(
+        tmp_path,
+        """
+  - {name: "{training.seed}-of-{subset.seed}", extends: base.yaml, set: {data.subset.share: 0.5},
+     cross: {data.subset.seed: [3, 4], training.seed: [1, 2]}}
+  - {name: "deep-{num_hidden_layers}_{data.subset.seed}", extends: base.yaml, set: {data.subset.share: 0.5},
+     cross: {data.subset.seed: [3], training.seed: [1], model.num_hidden_layers: [1, 2]}}
+  - {name: "{model.num_hidden_layers}_seed-{training.seed}", extends: base.yaml,
+     cross: {model.num_hidden_layers: [1], training.seed: [1, 2]}}
+""",
+    )
+    members = read_sweep(path)
+    pairs = [f"{seed}-of-{subset}" for subset in (3, 4) for seed in (1, 2)]
+    assert [member.name for member in members] == [*pairs, "deep-1_3", "deep-2_3", "1_seed-1", "1_seed-2"]
+    assert members[1].overrides == {"data.subset.share": 0.5, "data.subset.seed": 3, "training.seed": 2}
+    assert list(group_by_system(members)) == ["of-3", "of-4", "deep-1_3", "deep-2_3", "1"]
+
+
 def test_members_of_a_system_differ_in_the_seed_alone(tmp_path: Path) -> None:
     path = sweep(
         tmp_path,
@@ -119,6 +138,14 @@ def test_the_sensitivity_study_of_the_paper() -> None:
         ("[{name: a, extends: base.yaml, cross: {seed: [1]}}]", "'seed' is no dotted key"),
         ("[{name: a, extends: base.yaml, cross: {training.seed: [1, 2]}}]", "two runs are called 'a'"),
         ("[{name: 'a{sead}', extends: base.yaml, cross: {training.seed: [1]}}]", "may hold {seed}; 'sead'"),
+        (
+            "[{name: 'a{seed}', extends: base.yaml, zip: {training.seed: [1, 2], data.subset.seed: [1, 2]}}]",
+            "{seed} is the end of training.seed and of data.subset.seed. Write {training.seed} or {subset.seed}.",
+        ),
+        (
+            "[{name: 'a{sead}', extends: base.yaml, zip: {training.seed: [1, 2], data.subset.seed: [1, 2]}}]",
+            "may hold {training.seed}, {subset.seed}; 'sead'",
+        ),
         ("[{name: 'a/{seed}', extends: base.yaml, cross: {training.seed: [1]}}]", "cannot be a folder's name"),
         ("[{name: '..', extends: base.yaml, cross: {training.seed: [1]}}]", "cannot be a folder's name"),
         (
