@@ -86,7 +86,11 @@ class PictureCallback(TrainerCallback):
         except OSError as error:  # a full disk: training weighs more
             logger.warning(f"{PICTURES_FILE} cannot be written in {args.output_dir} ({error}). The run goes on.")
         for callback in self._list_callbacks():
-            _show(callback, sheet, state.global_step)
+            try:
+                _show(callback, sheet, state.global_step)
+            except Exception as error:  # trackers raise whatever their network or disk does
+                tracker = type(callback).__name__.removesuffix("Callback")
+                logger.warning(f"{tracker} does not take {PICTURES_FILE} ({error}). The run goes on.")
 
 
 def _show(callback: Any, sheet: Image.Image, step: int) -> None:

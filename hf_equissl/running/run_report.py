@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any
 
@@ -140,8 +141,8 @@ def _picture(folder: Path, file: str, title: str, caption: str) -> Iterator[str]
 
 def _what_next(folder: Path) -> str:
     commands = (
-        f"python training/probe.py --encoder {folder / 'encoder'} --data DATA --output_dir probes\n"
-        f"python training/push_to_hub.py {folder} --repo_id NAME/MODEL --results probes --dry_run"
+        f"python training/probe.py --encoder {quote(str(folder / 'encoder'))} --data DATA --output_dir probes\n"
+        f"python training/push_to_hub.py {quote(str(folder))} --repo_id NAME/MODEL --results probes --dry_run"
     )
     return f"## Measure and publish\n\n{fence(commands, 'bash')}"
 

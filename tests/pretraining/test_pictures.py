@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from hf_equissl.pretraining.pictures import PICTURES_FILE, ROWS
 from hf_equissl.utils.figures import GAP, HEADING, SMALLEST_CELL, denormalize
@@ -89,6 +91,37 @@ def test_tensorboard_shows_them(photo_folder: Path, tmp_path: Path) -> None:
     found = events.Images("reconstructions")
     sheet = Image.open(tmp_path / PICTURES_FILE)
     assert [(image.step, image.width, image.height) for image in found] == [(step, *sheet.size) for step in (1, 2)]
+
+
+def test_a_tracker_that_fails_costs_nothing_but_its_pictures(
+    photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first tracker refuses pictures, as one without network does; the second has all of them."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra tracking)")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_equissl"), "propagate", True)
+
+    class Refuses:
+        def add_image(self, *args: Any, **kwargs: Any) -> None:
+            raise ConnectionError("no network")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    trainer = make_trainer(photo_folder, tmp_path, picture_steps=1, max_steps=2, report_to=["tensorboard"])
+    own = next(each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback))
+    failing = TensorBoardCallback(Refuses())
+    trainer.callback_handler.callbacks.insert(0, failing)
+    written: list[int] = []
+    monkeypatch.setattr(
+        "torch.utils.tensorboard.SummaryWriter.add_image", lambda *args, **kwargs: written.append(args[3])
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert own.tb_writer is None  # closed at the end, as usual
+    assert written == [1, 2]
+    assert trainer.state.global_step == 2
+    assert caplog.text.count("TensorBoard does not take reconstructions.png (no network). The run goes on.") == 2
 
 
 def test_trackio_shows_them(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

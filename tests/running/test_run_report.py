@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_the_page_of_a_run(words: list[str], tmp_path: Path) -> None:
     (folder / REPORT_FILE).unlink()
     (folder / REPORT_FILE).symlink_to("elsewhere.md")
     assert write_report(folder, "again", history) is None
+
+
+def test_commands_hold_whatever_the_folder_is_called(words: list[str], tmp_path: Path) -> None:
+    name = "Tom's runs; $HOME"
+    assert pretrain.main([*words[:-1], str(tmp_path / name), "--training.max_steps", "1"]) == 0
+    text = (tmp_path / name / REPORT_FILE).read_text().split("## Measure and publish")[1]
+    probe, push = ([*shlex.split(line)] for line in text.splitlines() if line.startswith("python "))
+    assert probe[3] == str(tmp_path / name / "encoder")
+    assert push[2] == str(tmp_path / name)
 
 
 def test_a_short_run_has_no_curves_and_an_option_switches_all_off(words: list[str], tmp_path: Path) -> None:
