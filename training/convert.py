@@ -52,7 +52,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 for what can be mended."""
+    """Run the command; returns the exit code: 0, 2 for what can be mended, 1 where an exporter or a runtime fails."""
     given = _parser().parse_args(argv)
     options = dict(vars(given))
     log_plainly()
@@ -74,19 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_equissl.encoders.convert import convert_to_folder
+    from hf_equissl.encoders.programs import ProgramError
 
     disable_progress_bar()
     try:
         encoder = convert_to_folder(source, folder, images=images, **options)
     except (ValueError, OSError) as error:
         return stop(error, code=2)
+    except ProgramError as error:
+        return stop(f"{error} Nothing was written.", code=1)
     config = encoder.config
     say(
         f"{folder}: ViT of width {config.hidden_size}, {config.num_hidden_layers} blocks, patch {config.patch_side}, "
         f"{config.num_register_tokens} registers."
     )
     if target in PROGRAM_FILES:
-        _describe(Path(folder), target, encoder, batch_size if speed else None, tokens_only)
+        try:
+            _describe(Path(folder), target, encoder, batch_size if speed else None, tokens_only)
+        except ProgramError as error:
+            return stop(f"{folder} is written; its speed cannot be measured. {error}", code=1)
     else:
         needs = "" if target == "native" else " after `import hf_equissl`"
         say(f"Load it with AutoModel.from_pretrained({folder!r}){needs}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ CHECKED_BATCHES = (1, 5)
 _TWO_GIB = 2**31  # a file of protocol buffers holds less
 
 Run = Callable[[Tensor], dict[str, Tensor]]
+
+
+class ProgramError(RuntimeError):
+    """An exporter or a runtime failed on an encoder. The message is one line."""
 
 
 class EncoderProgram(nn.Module):
@@ -81,15 +85,18 @@ def save_program(
 
     Raises:
         ValueError: The program computes something else than PyTorch.
+        ProgramError: It could not be made, or does not run.
     """
     program = EncoderProgram(encoder.eval(), tokens_only=tokens_only).eval()
     path = directory / PROGRAM_FILES[target]
     with torch.no_grad(), _quietly():
-        exported = _export(program)
-        if target == "onnx":
-            _write_onnx(program, exported, path)
-        else:
-            torch.export.save(exported, path)
+        with _explain_failures("torch.export"):
+            exported = _export(program)
+        with _explain_failures(f"Writing {path.name}"):
+            if target == "onnx":
+                _write_onnx(program, exported, path)
+            else:
+                torch.export.save(exported, path)
         run = open_program(directory, target, program.names)
         record: dict[str, Any] = {
             "outputs": list(program.names),
@@ -97,7 +104,8 @@ def save_program(
             "max_difference": _compare(program, run, image_size),
         }
         if int8:
-            _quantise(path, directory / INT8_FILE)
+            with _explain_failures("onnxruntime.quantization"):
+                _quantise(path, directory / INT8_FILE)
             given = _made_up(encoder.config.num_channels, image_size) if images is None else images
             record["int8_images"] = "made up" if images is None else len(images)
             record["int8_cosine"] = _cosines(
@@ -108,22 +116,54 @@ def save_program(
 
 
 def open_program(directory: Path, target: str, names: tuple[str, ...], *, int8: bool = False) -> Run:
-    """Open a program of ``save_program``; returns a function from (B, C, H, W) to its outputs by name."""
+    """Open a program of ``save_program``; returns a function from (B, C, H, W) to its outputs by name.
+
+    Raises:
+        ProgramError: It does not open; the function raises it where the program does not run.
+    """
     path = directory / (INT8_FILE if int8 else PROGRAM_FILES[target])
-    if target == "torch_export":
-        module = torch.export.load(path).module()
-        return lambda images: dict(zip(names, module(images), strict=True))
+    with _explain_failures(f"Opening {path.name}"):
+        compute = _open_exported(path) if target == "torch_export" else _open_onnx(path, names)
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        with _explain_failures(f"Running {path.name}"):
+            return dict(zip(names, compute(images), strict=True))
+
+    return run
+
+
+def _open_exported(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    return torch.export.load(path).module()
+
+
+def _open_onnx(path: Path, names: Sequence[str]) -> Callable[[Tensor], Sequence[Tensor]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: [
+        torch.from_numpy(value) for value in session.run(list(names), {"pixel_values": images.numpy()})
+    ]
 
-    def run(images: Tensor) -> dict[str, Tensor]:
-        computed = session.run(list(names), {"pixel_values": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, computed, strict=True)}
 
-    return run
+@contextmanager
+def _explain_failures(what: str) -> Iterator[None]:
+    """Turn whatever an exporter or a runtime raises, over many lines, into one sentence.
+
+    Raises:
+        ProgramError: In place of every other error but those of memory and of disks.
+    """
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise ProgramError(
+            f"{what} failed ({type(error).__name__}: {said.rstrip('.')}). Other versions of torch, onnxscript or "
+            "onnxruntime may do better."
+        ) from error
 
 
 def _export(program: EncoderProgram) -> torch.export.ExportedProgram:

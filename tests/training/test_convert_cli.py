@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,9 @@ from transformers import (
 )
 
 from hf_equissl import save_encoder
+from hf_equissl.encoders.programs import ProgramError, open_program
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
+from hf_equissl.modeling.layers_equissl import EquiSSLMLP
 from hf_equissl.training.convert import main
 from tests import processes
 
@@ -161,11 +164,45 @@ def test_a_program_of_torch_export(encoder: Path, tmp_path: Path, capsys: pytest
 def test_a_program_that_computes_something_else_is_not_written(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_equissl.encoders.programs.TOLERANCE", -1.0)
+    """The program's feed-forward is a little larger than the encoder's."""
+    forward = EquiSSLMLP.forward
+
+    def larger(module: EquiSSLMLP, hidden_states: torch.Tensor) -> torch.Tensor:
+        return forward(module, hidden_states) * (1.01 if torch.compiler.is_exporting() else 1.0)
+
+    monkeypatch.setattr(EquiSSLMLP, "forward", larger)
     words = [str(encoder / "encoder"), "--to", "torch_export", "--output_dir", str(tmp_path / "program")]
     assert main(words) == 2
-    assert "differs from PyTorch's by" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"The program's last_hidden_state differs from PyTorch's by \d\.\de-0[1-4] on 1 images", said)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["torch_export", "onnx"])
+def test_an_encoder_that_no_exporter_takes_ends_in_one_line(
+    target: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which way it goes depends on the values of an image, of which a program of tensors knows nothing."""
+    if target == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    forward = EquiSSLMLP.forward
+
+    def choosing(module: EquiSSLMLP, hidden_states: torch.Tensor) -> torch.Tensor:
+        return forward(module, hidden_states) if hidden_states.sum() > 0 else hidden_states
+
+    monkeypatch.setattr(EquiSSLMLP, "forward", choosing)
+    words = [str(encoder / "encoder"), "--to", target, "--output_dir", str(tmp_path / "program")]
+    assert main(words) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: torch\.export failed \(\w+: .+\)\. Other versions .* Nothing was written\.", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_does_not_open_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"no program")
+    with pytest.raises(ProgramError, match=r"^Opening model\.pt2 failed \(\w+: [^\n]+\)\. Other versions"):
+        open_program(tmp_path, "torch_export", ("pooler_output",))
 
 
 def test_packages_that_are_missing_are_named_before_any_work(
