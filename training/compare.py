@@ -136,6 +136,8 @@ class Comparison:
         pixels = self._raw_pixels(trained) if with_pixels else []
         untrained = self._untrained(trained) if UNTRAINED in options.references else []
         self.lanes = [*pixels, *untrained, *trained]
+        for lane in (*pixels, *untrained):
+            lane.damage = lane.find_damage(None)
         self.chosen = [lane for lane in self.lanes if lane.probe]
         if not self.chosen:
             raise RecipeError("--finished_only: no chosen member is finished. Leave it out, or wait for one.")
@@ -162,18 +164,7 @@ class Comparison:
                 f"one table holds images of one size, and the members have several: {found}. Choose those of one size "
                 "with --only, and give each size a place of its own with --probes NAME."
             )
-        check_alike([lane for lane in self.lanes if not self._why_not(lane)])
-
-    def _why_not(self, lane: MemberLane) -> str:
-        """Say why the results that a lane has are no row of the table; "" where they are one, or there are none."""
-        if not (lane.probes / RESULTS).is_file():
-            return ""
-        from hf_equissl.running.resume import name_difference
-
-        if not lane.measured_words():
-            return f"{lane.title}: its encoder is not the one that was probed"
-        difference = name_difference(self.recipes[lane.title], lane.run) if lane.train else ""
-        return difference and f"{lane.title} was trained in another way: {difference}"
+        check_alike([lane for lane in self.lanes if not lane.why_no_row(self.recipes.get(lane.title))])
 
     def _member(self, member: Any, system: str, is_chosen: bool) -> MemberLane:
         from hf_equissl.running.resume import is_finished
@@ -181,10 +172,11 @@ class Comparison:
         recipe = self.recipes[member.name]
         lane = self._lane(member.name, system, recipe)
         lane.train = pretrain_words(member, self.overrides, lane.run)
-        lane.is_trained = is_chosen and is_finished(recipe, lane.run)
+        lane.damage = lane.find_damage(recipe)
         if is_chosen:
             lane.probe = self._probe_commands(lane, recipe)
-            lane.is_trained = lane.is_trained or (lane.is_kept and not self._why_not(lane))
+        if is_chosen and not lane.damage:
+            lane.is_trained = is_finished(recipe, lane.run) or (lane.is_kept and not lane.why_no_row(recipe))
             if self.options.finished_only and not lane.is_trained:
                 lane.probe = []
         return lane
@@ -272,6 +264,9 @@ class Comparison:
                     self.write()
                 except ValueError as error:  # the trainings that run have nothing to do with it
                     self._say_once(f"No table: {error}")
+                except OSError as error:  # such as a full disk; its message names another temporary file each time
+                    why = error.strerror or error
+                    self._say_once(f"No table in {self.output / self.probes} for now: {why}. The trainings go on.")
             return expected_end(self.chosen, at_once)
 
         say(f"{len(self.chosen)} members, {at_once} side by side; what their commands say: {self.output}/*/*.log")
@@ -288,7 +283,7 @@ class Comparison:
                 systems |= {lane.system: self.recipes[lane.title] for lane in trained}
                 self.steps.measure(systems, self.options.step_repeats, lambda: listen(signals))
             say(f"\n{self.write()}\nWritten to {self.output / self.probes}: {TABLE}, {RESULTS}, {PLOT}")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(str(error))
         return stop("; ".join(problems), code=1) if problems else 0
 
@@ -306,7 +301,8 @@ class Comparison:
         from hf_equissl.evaluation import comparison, load_records, save_records
 
         probed = {lane.title: lane for lane in self.lanes if (lane.probes / RESULTS).is_file()}
-        left_out = {title: reason for title, lane in probed.items() if (reason := self._why_not(lane))}
+        reasons = {title: lane.why_no_row(self.recipes.get(title)) for title, lane in probed.items()}
+        left_out = {title: reason for title, reason in reasons.items() if reason}
         measured = [
             comparison.Measured(lane.system, lane.seed, comparison.newest_encoder(load_records(lane.probes / RESULTS)))
             for title, lane in probed.items()

@@ -40,6 +40,7 @@ class MemberLane(Lane):
         is_trained: Whether its encoder is there.
         untrained: Recipe of the encoder, where it is one of random weights.
         source: What probe.py calls the encoder, where it is no folder.
+        damage: What is wrong with its folder, so that nothing can be done for it.
         seconds: What its training and its probes took.
     """
 
@@ -51,6 +52,7 @@ class MemberLane(Lane):
     is_trained: bool = False
     untrained: Any = None
     source: str = ""
+    damage: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -60,6 +62,8 @@ class MemberLane(Lane):
 
     def prepare(self) -> None:
         """Write the encoder, where it is one of random weights, and note what a finished training took."""
+        if self.damage:
+            return
         if self.untrained is not None:
             from hf_equissl.running.untrained import save_untrained
 
@@ -74,8 +78,10 @@ class MemberLane(Lane):
         """Train and probe, but for what is done.
 
         Raises:
-            CommandError: A command failed, or the lane was stopped.
+            CommandError: A command failed, the lane was stopped, or its folder is damaged.
         """
+        if self.damage:
+            raise CommandError(self.damage)
         if self.train and not self.is_trained:
             self.call(TRAINING, SCRIPTS / "pretrain.py", *self.train, bar="pretraining")
             self.is_trained, self.seconds[TRAINING] = True, seconds_of(self.run)
@@ -107,18 +113,68 @@ class MemberLane(Lane):
     @property
     def state(self) -> str:
         """How far this member is, in words."""
+        if self.damage:
+            return f"damaged: {self.damage}"
         if self.train and not self.is_trained:
             return "not finished" if self.run.exists() else "not begun"
         return "probed" if self.is_probed else "trained" if self.train else "not probed"
+
+    def find_damage(self, recipe: Any) -> str:
+        """Say what cannot be read in the folder, and what to do; "" where all can.
+
+        Args:
+            recipe: What it is trained by, if it is.
+        """
+        from hf_equissl.evaluation import load_records
+        from hf_equissl.running.resume import name_difference
+
+        try:
+            if (self.probes / RESULTS).is_file():
+                load_records(self.probes / RESULTS)
+            self.measured_words()
+            if self.train:
+                name_difference(recipe, self.run)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
+
+    def why_no_row(self, recipe: Any) -> str:
+        """Say why the results that there are make no row of a table; "" where they do, or there are none.
+
+        Args:
+            recipe: What it is trained by, if it is.
+        """
+        from hf_equissl.running.resume import name_difference
+
+        if not (self.probes / RESULTS).is_file():
+            return ""
+        if self.damage:
+            return f"{self.title}: {self.damage.rstrip('.')}"
+        if not self.measured_words():
+            return f"{self.title}: its encoder is not the one that was probed"
+        difference = name_difference(recipe, self.run) if self.train else ""
+        return difference and f"{self.title} was trained in another way: {difference}"
 
     def measured_words(self) -> list[list[str]]:
         """List the words of the probes, done or begun, that measured the encoder as it is now."""
         return [entry["words"] for entry in self._noted() if self._measured(entry)]
 
     def _noted(self) -> list[dict[str, Any]]:
-        """Read which commands are done or, without their seconds, begun; none where the results are gone."""
+        """Read which commands are done or, without their seconds, begun; none where the results are gone.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         path = self.probes / DONE_PROBES
-        return json.loads(path.read_text()) if path.is_file() and (self.probes / RESULTS).is_file() else []
+        if not (path.is_file() and (self.probes / RESULTS).is_file()):
+            return []
+        try:
+            noted = json.loads(path.read_text())
+            if not all(entry.keys() >= {"words", "weights", "seconds"} for entry in noted):
+                raise ValueError("words, weights or seconds are missing")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it: the probes are done again.") from error
+        return noted
 
     def _is_probed(self, words: Sequence[str]) -> bool:
         return any(
@@ -160,7 +216,8 @@ def read_words(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for word in words:
         if word.startswith("--"):
             option, equals, value = word.partition("=")
-            found[option] = [value] if equals else found.get(option, []) if option in _REPEATED else []
+            values = found.setdefault(option, [])
+            values[:] = [*(values if option in _REPEATED else []), *([value] if equals else [])]
         else:
             found.setdefault(option, []).append(word)
     settings = dict(word.partition("=")[::2] for word in found.pop("--set", []))
@@ -222,7 +279,7 @@ def expected_end(lanes: Sequence[MemberLane], at_once: int) -> str:
     left: list[float] = []
     training, probing = known_seconds(lanes, TRAINING), known_seconds(lanes, PROBING)
     for lane in lanes:
-        if lane.stage == DONE:
+        if lane.stage == DONE or lane.damage:
             continue
         speed, done = lane.seconds_per_step(SPEED_SECONDS), lane.steps_done()
         seconds = 0.0

@@ -115,7 +115,13 @@ def _run_all(
     for number, member in enumerate(members, start=1):
         folder = Path(options.output_dir) / member.name
         head = f"[{number}/{len(members)}] {member.name}"
-        if is_finished(recipes[member.name], folder):
+        try:
+            finished = is_finished(recipes[member.name], folder)
+        except (OSError, ValueError) as error:  # its folder is damaged
+            say(f"{head}: failed: {error}")
+            failed.append(member.name)
+            continue
+        if finished:
             say(f"{head}: finished before, skipped ({folder})")
             continue
         say(f"{head}: running in {folder}")

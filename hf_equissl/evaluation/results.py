@@ -205,8 +205,12 @@ def load_records(path: str | os.PathLike[str]) -> list[ResultRecord]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Move it away, or choose another output folder.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
+    known = isinstance(content, dict) and content.get("format") == FORMAT_VERSION
+    if not known or not isinstance(content.get("results"), list):
         raise ValueError(f"{path} is not a result file of format {FORMAT_VERSION}.")
-    return [ResultRecord.from_dict(entry) for entry in content["results"]]
+    try:
+        return [ResultRecord.from_dict(entry) for entry in content["results"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Move it away, or choose another output folder.") from error

@@ -55,7 +55,11 @@ class Launch:
 
 
 def is_finished(recipe: Recipe, folder: str | Path) -> bool:
-    """Whether ``folder`` holds the encoder of exactly this recipe: written after the recipe that a run starts with."""
+    """Whether ``folder`` holds the encoder of exactly this recipe: written after the recipe that a run starts with.
+
+    Raises:
+        RecipeError: What the run there keeps as its recipe is damaged.
+    """
     stored, encoder = Path(folder) / "recipe.yaml", Path(folder) / ENCODER_FOLDER / "config.json"
     if not (stored.is_file() and encoder.is_file()):
         return False
@@ -68,6 +72,9 @@ def name_difference(recipe: Recipe, folder: str | Path) -> str:
 
     Returns:
         "KEY is VALUE, not VALUE", the run's first; "" where there is none, or no run.
+
+    Raises:
+        RecipeError: What the run keeps as its recipe is damaged.
     """
     stored = Path(folder) / "recipe.yaml"
     if not stored.is_file():
@@ -82,8 +89,9 @@ def name_difference(recipe: Recipe, folder: str | Path) -> str:
 
 def _read_both(recipe: Recipe, stored: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what a run keeps as its recipe, and write ``recipe`` as the run would have kept it."""
+    before = drop_without_effect(_read_stored(stored))  # first: it says best what is wrong with the file
     recipe = keep_precision(_adopt_as_stored(recipe, stored.parent) or recipe, stored.parent)
-    return drop_without_effect(_read_stored(stored)), drop_without_effect(redact_values(recipe.to_dict()))
+    return before, drop_without_effect(redact_values(recipe.to_dict()))
 
 
 def find_start(
@@ -307,7 +315,18 @@ def _identity(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_stored(path: Path) -> dict[str, Any]:
-    return expand_paths(as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
+    """Read what a run keeps as its recipe.
+
+    Raises:
+        RecipeError: It is damaged.
+    """
+    try:
+        return expand_paths(as_mapping(load_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{path.parent} holds a run whose {path.name} cannot be read ({str(error).rstrip('.')}). Restore that "
+            "file, or move the folder away."
+        ) from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

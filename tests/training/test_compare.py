@@ -18,9 +18,11 @@ from PIL import Image
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, Signals
 from hf_equissl.evaluation import load_records
+from hf_equissl.evaluation.results import FORMAT_VERSION
 from hf_equissl.training import compare, side_by_side
 from hf_equissl.training.members import MemberLane, check_alike, expected_end, read_words
 from hf_equissl.training.recipe_options import parse_words
+from hf_equissl.training.side_by_side import CommandError
 from hf_equissl.training.step_times import StepTimes
 from tests import processes
 
@@ -177,6 +179,69 @@ def test_from_nothing_to_a_table_and_on(words: list[str], tmp_path: Path, capsys
     assert unlike in printed.err
 
 
+def test_what_is_damaged_or_cannot_be_written_stops_nobody_else(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A member has a damaged recipe, and the table cannot be written: the other member is done all the same."""
+    runs = tmp_path / "runs"
+    (runs / "base_seed-3").mkdir(parents=True)
+    (runs / "base_seed-3" / "recipe.yaml").write_text("model: [")
+    (runs / "probes").write_text("in the way")
+    some = [*words, "--only", "base_seed-3", "fast", "--references", "--step_repeats", "0"]
+    damage = f"{runs / 'base_seed-3'} holds a run whose recipe.yaml cannot be read"
+    assert compare.main([*some, "--list", "--", *PROBE]) == 0
+    assert f"base_seed-3  damaged: {damage}" in capsys.readouterr().out
+    assert compare.main([*some, "--", *PROBE]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count(f"base_seed-3 failed, the others go on. {damage}") == 1
+    assert printed.out.count(f"No table in {runs / 'probes'} for now: File exists. The trainings go on.") == 1
+    assert "error: 1 of 2 members failed: base_seed-3; [Errno 17] File exists: " in printed.err
+    assert "Traceback" not in printed.err
+    weights = (runs / "fast-3" / "encoder" / "model.safetensors").stat().st_mtime_ns
+
+    (runs / "probes").unlink()
+    assert compare.main([*some, "--", *PROBE]) == 1
+    assert "error: 1 of 2 members failed: base_seed-3\n" in capsys.readouterr().err
+    assert "| fast | 3 |" in (runs / "probes" / "table.md").read_text()
+    assert (runs / "fast-3" / "encoder" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", b"model: [", "recipe.yaml cannot be read"),
+        ("recipe.yaml", b"\xff\xfe\x00", "recipe.yaml cannot be read"),
+        ("recipe.yaml", b"- 1", "recipe.yaml cannot be read"),
+        ("probes/probes.json", b"[", "probes.json is damaged"),
+        ("probes/probes.json", b"[3]", "probes.json is damaged"),
+        ("probes/probes.json", b"{}}", "probes.json is damaged"),
+        ("probes/results.json", b"{", "results.json is not JSON"),
+        ("probes/results.json", b"\xff", "results.json is not JSON"),
+        ("probes/results.json", b'{"format": 1}', "results.json is not a result file"),
+        ("probes/results.json", b'{"format": 1, "results": [{"task": 3}]}', "results.json is damaged"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["base_seed-3", "fast"])
+def test_damaged_folders_are_named_and_left_out(
+    words: list[str], name: str, content: bytes, message: str, chosen: str, tmp_path: Path
+) -> None:
+    """Of members that are chosen, and of those beside them that would be rows of the table."""
+    folder = tmp_path / "runs" / "base_seed-3"
+    (folder / "probes").mkdir(parents=True)
+    (folder / "probes" / "results.json").write_text(json.dumps({"format": FORMAT_VERSION, "results": []}))
+    (folder / name).write_bytes(content.replace(b'"format": 1', b'"format": %d' % FORMAT_VERSION))
+    options, overrides = parse_words(compare._parser(), [*words, "--only", chosen])
+    comparison = compare.Comparison(options, overrides, PROBE)
+    comparison.check()
+    assert comparison.write() == ""
+    (damaged,) = (lane for lane in comparison.lanes if lane.damage)
+    assert damaged.title == "base_seed-3"
+    assert message in damaged.damage
+    assert message in damaged.why_no_row(comparison.recipes["base_seed-3"])
+    with pytest.raises(CommandError, match=message):
+        damaged.work()
+
+
 def test_probes_that_were_only_begun_count_as_measured(tmp_path: Path) -> None:
     lane = MemberLane("pixels", tmp_path, probes=tmp_path, source="raw_pixels", probe=[["--fill", "x", "--epochs=2"]])
     (tmp_path / "results.json").write_text("{}")
@@ -188,6 +253,22 @@ def test_probes_that_were_only_begun_count_as_measured(tmp_path: Path) -> None:
     lane.probe = [["--epochs", "1"]]
     check_alike([lane])
     assert not lane.is_probed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--set", "a.k=1", "--set", "b.k=2"], {"--set a.k": ("1",), "--set b.k": ("2",)}),
+        (["--set=a.k=1", "--set=b.k=2"], {"--set a.k": ("1",), "--set b.k": ("2",)}),
+        (["--set", "a.k=1", "c.k=4", "--set=a.k=3"], {"--set a.k": ("3",), "--set c.k": ("4",)}),
+        (["--further_test=x", "--further_test", "y", "test"], {"--further_test": ("x", "y", "test")}),
+        (["--epochs=1", "--epochs", "2"], {"--epochs": ("2",)}),
+        (["--tests", "a", "b", "--tests=c"], {"--tests": ("c",)}),
+        (["--overwrite"], {"--overwrite": ()}),
+    ],
+)
+def test_words_of_probes_are_read_in_both_forms(words: list[str], expected: dict[str, tuple[str, ...]]) -> None:
+    assert read_words(words) == expected
 
 
 def test_places_of_probes_and_ways_to_fill(

@@ -149,6 +149,22 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "error: 1 of 2 runs failed: steps-1" in err
 
 
+@pytest.mark.parametrize("content", [b"model: [", b"\xff", b"[1]"])
+def test_a_damaged_folder_does_not_stop_the_others(
+    words: list[str], content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "LAUNCHER", [sys.executable, "-c", ""])
+    folder = tmp_path / "runs" / "steps-1"
+    (folder / "encoder").mkdir(parents=True)
+    (folder / "encoder" / "config.json").write_text("{}")
+    (folder / "recipe.yaml").write_bytes(content)
+    assert sweep.main(words) == 1
+    out, err = capfd.readouterr()
+    assert f"[1/2] steps-1: failed: {folder} holds a run whose recipe.yaml cannot be read (" in out
+    assert f"[2/2] steps-{STEPS}: done" in out
+    assert "error: 1 of 2 runs failed: steps-1" in err
+
+
 def test_a_dry_run_without_a_folder_writes_nothing(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
