@@ -81,6 +81,12 @@ def change(root: Path, edit: Callable[[dict[str, Any]], Any], split: str = "trai
     file.write_text(json.dumps(content))
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where relative output folders lie: a run that is prepared takes its own, which is no part of a checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
 def settings(data: Path, task: str = "detection", **changes: Any) -> FineTuningSettings:
     return FineTuningSettings(**{"encoder": "e", "data": str(data), "output_dir": "o", "task": task, **changes})
 
