@@ -121,7 +121,7 @@ def test_a_program_for_onnxruntime(encoder: Path, tmp_path: Path, capsys: pytest
     assert "images 2 of yours" in said
     assert all(f"  {name} " in said for name in ("PyTorch", "onnx", "onnx int8"))
     assert sorted(path.name for path in (tmp_path / "program").iterdir()) == [
-        *("model.onnx", "model_int8.onnx", "preprocessor_config.json", "program.json")
+        *(".base", "model.onnx", "model_int8.onnx", "preprocessor_config.json", "program.json")
     ]
     model = AutoModel.from_pretrained(encoder / "encoder").eval()
     program = runtime.InferenceSession(tmp_path / "program" / "model.onnx")
