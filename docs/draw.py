@@ -5,14 +5,19 @@ python docs/draw.py
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
+
+if TYPE_CHECKING:
+    from hf_equissl.evaluation import ResultRecord
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -31,6 +36,7 @@ is made from the files by `python docs/draw.py`.
 def main() -> None:
     """Write every picture and table into the folder of this file."""
     (HERE / "recipes.md").write_text(list_recipes())
+    (HERE / "results.md").write_text(fill_tables((HERE / "results.md").read_text()))
     (HERE / "pictures").mkdir(exist_ok=True)
     draw_paths(HERE / "pictures" / "paths.png")
     draw_house(HERE / "pictures" / "house.png")
@@ -58,6 +64,55 @@ def _transformation(values: dict[str, Any]) -> str:
     if not chosen:
         return ""
     return str(chosen["name"]) + "".join(f", {family['name']}" for family in chosen.get("families", ()))
+
+
+PAIR = {  # encoder of the records -> its row
+    "raw_pixels": "raw pixels",
+    "untrained:cifar10_equissl/encoder": "untrained",
+    "cifar10_equissl_base/encoder": "λ = 0 (VICReg)",
+    "cifar10_equissl/encoder": "λ = 10, target all four",
+}
+FAMILIES = {"rotation": "rotation", "color_jitter": "colour", "gaussian_blur": "blur", "translation": "translation"}
+
+
+def fill_tables(page: str) -> str:
+    """Write the tables of stored records anew between their marks, ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    from hf_equissl.evaluation import load_records
+
+    def table(match: re.Match[str]) -> str:
+        records = [r for file in sorted((HERE / "records" / match[1]).glob("*.json")) for r in load_records(file)]
+        return f"<!-- table: {match[1]} -->\n{tabulate_pair(records)}<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def tabulate_pair(records: Sequence[ResultRecord]) -> str:
+    """Make a table of R2 by MLP, linear probe and linear probe on 100 pairs, and of accuracies, backbone features."""
+    values = {
+        (
+            r.encoder,
+            r.evaluator if r.task == "classification" else r.task,
+            r.metric,
+            r.protocol.get("family", {}).get("fill"),
+        ): r.value
+        for r in records
+        if r.features == "backbone" or r.encoder == "raw_pixels"
+    }
+    edged = ("rotation", "translation")  # what fills the image counts for these alone
+    columns: list[tuple[str, str | None]] = [(family, "reflect" if family in edged else None) for family in FAMILIES]
+    columns += [(family, "zeros") for family in edged]
+    heads = [FAMILIES[family] + (f", {fill}" if fill else "") for family, fill in columns]
+    lines = [f"| | {' | '.join(heads)} | linear % | kNN % |", "|---" * (len(heads) + 3) + "|"]
+    for encoder, row in PAIR.items():
+        cells = []
+        for family, fill in columns:
+            found = [values.get((encoder, family, metric, fill)) for metric in ("r2", "r2_linear", "r2_few_shot")]
+            cells.append(" / ".join("" if value is None else f"{value:.3f}" for value in found))
+        for task in ("linear", "knn"):
+            value = values.get((encoder, task, "top1", None))
+            cells.append("" if value is None else f"{100 * value:.1f}")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def photograph(side: int = 160) -> torch.Tensor:
