@@ -69,8 +69,8 @@ def _transformation(values: dict[str, Any]) -> str:
 PAIR = {  # encoder of the records -> its row
     "raw_pixels": "raw pixels",
     "untrained:cifar10_equissl/encoder": "untrained",
-    "cifar10_equissl_base/encoder": "λ = 0 (VICReg)",
-    "cifar10_equissl/encoder": "λ = 10, target all four",
+    "hf-equissl/equissl-cifar10-base": "λ = 0 (VICReg)",
+    "hf-equissl/equissl-cifar10-reconstruction": "λ = 10, target all four",
 }
 FAMILIES = {"rotation": "rotation", "color_jitter": "colour", "gaussian_blur": "blur", "translation": "translation"}
 
@@ -80,7 +80,11 @@ def fill_tables(page: str) -> str:
     from hf_equissl.evaluation import load_records
 
     def table(match: re.Match[str]) -> str:
-        records = [r for file in sorted((HERE / "records" / match[1]).glob("*.json")) for r in load_records(file)]
+        files = [
+            *(ROOT / "model_cards").glob("equissl-cifar10-*/results.json"),
+            *(HERE / "records" / match[1]).glob("*"),
+        ]
+        records = [record for file in sorted(files) for record in load_records(file)]
         return f"<!-- table: {match[1]} -->\n{tabulate_pair(records)}<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
