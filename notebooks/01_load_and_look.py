@@ -88,7 +88,7 @@ for name, model in (
 ):
     with torch.inference_mode():
         tokens = model(given["pixels"]).last_hidden_state
-    print(f"{name:<13} {type(model).__name__:<13} {type(model).__module__.split('.')[0]:<20}", end="")
+    print(f"{name:<13} {type(model).__name__:<13} {type(model).__module__.split('.')[0]:<22}", end="")
     print("largest difference", f"{(tokens - given['tokens']).abs().max():.1e}")
 """
 from safetensors.torch import save_file
@@ -142,6 +142,7 @@ def prepare(images, side=32):
 # learned on 4 x 4 patches; position embeddings are interpolated, so images of 128 pixels go in, too, and give 16 x 16.
 
 # %%
+# %config InlineBackend.figure_formats = ["jpeg"]
 from matplotlib import pyplot
 
 encoders = {name: AutoModel.from_pretrained(shipped_checkpoint(name)) for name in ("reconstruction", "base")}

@@ -16,7 +16,7 @@ jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
-LARGEST = 700_000  # bytes of a stored notebook
+LARGEST = 400_000  # bytes of a stored notebook
 
 
 def cells(path: Path) -> list[Any]:
