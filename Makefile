@@ -44,12 +44,13 @@ style: $(BIN)/.ready-dev
 docs: $(BIN)/.ready-dev
 	$(BIN)/python -m sphinx --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
 
-# The scripts are what is edited; each notebook is written anew from its script, and keeps what its last run printed.
+# The scripts are what is edited; each notebook is written anew from its script, and keeps what its last run printed. Two
+# run at a time.
 NOTEBOOKS ?= notebooks/*.py
 notebooks: export PATH := $(abspath $(BIN)):$(PATH)
 notebooks: $(BIN)/.ready-dev
 	$(BIN)/python -m jupytext --quiet --to ipynb $(NOTEBOOKS)
-	$(BIN)/jupyter execute --inplace --timeout=600 $(NOTEBOOKS:.py=.ipynb)
+	printf '%s\n' $(NOTEBOOKS:.py=.ipynb) | xargs -n 1 -P 2 $(BIN)/jupyter execute --inplace --timeout=600
 
 clean:
 	rm -rf $(VENV) .typecheck build dist docs/_build *.egg-info
