@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("hf_equissl", "modeling", "training", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("hf_equissl", "modeling", "model_cards", "training", "pyproject.toml", "README.md", "LICENSE")
 OURS = ("hf_equissl", "hf-equissl", "__editable__")
 
 
