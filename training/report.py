@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser."""
+    """Make the parser of all options with their help."""
     parser = command_parser("report.py", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("results", nargs="+", type=path_word, metavar="PATH", help="folder with a results.json, or such a file")

@@ -114,16 +114,16 @@ class Analyst:
 
     def analyse(self, image: Image.Image, change: Change) -> Analysis:
         """Change an RGB image, and look at both through every encoder."""
-        readings, first = {}, None
-        for name, lens in self.lenses.items():
-            pixels = base_image(image, lens.encoder.image_size)[None].float() / 255
-            changed = change.apply(pixels)
-            first = first or (pixels, changed[0])
-            readings[name] = self._read(lens, pixels, changed)
-        assert first is not None  # there is an encoder
+        sizes = {name: lens.encoder.image_size for name, lens in self.lenses.items()}
+        pixels = {name: base_image(image, size)[None].float() / 255 for name, size in sizes.items()}
+        changed = {name: change.apply(each) for name, each in pixels.items()}
+        readings = {name: self._read(lens, pixels[name], changed[name]) for name, lens in self.lenses.items()}
         fractions = next((list(reading.painted) for reading in readings.values() if reading.painted), [])
-        between = change.path(first[0], fractions)[0] if fractions else ()
-        return Analysis(change, first[0][0], first[1], dict(zip(fractions, between, strict=True)), readings)
+        first = next(iter(self.lenses))  # what is shown is as the first encoder sees it
+        between = change.path(pixels[first], fractions)[0] if fractions else ()
+        return Analysis(
+            change, pixels[first][0], changed[first][0], dict(zip(fractions, between, strict=True)), readings
+        )
 
     def _read(self, lens: Lens, pixels: Tensor, changed: Tensor) -> Reading:
         before, after = lens.features(pixels), lens.features(changed)

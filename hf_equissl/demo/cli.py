@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser."""
+    """Make the parser of all options with their help."""
     parser = command_parser("hf-equissl demo", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("--output_dir", default="demo_output", type=path_word, metavar="DIR", help="default: demo_output")

@@ -137,7 +137,8 @@ def _cosines(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[s
 
 def _angles(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[str]:
     """Compare the angles that probes read with the true ones."""
-    read = {lens.name: _read_angles(analyst, lens) for lens in analyst.lenses.values() if lens.probe is not None}
+    probes = {lens.name: lens.probe for lens in analyst.lenses.values() if lens.probe is not None}
+    read = {name: _read_angles(analyst, analyst.lenses[name]) for name in probes}
     if not read:
         return
     yield "## The angle, read off frozen features\n"
@@ -150,9 +151,7 @@ def _angles(analyst: Analyst, folder: Path, pictures: list[Path]) -> Iterator[st
     yield ""
     true = torch.tensor(ANGLES, dtype=torch.float32)
     for name, found in read.items():
-        lens = analyst.lenses[name]
-        assert lens.probe is not None  # only those are read
-        facts = lens.probe.facts
+        facts = probes[name].facts
         error = (found - true).abs().mean().item()
         score = r2_mean(found.flatten(), true.expand_as(found).flatten())
         yield (

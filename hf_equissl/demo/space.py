@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
 
 from ..utils.files import move_into_place, staging_folder, write_text
 from .shipped import CHECKPOINTS, model_cards, shipped_checkpoint
@@ -86,7 +87,7 @@ def _requirements() -> list[str]:
     lines = ["--extra-index-url https://download.pytorch.org/whl/cpu"]
     for line in metadata.requires("hf-equissl") or ():
         if "extra ==" not in line:
-            name = line.split(">")[0].split("=")[0].strip()
+            name = Requirement(line).name
             lines.append(f"{name}=={metadata.version(name).partition('+')[0]}")
     return lines
 
