@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distributed.collectives import gather_rows, rank, world_size
 from ..views.augmentation import VIEW_DRAWS, augment
 from ..views.makers import ViewMaker, ViewSettings
 from ..views.needs import ExtraViews, Needs
 from .base import Features, LossOutput, Objective, Reach
+from .contrast import token_contrast
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
     from ..views.base import Item, Views
 
-__all__ = ["Geometry", "SERObjective", "TransformedPairs", "act", "token_contrast", "transform"]
+__all__ = ["Geometry", "SERObjective", "TransformedPairs", "act", "transform"]
 
 NAME = "ser"
 FORMS = ("teacher", "student", "symmetric")
@@ -367,44 +367,6 @@ def act(maps: Tensor, source: Geometry, target: Geometry) -> Tensor:
     """
     upright = maps.rot90(2 - source.turns, dims=(-2, -1)).flip(-1)
     return _resize(upright, (target.rows, target.columns)).rot90(target.turns, dims=(-2, -1))
-
-
-def token_contrast(
-    queries: Tensor, keys: Tensor, temperature: float, most_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compare each query with its key and with the keys of other images on all processes.
-
-    Args:
-        queries: (P, n, v, E): P places of n images, v of each; of any length.
-        keys: Of the same shape; that of a query has the same place, image and number.
-        temperature: tau.
-        most_tokens: A number of places that no process exceeds, the same on all.
-
-    Returns:
-        The sum over the own queries, over their number on an average process: its mean over processes is the mean over
-        all queries. The mean cosine of query and key, and the share of queries that find their key first, detached.
-        All 0 without images; the loss is 0 with one image, too.
-    """
-    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
-    places, images, variants = keys.shape[:3]
-    if not images:
-        nothing = (queries + keys).sum()  # 0, with the gradient's way to the parameters
-        return nothing, nothing.detach(), nothing.detach()
-    every, real = gather_rows(keys, most_tokens)  # (M, n, v, E), (M,); M counts filling
-    per_place = images * variants
-    logits = queries.flatten(0, 2) @ every.flatten(0, 2).T / temperature  # (P n v, M n v)
-    device = logits.device
-    image = torch.arange(images, device=device).repeat_interleave(variants)  # (n v,)
-    process = torch.arange(len(every), device=device) // most_tokens  # (M,): one process may have fewer, and no filling
-    image_of_key = (process[:, None] * images + image).flatten()
-    image_of_query = (rank() * images + image).repeat(places)
-    hidden = (image_of_query[:, None] == image_of_key) | ~real.repeat_interleave(per_place)
-    own = rank() * most_tokens * per_place + torch.arange(len(logits), device=device)  # each query's key
-    logits = logits.masked_fill(hidden.scatter(1, own[:, None], False), -torch.inf)
-    count = real.sum() * per_place / world_size()
-    loss = F.cross_entropy(logits, own, reduction="sum") / count
-    cosine = (queries * keys).detach().sum(dim=-1).mean()
-    return loss, cosine, (logits.detach().argmax(dim=1) == own).float().mean()
 
 
 def _stack(tensors: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_equissl.objectives.ser import Geometry, SERObjective, TransformedPairs, act, token_contrast, transform
+from hf_equissl.objectives.contrast import token_contrast
+from hf_equissl.objectives.ser import Geometry, SERObjective, TransformedPairs, act, transform
 from hf_equissl.pretraining.model import EquiSSLForPreTraining, EquiSSLPreTrainingConfig
 from hf_equissl.recipes.recipe import Recipe
 from hf_equissl.running.run import prepare
