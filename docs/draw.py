@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-
-if TYPE_CHECKING:
-    from hf_equissl.evaluation import ResultRecord
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -77,21 +73,34 @@ FAMILIES = {"rotation": "rotation", "color_jitter": "colour", "gaussian_blur": "
 
 def fill_tables(page: str) -> str:
     """Write the tables of stored records anew between their marks, ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    from hf_equissl.evaluation import load_records
+    makers = {"pair": tabulate_pair, "systems": tabulate_systems}
 
     def table(match: re.Match[str]) -> str:
-        files = [
-            *(ROOT / "model_cards").glob("equissl-cifar10-*/results.json"),
-            *(HERE / "records" / match[1]).glob("*"),
-        ]
-        records = [record for file in sorted(files) for record in load_records(file)]
-        return f"<!-- table: {match[1]} -->\n{tabulate_pair(records)}<!-- end -->"
+        made = makers[match[1]](HERE / "records" / match[1])
+        return f"<!-- table: {match[1]} -->\n{made}<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
-def tabulate_pair(records: Sequence[ResultRecord]) -> str:
+def tabulate_systems(folder: Path) -> str:
+    """Make the tables of training/compare.py from files of records, ``SYSTEM_seed-N.json``, in the sweep's order."""
+    from hf_equissl.evaluation import comparison, load_records
+
+    sweep = yaml.safe_load((ROOT / f"training/recipes/cifar10_{folder.name}.yaml").read_text())["sweep"]
+    rows = ["raw_pixels", "untrained", *(grid["name"].partition("_seed-")[0] for grid in sweep)]
+    measured = []
+    for file in sorted(folder.glob("*.json")):
+        system, _, seed = file.stem.partition("_seed-")
+        measured.append(comparison.Measured(system, int(seed or 0), load_records(file)))
+    return comparison.comparison_text(comparison.merge_systems(measured), rows)
+
+
+def tabulate_pair(folder: Path) -> str:
     """Make a table of R2 by MLP, linear probe and linear probe on 100 pairs, and of accuracies, backbone features."""
+    from hf_equissl.evaluation import load_records
+
+    files = [*(ROOT / "model_cards").glob("equissl-cifar10-*/results.json"), *folder.glob("*")]
+    records = [record for file in sorted(files) for record in load_records(file)]
     values = {
         (
             r.encoder,

@@ -17,7 +17,7 @@ if find_spec("hf_equissl") is None:
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
 from hf_equissl.encoders.places import RAW_PIXELS, check_measured, is_raw_pixels, split_untrained
-from hf_equissl.evaluation.cli import distinct_encoders
+from hf_equissl.evaluation.cli import LEFT_OUT, distinct_encoders
 from hf_equissl.training.members import RESULTS, SCRIPTS, places, weights_of
 from hf_equissl.training.recipe_options import add_import, import_words
 from hf_equissl.training.side_by_side import CommandError, Lane, StoppedError, follow_on_devices
@@ -29,8 +29,6 @@ from hf_equissl.utils.suggestions import RecipeError, check_known
 
 NOTE, REPORT = "task.json", "report"
 FINETUNING_BAR = ""  # that of transformers has no name
-# How probe.py says that an evaluator is left out.
-_LEFT_OUT = re.compile(r"\w+ is not run for .+")
 
 DESCRIPTION = """\
 Run a suite of tasks on one or several encoders, and write one report over all of them: a table, differences to a
@@ -176,7 +174,8 @@ class SuiteLane(Lane):
             self.run = job.folder
             bar = job.source if job.kind == PROBE else FINETUNING_BAR
             self.call(job.folder.name, SCRIPTS / job.script, *job.words, bar=bar)
-            left_out = _LEFT_OUT.findall((job.folder / f"{job.kind}.log").read_text(errors="replace"))
+            if job.kind == PROBE:
+                left_out = json.loads((job.folder / LEFT_OUT).read_text(encoding="utf-8"))
         job.note(True, left_out)
 
 

@@ -243,13 +243,25 @@ def _convert_model(model: PreTrainedModel) -> EquiSSLModel:
     return _build(converter, converter.fields(model.config), dict(encoder.state_dict()), name)
 
 
+def advise_conversion(config: PreTrainedConfig) -> str:
+    """Say what to do with an encoder of a kind that something else cannot use: convert it, or why that fails, too."""
+    if config.model_type in CONVERTERS:
+        return (
+            "Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give another, such as DINOv2."
+        )
+    return f"It does not convert into an EquiSSL encoder: {_obstacle(config)}. Give another encoder, such as DINOv2."
+
+
+def _obstacle(config: PreTrainedConfig) -> str:
+    return NOT_CONVERTIBLE.get(config.model_type, "its architecture is not that of a plain ViT")
+
+
 def _converter(config: PreTrainedConfig, source: str) -> Converter:
     """Find the converter for a configuration; raise ``ValueError`` with the reason where there is none."""
     found = CONVERTERS.get(config.model_type)
     if found is None:
-        reason = NOT_CONVERTIBLE.get(config.model_type, "its architecture is not that of a plain ViT")
         raise ValueError(
-            f"{source!r} has model type {config.model_type!r}, which does not convert: {reason}. "
+            f"{source!r} has model type {config.model_type!r}, which does not convert: {_obstacle(config)}. "
             f"Convertible types: {', '.join(CONVERTERS)}."
         )
     return found

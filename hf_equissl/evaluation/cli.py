@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from ..data.places import check_place
 from ..encoders.places import check_measured, is_raw_pixels, split_untrained
 from ..utils import load_errors
 from ..utils.commands import command_parser, end_bars, log_plainly, path_word, restate_command, say
-from ..utils.files import expand_home
+from ..utils.files import expand_home, write_text
 from ..utils.imports import IMPORT, import_named
 from ..utils.options import (
     MAX_BAD_SHARE,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .results import ResultRecord
 
 logger = logging.getLogger(__name__)
+LEFT_OUT = "left_out.json"  # beside the results of --skip_unfit: why which evaluator did not run, a list of sentences
 _DESCRIPTION = """\
 Measure frozen encoders: how well transformations of an image can be read off their features (R2), and how well
 classes can (linear probe, k nearest neighbours). Prints a table and writes results.json, results.md and pictures.
@@ -317,7 +319,7 @@ def run(
     say("\n".join(precision_lines(encoders[0].precision, encoders[0].device)))
     chosen = load_data(arguments)
     # The evaluators of every encoder are made first: what is wrong with the last one shows before the first one runs.
-    work = []
+    work, left_out = [], []
     for encoder in encoders:
         protocol = protocol_for(encoder.image_size) if arguments.protocol == "auto" else arguments.protocol
         evaluators = []
@@ -330,10 +332,14 @@ def run(
                 asked = arguments.evaluators is not None or not evaluator.needs_tokens
                 if asked and not arguments.skip_unfit:
                     raise
-                logger.info("%s is not run for %s: %s", name, encoder.name, error)
+                left_out.append(f"{name} is not run for {encoder.name}: {error}")
+                logger.info(left_out[-1])
                 continue
             evaluators.append(evaluator)
         work.append((encoder, evaluators))
+    if arguments.skip_unfit:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / LEFT_OUT, json.dumps(left_out, indent=2) + "\n")
     records: list[ResultRecord] = []
     for encoder, evaluators in work:
         records += run_evaluators(

@@ -13,13 +13,15 @@ from typing import Any
 
 from ..utils.figures import make_figure, save_figure
 from ..utils.markdown import plain, table
-from .metrics import R2, R2_LINEAR
+from .metrics import R2, R2_FEW_SHOT, R2_LINEAR
 from .r2_plot import fill_of
 from .registry import EVALUATORS, evaluator_of
 from .report import align_columns, protocol_notes
 from .results import ResultRecord, merge_records
 
 MEAN = "mean"  # the task of a mean over families
+# Metrics of probes of low capacity, which have tables of their own -> what their headings say.
+LOW_CAPACITY = {R2_LINEAR.name: "linear probe", R2_FEW_SHOT.name: "linear probe of few pairs"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _merge_seeds(system: str, by_seed: Mapping[int, ResultRecord]) -> ResultReco
 
 def _means(records: Sequence[ResultRecord]) -> list[ResultRecord]:
     """Average R2 over all families, per system, kind of features and fill."""
-    regressed = [record for record in records if record.metric in (R2.name, R2_LINEAR.name)]
+    regressed = [record for record in records if record.metric in (R2.name, *LOW_CAPACITY)]
     made = []
     for metric, features in dict.fromkeys((record.metric, record.features) for record in regressed):
         own = [record for record in regressed if (record.metric, record.features) == (metric, features)]
@@ -168,10 +170,10 @@ def _cell(record: ResultRecord, seeds: Sequence[int]) -> str:
 
 
 def _is_shown(record: ResultRecord) -> bool:
-    """Return whether tables have a column for it: the first metric of each evaluator, and R2 of the linear probe."""
+    """Return whether tables have a column for it: the first metric of each evaluator, and R2 of linear probes."""
     known = EVALUATORS.get(record.evaluator)
     first = record.about.hub_type is not None if known is None else record.metric == known.metrics[0].name
-    return first or record.metric == R2_LINEAR.name
+    return first or record.metric in LOW_CAPACITY
 
 
 def _title(record: ResultRecord) -> str:
@@ -179,13 +181,13 @@ def _title(record: ResultRecord) -> str:
 
 
 def kinds_of_tables(records: Sequence[ResultRecord]) -> list[tuple[str, str]]:
-    """List the tables there are: kind of features, and ``r2_linear`` for R2 of the linear probe, else ""."""
+    """List the tables there are: kind of features, and the metric of a linear probe's R2, else ""."""
     kinds = dict.fromkeys(map(_kind, filter(_is_shown, records)))
-    return sorted(kinds, key=lambda kind: kind[1])
+    return sorted(kinds, key=lambda kind: ["", *LOW_CAPACITY].index(kind[1]))
 
 
 def _kind(record: ResultRecord) -> tuple[str, str]:
-    return record.features, record.metric if record.metric == R2_LINEAR.name else ""
+    return record.features, record.metric if record.metric in LOW_CAPACITY else ""
 
 
 def comparison_text(
@@ -219,7 +221,7 @@ def plain_comparison(
 
 def _heading(kind: tuple[str, str]) -> str:
     features, metric = kind
-    return f"Features: {features}" + (", linear probe" if metric else "")
+    return f"Features: {features}" + (f", {LOW_CAPACITY[metric]}" if metric else "")
 
 
 def plot_comparison(

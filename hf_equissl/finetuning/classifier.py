@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from ..encoders.convert import advise_conversion
 from ..encoders.weights import without_load_report
 from ..utils.load_errors import explain_load_errors, read_config
 
@@ -120,8 +121,8 @@ def why_unclassified(config: Any, source: str) -> str:
     if type(config) in AutoModelForImageClassification._model_mapping or "AutoModelForImageClassification" in own:
         return ""
     return (
-        f"{source} is a {config.model_type} model, for which transformers has no image classification class. Convert "
-        "it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give another encoder."
+        f"{source} is a {config.model_type} model, for which transformers has no image classification class. "
+        f"{advise_conversion(config)}"
     )
 
 

@@ -414,7 +414,8 @@ def _turned() -> bytes:
         ("detection", {}, "queries is 300, and images of 32 pixels have 84 places: give --set queries=84"),
         ("detection", {**DETECTION, "hidden_size": 20}, "hidden_size, queries and decoder_layers .* are 20, 20 and 2"),
         ("detection", {**DETECTION, "image_size": 40}, "5 patches in a row, which cannot be halved"),
-        ("instance_segmentation", {**MASKS, "points": 0}, "expected a multiple of 8 and three numbers"),
+        ("instance_segmentation", {**MASKS, "points": 0}, "expected a multiple of 32 and three numbers"),
+        ("instance_segmentation", {**MASKS, "hidden_size": 48}, "are 48, 8, 2 and 128: expected a multiple of 32"),
         ("detection", {"box_format": "cxcywh"}, "box_format .* is cxcywh: expected xywh or xyxy"),
     ],
 )

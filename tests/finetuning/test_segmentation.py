@@ -419,6 +419,7 @@ def test_a_data_set_with_a_column_of_masks(shapes: Path, tmp_path: Path) -> None
         ({"batch_size": 1}, "--batch_size 1: UPerNet normalises over the batch"),
         ({"task_options": {"hiden_size": 8}}, "unknown key 'hiden_size'. Did you mean 'hidden_size'"),
         ({"task_options": {"hidden_size": "big"}}, "hidden_size: expected an integer, got 'big'"),
+        ({"task_options": {"hidden_size": 0}}, "hidden_size .* is 0: expected 1 or more"),
         ({"task_options": {"layers": (1, 3)}}, r"layers .* is \(1, 3\): .* has the blocks 1 to 2"),
         ({"task_options": {"classes": ("a", "b")}}, "holds the class 2, but there are 2"),
         ({"test_split": "tset"}, "there is no split 'tset'. Did you mean 'test'|Splits: train, validation"),

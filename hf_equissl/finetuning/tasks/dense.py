@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
+from ...encoders.convert import advise_conversion
 from ...encoders.weights import without_load_report
 from ...utils.load_errors import explain_load_errors, read_config
 from ..classifier import check_report, set_drop_path
@@ -43,12 +44,15 @@ class DenseTask(Task):
 
     Attributes:
         num_layers: How many layers the head reads, unless they are named.
+        pyramid: Whether the head reads a pyramid of four levels (``FeaturePyramidBackbone``), which is made of as many
+            layers, or of one: the last, where the encoder has fewer.
         published_layers: Number of blocks of an encoder -> those that the task's published protocol reads.
         auto_class: Name of transformers' auto class that loads the trained model, if there is one.
         stacked: Entries of a sample that have the same shape in all samples.
     """
 
     num_layers: ClassVar[int] = 4
+    pyramid: bool = False
     published_layers: ClassVar[Mapping[int, tuple[int, ...]]] = PAPER_LAYERS
     auto_class: ClassVar[str | None] = None
     stacked: ClassVar[tuple[str, ...]] = ("pixels",)
@@ -67,13 +71,17 @@ class DenseTask(Task):
     # ---- model ----
 
     def check_encoder(self, source: str, **options: Any) -> Any:
-        """Refuse an encoder that transformers has no backbone for."""
+        """Refuse an encoder that transformers has no backbone for, and one that is no plain ViT."""
         config = super().check_encoder(source, **options)
         if MODEL_FOR_BACKBONE_MAPPING.get(type(config), None) is None:
             raise UnfitEncoderError(
                 f"{source} is a {config.model_type} model, for which transformers has no backbone, and {self.noun} "
-                "needs feature maps. Convert it into an EquiSSL encoder (hf_equissl.encoders.convert_encoder), or give "
-                "another encoder, such as DINOv2."
+                f"needs feature maps. {advise_conversion(config)}"
+            )
+        if getattr(config, "depths", None) is not None:  # the blocks of each stage, as in ResNet, Swin and ConvNeXt
+            raise UnfitEncoderError(
+                f"{source} is a {config.model_type} model, which has stages of falling resolution, and {self.noun} "
+                f"reads blocks of a plain ViT, whose maps have one size. {advise_conversion(config)}"
             )
         return config
 
@@ -101,11 +109,19 @@ class DenseTask(Task):
     def _layers_of(self, config: Any, source: str) -> list[int]:
         blocks = config.num_hidden_layers
         if self.layers is None:
+            if self.pyramid and blocks < self.num_layers:
+                return [blocks]
             evenly = sorted({math.ceil(blocks * part / self.num_layers) for part in range(1, self.num_layers + 1)})
             return list(self.published_layers.get(blocks, evenly)) if self.num_layers == 4 else evenly
         if not self.layers or min(self.layers) < 1 or max(self.layers) > blocks:
             raise ValueError(f"layers (--set layers) is {self.layers}: {source} has the blocks 1 to {blocks}.")
-        return sorted(set(self.layers))
+        chosen = sorted(set(self.layers))
+        if self.pyramid and len(chosen) not in (1, self.num_layers):
+            raise ValueError(
+                f"layers (--set layers) is {self.layers}: {self.noun} reads a pyramid of {self.num_layers} levels. "
+                f"Name {self.num_layers} blocks, one for each level, or one for all."
+            )
+        return chosen
 
     def load_trained(self, source: str, **options: Any) -> nn.Module:
         """Load a whole trained model with ``auto_class``, or build it again and read its weights.

@@ -38,6 +38,7 @@ class DetectionTask(ObjectTask):
     noun = "object detection"
     result = "Object detector"
     head = "RT-DETR on a feature pyramid"
+    pyramid = True
     metrics = (
         Metric("box_ap", "%", digits=2, hub_type="map", library="pycocotools"),
         Metric("box_ap50", "%", digits=2, library="pycocotools"),

@@ -39,6 +39,7 @@ class InstanceSegmentationTask(ObjectTask):
     noun = "instance segmentation"
     result = "Instance segmentation model"
     head = "Mask2Former on a feature pyramid"
+    pyramid = True
     metrics = (
         Metric("mask_ap", "%", digits=2, hub_type="map", library="pycocotools"),
         Metric("box_ap", "%", digits=2, library="pycocotools"),
@@ -60,10 +61,10 @@ class InstanceSegmentationTask(ObjectTask):
         layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(classes=classes, box_format=box_format, layers=layers)
-        if hidden_size < 8 or hidden_size % 8 or min(queries, decoder_layers, points) < 1:
+        if hidden_size < 32 or hidden_size % 32 or min(queries, decoder_layers, points) < 1:
             raise ValueError(
                 f"hidden_size, queries, decoder_layers and points (--set) are {hidden_size}, {queries}, "
-                f"{decoder_layers} and {points}: expected a multiple of 8 and three numbers of 1 or more."
+                f"{decoder_layers} and {points}: expected a multiple of 32 and three numbers of 1 or more."
             )
         self.hidden_size, self.queries = hidden_size, queries
         self.decoder_layers, self.points = decoder_layers, points

@@ -73,6 +73,8 @@ class SegmentationTask(DenseTask):
         layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(layers=layers)
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size (--set) is {hidden_size}: expected 1 or more.")
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
         self.mask_column, self.hidden_size, self.pyramid, self.slide = mask_column, hidden_size, pyramid, slide
