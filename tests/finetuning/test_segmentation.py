@@ -298,8 +298,8 @@ def test_a_linear_head_reads_single_patches(make: Any, tmp_path: Path) -> None:
 
 def test_a_pyramid_under_the_head(make: Any, tmp_path: Path) -> None:
     settings = make(method="full", epochs=1, layer_decay=0.5, task_options={**OPTIONS, "pyramid": True})
-    with pytest.raises(ValueError, match="has 2 stages and the pyramid 4 levels"):
-        prepare(settings)
+    with pytest.raises(ValueError, match=r"layers .* is \(1, 2\): semantic segmentation reads a pyramid of 4 levels"):
+        prepare(replace(settings, task_options={**OPTIONS, "pyramid": True, "layers": (1, 2)}))
     run = prepare(replace(settings, encoder=save(equissl(num_hidden_layers=4), tmp_path / "encoder")))
     assert run.task.encoder_name(run.network) == "backbone.backbone"
     groups = parameter_groups(run.model, run.args, run.task.encoder(run.network))
