@@ -192,3 +192,24 @@ def test_cross_entropy_without_rows_is_zero_with_zero_gradients():
     assert x.grad.shape == (0, 4)
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("freeze_gain", [False, True])
+def test_weight_normalisation_and_its_gradients_are_those_of_the_definition(freeze_gain):
+    torch.manual_seed(0)
+    prototypes = Prototypes(7, 5, freeze_gain)
+    if not freeze_gain:
+        prototypes.gain.data.uniform_(0.5, 2)
+    incoming = torch.randn(5, 7)
+    weight = prototypes()
+    weight.backward(incoming)
+    v, g, up = (tensor.detach().double().numpy() for tensor in (prototypes.direction, prototypes.gain, incoming))
+    length = np.sqrt((v**2).sum(axis=1, keepdims=True))
+    unit = v / length
+    along = (up * unit).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weight.detach(), g * unit, rtol=1e-5)
+    np.testing.assert_allclose(prototypes.direction.grad, g / length * (up - along * unit), rtol=1e-4, atol=1e-6)
+    if freeze_gain:
+        assert prototypes.gain.grad is None
+    else:
+        np.testing.assert_allclose(prototypes.gain.grad, along, rtol=1e-4)
