@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,8 @@ BATCH_SIZE = 32
 DESCRIPTION = """\
 Time a training step of a recipe with lambda > 0 against the same step with lambda = 0, or with --base against that of
 another recipe (views, forward, backward, optimizer; in turns, on one device). Of a sweep, time each system in this way.
-With --data also time the loader, and its parts, against a plain Pillow loop that cuts the same crops."""
+With --data also time the loader, and its parts, against a plain Pillow loop that cuts the same crops. Or, with
+--utilisation, measure how well steps use the device: images/s, memory, share of its peak, waits; eager and compiled."""
 
 EPILOG = """\
 On a CPU, first:
@@ -34,6 +36,7 @@ examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
   python training/benchmark.py --recipe vits16_ibot_se2 --data ./photos --loader_only
   python training/benchmark.py --recipe cifar10_systems --only vicreg_rot sie_all moco_v3_essl
+  python training/benchmark.py --recipe device_steps --utilisation --dtype bf16      # a GPU, in minutes
 """
 
 
@@ -41,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what can be mended."""
     try:
         options, overrides = parse_words(_parser(), argv)
+        _check_utilisation(options)
         check_at_least(options, repeats=1, loader_images=1, **({} if options.batch_size is None else {"batch_size": 1}))
         if options.data is not None:
             check_data(options.data)
             overrides |= {"data.source": options.data, "data.streaming": False}
         if options.loader_only:
             report = _measure_loader(overrides, options)
+        elif options.utilisation:
+            report = _measure_utilisation(overrides, options)
         elif is_sweep(path := find_recipe(options.recipe)):
             report = _measure_sweep(path, overrides, options)
         else:
@@ -58,6 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return stop(error, code=2)
     return 0
+
+
+def _check_utilisation(options: argparse.Namespace) -> None:
+    """Refuse what does not go together with ``--utilisation``, or without it.
+
+    Raises:
+        RecipeError: It names the option.
+    """
+    if options.device_tflops is not None and not 0 < options.device_tflops < float("inf"):
+        raise RecipeError(f"--device_tflops {options.device_tflops:g}: expected a number above 0.")
+    wrong = ("base", "data", "loader_only", "memory") if options.utilisation else ("modes", "device_tflops")
+    if given := [name for name in wrong if getattr(options, name)]:
+        word = "does not go with --utilisation" if options.utilisation else "is read with --utilisation alone"
+        raise RecipeError(f"--{given[0]} {word}. Leave it out.")
 
 
 def _measure_recipe(overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -107,18 +127,13 @@ def _time_loader(recipe: Any, pipeline: Any, options: argparse.Namespace) -> dic
     return {"loader": timing}
 
 
-def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure each system of a sweep against its own base, and print them as they come.
+def _choose_systems(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Load the recipe of each system of a sweep, one seed of each.
 
     Raises:
         RecipeError: An option is not for sweeps, or a name is unknown.
     """
-    from tqdm.auto import tqdm
-
-    from hf_equissl.benchmarking.systems import time_systems
-    from hf_equissl.benchmarking.timing import environment
     from hf_equissl.recipes.recipe import Recipe
-    from hf_equissl.utils.devices import choose_device, choose_precision
 
     for name in ("base", "data", "memory"):
         if getattr(options, name):
@@ -129,10 +144,61 @@ def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Name
     for name in options.only or ():
         check_known(name, groups, "--only")
     chosen = {name: group[0] for name, group in groups.items() if name in (options.only or groups)}
-    recipes = {
+    return {
         name: Recipe.load(member.recipe, member.overrides | overrides, search=[RECIPES])
         for name, member in chosen.items()
     }
+
+
+def _measure_utilisation(overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure how well steps of a recipe, or of each system of a sweep, use the device; print them as they come."""
+    from hf_equissl.benchmarking import utilisation
+    from hf_equissl.benchmarking.timing import environment
+    from hf_equissl.utils.devices import choose_device, choose_precision
+
+    path = find_recipe(options.recipe)
+    if is_sweep(path):
+        recipes = _choose_systems(path, overrides, options)
+    else:
+        recipes = {path.stem: load_recipe(options.recipe, overrides)}
+    device = choose_device(options.device)
+    dtype = (options.dtype or [choose_precision("auto", device)])[0]
+    peak = utilisation.find_peak(device, dtype, options.device_tflops)
+    report: dict[str, Any] = {
+        "recipe": path.stem,
+        "settings": {"dtype": dtype, "repeats": options.repeats, "images": "synthetic"},
+        "environment": environment(device),
+        "peak": asdict(peak),
+        "systems": {},
+    }
+    where = report["environment"]
+    say(f"{where['device']}; {where['cpu']}; threads: {where['threads']}; {dtype}")
+    say(f"peak: {peak.tflops:.3g} TFLOP/s ({peak.source})")
+    width = max(map(len, recipes))
+    say(f"{'':<{width}}{utilisation.header()}")
+    measured = utilisation.measure_systems(
+        recipes, device, dtype, options.repeats, options.batch_size, options.modes or utilisation.MODES
+    )
+    for system, use in measured:
+        said = use if isinstance(use, str) else asdict(use)
+        report["systems"].setdefault(system, []).append(said)
+        say(
+            f"{system:<{width}}  {use}"
+            if isinstance(use, str)
+            else f"{system:<{width}}{utilisation.use_line(use, peak)}"
+        )
+    return report
+
+
+def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each system of a sweep against its own base, and print them as they come."""
+    from tqdm.auto import tqdm
+
+    from hf_equissl.benchmarking.systems import time_systems
+    from hf_equissl.benchmarking.timing import environment
+    from hf_equissl.utils.devices import choose_device, choose_precision
+
+    recipes = _choose_systems(path, overrides, options)
     device = choose_device(options.device)
     dtype = (options.dtype or [choose_precision("auto", device)])[0]
     report: dict[str, Any] = {
@@ -149,7 +215,7 @@ def _measure_sweep(path: Path, overrides: dict[str, Any], options: argparse.Name
     where = report["environment"]
     say(f"{path.stem}: each system against itself with every lambda = 0, steps in turns; {dtype}")
     say(f"{where['device']}; {where['cpu']}; threads: {where['threads']}")
-    width = max(map(len, chosen))
+    width = max(map(len, recipes))
     say(
         f"{'system':<{width}}{'batch':>7}{'base, ms':>10}{'step, ms':>10}{'more':>9}{'range':>18}{'processor time':>16}"
     )
@@ -318,6 +384,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--loader_images", type=int, default=128, metavar="N", help="images per pass of the loader; default: 128")
     add("--loader_only", action="store_true", help="no training steps: the loader alone, of any recipe")
     add("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda ...")
+    text = "how well steps use the device, instead; of the recipe, or of each system of the sweep"
+    add("--utilisation", action="store_true", help=text)
+    add("--modes", nargs="+", choices=["eager", "compiled"], help="with --utilisation; default: both")
+    text = "peak of the device for --utilisation, in 10^12 operations per second; default: its data sheet, or measured"
+    add("--device_tflops", type=float, metavar="N", help=text)
     add("--memory", action="store_true", help="peak memory, too; on a CPU that runs each step in a new process")
     add("--output_dir", type=path_word, metavar="DIR", help="benchmark.json goes here")
     add_import(parser)

@@ -13,7 +13,7 @@ if find_spec("hf_equissl") is None:
     sys.exit("error: hf_equissl is not installed. Run `pip install -e .` in the checkout, then this command again.")
 
 from hf_equissl.distributed.signals import EXIT_PREEMPTED, Preempted, Signals
-from hf_equissl.training.members import RESULTS, MemberLane, check_alike, expected_end, places, read_words
+from hf_equissl.training.members import PROBING, RESULTS, MemberLane, check_alike, expected_end, places, read_words
 from hf_equissl.training.recipe_options import RECIPES, find_recipe, import_words, parse_words
 from hf_equissl.training.side_by_side import DONE, CommandError, follow_on_devices
 from hf_equissl.training.step_times import StepTimes
@@ -300,7 +300,9 @@ class Comparison:
         """
         from hf_equissl.evaluation import comparison, load_records, save_records
 
-        probed = {lane.title: lane for lane in self.lanes if (lane.probes / RESULTS).is_file()}
+        # Of a member that is being probed only a part is there.
+        over = [lane for lane in self.lanes if lane.stage != PROBING]
+        probed = {lane.title: lane for lane in over if (lane.probes / RESULTS).is_file()}
         reasons = {title: lane.why_no_row(self.recipes.get(title)) for title, lane in probed.items()}
         left_out = {title: reason for title, reason in reasons.items() if reason}
         measured = [

@@ -62,6 +62,7 @@ class Side:
         batch: Collated uint8 crops and draws, on the CPU.
         device: Where the step runs.
         args: Training arguments of the recipe.
+        parts: Whether the parts of the forward pass are timed, by hooks, which a model that is compiled may not have.
     """
 
     model: EquiSSLForPreTraining
@@ -70,10 +71,13 @@ class Side:
     batch: dict[str, Any]
     device: torch.device
     args: EquiSSLTrainingArguments
+    parts: bool = True
     stopwatch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device)
+        if not self.parts:
+            return
         hooked: list[tuple[str, nn.Module]] = [(ENCODER, self.model.student), (INVARIANCE, self.model.invariance)]
         hooked += [(TEACHER, self.model.teacher)] if self.model.teacher is not None else []
         for name, module in (*hooked, *((EQUIVARIANCE, objective) for objective in self.model.equivariance)):
@@ -124,7 +128,7 @@ class Side:
 
     def views(self) -> Any:
         """Make the batch's views on the device, as ``EquiSSLTrainer`` does."""
-        return self.pipeline(map_tensors(self.batch, lambda tensor: tensor.to(self.device)))
+        return self.pipeline(map_tensors(self.batch, lambda tensor: tensor.to(self.device, non_blocking=True)))
 
     def autocast(self, dtype: str) -> AbstractContextManager[Any]:
         """Enter mixed precision as the Trainer does with ``bf16``."""
@@ -150,7 +154,9 @@ def drop_equivariance(recipe: Recipe) -> Recipe:
     return replace(recipe, objectives=replace(recipe.objectives, equivariance=entries))
 
 
-def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Sequence[Image.Image]) -> Side:
+def build_side(
+    recipe: Recipe, batch_size: int, device: torch.device, images: Sequence[Image.Image], parts: bool = True
+) -> Side:
     """Build model, pipeline, optimizer and one batch of crops.
 
     Args:
@@ -158,6 +164,7 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
         batch_size: Images in the batch; ``images`` are repeated to fill it.
         device: Where the step runs.
         images: RGB pictures.
+        parts: As in ``Side``.
     """
     args = recipe.build_training_arguments(
         "unused", per_device_train_batch_size=batch_size, use_cpu=device.type == "cpu", bf16=False, fp16=False
@@ -167,13 +174,17 @@ def build_side(recipe: Recipe, batch_size: int, device: torch.device, images: Se
     cast(nn.Module, model).to(device)
     optimizer_class, arguments = EquiSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
     pipeline = recipe.build_pipeline(model.needs)
+    batch = crop_batch(pipeline, images, batch_size)
+    if device.type == "cuda":  # as the loader does, so that no copy is waited for
+        batch = map_tensors(batch, lambda tensor: tensor.pin_memory())
     return Side(
         model=model,
         pipeline=pipeline,
         optimizer=optimizer_class(optimizer_groups(model, args), **arguments),
-        batch=crop_batch(pipeline, images, batch_size),
+        batch=batch,
         device=device,
         args=args,
+        parts=parts,
     )
 
 

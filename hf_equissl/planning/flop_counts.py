@@ -24,7 +24,7 @@ class FlopCounter(FlopCounterMode):
     """
 
     def __init__(self, by_module: bool = True) -> None:
-        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
+        super().__init__(display=False, custom_mapping=CPU_ATTENTION)
         if not by_module:
             self.mod_tracker = cast(Any, _NoTracker())
 
@@ -123,7 +123,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

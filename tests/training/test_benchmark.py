@@ -32,6 +32,7 @@ from hf_equissl.benchmarking.timing import take_turns
 from hf_equissl.data import ImageViewDataset
 from hf_equissl.data.jpeg import name_decoder
 from hf_equissl.recipes.recipe import Recipe
+from hf_equissl.running.run import prepare
 from hf_equissl.training import benchmark
 from hf_equissl.views.cropping import resize_box
 
@@ -232,6 +233,38 @@ def test_take_turns_alternates_and_drops_the_first_round() -> None:
     results = take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, repeats=3)
     assert "".join(calls) == "ba" + "ab" + "ba" + "ab"
     assert results == {"a": [3, 6, 7], "b": [4, 5, 8]}
+
+
+def test_how_well_steps_use_the_device(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Operations are those that the plan counts on tensors without storage; a base has no overhead."""
+    (tmp_path / "ibot.yaml").write_text(IBOT)
+    (tmp_path / "both.yaml").write_text("""
+sweep:
+  - {name: "ibot_{seed}", extends: ibot.yaml, cross: {training.seed: [0]}}
+  - {name: "plain_{seed}", extends: tiny.yaml, set: {objectives.equivariance: []}, cross: {training.seed: [0]}}
+""")
+    words = ["--utilisation", "--repeats", "1", "--dtype", "fp32", "--device", "cpu", "--batch_size", "4"]
+    words += ["--modes", "eager", "--device_tflops", "1e-3", "--output_dir", str(tmp_path)]
+    assert benchmark.main(["--recipe", str(tmp_path / "both.yaml"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "peak: 0.001 TFLOP/s (as given)" in printed
+    assert re.search(r"ibot +eager +4 +[\d.]+ +[\d.]+ +[\d.]+ +[+-][\d.]+% +[\d.e-]+ +[\d.]+%", printed)
+    [ibot], [plain] = json.loads((tmp_path / "benchmark.json").read_text())["systems"].values()
+    assert plain["overhead"] is None
+    assert (ibot["memory"], ibot["waits"]) == (None, None)  # a CPU has no counters of these
+    for measured, file in ((ibot, "ibot.yaml"), (plain, "tiny.yaml")):
+        overrides = {"objectives.equivariance": []} if file == "tiny.yaml" else {}
+        recipe = Recipe.load(tmp_path / file, {"training.per_device_train_batch_size": 4, **overrides})
+        assert measured["flops"] / 4 == pytest.approx(prepare(recipe, None, dry=True).cost().flops, rel=0.1)
+
+    for more, said in (
+        (["--memory"], "--memory does not go with --utilisation"),
+        (["--device_tflops", "0"], "--device_tflops 0: expected a number above 0"),
+    ):
+        assert benchmark.main(["--recipe", str(path), *words, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert benchmark.main(["--recipe", str(path), "--modes", "eager"]) == 2
+    assert "--modes is read with --utilisation alone" in capsys.readouterr().err
 
 
 def test_mistakes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
