@@ -77,12 +77,12 @@ class Use:
 
     @property
     def images_per_second(self) -> float:
-        """Images over seconds."""
+        """Divide the images of a step by its seconds."""
         return self.batch_size / self.seconds
 
     @property
     def tflops(self) -> float:
-        """Operations per second, in 10^12."""
+        """Divide the operations of a step by its seconds, in 10^12 per second."""
         return self.flops / self.seconds / 1e12
 
 
