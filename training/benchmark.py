@@ -36,7 +36,7 @@ examples:
   python training/benchmark.py --recipe vits16_vicreg_rot --batch_size 8 --dtype bf16 --model.image_size 96
   python training/benchmark.py --recipe vits16_ibot_se2 --data ./photos --loader_only
   python training/benchmark.py --recipe cifar10_systems --only vicreg_rot sie_all moco_v3_essl
-  python training/benchmark.py --recipe device_steps --utilisation --dtype bf16      # a GPU, in minutes
+  python training/benchmark.py --recipe device_steps --utilisation      # a GPU, in minutes
 """
 
 
