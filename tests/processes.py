@@ -52,7 +52,8 @@ READ_AT_IMPORT = (
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "DS_", "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_", "USE_"),
     *("PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "OPENBLAS_", "CUDA_", "TOKENIZERS_"),
 )
-READ_WHEN_USED = ("TORCHINDUCTOR_CACHE_DIR", *HUB_VARIABLES)
+# OpenCV puts its folder into LD_LIBRARY_PATH when the tests of corruptions import it; nothing here is found by that.
+READ_WHEN_USED = ("TORCHINDUCTOR_CACHE_DIR", "LD_LIBRARY_PATH", *HUB_VARIABLES)
 NOWHERE = Path(os.devnull)
 # No model or data set that somebody has loaded before, and only CPUs.
 FIXED = {"HF_HOME": f"{tempfile.gettempdir()}/hf-home-{os.getpid()}", "DS_ACCELERATOR": "cpu"}

@@ -115,16 +115,19 @@ def test_frequencies_of_the_local_crops(name: str) -> None:
 @pytest.mark.parametrize("name", SCALES)
 def test_areas_of_the_crops(name: str) -> None:
     """Boxes of the global crops as reported, those of the local ones as seen in pixels that say where they lay."""
-    size, side = 500, 16
+    count, size, side = 4000, 500, 16
     place = (np.arange(size) * 256 // size).astype(np.uint8)
     image = Image.fromarray(np.stack(np.broadcast_arrays(place[None], place[:, None], np.uint8(0)), axis=2))
     # The filter has no part in where boxes lie, and "nearest" keeps the pixels that say so.
     overrides = {"interpolation": "nearest", "local": {"interpolation": "nearest", "size": side}}
-    pipeline = make(name, Needs(local_crops=True, crop_boxes=True), image_size=side, **overrides)
-    samples = [pipeline.crop(Item((image,)), np.random.default_rng(seed)) for seed in range(COUNT // 2)]
-    boxes = torch.stack([sample["crop_boxes"] for sample in samples])
+
+    def draw(key: str, images: int, **needs: bool) -> torch.Tensor:
+        pipeline = make(name, Needs(**needs), image_size=side, **overrides)
+        return torch.stack([pipeline.crop(Item((image,)), np.random.default_rng(seed))[key] for seed in range(images)])
+
+    boxes = draw("crop_boxes", count // 2, crop_boxes=True)
     areas = {"global": (boxes[..., 2] * boxes[..., 3]).flatten().numpy()}
-    local = torch.stack([sample["local_crops"] for sample in samples[: COUNT // LOCAL[name]]]).flatten(0, 1).double()
+    local = draw("local_crops", count // LOCAL[name], local_crops=True).flatten(0, 1).double()
     spans = [(local[:, channel, -1, -1] - local[:, channel, 0, 0]) / 256 * side / (side - 1) for channel in (0, 1)]
     areas["local"] = (spans[0] * spans[1]).numpy()
 
@@ -135,7 +138,7 @@ def test_areas_of_the_crops(name: str) -> None:
         levels = [0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98]
         drawn = np.quantile(areas[kind], levels)
         np.testing.assert_allclose(drawn, np.quantile(expected, levels), atol=0.03 * (high - low), err_msg=kind)
-    assert len(areas["local"]) == COUNT
+    assert [len(drawn) for drawn in areas.values()] == [count, count]
 
 
 @pytest.mark.parametrize("name", BLUR)
