@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .base import Features
 from .heads import linear_of_invariant
 
-__all__ = ["PatchHead", "PrototypeHead", "Prototypes", "prototype_cross_entropy"]
+__all__ = ["PatchHead", "PrototypeHead", "Prototypes", "multiply", "prototype_cross_entropy"]
 
 # 64 MB in fp32: 256 rows of 65536 prototypes, which is enough for matrix products at full speed.
 LOGITS_AT_ONCE = 2**24
@@ -140,8 +140,18 @@ def _bottleneck(mlp: nn.Sequential, features: Features, tokens: Tensor) -> Tenso
     return F.normalize(x.float(), dim=-1, eps=1e-12)
 
 
+def multiply(left: Tensor, right: Tensor, precision: torch.dtype | None = None) -> Tensor:
+    """Multiply matrices in ``precision`` (``None``: in their own) and return the product in that of ``left``."""
+    return left @ right if precision is None else (left.to(precision) @ right.to(precision)).to(left.dtype)
+
+
 def prototype_cross_entropy(
-    rows: Tensor, weight: Tensor, targets: Callable[[slice], Tensor], row_weights: Tensor, temperature: float
+    rows: Tensor,
+    weight: Tensor,
+    targets: Callable[[slice], Tensor],
+    row_weights: Tensor,
+    temperature: float,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     r"""Sum, weighted over rows, the cross-entropy between targets and softmax over prototypes.
 
@@ -157,11 +167,13 @@ def prototype_cross_entropy(
         targets: Slice of the rows -> t (m, K), without gradient; a target may sum to something other than 1.
         row_weights: w, (M,), without gradient.
         temperature: tau.
+        precision: Of the products with W, forward and backward; ``None`` is that of the rows. Softmax, loss and sums
+            over rows stay in the rows' own.
 
     Returns:
         Scalar. It can be differentiated once.
     """
-    return _PrototypeCrossEntropy.apply(rows, weight, targets, row_weights, temperature)
+    return _PrototypeCrossEntropy.apply(rows, weight, targets, row_weights, temperature, precision)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -175,23 +187,27 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         targets: Callable[[slice], Tensor],
         row_weights: Tensor,
         temperature: float,
+        precision: torch.dtype | None,
     ) -> Tensor:
         loss = rows.new_zeros(())
         for_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         step = max(1, LOGITS_AT_ONCE // len(weight))
+        prototypes = weight if precision is None else weight.to(precision)  # cast once, for all products
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             x, target, factor = rows[part], targets(part), row_weights[part, None]
-            logits = (x @ weight.T).div_(temperature)  # (m, K)
+            logits = multiply(x, prototypes.T, precision).div_(temperature)  # (m, K)
             total, normalizer = target.sum(dim=1, keepdim=True), logits.logsumexp(dim=1, keepdim=True)
             loss += (factor * (total * normalizer - (target * logits).sum(dim=1, keepdim=True))).sum()
             # dH / dlogits = sum(t) softmax(logits) - t
             gradient = logits.sub_(normalizer).exp_().mul_(total).sub_(target).mul_(factor / temperature)
             if for_rows is not None:
-                for_rows[part] = gradient @ weight
-            if for_weight is not None:
+                for_rows[part] = multiply(gradient, prototypes, precision)
+            if for_weight is not None and precision is None:
                 for_weight.addmm_(gradient.T, x)
+            elif for_weight is not None:
+                for_weight += multiply(gradient.T, x, precision)
         ctx.save_for_backward(for_rows, for_weight)
         return loss
 
@@ -199,4 +215,4 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if gradient is None else incoming * gradient for gradient in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)

@@ -15,7 +15,7 @@ from .base import Features, LossOutput, Objective
 from .centering import centered_softmax, sinkhorn_knopp
 from .masked_patches import MaskedPatches, masked_patches, tokens_at
 from .progress import TeacherTemperature
-from .prototypes import PatchHead, PrototypeHead, prototype_cross_entropy
+from .prototypes import PatchHead, PrototypeHead, multiply, prototype_cross_entropy
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Centering", "SelfDistillationObjective", "TeacherRows", "cls_loss"]
 
 Centering = Literal["centering", "sinkhorn"]
+Precision = Literal["fp32", "autocast"]
 
 
 class TeacherRows(NamedTuple):
@@ -56,6 +57,9 @@ class SelfDistillationObjective(Objective):
         local_crops: Whether the student sees local crops, too.
         equivariant_logits: Logit split: this many of the K logits, the last ones, are left to equivariance objectives.
             0 splits the encoder's stem; more needs an encoder without one.
+        prototype_precision: Precision of the products of rows and prototypes, and of their gradients. "fp32"; or
+            "autocast", bf16 in a step under bf16 (as the authors of DINOv2 have it) and fp32 in any other. Softmax,
+            centers, Sinkhorn-Knopp and loss are in fp32 whatever it is.
 
     Attributes:
         clock: When temperatures change, "epoch" or "step" (``TeacherTemperature``).
@@ -86,9 +90,11 @@ class SelfDistillationObjective(Objective):
         centering: Centering = "centering",
         local_crops: bool = True,
         equivariant_logits: int = 0,
+        prototype_precision: Precision = "fp32",
     ) -> None:
         super().__init__(config)
         _check_arguments(config, num_prototypes, equivariant_logits, student_temperature, centering)
+        self.prototype_precision = prototype_precision
         if not 0 <= center_momentum < 1:
             raise ValueError(f"`center_momentum` is {center_momentum}, expected a value in [0, 1).")
         self.head_sizes: dict[str, Any] = {
@@ -206,14 +212,15 @@ class SelfDistillationObjective(Objective):
             teacher_weights = [weight[: self.num_logits] for weight in self.teacher_head.weights()]
         cls_rows, patch_rows = self.head(student, _cls_of_all_crops(student), tokens_at(student, masked))
         weights = [weight[: self.num_logits] for weight in self.head.weights()]
+        precision = self._choose_precision(cls_rows.device.type)
         with torch.autocast(cls_rows.device.type, enabled=False):  # temperatures of 0.04 need fp32
-            targets = self._cls_targets(taught.cls, teacher_weights[0])  # (V, B, K)
-            cls = cls_loss(cls_rows, weights[0], targets, self.student_temperature)
+            targets = self._cls_targets(taught.cls, teacher_weights[0], precision)  # (V, B, K)
+            cls = cls_loss(cls_rows, weights[0], targets, self.student_temperature, precision)
             parts = {"loss_cls": self.cls_weight * cls}
             if masked is not None and patch_rows is not None:
-                patch_targets = self._patch_targets(taught, teacher_weights[1])
+                patch_targets = self._patch_targets(taught, teacher_weights[1], precision)
                 parts["loss_patch"] = self.patch_weight * prototype_cross_entropy(
-                    patch_rows, weights[1], patch_targets, masked.weights, self.student_temperature
+                    patch_rows, weights[1], patch_targets, masked.weights, self.student_temperature, precision
                 )
             parts |= self._regularizers(student)
             self._update_centers(taught.means, teacher_weights)
@@ -221,6 +228,14 @@ class SelfDistillationObjective(Objective):
             logs = {name: part.detach() for name, part in parts.items()}
             logs |= self._monitors(targets, cls.detach())
         return LossOutput(loss=loss, logs=logs)
+
+    def _choose_precision(self, device: str) -> torch.dtype | None:
+        """Return bf16 where products with prototypes follow a step under bf16, else ``None``: that of the rows.
+
+        fp16 is none to follow: gradients made in the forward pass are not scaled yet, and would vanish in it.
+        """
+        follows = self.prototype_precision == "autocast" and torch.is_autocast_enabled(device)
+        return torch.bfloat16 if follows and torch.get_autocast_dtype(device) == torch.bfloat16 else None
 
     def _regularizers(self, student: Features) -> dict[str, Tensor]:
         """Return further weighted terms by name (``loss_*``)."""
@@ -243,20 +258,27 @@ class SelfDistillationObjective(Objective):
         return TeacherRows(cls.unflatten(0, crops), patches, means)
 
     @torch.no_grad()
-    def _cls_targets(self, rows: Tensor, weight: Tensor) -> Tensor:
+    def _cls_targets(self, rows: Tensor, weight: Tensor, precision: torch.dtype | None) -> Tensor:
         """Turn the teacher's rows (V, B, d) into targets (V, B, K)."""
-        logits = rows @ weight.T
+        logits = multiply(rows, weight.T, precision)
         if self.centering == "centering":
             return centered_softmax(logits, self.cls_center, self.cls_temperature)
         return sinkhorn_knopp(logits.flatten(0, 1), self.cls_temperature).view_as(logits)
 
     @torch.no_grad()
-    def _patch_targets(self, taught: TeacherRows, weight: Tensor) -> Callable[[slice], Tensor]:
+    def _patch_targets(
+        self, taught: TeacherRows, weight: Tensor, precision: torch.dtype | None
+    ) -> Callable[[slice], Tensor]:
         """Make a function that turns a slice of the masked patches into their targets (m, K)."""
         rows, temperature = cast(Tensor, taught.patches), cast(float, self.patch_temperature)
+        prototypes = (weight if precision is None else weight.to(precision)).T  # cast once, for all slices
+
+        def logits(part: slice) -> Tensor:
+            return multiply(rows[part], prototypes, precision)
+
         if self.centering == "centering":
-            return lambda part: centered_softmax(rows[part] @ weight.T, self.patch_center, temperature)
-        return sinkhorn_knopp(rows @ weight.T, temperature).__getitem__
+            return lambda part: centered_softmax(logits(part), self.patch_center, temperature)
+        return sinkhorn_knopp(logits(slice(None)), temperature).__getitem__
 
     @torch.no_grad()
     def _update_centers(self, means: list[Tensor | None], weights: list[Tensor]) -> None:
@@ -279,7 +301,9 @@ class SelfDistillationObjective(Objective):
             center.copy_(torch.where(count > 0, moved, center))
 
 
-def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def cls_loss(
+    rows: Tensor, weight: Tensor, targets: Tensor, temperature: float, precision: torch.dtype | None = None
+) -> Tensor:
     r"""Average the cross-entropy over all pairs of a teacher's global crop q and another crop v of the student.
 
     .. math::
@@ -293,6 +317,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         weight: (K, d), prototypes.
         targets: t, (V, B, K).
         temperature: Temperature of the student's softmax.
+        precision: Of products with the prototypes, as in :func:`.prototype_cross_entropy`.
     """
     crops, images = targets.shape[:2]
     pairs = crops * (len(rows) // images - 1)
@@ -307,6 +332,7 @@ def cls_loss(rows: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         lambda part: sums.flatten(0, 1)[of_row[part]],
         rows.new_full((len(rows),), 1 / (pairs * images)),
         temperature,
+        precision,
     )
 
 

@@ -183,6 +183,21 @@ def test_cross_entropy_equals_the_reference():
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_products_in_bf16_round_their_factors_and_nothing_else(monkeypatch):
+    small_pieces(monkeypatch, 3000)  # 10 of 400 rows at once: sums over 40 pieces
+    x, weight, targets, factors = problem(rows=400, count=300, dtype=torch.float32)
+    loss = prototype_cross_entropy(x, weight, targets.__getitem__, factors, 0.1, torch.bfloat16)
+    given = torch.autograd.grad(loss, (x, weight))
+    assert {tensor.dtype for tensor in (loss, *given)} == {torch.float32}
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (x, weight)]
+    expected = plain_cross_entropy(*rounded, targets.double(), factors.double(), 0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for ours, wanted in zip(given, torch.autograd.grad(expected, rounded), strict=True):
+        assert (ours - wanted).norm() < 0.01 * wanted.norm()
+    plain = prototype_cross_entropy(x, weight, targets.__getitem__, factors, 0.1)
+    assert not torch.equal(torch.autograd.grad(plain, x)[0], given[0])
+
+
 def test_cross_entropy_without_rows_is_zero_with_zero_gradients():
     x, weight, targets, factors = problem()
     x = x.detach()[:0].requires_grad_(True)

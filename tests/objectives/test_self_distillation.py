@@ -61,6 +61,30 @@ def test_with_three_global_crops_each_meets_the_two_others():
     assert cls_loss(rows, weight, targets, 0.1).item() == pytest.approx(expected, rel=1e-12)
 
 
+# ---- precision ----
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_products_with_prototypes_follow_bf16_where_they_are_told_to(name, centering):
+    def run(precision: str, half: torch.dtype | None) -> Tensor:
+        torch.manual_seed(0)
+        objective, student, teacher, views = setup(name, centering=centering, prototype_precision=precision)
+        with torch.autocast("cpu", half, enabled=half is not None):
+            loss = objective(student, teacher, views).loss
+        assert loss.dtype == torch.float32
+        loss.backward()
+        return torch.cat([loss.detach()[None], objective.head.prototypes.direction.grad.flatten()])
+
+    # fp16 would lose the gradients, which are made before the loss is scaled.
+    for half in (None, torch.float16):
+        assert torch.equal(run("autocast", half), run("fp32", half))
+    ours, exact = run("autocast", torch.bfloat16), run("fp32", torch.bfloat16)
+    assert not torch.equal(ours, exact)
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=0.01)
+    assert F.cosine_similarity(ours[1:], exact[1:], dim=0) > 0.999
+
+
 # ---- masks ----
 
 
@@ -289,6 +313,7 @@ def test_monitors(name):
         ({"teacher_temperature": 0.0}, "Teacher temperatures must be above 0"),
         ({"teacher_temperature_warmup_epochs": -1}, "0 epochs or more"),
         ({"center_momentum": 1.0}, "`center_momentum` is 1.0"),
+        ({"prototype_precision": "bf16"}, "prototype_precision: expected one of 'fp32', 'autocast', got 'bf16'"),
         ({"equivariant_logits": 24}, "fewer than the 24 prototypes"),
         ({"equivariant_logits": 4}, "has a stem that is split already"),
     ],
