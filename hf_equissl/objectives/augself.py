@@ -24,6 +24,14 @@ QUARTERS = 4
 COLORS = ("brightness", "contrast", "saturation", "hue")
 # How many numbers are predicted of each factor.
 WIDTHS = {"crop": 4, "color": 4, "flip": 1, "blur": 1, "solarize": 1, "rotation": 4}
+# What has to vary in a view for its factor to be predicted (``ViewFacts.deviations``), and what lets it vary.
+VARYING = {
+    "crop": (("top", "left", "height", "width"), "crop_scale: [0.2, 1.0]"),
+    "color": (COLORS, "brightness: 0.4"),
+    "flip": (("flip",), "flip_probability: 0.5"),
+    "blur": (("blur_sigma",), "blur_probability: 0.5"),
+    "solarize": (("solarize",), "solarize_probability: 0.2"),
+}
 TURNS = "turns"  # the parameter of the family rot90, also where it is a member of another one
 
 
@@ -53,7 +61,7 @@ class AugSelfObjective(Objective):
 
     Args:
         config: The encoder's configuration.
-        facts: Ranges of the colour factors, and the parameters of g.
+        facts: Ranges of the colour factors, what varies between views, and the parameters of g.
         crop_weight, color_weight, flip_weight, blur_weight, solarize_weight, rotation_weight: w_f.
         hidden_size: Width of the MLPs.
         layer: Read CLS after this block, through a LayerNorm of this objective's own; ``None``, or the last block:
@@ -247,11 +255,12 @@ def _check_views(facts: ViewFacts, weights: Mapping[str, float], turned: bool) -
             "AugSelf predicts how two views were cropped and coloured, and this view pipeline does neither. Choose one "
             "that does, for example views.pipeline: {name: vicreg}."
         )
-    if "color" in weights and not any(strengths[name] for strengths in facts.strengths for name in COLORS):
-        raise ValueError(
-            "AugSelf predicts the difference of two views' colours, and this view pipeline jitters none. Set "
-            "color_weight: 0, or for example views.pipeline.brightness: 0.4."
-        )
+    for name, (draws, remedy) in VARYING.items():
+        if name in weights and not any(facts.deviations.get(draw, 1.0) for draw in draws):
+            raise ValueError(
+                f"AugSelf predicts how two views differ in {name}, and this view pipeline treats all views alike there."
+                f" Set {name}_weight: 0, or for example views.pipeline.{remedy}."
+            )
     if "rotation" in weights and not turned:
         raise ValueError(
             "AugSelf predicts by how many quarter turns a view is turned, and no view is. Set rotation_weight: 0, or "

@@ -168,7 +168,7 @@ class Objective(nn.Module, ABC):
         reads_num_classes: Whether the constructor needs ``facts.num_classes``: the data set is then opened before the
             model is built, and cards say that the encoder was told the classes.
         batch_multiple: Images of one process come in multiples of this.
-        exports: Whose weights are the result where this is the invariance objective and there is a teacher.
+        exports: Whose weights are the result where this is the invariance objective and asks for a teacher.
         decoder_config: Set by an objective that owns a ``decoder``: the encoder's config with the decoder's fields. The
             decoder of the first such objective is exported with the encoder.
     """
@@ -193,6 +193,11 @@ class Objective(nn.Module, ABC):
     def trains(self) -> Reach:
         """What this loss trains of the encoder."""
         return Reach()
+
+    @property
+    def reads_joining_rows(self) -> bool:
+        """Whether this loss, as the invariance objective, takes in images that join by CLS (``ExtraViews.joins``)."""
+        return True
 
     def prepare_encoder(self, encoder: EquiSSLModel) -> None:
         """Change the initial weights of the student in place, before the teacher becomes a copy of it.

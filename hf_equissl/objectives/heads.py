@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from ..distributed.collectives import gather, world_size
 from ..modeling import EquiSSLConfig, EquiSSLStem
 from .base import Features
 
-__all__ = ["HyperPredictor", "Projector", "SyncBatchNorm1d", "cls_after", "linear_of_invariant", "off_diagonal"]
+if TYPE_CHECKING:
+    from ..views.facts import ViewFacts
+
+__all__ = [
+    "HyperPredictor",
+    "Projector",
+    "SyncBatchNorm1d",
+    "cls_after",
+    "linear_of_invariant",
+    "off_diagonal",
+    "warn_unless_g_is_all",
+]
+
+logger = logging.get_logger(__name__)
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
@@ -177,6 +192,15 @@ def cls_after(layer: int | None, config: EquiSSLConfig, name: str) -> tuple[int 
             f"{config.cls_insertion_layer}. Read a later block, or lower model.cls_insertion_layer."
         )
     return layer, nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+
+def warn_unless_g_is_all(name: str, facts: ViewFacts) -> None:
+    """Warn where two views differ in more than the parameters of g say, which objective ``name`` is told."""
+    if not facts.same_base:
+        logger.warning_once(
+            f"{name} is told g's parameters alone, and this view pipeline crops or colours each view in its own way, "
+            "too: what it predicts is then only known in part. As published: views.pipeline: {name: center}."
+        )
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:

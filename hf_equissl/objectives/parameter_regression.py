@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
+from .heads import warn_unless_g_is_all
 
 if TYPE_CHECKING:
     from ..modeling import EquiSSLConfig
@@ -69,6 +70,7 @@ class ParameterRegressionObjective(Objective):
                 "The regression learns the parameters of g, and there are none. Name a transformation that has "
                 "parameters, for example views.transformation: {name: rotation}."
             )
+        warn_unless_g_is_all("The regression", facts)
         sizes = (2 * (config.invariant_size or config.hidden_size), *hidden_sizes)
         layers = [layer for inputs, outputs in pairwise(sizes) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
         self.regressor = nn.Sequential(*layers, nn.Linear(sizes[-1], len(facts.parameter_names)))

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from ..distributed.collectives import gather, world_size
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
-from .heads import HyperPredictor, Projector
+from .heads import HyperPredictor, Projector, warn_unless_g_is_all
 from .vicreg import covariance_term, variance_term
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from ..views.facts import ViewFacts
 
 __all__ = ["SIEObjective"]
-
-logger = logging.get_logger(__name__)
 
 
 class SIEObjective(Objective):
@@ -206,8 +203,4 @@ def _check(config: EquiSSLConfig, facts: ViewFacts) -> None:
             "SIE predicts view 2 from view 1 and the parameters of g, and there are none. Name a transformation that "
             "has parameters, for example views.transformation: {name: rotation}."
         )
-    if not facts.same_base:
-        logger.warning_once(
-            "SIE is told g's parameters alone, and this view pipeline crops or colours each view in its own way, too: "
-            "what it predicts is then only known in part. As published: views.pipeline: {name: center}."
-        )
+    warn_unless_g_is_all("SIE", facts)

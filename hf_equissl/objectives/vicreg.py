@@ -86,6 +86,11 @@ class VICRegObjective(Objective):
         self.gather = gather
         self.expander: nn.Module = Projector(config.invariant_size or config.hidden_size, expander_sizes)
 
+    @property
+    def reads_joining_rows(self) -> bool:
+        """Images that join by CLS have no patches to pool."""
+        return self.pooling == "cls"
+
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:
         """Compute the loss of the two global crops of ``student``; neither ``teacher`` nor pixels are used."""
         self._check(student)

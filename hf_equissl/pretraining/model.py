@@ -180,6 +180,11 @@ class EquiSSLForPreTraining(PreTrainedModel):
                 f"{self.name_askers('masks')} masks patches, and this encoder has no token to put in their place. "
                 "Set model.use_mask_token: true."
             )
+        if not self.invariance.reads_joining_rows and any(extra.joins for extra in self.needs.extra):
+            raise ValueError(
+                f"Images of {self.name_askers('extra')} join the others in the invariance loss by their CLS tokens, "
+                f"and {self.config.invariance['name']} reads the mean of the patches. Set its pooling: cls."
+            )
         asked = [(layer, self.name_askers("hidden_layers")) for layer in self.needs.hidden_layers]
         for extra in self.needs.extra:
             last = () if extra.last_layer is None else (extra.last_layer,)
@@ -353,8 +358,12 @@ class EquiSSLForPreTraining(PreTrainedModel):
 
     @property
     def exported(self) -> str:
-        """Whose weights are the result: "teacher" or "student"."""
-        return "student" if self.teacher is None else self.invariance.exports
+        """Whose weights are the result: "teacher" or "student".
+
+        A teacher that an equivariance objective alone asks for is none of the base method's: the student is the result,
+        as in the base's own run.
+        """
+        return self.invariance.exports if self.invariance.needs.teacher else "student"
 
     def export_encoder(
         self, with_decoder: bool = True, state_dict: dict[str, Tensor] | None = None, weights_of: str | None = None

@@ -131,6 +131,25 @@ def require_parameters(source: ImageSource, pipeline: ViewPipeline) -> None:
         )
 
 
+def refuse_pairs(source: ImageSource, pipeline: ViewPipeline, asking: str) -> None:
+    """Refuse data with pairs of images to objectives that are told how two views of one image differ.
+
+    Args:
+        source: The data.
+        pipeline: What makes the views.
+        asking: Names of the objectives that are told.
+    """
+    family = pipeline.transformation
+    is_applied = family is not None and not family.from_data
+    needs = pipeline.needs
+    if source.pairs is not None and ((needs.parameters and is_applied) or needs.crop_boxes or needs.photometric):
+        raise RecipeError(
+            f"data: {asking} is told how two views of one image were made, and {source.name} has pairs of images, "
+            "which differ in more than that. Leave out data.second_column, or take the parameters from the data "
+            "(views.transformation: {name: given, parameters: [...]})."
+        )
+
+
 def check_steps(args: EquiSSLTrainingArguments, num_images: int | None, processes: int) -> None:
     """Refuse runs that have no step to take.
 

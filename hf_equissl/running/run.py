@@ -48,6 +48,7 @@ from .checks import (
     check_precision,
     check_schedules,
     check_steps,
+    refuse_pairs,
     require_labels,
     require_parameters,
 )
@@ -223,6 +224,8 @@ def _prepare(recipe: Recipe, output_dir: str | Path | None, resume: str, process
         notes += (note,)
     notes += list_remarks(dataset.source)
     require_parameters(dataset.source, pipeline)
+    told = [model.name_askers(need) for need in ("parameters", "crop_boxes", "photometric")]
+    refuse_pairs(dataset.source, pipeline, " and ".join(dict.fromkeys(filter(None, told))))
     check_steps(args, num_images, processes)
     plan = _make_plan(args, model, processes, num_images)
     changes, remarks = check_continuation(checkpoint, args, plan.steps, dataset.source)

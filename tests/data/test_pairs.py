@@ -259,6 +259,14 @@ def test_sie_trains_on_quaternions_and_hues_and_others_on_pairs_alone(rendered: 
     [
         ({"data": {"source": "photos"}}, "has single images. Name the columns with data.second_column"),
         ({"views": {"transformation": {"name": "given", "parameters": ["w"]}}}, "does not tell w of its pairs"),
+        ({"views": {"transformation": {"name": "rotation"}}}, "sie is told how two views of one image were made"),
+        (
+            {
+                "views": {"pipeline": {"name": "vicreg"}, "transformation": None},
+                "objectives": {"equivariance": [{"name": "augself"}]},
+            },
+            "augself is told how two views of one image were made, and .* has pairs of images",
+        ),
         ({"objectives": {"equivariance": [{"name": "reconstruction"}]}}, "no path from the identity to g"),
     ],
 )  # fmt: skip

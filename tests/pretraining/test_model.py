@@ -118,6 +118,18 @@ def test_exported_encoder_is_the_student_with_its_decoder(views: Views) -> None:
     assert encoder.config.decoder_type == "conv"
 
 
+def test_a_teacher_that_only_an_equivariance_objective_asks_for_is_not_the_result() -> None:
+    ser = {"name": "ser", "layer": 1, "share": 0.5, "form": "teacher"}
+    model = make_model([ser])
+    assert model.teacher is not None
+    assert model.exported == make_model([]).exported == "student"
+    model.config.invariance["pooling"] = "mean"
+    with pytest.raises(
+        ValueError, match=r"Images of ser join .* vicreg reads the mean of the patches. Set its pooling"
+    ):
+        EquiSSLForPreTraining(model.config)
+
+
 def test_monitors_show_collapse(views: Views) -> None:
     model = make_model([])
     healthy = model(views, monitor=True).logs
