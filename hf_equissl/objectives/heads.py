@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HyperPredictor",
+    "PredictorStart",
     "Projector",
     "SyncBatchNorm1d",
     "cls_after",
@@ -28,6 +29,7 @@ __all__ = [
     "warn_unless_g_is_all",
 ]
 
+PredictorStart = Literal["random", "authors", "identity"]
 logger = logging.get_logger(__name__)
 
 
@@ -140,26 +142,27 @@ class HyperPredictor(nn.Module):
     """A linear map without bias whose d x d matrix is linear in a code c of the inputs: y = sum_k c_k W_k x.
 
     The code is the input itself, or that behind two bias-free layers with ReLU as wide as it. The sum is taken before
-    the product, (W_1 ... W_q) (c kron x), so that no image has a matrix of its own in memory. Initialised as a linear
-    layer of this shape, with entries up to 1 / sqrt(q d). Those of the authors' ``nn.Linear(q, d * d)`` go up to
-    1 / sqrt(q), which makes predictions sqrt(d) times as large: the features of a small ViT then collapsed until the
-    maps had shrunk.
+    the product, (W_1 ... W_q) (c kron x), so that no image has a matrix of its own in memory.
 
     Args:
         num_inputs: q.
         size: d.
         deep: Whether there are hidden layers.
-        from_identity: Whether the matrix of the last input, the constant 1, starts as the identity: the first
-            predictions are then x itself, up to what the other inputs add.
+        start: "random" is that of a linear layer of this shape, entries up to 1 / sqrt(q d); "authors" that of
+            ``nn.Linear(q, d * d)``, up to 1 / sqrt(q), which SIE's and STL's authors have: predictions are sqrt(d)
+            times as large; "identity" is "random" with the identity as the matrix of the last input, the constant 1:
+            the first predictions are x itself, up to what the other inputs add.
     """
 
-    def __init__(self, num_inputs: int, size: int, deep: bool = False, from_identity: bool = False) -> None:
+    def __init__(self, num_inputs: int, size: int, deep: bool = False, start: PredictorStart = "random") -> None:
         super().__init__()
         hidden = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
         again = [nn.Linear(num_inputs, num_inputs, bias=False), nn.ReLU()] if deep else []
         self.code = nn.Sequential(*hidden, *again)
         self.maps = nn.Linear(num_inputs * size, size, bias=False)
-        if from_identity:
+        if start == "authors":
+            nn.init.uniform_(self.maps.weight, -(num_inputs**-0.5), num_inputs**-0.5)
+        elif start == "identity":
             with torch.no_grad():
                 nn.init.eye_(self.maps.weight[:, -size:])
 

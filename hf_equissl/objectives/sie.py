@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..distributed.collectives import gather, world_size
 from ..views.needs import Needs
 from .base import Features, LossOutput, Objective
-from .heads import HyperPredictor, Projector, warn_unless_g_is_all
+from .heads import HyperPredictor, PredictorStart, Projector, warn_unless_g_is_all
 from .vicreg import covariance_term, variance_term
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ class SIEObjective(Objective):
         expander_sizes: Layer widths of the projector: the authors' 2048s for half of the features.
         hypernetwork: "linear", or "deep" for two hidden layers as wide as its input.
         append_one: Whether the constant 1 is appended to theta.
-        predictor_start: "random" as the authors, or "identity": the matrix of the constant 1 starts as the identity, so
-            that the predictor begins at "nothing changed". Adam moves a weight by about the learning rate per step, so
-            that a random start needs thousands of steps to get there, which the authors' 2,000 epochs have and a run of
-            minutes has not.
+        predictor_start: "authors" is theirs, whose predictions are sqrt(d) times as large as x: the features of a small
+            ViT collapsed until the maps had shrunk. "random" has predictions as large as x. With "identity" the matrix
+            of the constant 1 starts as the identity, so that the predictor begins at "nothing changed". Adam moves a
+            weight by about the learning rate per step, so that the other two need thousands of steps to get there,
+            which the authors' 2,000 epochs have and a run of minutes has not.
         pooling: "cls" or "mean", which takes the mean of the patch tokens.
 
     Logs:
@@ -97,7 +98,7 @@ class SIEObjective(Objective):
         expander_sizes: Sequence[int] = (1024, 1024, 1024),
         hypernetwork: Literal["linear", "deep"] = "linear",
         append_one: bool = True,
-        predictor_start: Literal["random", "identity"] = "random",
+        predictor_start: PredictorStart = "random",
         pooling: Literal["cls", "mean"] = "cls",
     ) -> None:
         super().__init__(config)
@@ -112,13 +113,12 @@ class SIEObjective(Objective):
             raise ValueError(f"SIE's weights may not be negative, got {weights}.")
         for name, word, words in (
             ("hypernetwork", hypernetwork, ("linear", "deep")),
-            ("predictor_start", predictor_start, ("random", "identity")),
+            ("predictor_start", predictor_start, get_args(PredictorStart)),
             ("pooling", pooling, ("cls", "mean")),
         ):
             if word not in words:
-                raise ValueError(f"`{name}` of SIE is {word!r}, expected '{words[0]}' or '{words[1]}'.")
-        from_identity = predictor_start == "identity"
-        if from_identity and (hypernetwork == "deep" or not append_one):
+                raise ValueError(f"`{name}` of SIE is {word!r}, expected one of {', '.join(map(repr, words))}.")
+        if predictor_start == "identity" and (hypernetwork == "deep" or not append_one):
             raise ValueError(
                 'predictor_start "identity" of SIE needs hypernetwork "linear" and append_one true, got '
                 f"{hypernetwork!r} and {append_one}: only the constant 1 has a matrix of its own."
@@ -130,7 +130,7 @@ class SIEObjective(Objective):
         self.expander: Projector = Projector(config.equivariant_size or 0, expander_sizes)
         num_inputs = len(facts.parameter_names) + append_one
         width, is_deep = self.expander.out_features, hypernetwork == "deep"
-        self.predictor = HyperPredictor(num_inputs, width, deep=is_deep, from_identity=from_identity)
+        self.predictor = HyperPredictor(num_inputs, width, is_deep, predictor_start)
 
     @property
     def needs(self) -> Needs:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..distributed.collectives import world_size
@@ -165,9 +165,8 @@ class STLObjective(Objective):
         self.temperature, self.form = temperature, contrast
         width = config.hidden_size
         self.coder = Projector(2 * width, coder_sizes, bias=False)
-        self.transform = HyperPredictor(self.coder.out_features, width)
-        # As the authors' nn.Linear(code, D * D). Predictions grow as sqrt(D), which the projector's norm takes out.
-        nn.init.uniform_(self.transform.maps.weight, -(self.coder.out_features**-0.5), self.coder.out_features**-0.5)
+        # The projector's norm takes out by how much its predictions are larger.
+        self.transform = HyperPredictor(self.coder.out_features, width, start="authors")
         self.projector = Projector(width, projector_sizes, bias=False)
         self.code_projector = Projector(self.coder.out_features, code_projector_sizes, bias=False)
 

@@ -162,6 +162,14 @@ def test_predictor_may_start_as_the_identity():
             tiny(predictor_start="identity", **other)
 
 
+def test_predictions_of_the_authors_start_are_larger_by_the_root_of_the_width():
+    torch.manual_seed(0)
+    x, inputs = torch.randn(50, 64), torch.rand(50, 2)
+    large, usual = (HyperPredictor(2, 64, start=start)(x, inputs).std() for start in ("authors", "random"))
+    assert (large / usual).item() == pytest.approx(8, rel=0.1)
+    assert tiny(predictor_start="authors").predictor.maps.weight.abs().max() > 0.4  # up to 1 / sqrt(4)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_first_and_last_view_meet_behind_one_projector(pooling):
     objective, config = tiny(pooling=pooling), tiny_config()
