@@ -26,14 +26,19 @@ COMMANDS = {
     "evaluate": Command("training.evaluate_encoder", "run a suite of tasks on encoders, and write one report"),
     "finetune": Command("training.finetune", "fine-tune an encoder: all weights, a head, LoRA or DoRA adapters"),
     "extract": Command("training.extract_features", "write the features of a large set of images to shards"),
-    "convert": Command("training.convert", "turn a public encoder into an EquiSSL encoder, or into a stock model"),
+    "convert": Command(
+        "training.convert", "turn an encoder into another form: EquiSSL, stock model, ONNX, torch.export"
+    ),
     "push": Command("training.push_to_hub", "publish a run on the Hub, or look at what would be published"),
     "plan": Command("training.plan", "memory, traffic and time of a recipe on a cluster"),
     "benchmark": Command("training.benchmark", "time a recipe's training step and its loader"),
     "sweep": Command("training.sweep", "run the members of a sweep one after another"),
     "compare": Command("training.compare", "train the systems of a sweep, probe each, and put all in one table"),
     "report": Command("training.report", "put the results of several encoders into one table, with differences"),
-    "demo": Command("demo.cli", "look at what two small encoders see that ship: pictures, or an app in the browser"),
+    "demo": Command(
+        "demo.cli",
+        "look at what the two small encoders see that come with the package: pictures, or an app in the browser",
+    ),
     "recipes": Command("console.recipes", "list the recipes that ship, or print one with all its values"),
     "env": Command("console.environment", "what a bug report needs: versions, devices, cores, memory"),
 }
@@ -55,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         epilog=f"commands:\n{listed}\n\n{EPILOG}",
     )
     parser.add_argument("--version", action="version", version=f"hf-equissl {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; begin with demo")
+    if not words:
+        parser.print_help()
+        sys.exit(2)
     name = parser.parse_args(words[:1]).command
     try:
         check_known(name, COMMANDS, "hf-equissl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..recipes.overrides import parse_overrides, read_mapping, resolve_recipe
-from ..training.recipe_options import RECIPES, find_recipe, recipe_lines
+from ..training.recipe_options import RECIPES, find_recipe, load_recipe, recipe_lines
 from ..utils.commands import command_parser, option_names, path_word, say, stop
 from ..utils.strict_yaml import dump_yaml
 from ..utils.suggestions import RecipeError
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         path = find_recipe(options.recipe)
         raw = read_mapping(path, "recipe")
+        if overrides:
+            load_recipe(options.recipe, overrides)  # refuses what a training would refuse, for which it imports torch
         say(dump_yaml(raw if "sweep" in raw and not overrides else resolve_recipe(path, overrides, [RECIPES])).rstrip())
     except RecipeError as error:
         return stop(error, code=2)

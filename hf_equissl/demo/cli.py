@@ -13,7 +13,7 @@ from ..utils.suggestions import RecipeError
 from .shipped import CHECKPOINTS, shipped_checkpoint
 
 DESCRIPTION = """\
-Look at what two small encoders see that ship with the package: a base (VICReg), and one trained with the
+Look at what the two small encoders see that come with the package: a base (VICReg), and one trained with the
 reconstruction of images between two views. Without options: pictures and a page that says what to look at, offline, in
 less than a minute."""
 

@@ -150,7 +150,7 @@ def comparison_rows(
     """
     shown = [record for record in records if _kind(record) == kind and _is_shown(record)]
     titles = dict.fromkeys(map(_title, shown))
-    rows = [["system", "seeds", *titles, *more]]
+    rows = [["system", "seed", *titles, *more]]
     for system in systems:
         own = {_title(record): record for record in shown if record.encoder == system}
         if own:

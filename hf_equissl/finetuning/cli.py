@@ -43,8 +43,11 @@ it was when the command is given again."""
 _TASKS = """\
 tasks:
   classification         one of several classes for an image
+  depth                  metres for every pixel: images/ with depth/ (16-bit PNG). Options: depth_scale, max_depth,
+                         eval_crop, layers
   detection              boxes: a folder with COCO's JSON, or a data set with a column of objects; needs the extra coco.
                          Options: hidden_size, queries, decoder_layers, classes, box_format, layers
+  homography             how far the corners of a patch were moved, on any images. Options: patch, test_pairs, pair_seed
   instance_segmentation  masks and the boxes around them, of the same folders, with polygons or run-length codes.
                          Options: hidden_size, queries, decoder_layers, points, classes, layers
   keypoints              key points of people in COCO's form, by heat maps; needs the extra coco.

@@ -162,10 +162,11 @@ def _no_checkpoint(path: Path) -> str:
         run = path.resolve().parent
         hint = f" Did you mean the run's folder, {run}?" if newest_checkpoint(run) else ""
         return f"{path} holds a model, not a run.{hint}"
-    return (
-        f"{path} holds no complete checkpoint (a folder checkpoint-N with checkpoint.json). Give the folder of a "
-        "run that has saved one: training.save_strategy must not be 'no'."
-    )
+    if any((path / name).is_file() for name in (RECIPE_FILE, RECORD_FILE)):
+        hint = "Give the folder of a run that has saved one: training.save_strategy must not be 'no'."
+    else:
+        hint = f"Nor {RECIPE_FILE} or {RECORD_FILE}: is it the folder that --output_dir of the training named?"
+    return f"{path} holds no complete checkpoint (a folder checkpoint-N with checkpoint.json). {hint}"
 
 
 def _recipe(path: Path) -> dict[str, Any]:

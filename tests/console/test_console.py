@@ -93,6 +93,13 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     path = RECIPES / "vits16_vicreg_rot.yaml"
     assert yaml.safe_load(out) == resolve_recipe(path, {"model.image_size": 96}, [RECIPES])
+    for word, value, message in (
+        ("image_siz", "96", "Did you mean 'image_size'"),
+        ("image_size", "97", "patch_size=16"),
+    ):
+        code, out, said = run(capsys, "recipes", "vits16_vicreg_rot", f"--model.{word}", value)
+        assert (code, out) == (2, "")
+        assert message in said
     code, out, _ = run(capsys, "recipes", "vits16_ibot_sweep")
     assert code == 0
     assert yaml.safe_load(out) == yaml.safe_load((RECIPES / "vits16_ibot_sweep.yaml").read_text())

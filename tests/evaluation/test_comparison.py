@@ -59,7 +59,7 @@ def test_rows_are_systems_with_mean_and_deviation_over_training_seeds() -> None:
     rows = comparison_rows(merged, ["ours", "base", "absent"], ("backbone", ""), {"step": {"ours": "1.25"}})
     mean, reflect = "mean r2 [zeros]", "rotation r2 [reflect]"
     header = ["rotation r2 [zeros]", "gaussian_blur r2", reflect, mean, "linear top1"]
-    assert rows[0] == ["system", "seeds", *header, "step"]
+    assert rows[0] == ["system", "seed", *header, "step"]
     assert rows[1] == ["ours", "0", "0.9000", "", "0.5000", "", "50.00", "1.25"]  # without blur there is no mean
     # Rotation: 0.2 (mean of two probes) and 0.4; mean over families: 0.4 and 0.6. Deviation: difference / sqrt(2).
     cells = ["0.3000 +- 0.1414", "0.7000 +- 0.1414", "", "0.5000 +- 0.1414", "42.00 +- 2.83", ""]
@@ -89,7 +89,7 @@ def test_texts_and_plot(tmp_path: Path) -> None:
     text = comparison_text(merged, ["ours", "base"], {"step": {"ours": "1.25"}}, ["Step: a note."])
     text, linear = text.split("Features: equivariant, linear probe")
     backbone, rest = text.split("Features: equivariant")
-    assert "| system | seeds | rotation r2_linear [zeros] |" in linear
+    assert "| system | seed | rotation r2_linear [zeros] |" in linear
     assert "| ours | 0 | 0.2500 |" in linear
     assert "| ours | 0 | 0.9000 |" in backbone
     assert "| ours | 0 | 0.9500 |" in rest

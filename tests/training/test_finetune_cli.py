@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_equissl.encoders import save_encoder
 from hf_equissl.evaluation.results import load_records, save_records
-from hf_equissl.finetuning import FineTuningSettings, adapters, cli, load_finetuned
+from hf_equissl.finetuning import TASKS, FineTuningSettings, adapters, cli, load_finetuned
 from hf_equissl.modeling import EquiSSLConfig, EquiSSLModel
 from tests import processes
 from tests.distributed import launching
@@ -201,3 +201,8 @@ def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     first, second = (load_records(tmp_path / name / "results.json")[0] for name in ("one", "two"))
     assert second.values == first.values
     assert second.details["loss"][0] == pytest.approx(first.details["loss"][0], abs=1e-3)
+
+
+def test_the_help_names_every_task() -> None:
+    names = {line.split()[0] for line in cli._TASKS.splitlines()[1:] if line.startswith("  ") and line[2] != " "}
+    assert names - {"Others"} == set(TASKS)

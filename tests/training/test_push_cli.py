@@ -146,7 +146,10 @@ def test_what_can_be_mended(
     (tmp_path / "empty").mkdir()
     cases = [
         ([tmp_path / "none", "--repo_id", REPO], "none is not a folder"),
-        ([tmp_path / "empty", "--repo_id", REPO], "holds no complete checkpoint"),
+        (
+            [tmp_path / "empty", "--repo_id", REPO],
+            "Nor recipe.yaml or run.json: is it the folder that --output_dir",
+        ),
         ([spoiled, "--repo_id", REPO], "a note to do something: 'TODO'"),
         ([spoiled, "--repo_id", REPO, "--dry_run"], "a note to do something: 'TODO'"),
         ([built, "--repo_id", REPO, "--parts", "card"], "--parts belongs to building one"),
