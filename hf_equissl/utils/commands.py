@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from .files import expand_home
-from .plain_values import check_plain, shorten
+from .plain_values import check_plain, shorten, shorten_words
 from .redaction import drop_secrets, redact, redact_messages
 from .suggestions import RecipeError
 
@@ -168,7 +168,7 @@ def stop(reason: BaseException | str, code: int, *, word: str = "error", speaks:
         end_bars()
         # Another process may have left its bar in the line.
         print(
-            redact(f"{'' if is_first_process() else chr(10)}{word}: {_name_commands(str(reason))}"),
+            redact(f"{'' if is_first_process() else chr(10)}{word}: {shorten_words(_name_commands(str(reason)))}"),
             file=sys.stderr,
             flush=True,
         )

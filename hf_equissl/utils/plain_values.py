@@ -13,6 +13,7 @@ DEEPEST = 32
 MOST_VALUES = 100_000  # in one recipe; an alias that repeats aliases makes far more of a few lines
 LARGEST = 2**63 - 1
 LONGEST_SHOWN = 80
+_LONG_WORD = re.compile(r"\S{1000,}")
 _WORDS = {None: "null", True: "true", False: "false"}
 # NUL, which no path can hold, and halves of characters, except those that stand for bytes of names that are not UTF-8.
 _NO_CHARACTER = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
@@ -24,6 +25,11 @@ def shorten(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = _WORDS[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def shorten_words(text: str) -> str:
+    """Cut words of a message that no path is as long as: a value that somebody pasted, which the message repeats."""
+    return _LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_SHOWN]}…", text)
 
 
 def check_plain(value: Any, where: str) -> None:

@@ -20,3 +20,12 @@ def test_a_message_does_not_stick_to_a_progress_bar(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().err
     assert text.endswith("\nerror: the disk is full\n")
     assert "| 1/4 [" in text.splitlines()[-2]
+
+
+def test_what_somebody_pasted_is_not_repeated_in_full_and_a_path_is(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/long" * 150
+    assert stop(f"masks.aspect='{'a' * 3000}': expected a number, in {path}", code=2) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: masks.aspect='aaa")
+    assert said.endswith(f"… expected a number, in {path}\n")
+    assert len(said) < 1000
