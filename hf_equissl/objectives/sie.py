@@ -59,7 +59,7 @@ class SIEObjective(Objective):
         hypernetwork: "linear", or "deep" for two hidden layers as wide as its input.
         append_one: Whether the constant 1 is appended to theta.
         predictor_start: "authors" is theirs, whose predictions are sqrt(d) times as large as x: the features of a small
-            ViT collapsed until the maps had shrunk. "random" has predictions as large as x. With "identity" the matrix
+            ViT collapsed until the maps had shrunk. "random" has them about as large as x. With "identity" the matrix
             of the constant 1 starts as the identity, so that the predictor begins at "nothing changed". Adam moves a
             weight by about the learning rate per step, so that the other two need thousands of steps to get there,
             which the authors' 2,000 epochs have and a run of minutes has not.

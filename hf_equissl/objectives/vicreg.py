@@ -88,7 +88,7 @@ class VICRegObjective(Objective):
 
     @property
     def reads_joining_rows(self) -> bool:
-        """Images that join by CLS have no patches to pool."""
+        """Say no where patches are pooled: images that join by CLS have none."""
         return self.pooling == "cls"
 
     def forward(self, student: Features, teacher: Features | None, views: Views) -> LossOutput:

@@ -360,8 +360,7 @@ class EquiSSLForPreTraining(PreTrainedModel):
     def exported(self) -> str:
         """Whose weights are the result: "teacher" or "student".
 
-        A teacher that an equivariance objective alone asks for is none of the base method's: the student is the result,
-        as in the base's own run.
+        Where an equivariance objective alone asks for a teacher, the student is the result, as in the base's own run.
         """
         return self.invariance.exports if self.invariance.needs.teacher else "student"
 

@@ -28,7 +28,7 @@ def shorten(value: Any) -> str:
 
 
 def shorten_words(text: str) -> str:
-    """Cut words of a message that no path is as long as: a value that somebody pasted, which the message repeats."""
+    """Cut the words of a message that are longer than a path would be, such as a pasted value that it repeats."""
     return _LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_SHOWN]}…", text)
 
 
