@@ -75,8 +75,8 @@ exit codes:
   130  stopped by Ctrl-C, without a checkpoint: the same command goes on from the last one
 A second signal, 5 s or more after the first, ends the run at once. Launchers answer with codes of their own, so code 75
 also leaves DIR/PREEMPTED, which is gone when the run goes on. With several processes `accelerate launch` and torchrun
-pass SIGTERM on and kill after 30 s (torchrun: --shutdown-timeout). SIGUSR1 kills the
-launcher, as any signal does with one process; the run then stops as after SIGTERM. One process needs no launcher.
+pass SIGTERM on and kill after 30 s (torchrun: --shutdown-timeout). SIGUSR1 kills the launcher, as any signal does
+with one process; the run then stops as after SIGTERM. One process needs no launcher.
 For Slurm: training/slurm/pretrain.sbatch.
 """
 

@@ -202,12 +202,14 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             loss += (factor * (total * normalizer - (target * logits).sum(dim=1, keepdim=True))).sum()
             # dH / dlogits = sum(t) softmax(logits) - t
             gradient = logits.sub_(normalizer).exp_().mul_(total).sub_(target).mul_(factor / temperature)
+            if precision is not None:  # the largest tensor here: cast once, for both products
+                gradient = gradient.to(precision)
             if for_rows is not None:
-                for_rows[part] = multiply(gradient, prototypes, precision)
+                for_rows[part] = gradient @ prototypes
             if for_weight is not None and precision is None:
                 for_weight.addmm_(gradient.T, x)
             elif for_weight is not None:
-                for_weight += multiply(gradient.T, x, precision)
+                for_weight += gradient.T @ x.to(precision)
         ctx.save_for_backward(for_rows, for_weight)
         return loss
 

@@ -292,7 +292,7 @@ class SelfDistillationObjective(Objective):
         rows = weights[0].new_zeros(len(means), width + 1)  # the last column counts the processes that have a mean
         for row, mean in zip(rows, means, strict=True):
             if mean is not None:
-                row[:width], row[width] = mean, 1.0
+                row[:width], row[width:] = mean, 1.0  # a slice is filled; one element would be copied, and waited for
         rows = all_reduce_sum(rows)
         centers = [self.cls_center] if len(means) == 1 else [self.cls_center, self.patch_center]
         for center, row, weight in zip(centers, rows, weights[: len(means)], strict=True):
